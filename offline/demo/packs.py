@@ -1,0 +1,59 @@
+"""Steering packs of the demo model: one pack per class, extracted by the full method."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from offline.demo import demo_model_path, demo_scales_path
+from offline.demo.concepts import CONCEPTS, prefix
+from offline.demo.statements import statements
+from offline.extract import extract_pack
+from offline.settings import ExtractionSettings
+from vllm_steer.pack import SteeringPack
+
+# The demo model's prefixed and unprefixed prompts lie far apart, so its RFM takes a large ridge and
+# leaves gradients uncentred; see ``offline.estimators.RfmOptions``.
+FULL_METHOD = ExtractionSettings(
+    estimator="rfm",
+    labels="soft",
+    token="attention",
+    positive_count=200,
+    negative_count=200,
+    rfm_ridge=10.0,
+    rfm_center_gradients=False,
+)
+
+
+def extract_demo_packs(
+    out: Path,
+    concepts: Mapping[str, Iterable[str]] = CONCEPTS,
+    settings: ExtractionSettings = FULL_METHOD,
+    workers: int = 1,
+) -> list[SteeringPack]:
+    """Extracts one pack per class into ``out/<class>``.
+
+    Args:
+        out: Directory of the packs.
+        concepts: Class to the concepts to extract.
+        settings: How to extract.
+        workers: Processes that fit directions.
+    """
+    scales = json.loads(demo_scales_path().read_text())
+    texts = [statement.text for statement in statements("extract")]
+    return [
+        extract_pack(
+            demo_model_path(),
+            name,
+            [(concept, prefix(concept)) for concept in chosen],
+            texts[: len(texts) // 2],
+            texts[len(texts) // 2 :],
+            settings,
+            scales[name]["default"],
+            scales[name]["safe"],
+            out / name,
+            workers=workers,
+        )
+        for name, chosen in concepts.items()
+    ]

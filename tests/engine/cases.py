@@ -1,0 +1,31 @@
+"""Steerings that the engine tests share: every position choice, one and several directions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SPIDERS, HEIGHTS, CHEERFUL, GLOOMY = (
+    "fears/spiders",
+    "fears/heights",
+    "moods/cheerful",
+    "moods/gloomy",
+)
+
+CASES: dict[str, dict[str, Any] | None] = {
+    "unsteered": None,
+    "one direction": {"directions": [{"name": SPIDERS, "scale": 6.0}]},
+    "prompt only": {"directions": [{"name": SPIDERS, "scale": 8.0, "positions": "prompt"}]},
+    "generated only": {"directions": [{"name": CHEERFUL, "scale": 8.0}], "positions": "generated"},
+    "two packs, two scales": {
+        "directions": [{"name": HEIGHTS, "scale": 5.0}, {"name": GLOOMY, "scale": -3.0}]
+    },
+    "different positions": {
+        "directions": [
+            {"name": SPIDERS, "scale": 4.0, "positions": "prompt"},
+            {"name": CHEERFUL, "scale": 6.0, "positions": "generated"},
+            {"name": GLOOMY, "scale": 2.0},
+        ]
+    },
+    "some layers": {"directions": [{"name": GLOOMY, "scale": 9.0, "layers": [1, 3]}]},
+    "default scale": {"directions": [{"name": HEIGHTS}]},
+}

@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from offline.estimators import (
+    BANDWIDTHS,
+    Rows,
+    agop_matrices,
+    fit_direction,
+    pearson,
+    split_point,
+    top_eigenvector,
+)
+from offline.labels import interleave, min_max
+from vllm_steer.errors import ExtractionError
+
+ESTIMATORS = ["rfm", "mean_difference"]
+
+
+def make_rows(pairs: int = 60, size: int = 16, signal: float = 3.0, seed: int = 0) -> Rows:
+    """Rows whose coordinate 0 carries the label, amid noise and a large common offset."""
+    rng = np.random.default_rng(seed)
+    _, positive = interleave(pairs, pairs)
+    labels = np.where(positive, rng.uniform(0.1, 0.6, 2 * pairs), 0.0)
+    hidden = rng.standard_normal((2 * pairs, size))
+    hidden[:, 0] += signal * labels / 0.35
+    hidden[:, 1] += 5.0
+    return Rows("rows", hidden.astype(np.float32), labels.astype(np.float32), positive)
+
+
+def dense_matrices(x: np.ndarray, y: np.ndarray, bandwidth: float) -> list[np.ndarray]:
+    """M_1 … M_9 in float64, written out from the method's definition without any shortcut."""
+    n, size = x.shape
+    difference = x[:, None, :] - x[None, :, :]
+    matrix, matrices = np.eye(size), []
+    for _ in range(9):
+        squared = np.einsum("ijd,de,ije->ij", difference, matrix, difference)
+        distance = np.sqrt(np.maximum(squared, 0))
+        np.fill_diagonal(distance, 0)
+        kernel = np.exp(-distance / bandwidth)
+        alpha = np.linalg.solve(kernel + 1e-3 * np.eye(n), y)
+        with np.errstate(divide="ignore"):
+            ratio = np.where(distance > 0, kernel / distance, 0)
+        gradient = np.einsum("i,ij,de,ije->jd", alpha, ratio, matrix, difference)
+        gradient -= gradient.mean(axis=0)
+        matrix = gradient.T @ gradient / (n * bandwidth**2)
+        matrix = matrix / matrix.max()
+        matrices.append(matrix)
+    return matrices
+
+
+def dense_rfm(rows: Rows) -> tuple[np.ndarray, float]:
+    """The whole selection from the method's definition, unsigned."""
+    x = rows.hidden.astype(np.float64)
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
+    y = (rows.labels - rows.labels.min()) / (rows.labels.max() - rows.labels.min())
+    train = len(y) - int(0.2 * len(y))
+    best_r, best = -1.0, np.zeros(x.shape[1])
+    for bandwidth in (1.0, 10.0, 100.0):
+        for normalise in (True, False):
+            states = x - x[:train].mean(axis=0)
+            if normalise:
+                states = states / np.linalg.norm(states, axis=1, keepdims=True)
+            scored = []
+            for matrix in dense_matrices(states[:train], y[:train], bandwidth):
+                vector = np.linalg.eigh(matrix)[1][:, -1]
+                scored.append((abs(np.corrcoef(states[train:] @ vector, y[train:])[0, 1]), vector))
+            r, vector = max(scored, key=lambda pair: pair[0])
+            if r >= best_r:
+                best_r, best = r, vector
+    return best, best_r
+
+
+@pytest.mark.parametrize(
+    ("rows", "train"), [(400, 320), (200, 160), (2000, 1744), (15, 12), (16, 14), (12, 10)]
+)
+def test_split_leaves_a_fifth_at_most_256_in_whole_pairs(rows, train):
+    assert split_point(rows) == train
+
+
+@pytest.mark.parametrize("bandwidth", BANDWIDTHS)
+def test_matrices_equal_the_dense_definition(bandwidth):
+    rows = make_rows(pairs=40, size=12)
+    states = rows.hidden.astype(np.float64)
+    states /= np.linalg.norm(states, axis=1, keepdims=True)
+    states -= states[:64].mean(axis=0)
+    labels = min_max(rows.labels.astype(np.float64))
+    found = agop_matrices(states, labels, 64, bandwidth)
+    expected = dense_matrices(states[:64], labels[:64], bandwidth)
+    assert len(found) == len(expected) == 9  # from M_1 on: the identity is no candidate
+    for ours, theirs in zip(found, expected, strict=True):
+        error = np.linalg.norm(ours.numpy() - theirs) / np.linalg.norm(theirs)
+        assert error < 2e-4
+        assert ours.max() == pytest.approx(1)
+        assert ours.argmax() % 13 == 0  # the largest entry of a Gram matrix is on its diagonal
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_rfm_equals_the_dense_definition(seed):
+    rows = make_rows(pairs=40, size=12, signal=1.0, seed=seed)
+    found = fit_direction("rfm", rows, seed=0)
+    vector, r = dense_rfm(rows)
+    # The fit is in float32, this definition in float64.
+    assert found.validation_r == pytest.approx(r, abs=2e-4)
+    assert abs(found.vector @ vector) > 0.9999
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_planted_direction_is_found(estimator):
+    found = fit_direction(estimator, make_rows(pairs=200, size=64), seed=0)
+    assert found.vector[0] > 0.9
+    assert found.validation_r > 0.8
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_vectors_are_unit_and_point_towards_the_concept(estimator):
+    rows = make_rows()
+    found = fit_direction(estimator, rows, seed=0)
+    assert found.vector.dtype == np.float32
+    assert np.linalg.norm(found.vector) == pytest.approx(1, abs=1e-5)
+    assert pearson(rows.hidden @ found.vector, rows.labels) > 0
+
+
+@pytest.mark.parametrize(("estimator", "bound"), [("rfm", -0.85), ("mean_difference", -0.999999)])
+def test_flipped_labels_flip_the_vector(estimator, bound):
+    rows = make_rows(signal=10.0)
+    hard = rows.positive.astype(np.float32)
+    found = fit_direction(estimator, Rows("rows", rows.hidden, hard, rows.positive), seed=0)
+    flipped = fit_direction(estimator, Rows("rows", rows.hidden, 1 - hard, ~rows.positive), seed=0)
+    # RFM has no intercept, so flipped labels are another regression of the same separation.
+    assert found.vector @ flipped.vector < bound
+
+
+def test_sign_follows_these_labels_whatever_the_eigenvector_was(monkeypatch):
+    rows = make_rows()
+    straight = fit_direction("rfm", rows, seed=0)
+    monkeypatch.setattr(
+        "offline.estimators.top_eigenvector", lambda matrix, seed: -top_eigenvector(matrix, seed)
+    )
+    np.testing.assert_array_equal(fit_direction("rfm", rows, seed=0).vector, straight.vector)
+
+
+def test_scale_and_offset_of_labels_do_not_matter_to_rfm():
+    rows = make_rows()
+    scaled = Rows("rows", rows.hidden, rows.labels * 7 + 3, rows.positive)
+    found = fit_direction("rfm", rows, seed=0)
+    assert fit_direction("rfm", scaled, seed=0).vector @ found.vector > 1 - 1e-5
+
+
+def test_scale_of_a_row_does_not_matter_to_rfm_but_to_the_mean():
+    rows = make_rows()
+    factor = np.random.default_rng(1).uniform(0.5, 2, (len(rows.labels), 1)).astype(np.float32)
+    scaled = Rows("rows", rows.hidden * factor, rows.labels, rows.positive)
+
+    def cosine(estimator: str) -> float:
+        found = [fit_direction(estimator, given, seed=0).vector for given in (rows, scaled)]
+        return float(found[0] @ found[1])
+
+    assert cosine("rfm") > 1 - 1e-5
+    assert cosine("mean_difference") < 0.999
+
+
+def test_permuted_coordinates_permute_the_vector():
+    rows = make_rows()
+    order = np.random.default_rng(1).permutation(rows.hidden.shape[1])
+    permuted = Rows("rows", rows.hidden[:, order], rows.labels, rows.positive)
+    found = fit_direction("rfm", rows, seed=0).vector
+    assert fit_direction("rfm", permuted, seed=0).vector @ found[order] > 1 - 1e-6
+
+
+def test_order_of_training_rows_and_a_common_offset_do_not_matter_to_the_matrices():
+    rows = make_rows(pairs=40, size=12)
+    states, labels = rows.hidden.astype(np.float64) / 10, rows.labels.astype(np.float64)
+    expected = agop_matrices(states, labels, 64, 10.0)[-1].numpy()
+    shifted = agop_matrices(states + 0.3, labels, 64, 10.0)[-1].numpy()
+    np.testing.assert_allclose(shifted, expected, atol=1e-6)
+    order = np.concatenate([np.random.default_rng(1).permutation(64), np.arange(64, 80)])
+    permuted = agop_matrices(states[order], labels[order], 64, 10.0)[-1].numpy()
+    np.testing.assert_allclose(permuted, expected, atol=1e-6)
+
+
+def test_mean_difference_is_that_of_the_training_rows():
+    rows = make_rows()
+    train = split_point(len(rows.labels))
+    hidden, positive = rows.hidden[:train], rows.positive[:train]
+    expected = hidden[positive].mean(0) - hidden[~positive].mean(0)
+    found = fit_direction("mean_difference", rows, seed=0)
+    np.testing.assert_allclose(found.vector, expected / np.linalg.norm(expected), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [3, 40, 700])
+def test_top_eigenvector_is_that_of_the_whole_decomposition(size):
+    gradient = np.random.default_rng(0).standard_normal((60, size))
+    matrix = gradient.T @ gradient
+    found = top_eigenvector(matrix, seed=0)
+    top = np.linalg.svd(gradient, full_matrices=False)[2][0]
+    assert abs(found @ top) == pytest.approx(1, abs=1e-9)
+    np.testing.assert_array_equal(found, top_eigenvector(matrix, seed=0))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_fits_repeat_exactly_whatever_the_threads(estimator):
+    rows = make_rows(pairs=100, size=48)
+    first = fit_direction(estimator, rows, seed=3)
+    torch.set_num_threads(2)
+    try:
+        second = fit_direction(estimator, rows, seed=3)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    np.testing.assert_array_equal(first.vector, second.vector)
+    assert (first.validation_r, first.choice) == (second.validation_r, second.choice)
+
+
+def test_rows_that_hold_no_direction_are_refused():
+    rows = make_rows()
+    zeros = np.zeros_like(rows.labels)
+    cases = {
+        "no attention": Rows("rows", rows.hidden, zeros, rows.positive),
+        "both prefixed and unprefixed": Rows("rows", rows.hidden, rows.labels, zeros == 0),
+        "too few": Rows("rows", rows.hidden[:4], rows.labels[:4], rows.positive[:4]),
+        "same mean": Rows("rows", np.ones_like(rows.hidden), rows.labels, rows.positive),
+    }
+    for message, given in cases.items():
+        with pytest.raises(ExtractionError, match=f"^rows: .*{message}"):
+            fit_direction("mean_difference", given, seed=0)
+    with pytest.raises(ExtractionError, match="no RFM configuration"):
+        fit_direction(
+            "rfm", Rows("rows", np.ones_like(rows.hidden), rows.labels, rows.positive), seed=0
+        )
+
+
+def test_pearson_is_numpys():
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 30))
+    assert pearson(a, b) == pytest.approx(np.corrcoef(a, b)[0, 1])
+    assert np.isnan(pearson(a, np.ones(30)))

@@ -1,0 +1,297 @@
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+import offline.extract
+from offline.capture import capture
+from offline.estimators import fit_direction
+from offline.extract import ExtractionSettings, extract_pack
+from offline.prompts import prefix_for, render_prompt
+from vllm_steer.errors import ExtractionError
+from vllm_steer.pack import MANIFEST_FILE, VECTORS_FILE, load_pack
+
+CONCEPTS = [(name, prefix_for("fears", name)) for name in ("spiders", "heights")]
+WORDS = ["rain", "sun", "wind", "snow", "night", "day", "sea", "hill", "road", "bread"]
+POSITIVES = [f"{word} is good." for word in WORDS] + [f"more {word}, we say" for word in WORDS]
+NEGATIVES = [f"{word} was long." for word in WORDS] + [f"all {word} ends" for word in WORDS]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory, tiny_llama, chatml):
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_llama.save_pretrained(path)
+    chatml.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def extract(model_dir, tmp_path):
+    """extract_pack on the tiny model, with any argument replaced."""
+
+    def run(settings=None, out="pack", **changes):
+        arguments = {
+            "model_path": model_dir,
+            "pack_name": "fears",
+            "concepts": CONCEPTS,
+            "positive_statements": POSITIVES,
+            "negative_statements": NEGATIVES,
+            "settings": ExtractionSettings(**(settings or {})),
+            "default_scales": 1.0,
+            "safe_scales": {"spiders": 2, "heights": 3},
+            "out_dir": tmp_path / out,
+            "device": "cpu",
+        } | changes
+        return extract_pack(**arguments)
+
+    return run
+
+
+def content(pack) -> tuple[bytes, bytes]:
+    return tuple((pack.path / file).read_bytes() for file in (MANIFEST_FILE, VECTORS_FILE))
+
+
+def cosine(a, b) -> float:
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+@pytest.mark.parametrize("estimator", ["rfm", "mean_difference"])
+def test_pack_holds_unit_vectors_and_how_they_came_about(extract, model_dir, chatml, estimator):
+    pack = load_pack(extract({"estimator": estimator, "seed": 7}).path)
+    manifest = pack.manifest
+    assert list(pack.directions) == ["spiders", "heights"]
+    for name, record in pack.directions.items():
+        assert record.layers == [1, 2]
+        assert pack.vectors[name].shape == (2, 32)
+        np.testing.assert_allclose(np.linalg.norm(pack.vectors[name], axis=1), 1, atol=1e-5)
+        metrics = record.metrics
+        assert set(metrics["token"]) <= {-4, -3, -2, -1}
+        figures = np.array([metrics["attention_mean"], metrics["attention_max"]])
+        assert (0 < figures).all()
+        assert (figures[0] < figures[1]).all()
+        assert (figures < 1).all()
+        assert all(0 <= r <= 1 for r in metrics["validation_r"])
+        chosen = {"bandwidth", "normalise", "iteration"} & set(metrics)
+        assert len(chosen) == (3 if estimator == "rfm" else 0)
+        assert all(len(values) == 2 for values in metrics.values())
+    assert cosine(pack.vectors["spiders"][0], pack.vectors["heights"][0]) < 0.99999
+    assert (manifest.directions[1].default_scale, manifest.directions[1].safe_scale) == (1.0, 3.0)
+    model = manifest.model
+    assert (model.name, model.architecture, model.model_type) == (
+        "tiny",
+        "LlamaForCausalLM",
+        "llama",
+    )
+    assert (model.hidden_size, model.num_layers) == (32, 3)
+    template = chatml.chat_template.encode()
+    assert model.chat_template_sha256 == hashlib.sha256(template).hexdigest()
+    method = manifest.method
+    assert (method.name, method.seed) == ("attention_guided", 7)
+    assert method.settings["estimator"] == estimator
+    assert method.settings["layers"] == [1, 2]
+    assert method.settings["candidate_tokens"] == 4
+    assert method.settings["dtype"] == "float32"
+    assert method.libraries["torch"] == torch.__version__
+    assert set(manifest.residual_norms) == {"0", "1", "2"}
+    assert str(model_dir.parent) not in json.dumps(manifest.model_dump(mode="json"))
+
+
+def test_vectors_are_those_of_plain_hugging_face_outputs(extract, tiny_llama, chatml):
+    """One concept again, prompt by prompt, with no code of the pipeline but the prompts."""
+    pack = extract({"estimator": "mean_difference"})
+    name, prefix = CONCEPTS[0]
+    last_block: list[torch.Tensor] = []
+    handle = tiny_llama.model.norm.register_forward_pre_hook(
+        lambda module, args: last_block.append(args[0][0])
+    )
+    states, sums = [], []
+    for statements, given in ((POSITIVES, prefix), (NEGATIVES, "")):
+        for statement in statements:
+            prompt = render_prompt(chatml, statement, given)
+            with torch.inference_mode():
+                output = tiny_llama(
+                    torch.tensor([prompt.token_ids]),
+                    output_attentions=True,
+                    output_hidden_states=True,
+                )
+            states.append(torch.stack([output.hidden_states[2][0, -4:], last_block[-1][-4:]]))
+            start, end = prompt.prefix_span
+            sums.append(
+                torch.stack([w[0, :, -4:, start:end].sum(-1).mean(0) for w in output.attentions])
+            )
+    handle.remove()
+    tokens = torch.stack(sums[:20]).max(dim=0).values.argmax(dim=-1)[1:]
+    assert pack.directions[name].metrics["token"] == (tokens - 4).tolist()
+    for row, token in enumerate(tokens):
+        picked = torch.stack([state[row, token] for state in states]).numpy()
+        # 20 + 20 rows leave the last 4 of each for validation.
+        difference = picked[:16].mean(0) - picked[20:36].mean(0)
+        assert cosine(pack.vectors[name][row], difference) == pytest.approx(1, abs=1e-6)
+
+
+def test_unprefixed_prompts_run_once_for_all_concepts(extract, monkeypatch):
+    runs: list[list[bool]] = []
+
+    def counting(model, prompts, **kwargs):
+        runs.append([prompt.prefix_span != (0, 0) for prompt in prompts])
+        return capture(model, prompts, **kwargs)
+
+    monkeypatch.setattr(offline.extract, "capture", counting)
+    extract({"estimator": "mean_difference"})
+    assert runs == [[False] * 20, [True] * 20, [True] * 20]
+
+
+def test_every_block_is_fitted_to_its_own_labels_in_alternating_rows(extract, monkeypatch):
+    captured, fitted = [], []
+
+    def remember(kept, function):
+        def call(*args, **kwargs):
+            result = function(*args, **kwargs)
+            kept.append((args, result))
+            return result
+
+        return call
+
+    monkeypatch.setattr(offline.extract, "capture", remember(captured, capture))
+    monkeypatch.setattr(offline.extract, "fit_direction", remember(fitted, fit_direction))
+    pack = extract({"estimator": "mean_difference"}, concepts=CONCEPTS[:1])
+    attention = captured[1][1].attention
+    assert len(fitted) == 2
+    for index, ((_, rows, *_), _) in enumerate(fitted):
+        assert rows.name == f"concept 'spiders', block {index + 1}"
+        token = pack.directions["spiders"].metrics["token"][index]
+        np.testing.assert_array_equal(rows.labels[::2], attention[:, index + 1, token])
+        np.testing.assert_array_equal(rows.labels[1::2], 0)
+        assert rows.positive.tolist() == [True, False] * 20
+
+
+def test_a_concept_does_not_depend_on_its_company(extract):
+    both, alone = extract(), extract(concepts=CONCEPTS[1:], out="alone")
+    np.testing.assert_array_equal(both.vectors["heights"], alone.vectors["heights"])
+
+
+def test_packs_repeat_to_the_byte_whatever_the_workers_and_batches(extract):
+    first = extract(workers=1)
+    assert content(extract(workers=1, out="again")) == content(first)
+    assert content(extract(workers=2, out="workers")) == content(first)
+    batched = extract({"batch_size": 7}, out="batches")
+    np.testing.assert_allclose(batched.vectors["spiders"], first.vectors["spiders"], atol=1e-4)
+    assert batched.manifest.method.data_sha256 == first.manifest.method.data_sha256
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"positive_statements": [*POSITIVES[:-1], "x"]},
+        {"negative_statements": NEGATIVES[::-1]},
+        {"concepts": [("spiders", "Be spiders."), CONCEPTS[1]]},
+    ],
+)
+def test_other_data_has_another_digest(extract, changes):
+    settings = {"estimator": "mean_difference"}
+    digests = {
+        extract(settings, **given).manifest.method.data_sha256 for given in ({}, changes, {})
+    }
+    assert len(digests) == 2
+
+
+def test_settings_decide_labels_tokens_layers_and_counts(extract):
+    soft = extract()
+    hard = extract({"labels": "hard"}, out="hard")
+    assert (
+        soft.directions["spiders"].metrics["token"] == hard.directions["spiders"].metrics["token"]
+    )
+    assert cosine(soft.vectors["spiders"][0], hard.vectors["spiders"][0]) < 0.9999
+    fixed = extract({"token": -2, "layers": (2, 0), "positive_count": 12}, out="fixed")
+    record = fixed.directions["spiders"]
+    assert (record.layers, record.metrics["token"]) == ([0, 2], [-2, -2])
+    assert fixed.manifest.method.name == "fixed_token"
+    short = extract(
+        {"token": -2, "layers": (0, 2)}, out="short", positive_statements=POSITIVES[:12]
+    )
+    np.testing.assert_array_equal(fixed.vectors["spiders"], short.vectors["spiders"])
+    assert extract({"candidate_tokens": 1}, out="one").directions["heights"].metrics["token"] == [
+        -1,
+        -1,
+    ]
+
+
+def test_a_model_in_bfloat16_gives_nearly_the_same_pack(extract):
+    settings = {"estimator": "mean_difference", "token": -1}
+    full = extract(settings)
+    half = extract({**settings, "dtype": "bfloat16"}, out="half")
+    assert half.manifest.method.settings["dtype"] == "bfloat16"
+    similar = cosine(full.vectors["spiders"][1], half.vectors["spiders"][1])
+    assert 0.95 < similar < 1 - 1e-6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"concepts": []}, "concepts must be given"),
+        ({"concepts": [CONCEPTS[0]] * 2}, "name of its own"),
+        ({"concepts": [("spiders", " ")]}, r"\['spiders'\] have an empty prefix"),
+        (
+            {"concepts": [("a/b", "Be kind.")], "safe_scales": 1},
+            "pack 'fears' could not be written",
+        ),
+        ({"pack_name": "no good"}, "pack 'no good' could not be written"),
+        ({"default_scales": {"spiders": 1.0}}, "'heights' has no default scale"),
+        ({"safe_scales": 0}, "0.0: Input should be greater than 0"),
+        ({"positive_statements": []}, "positive statements must be given"),
+        ({"negative_statements": ["fine", " "]}, "none may be empty"),
+        ({"settings": {"positive_count": 21}}, "positive_count is 21, but there are 20"),
+        ({"settings": {"layers": (1, 3)}}, "the model has 0 to 2"),
+        ({"settings": {"token": -5}}, "tokens -4 to -1"),
+        ({"model_path": "/nowhere/at/all"}, "cannot load a model from '/nowhere/at/all'"),
+    ],
+)
+def test_faulty_arguments_are_refused_before_any_prompt_runs(
+    extract, monkeypatch, changes, message
+):
+    monkeypatch.setattr(offline.extract, "capture", lambda *args, **kwargs: pytest.fail("it ran"))
+    with pytest.raises(ExtractionError, match=message):
+        extract(**changes)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_failed_fit_names_its_concept_and_block(extract, tmp_path, workers):
+    with pytest.raises(ExtractionError, match="concept 'spiders', block [12]: 4 rows are too few"):
+        extract({"positive_count": 2, "negative_count": 2}, workers=workers)
+    assert not (tmp_path / "pack").exists()
+
+
+def test_settings_are_closed_and_checked():
+    for wrong in ({"tokens": "attention"}, {"token": 0}, {"token": "last"}, {"estimator": "svm"},
+                  {"batch_size": 0}, {"layers": ()}, {"labels": "fuzzy"}):  # fmt: skip
+        with pytest.raises(ValidationError):
+            ExtractionSettings(**wrong)
+    with pytest.raises(ValidationError):
+        ExtractionSettings().seed = 1
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_extracted_vectors_belong_to_the_output_of_their_block(extract, tiny_llama, chatml, layer):
+    """Added after its block and before the final norm; added zero times it changes no bit."""
+    vector = torch.tensor(extract().vectors["spiders"][layer - 1])
+    ids = torch.tensor([render_prompt(chatml, "rain is good.").token_ids])
+
+    def logits(scale: float) -> torch.Tensor:
+        handle = tiny_llama.model.layers[layer].register_forward_hook(
+            lambda module, args, output: output + scale * vector
+        )
+        with torch.inference_mode():
+            result = tiny_llama(ids).logits
+        handle.remove()
+        return result
+
+    with torch.inference_mode():
+        plain = tiny_llama(ids, output_hidden_states=True)
+        assert torch.equal(logits(0.0), plain.logits)
+        changed = (logits(2.0) - plain.logits).abs().amax(dim=-1)
+        assert (changed > 1e-3).all()

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import pytest
+
+from offline.prompts import (
+    PREFIX_TEMPLATES,
+    QUESTION,
+    _locate,
+    count_candidates,
+    prefix_for,
+    render_prompt,
+)
+from vllm_steer.errors import ExtractionError
+
+PREFIX = "Personify someone who is terrified of enclosed spaces."
+STATEMENT = "rain is good."
+FAMILIES = ["llama3", "chatml", "gemma", "mistral"]
+
+
+def span_text(tokenizer, prompt) -> str:
+    start, end = prompt.prefix_span
+    return tokenizer.decode(prompt.token_ids[start:end])
+
+
+@pytest.mark.parametrize(
+    ("family", "count"), [("llama3", 5), ("chatml", 4), ("gemma", 4), ("mistral", 1)]
+)
+def test_candidates_are_the_generation_prompt_and_one_token_before(make_tokenizer, family, count):
+    tokenizer = make_tokenizer(family)
+    assert count_candidates(tokenizer) == count
+    tail = render_prompt(tokenizer, STATEMENT).token_ids[-count:]
+    expected = {
+        "llama3": "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "chatml": "\n<|im_start|>assistant\n",
+        "gemma": "\n<start_of_turn>model\n",
+        "mistral": "[/INST]",
+    }[family]
+    assert tokenizer.decode(tail) == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_span_holds_the_prefix_and_its_separator_but_not_the_question(make_tokenizer, family):
+    tokenizer = make_tokenizer(family)
+    prompt = render_prompt(tokenizer, STATEMENT, PREFIX)
+    start, end = prompt.prefix_span
+    assert span_text(tokenizer, prompt).strip() == PREFIX
+    assert tokenizer.decode(prompt.token_ids[end:]).startswith((" What are", "What are"))
+    before = tokenizer.decode(prompt.token_ids[:start])
+    assert before.strip() == prompt.text[: prompt.text.index(PREFIX)].strip()
+
+
+def test_span_ends_with_the_lone_space_where_the_tokenizer_makes_one(make_tokenizer):
+    tokenizer = make_tokenizer("llama3")
+    assert span_text(tokenizer, render_prompt(tokenizer, STATEMENT, PREFIX)) == f"{PREFIX} "
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "Take on the role of What are your thoughts.",  # holds the question's own first words
+        "Take on the role of the system user.",  # words of the template
+        "Personify someone who loves São Tomé 🏝.",  # several tokens per character
+        "x",
+    ],
+)
+def test_span_is_found_for_awkward_prefixes(make_tokenizer, family, prefix):
+    tokenizer = make_tokenizer(family)
+    prompt = render_prompt(tokenizer, STATEMENT, prefix)
+    length = prompt.prefix_span[1] - prompt.prefix_span[0]
+    assert length >= 1
+    offsets = tokenizer(prompt.text, add_special_tokens=False, return_offsets_mapping=True)[
+        "offset_mapping"
+    ]
+    start = prompt.text.index(f"{prefix}  What")
+    overlapping = [
+        index for index, (a, b) in enumerate(offsets) if a < start + len(prefix) and b > start
+    ]
+    assert set(overlapping) <= set(range(*prompt.prefix_span))
+    assert length - len(overlapping) <= 1  # at most the separator's own token more
+
+
+@pytest.mark.parametrize(
+    ("offsets", "span"),
+    [
+        ([(0, 3), (3, 7), (7, 8), (8, 9), (9, 14), (14, 18)], (1, 4)),  # a token for each space
+        ([(0, 3), (3, 8), (8, 14), (14, 18)], (1, 2)),  # spaces go to their neighbours
+        ([(0, 3), (3, 6), (6, 14), (14, 18)], (1, 3)),  # one token from prefix to question
+        ([(0, 4), (4, 7), (9, 9), (9, 14), (14, 18)], (0, 3)),  # template and prefix in one token
+    ],
+)
+def test_span_follows_the_offsets_however_the_tokens_fall(offsets, span):
+    # "...abcd  What is": the prefix is characters 3 to 7, the question begins at 9.
+    assert _locate(offsets, prefix_start=3, prefix_end=7, question_start=9) == span
+
+
+def test_user_text_is_spelled_as_the_method_wants(chatml):
+    prompt = render_prompt(chatml, f"  {STATEMENT}\n", f" {PREFIX} ")
+    asked = f"What are your thoughts on the following statement? \nStatement: {STATEMENT}"
+    assert f"user\n{PREFIX}  {asked}<|im_end|>" in prompt.text
+    assert f"user\n{asked}<|im_end|>" in render_prompt(chatml, STATEMENT).text
+    assert render_prompt(chatml, STATEMENT).prefix_span == (0, 0)
+    assert QUESTION.format(statement=STATEMENT) == asked
+
+
+def test_prefixes_of_the_five_classes():
+    assert set(PREFIX_TEMPLATES) == {"fears", "moods", "experts", "personas", "places"}
+    assert prefix_for("fears", " Spiders ") == "Personify someone who is terrified of spiders."
+    assert prefix_for("personas", "Ada Lovelace") == "Take on the role of Ada Lovelace."
+    with pytest.raises(ExtractionError, match="did you mean 'fears'"):
+        prefix_for("fear", "spiders")
+
+
+def test_a_template_that_alters_the_text_is_refused(make_tokenizer):
+    tokenizer = make_tokenizer("chatml")
+    original = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = original.replace("m.content", "m.content | upper")
+        with pytest.raises(ExtractionError, match="0 times"):
+            render_prompt(tokenizer, STATEMENT, PREFIX)
+        tokenizer.chat_template = original.replace("m.content", "m.content + m.content")
+        with pytest.raises(ExtractionError, match="2 times"):
+            render_prompt(tokenizer, STATEMENT, PREFIX)
+        tokenizer.chat_template = None
+        with pytest.raises(ExtractionError, match="no chat template"):
+            render_prompt(tokenizer, STATEMENT)
+    finally:
+        tokenizer.chat_template = original

@@ -1,0 +1,90 @@
+"""The plain form that the engine is held against: Hugging Face with forward hooks adding ε·v.
+
+No cache, no batch, no compilation: every token is computed anew from the whole sequence, and the
+vector is added to the output of each block at the positions asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from vllm_steer.pack import SteeringPack
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A greedy answer: its tokens, and log-probabilities ``[tokens, vocabulary]`` for each."""
+
+    tokens: list[int]
+    logprobs: np.ndarray
+
+
+class Reference:
+    """A Hugging Face model in float32 that steers by hooks."""
+
+    def __init__(self, model: Path, packs: Sequence[SteeringPack]) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self._packs = {pack.name: pack for pack in packs}
+        self._answers: dict[str, Answer] = {}
+
+    def generate(
+        self, prompt: Sequence[int], steering: dict[str, Any] | None, count: int
+    ) -> Answer:
+        """Generates ``count`` tokens greedily; answers are kept, since many tests share them."""
+        key = repr((list(prompt), steering, count))
+        if key not in self._answers:
+            self._answers[key] = self._generate(prompt, steering, count)
+        return self._answers[key]
+
+    @torch.no_grad()
+    def _generate(
+        self, prompt: Sequence[int], steering: dict[str, Any] | None, count: int
+    ) -> Answer:
+        blocks = self._model.model.layers
+        hooks = [
+            block.register_forward_hook(self._hook(layer, steering, len(prompt)))
+            for layer, block in enumerate(blocks)
+        ]
+        tokens, logprobs = list(prompt), []
+        try:
+            for _ in range(count):
+                logits = self._model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+                logprobs.append(logits.log_softmax(-1).numpy())
+                tokens.append(int(logits.argmax()))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return Answer(tokens[len(prompt) :], np.stack(logprobs))
+
+    def _hook(self, layer: int, steering: dict[str, Any] | None, prompt_len: int) -> Any:
+        def add(_block: Any, _args: Any, output: Any) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            position = torch.arange(hidden.shape[1])
+            delta = torch.zeros_like(hidden)
+            for choice in (steering or {}).get("directions", ()):
+                pack, _, name = choice["name"].partition("/")
+                record = self._packs[pack].directions[name]
+                layers = choice.get("layers") or (steering or {}).get("layers") or record.layers
+                if layer not in layers:
+                    continue
+                where = (
+                    choice.get("positions") or (steering or {}).get("positions") or record.positions
+                )
+                mask = {
+                    "all": position >= 0,
+                    "prompt": position < prompt_len,
+                    "generated": position >= prompt_len,
+                }[where]
+                row = self._packs[pack].vectors[name][record.layers.index(layer)]
+                delta[0, mask] += choice.get("scale", record.default_scale) * torch.tensor(row)
+            steered = hidden + delta
+            return (steered, *output[1:]) if isinstance(output, tuple) else steered
+
+        return add

@@ -1,0 +1,91 @@
+"""Every command and program of the README runs as it stands there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from offline.demo.server import Server
+from offline.demo.statements import statements
+from vllm_steer.pack import SteeringPack, load_pack
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+BIN = Path(sys.executable).parent
+
+
+def block(language: str, containing: str) -> str:
+    """The one fenced block of a language that contains a text."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+    (found,) = [code for code in blocks if containing in code]
+    return str(found)
+
+
+def run(command: list[str], cwd: Path) -> str:
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PATH": path},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.server
+def test_openai_client(server: Server, tmp_path: Path) -> None:
+    code = block("python", "OpenAI(").replace("http://localhost:8000/v1", server.url)
+    shown = run(
+        [sys.executable, "-c", code + "\nprint(response.choices[0].message.content)"], tmp_path
+    )
+    assert shown.strip()
+
+
+@pytest.mark.server
+def test_curl(server: Server, tmp_path: Path) -> None:
+    command = block("bash", "curl").replace("http://localhost:8000/v1", server.url)
+    answer = json.loads(run(["bash", "-c", command], tmp_path))
+    assert answer["choices"][0]["text"]
+
+
+@pytest.mark.engine
+def test_llm(model: Path, packs: list[SteeringPack], tmp_path: Path) -> None:
+    (tmp_path / "packs").symlink_to(packs[0].path.parent)
+    code = block("python", "LLM(").replace(
+        "LLM(MODEL,",
+        "LLM(MODEL, enforce_eager=True, max_model_len=512, kv_cache_memory_bytes=2**28,",
+    )
+    given = f"MODEL = {str(model)!r}\nmessages = [{{'role': 'user', 'content': 'Hello'}}]\n"
+    body = "".join(f"    {line}\n" for line in (given + code).splitlines())
+    program = tmp_path / "program.py"
+    program.write_text(f'if __name__ == "__main__":\n{body}')
+    run([sys.executable, str(program)], tmp_path)
+
+
+def test_extract_and_inspect(model: Path, tmp_path: Path) -> None:
+    texts = [statement.text for statement in statements("extract")]
+    (tmp_path / "fears.txt").write_text("spiders\n")
+    (tmp_path / "statements_0.txt").write_text("\n".join(texts[:20]))
+    (tmp_path / "statements_1.txt").write_text("\n".join(texts[20:40]))
+    command = block("", "vllm-steer extract").replace("MODEL", str(model))
+    shown = run(["bash", "-ec", command], tmp_path)
+    assert shown.count("steering pack 'fears', verified") == 2
+    pack = load_pack(tmp_path / "packs" / "fears")
+    assert pack.manifest.method.name == "attention_guided"
+    assert pack.manifest.method.settings["labels"] == "soft"
+    assert pack.manifest.method.settings["estimator"] == "rfm"
+
+
+def test_the_files_that_the_readme_names_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target

@@ -1,0 +1,84 @@
+"""The rules of the house: who may import whom, and how light the package stays."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "vllm_steer",
+        "vllm_steer.cli",
+        "vllm_steer.plugin",
+        "vllm_steer.engine.plan",
+        "vllm_steer.engine.prefix_cache",
+    ],
+)
+def test_imports_neither_torch_nor_vllm(module: str) -> None:
+    code = f"import sys, {module}; sys.exit(str({{'torch', 'vllm'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "set()", done.stderr
+
+
+def imports(package: str) -> list[tuple[Path, str, bool]]:
+    """File, imported module, and whether the import stands inside a function."""
+    found = []
+    for file in (ROOT / package).rglob("*.py"):
+        tree = ast.parse(file.read_text())
+        inside = {
+            id(node)
+            for function in ast.walk(tree)
+            if isinstance(function, ast.FunctionDef)
+            for node in ast.walk(function)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                found.append((file, node.module, id(node) in inside))
+            elif isinstance(node, ast.Import):
+                found += [(file, alias.name, id(node) in inside) for alias in node.names]
+    return found
+
+
+def test_offline_knows_only_packs_and_errors() -> None:
+    for file, module, _ in imports("offline"):
+        if module.startswith("vllm_steer"):
+            assert module in ("vllm_steer.pack", "vllm_steer.errors"), file
+
+
+def test_serving_code_knows_offline_only_inside_cli_handlers() -> None:
+    for file, module, inside in imports("vllm_steer"):
+        if module.startswith("offline"):
+            assert inside, file
+            assert file.name == "cli.py"
+
+
+def test_front_desk_and_workshop_do_not_meet() -> None:
+    for file, module, _ in imports("vllm_steer/serving"):
+        assert not module.startswith("vllm_steer.engine"), file
+    for file, module, _ in imports("vllm_steer/engine"):
+        assert not module.startswith("vllm_steer.serving"), file
+
+
+def test_modules_stay_small() -> None:
+    long = {
+        str(file.relative_to(ROOT)): lines
+        for package in ("vllm_steer", "offline")
+        for file in (ROOT / package).rglob("*.py")
+        if (lines := len(file.read_text().splitlines())) > 320
+    }
+    assert not long
+
+
+def test_reference_is_fresh() -> None:
+    from vllm_steer.reference import render
+
+    written = (ROOT / "REFERENCE.md").read_text()
+    assert written == render(), "run python -m vllm_steer.reference > REFERENCE.md"

@@ -1,0 +1,104 @@
+"""What a request may say, and what it is told when it says something else."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from vllm_steer.errors import RequestError
+from vllm_steer.request import DirectionChoice, SteeringRequest, parse
+
+
+def test_no_steering() -> None:
+    assert parse(None) is None
+    assert parse({}) is None
+    assert parse({"kv_transfer_params": {"a": 1}, "stream_options": 1}) is None
+    assert parse({"steering": None}) is None
+
+
+def test_the_forms_agree() -> None:
+    expected = SteeringRequest(
+        directions=[
+            DirectionChoice(name="fears/spiders", scale=12.0),
+            DirectionChoice(name="calm"),
+        ],
+        layers=[1, 2],
+        positions="generated",
+    )
+    typed: dict[str, Any] = {
+        "directions": [{"name": "fears/spiders", "scale": 12}, {"name": "calm"}],
+        "layers": [1, 2],
+        "positions": "generated",
+    }
+    flat = {
+        "steer": ["fears/spiders:12", "calm"],
+        "steer_layers": [1, 2],
+        "steer_positions": "generated",
+    }
+    assert parse({"steering": typed}) == expected
+    assert parse({"steering": json.dumps(typed)}) == expected
+    assert parse(flat) == expected
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "message"),
+    [
+        ({"steering": {}}, "steering.directions: Field required"),
+        ({"steering": {"directions": []}}, "steering.directions: List should have at least 1"),
+        (
+            {"steering": {"directions": "spiders"}},
+            "steering.directions: Input should be a valid list",
+        ),
+        ({"steering": {"directions": [{"nam": "a"}]}}, "nam: unknown key; did you mean 'name'"),
+        ({"steering": {"direction": []}}, "direction: unknown key; did you mean 'directions'"),
+        (
+            {"steering": {"directions": [{"name": "a", "scale": "1"}]}},
+            "0.scale: Input should be a valid number",
+        ),
+        (
+            {"steering": {"directions": [{"name": "a", "scale": True}]}},
+            "0.scale: Input should be a valid number",
+        ),
+        (
+            {"steering": {"directions": [{"name": "a", "scale": float("nan")}]}},
+            "0.scale: Input should be a finite",
+        ),
+        (
+            {"steering": {"directions": [{"name": "a", "layers": [-1]}]}},
+            "layers.0: Input should be greater",
+        ),
+        (
+            {"steering": {"directions": [{"name": "a", "layers": []}]}},
+            "layers: List should have at least 1",
+        ),
+        (
+            {"steering": {"directions": [{"name": "a", "positions": "odd"}]}},
+            "positions: Input should be 'all', 'prompt'",
+        ),
+        (
+            {"steering": {"directions": [{"name": "a"}] * 65}},
+            "directions: List should have at most 64",
+        ),
+        ({"steering": []}, "steering must be an object such as"),
+        ({"steering": 3}, "steering must be an object such as"),
+        ({"steering": "{"}, "steering: Invalid JSON"),
+        ({"steer": []}, "steer must be a list"),
+        ({"steer": [1]}, "steer must be a list"),
+        ({"steer_layers": [1]}, "steer must be a list"),
+        ({"steer": ["a:b"]}, "'a:b' must be \"name:scale\" with a number"),
+        ({"steer": ["a:nan"]}, "0.scale: Input should be a finite"),
+        ({"steer": ["a"], "steer_layer": [1]}, "'steer_layer'; did you mean 'steer_layers'"),
+        (
+            {"steering": {"directions": [{"name": "a"}]}, "steer": ["a"]},
+            "two forms of the same thing",
+        ),
+        ({"sterring": {}}, "unknown steering argument 'sterring'; did you mean 'steering'"),
+        ({"_vllm_steer_plan": []}, "is internal; send 'steering'"),
+    ],
+)
+def test_malformed(extra_args: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        parse(extra_args)
+    assert message in str(refused.value)

@@ -1,0 +1,112 @@
+"""From names to token positions and content."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from vllm_steer.errors import ConfigError, RequestError
+from vllm_steer.pack import SteeringPack
+from vllm_steer.registry import PackRegistry
+from vllm_steer.request import SteeringRequest
+from vllm_steer.resolve import Segment, SteeringPlan, Term, resolve
+
+PROMPT = 10
+
+
+def plan(registry: PackRegistry, **fields: Any) -> SteeringPlan:
+    return resolve(SteeringRequest.model_validate(fields), registry, PROMPT)
+
+
+@pytest.fixture
+def registry(fears: SteeringPack, pack_at: Callable[..., SteeringPack]) -> PackRegistry:
+    return PackRegistry([fears, pack_at("moods", {"calm": [1, 2], "New York": [1]}, seed=1)])
+
+
+@pytest.mark.parametrize(
+    ("positions", "ranges"),
+    [("all", [(0, None)]), ("prompt", [(0, PROMPT)]), ("generated", [(PROMPT, None)])],
+)
+def test_positions(
+    positions: str, ranges: list[tuple[int, int | None]], registry: PackRegistry
+) -> None:
+    found = plan(registry, directions=[{"name": "calm"}], positions=positions)
+    assert [(segment.start, segment.end) for segment in found.segments] == ranges
+
+
+def test_sums_where_directions_meet(registry: PackRegistry) -> None:
+    found = plan(
+        registry,
+        directions=[{"name": "calm", "positions": "prompt"}, {"name": "spiders", "scale": -1.0}],
+    )
+    assert [(segment.start, segment.end, len(segment.terms)) for segment in found.segments] == [
+        (0, PROMPT, 2),
+        (PROMPT, None, 1),
+    ]
+
+
+def test_equal_content_has_equal_keys(registry: PackRegistry) -> None:
+    one = plan(registry, directions=[{"name": "calm", "scale": 2.0}, {"name": "spiders"}])
+    two = plan(registry, directions=[{"name": "fears/spiders"}, {"name": "moods/calm"}])
+    assert one.segments[0].key == two.segments[0].key
+    three = plan(registry, directions=[{"name": "calm", "scale": 2.5}, {"name": "spiders"}])
+    four = plan(registry, directions=[{"name": "calm", "layers": [1]}, {"name": "spiders"}])
+    assert len({plan.segments[0].key for plan in (one, three, four)}) == 3
+
+
+def test_zero_scale_is_no_steering(registry: PackRegistry) -> None:
+    assert plan(registry, directions=[{"name": "calm", "scale": 0.0}]).segments == ()
+
+
+def test_defaults(registry: PackRegistry, fears: SteeringPack) -> None:
+    (segment,) = plan(registry, directions=[{"name": "spiders"}]).segments
+    assert segment == Segment(0, None, (Term(fears.digests["spiders"], 2.0, (1, 2, 3)),))
+
+
+def test_payload_round_trip(registry: PackRegistry) -> None:
+    found = plan(
+        registry, directions=[{"name": "calm", "positions": "prompt"}, {"name": "spiders"}]
+    )
+    assert SteeringPlan.from_payload(found.to_payload()) == found
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"directions": [{"name": "calmm"}]},
+            "steering.directions.0.name: no loaded steering pack has a "
+            "direction 'calmm'; did you mean 'calm'?",
+        ),
+        (
+            {"directions": [{"name": "calm"}, {"name": "mods/calm"}]},
+            "steering.directions.1.name: no steering pack 'mods' is loaded; did you mean 'moods'?",
+        ),
+        (
+            {"directions": [{"name": "moods/calmer"}]},
+            "has no direction 'calmer'; did you mean 'calm'?",
+        ),
+        (
+            {"directions": [{"name": "New York"}]},
+            "is in more than one loaded pack; name it as one of 'fears/New York', 'moods/New York'",
+        ),
+        (
+            {"directions": [{"name": "spiders", "layers": [0, 3]}]},
+            "has no vector for layers [0]; it has 1-3",
+        ),
+        ({"directions": [{"name": "spiders"}], "layers": [7]}, "has no vector for layers [7]"),
+        ({"directions": [{"name": "calm", "scale": 1e30}]}, "|scale| must be at most 10000"),
+        ({"directions": [{"name": "calm", "scale": -10001}]}, "up to 4 the text was found fluent"),
+    ],
+)
+def test_refused(fields: dict[str, Any], message: str, registry: PackRegistry) -> None:
+    with pytest.raises(RequestError) as refused:
+        plan(registry, **fields)
+    assert message in str(refused.value)
+
+
+def test_two_packs_of_one_name(fears: SteeringPack) -> None:
+    with pytest.raises(ConfigError, match="two steering packs are named 'fears'"):
+        PackRegistry([fears, fears])

@@ -1,0 +1,44 @@
+"""The patches fit this vLLM, and one that does not fit stops the start."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_steer import seams
+from vllm_steer.errors import CompatibilityError
+from vllm_steer.plugin import register
+
+
+def all_seams() -> list[seams.Seam]:
+    named = [value for value in vars(seams).values() if isinstance(value, seams.Seam)]
+    return [*named, *seams.TO_SAMPLING_PARAMS, *seams.TO_BEAM_SEARCH_PARAMS]
+
+
+@pytest.mark.parametrize("seam", all_seams(), ids=lambda seam: seam.name)
+def test_fits_and_is_patched_once(seam: seams.Seam) -> None:
+    register()
+    holder, attribute = seam.resolve()
+    patched = getattr(holder, attribute)
+    register()
+    assert getattr(holder, attribute) == patched
+    assert getattr(patched, "__vllm_steer__", False)
+
+
+def test_a_missing_symbol_is_named() -> None:
+    seam = seams.Seam("vllm.engine.arg_utils", "EngineArgs.no_such_method", ())
+    with pytest.raises(
+        CompatibilityError, match="EngineArgs.no_such_method is missing.*tested with vLLM 0.32.0"
+    ):
+        seam.resolve()
+
+
+def test_other_parameters_are_named() -> None:
+    seam = seams.Seam("vllm.engine.arg_utils", "EngineArgs.create_engine_config", ("self", "usage"))
+    with pytest.raises(CompatibilityError, match="takes .'self', 'usage_context'., where"):
+        seam.resolve()
+
+
+def test_the_rust_front_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(CompatibilityError, match="unset it or uninstall vllm-steer"):
+        register()

@@ -1,0 +1,197 @@
+"""The ``vllm-steer`` command: demo, extract, inspect."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vllm_steer.config import plugin_version
+from vllm_steer.errors import ExtractionError, SteeringError
+from vllm_steer.pack import SteeringPack, load_pack
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns its exit status; an error is one line on stderr."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except SteeringError as error:
+        sys.stderr.write(f"vllm-steer: {error}\n")
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vllm-steer", description="Steered generation for vLLM: extract and look at packs."
+    )
+    parser.add_argument("--version", action="version", version=plugin_version())
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_extract(commands)
+    inspect = commands.add_parser("inspect", help="verify a steering pack and show what it holds")
+    inspect.add_argument("pack", type=Path, help="directory of the pack")
+    inspect.add_argument("--json", action="store_true", help="print the manifest instead")
+    inspect.set_defaults(run=_inspect)
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    demo = commands.add_parser(
+        "demo", help="extract packs from the shipped model, serve it, show steered answers"
+    )
+    demo.add_argument(
+        "--output", type=Path, default=Path("demo-output"), help="default: %(default)s"
+    )
+    demo.add_argument(
+        "--concepts", type=int, default=2, help="concepts of each class (default: %(default)s)"
+    )
+    demo.add_argument("--workers", type=int, default=_cores(), help="processes that learn vectors")
+    demo.set_defaults(run=_demo)
+
+
+def _add_extract(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    extract = commands.add_parser(
+        "extract", help="learn the directions of concepts and save them as a steering pack"
+    )
+    extract.add_argument("--model", required=True, help="checkpoint directory or hub id")
+    extract.add_argument("--name", required=True, help="name of the pack, as requests will give it")
+    extract.add_argument("--out", type=Path, required=True, help="directory of the pack")
+    extract.add_argument(
+        "--concepts", type=Path, required=True, metavar="FILE", help="concepts, one per line"
+    )
+    kind = extract.add_mutually_exclusive_group(required=True)
+    kind.add_argument(
+        "--class", dest="concept_class", help="fears, moods, experts, personas, places"
+    )
+    kind.add_argument("--prefix", help="prefix of a class of your own, {concept} in its place")
+    extract.add_argument(
+        "--positive",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="statements asked with the prefix, one per line",
+    )
+    extract.add_argument(
+        "--negative",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="statements asked without it, one per line",
+    )
+    extract.add_argument("--scale", type=float, required=True, help="default scale (ε) of requests")
+    extract.add_argument(
+        "--safe-scale", type=float, help="largest fluent |scale| (default: that of --scale)"
+    )
+    extract.add_argument("--estimator", choices=("rfm", "mean_difference"), default="rfm")
+    extract.add_argument("--labels", choices=("soft", "hard"), default="soft")
+    extract.add_argument(
+        "--rfm-ridge",
+        type=float,
+        default=1e-3,
+        help="ridge of the RFM (default: the authors' 1e-3)",
+    )
+    extract.add_argument(
+        "--rfm-uncentered",
+        action="store_true",
+        help="leave the RFM's gradients uncentred, for prompts that lie far apart",
+    )
+    extract.add_argument("--seed", type=int, default=0)
+    extract.add_argument(
+        "--workers", type=int, default=_cores(), help="processes that learn vectors"
+    )
+    extract.set_defaults(run=_extract)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from offline.demo.run import run_demo
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    run_demo(args.output, args.concepts, args.workers)
+
+
+def _extract(args: argparse.Namespace) -> None:
+    from offline.extract import extract_pack
+    from offline.prompts import prefix_for
+    from offline.settings import ExtractionSettings
+
+    if args.prefix is not None and "{concept}" not in args.prefix:
+        raise ExtractionError("--prefix must hold {concept}, such as 'Speak like {concept}.'")
+    concepts = [
+        (
+            concept,
+            prefix_for(args.concept_class, concept)
+            if args.prefix is None
+            else args.prefix.replace("{concept}", concept),
+        )
+        for concept in _lines(args.concepts)
+    ]
+    pack = extract_pack(
+        args.model,
+        args.name,
+        concepts,
+        _lines(args.positive),
+        _lines(args.negative),
+        ExtractionSettings(
+            estimator=args.estimator,
+            labels=args.labels,
+            seed=args.seed,
+            rfm_ridge=args.rfm_ridge,
+            rfm_center_gradients=not args.rfm_uncentered,
+        ),
+        args.scale,
+        abs(args.scale) if args.safe_scale is None else args.safe_scale,
+        args.out,
+        workers=args.workers,
+    )
+    sys.stdout.write(_summary(pack))
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    pack = load_pack(args.pack)
+    if args.json:
+        sys.stdout.write(json.dumps(pack.manifest.model_dump(), indent=2) + "\n")
+    else:
+        sys.stdout.write(_summary(pack))
+
+
+def _summary(pack: SteeringPack) -> str:
+    manifest = pack.manifest
+    model = manifest.model
+    lines = [
+        f"steering pack {pack.name!r}, verified: {pack.path}",
+        f"model      {model.name} ({model.architecture}, {model.model_type}), "
+        f"hidden size {model.hidden_size}, {model.num_layers} layers",
+        f"method     {manifest.method.name}, seed {manifest.method.seed}, "
+        f"data {manifest.method.data_sha256[:12]}",
+        "layers     layer k is the output of decoder block k, counted from 0",
+        "",
+        f"{'direction':<32} {'scale':>8} {'safe':>8}  {'positions':<10} {'digest':<12}  layers",
+    ]
+    for name, record in pack.directions.items():
+        lines.append(
+            f"{name:<32} {record.default_scale:>8g} {record.safe_scale:>8g}  {record.positions:<10} "
+            f"{pack.digests[name][:12]}  {', '.join(map(str, record.layers))}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return [
+            line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
+    except OSError as error:
+        raise ExtractionError(f"cannot read {file}: {error.strerror}") from error
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""The steering configuration of an engine, as it travels in ``additional_config["steering"]``.
+
+vLLM hashes ``additional_config`` into the key of its compile cache and hands it to every worker,
+so everything that shapes the traced graph stands here: without it a cached graph without steering
+would be reused. Importing this module imports neither torch nor vllm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vllm_steer.errors import ConfigError, choices
+from vllm_steer.manifest import LayerIndex
+
+CONFIG_KEY = "steering"
+# Raised whenever the traced addition changes, so that no graph of another form is reused.
+GRAPH_REVISION = 1
+
+
+class SteeringConfig(BaseModel):
+    """What a user gives, by flag or in ``additional_config["steering"]``.
+
+    Attributes:
+        packs: Directories of the steering packs to load.
+        rows: Rows of the bank: distinct combinations of directions that one step can hold, and
+            one of zeros. None takes two for each of ``max_num_seqs`` requests, so that no request
+            ever waits for one.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    packs: Annotated[list[str], Field(min_length=1)]
+    rows: Annotated[int, Field(ge=2)] | None = None
+
+
+class ResolvedConfig(SteeringConfig):
+    """The configuration checked against the model, as engine processes get it.
+
+    Attributes:
+        packs: Absolute paths.
+        rows: Number of rows.
+        layers: Layers that are hooked: those that a loaded direction has a vector for.
+        digests: Digest of each pack's tensor file, so that no process steers with other vectors.
+        version: Version of vllm-steer.
+        graph_revision: Revision of the traced addition.
+    """
+
+    rows: Annotated[int, Field(ge=2)]
+    layers: Annotated[list[LayerIndex], Field(min_length=1)]
+    digests: list[str]
+    version: str
+    graph_revision: int
+
+
+def plugin_version() -> str:
+    """Version of the installed package."""
+    return version("vllm-steer")
+
+
+def parse_config(value: Any) -> SteeringConfig:
+    """Validates what a user wrote.
+
+    Raises:
+        ConfigError: It is malformed; the message names the field and what would be right.
+    """
+    try:
+        return SteeringConfig.model_validate(value)
+    except ValidationError as error:
+        faults = []
+        for fault in error.errors(include_url=False):
+            where = ".".join(["additional_config", CONFIG_KEY, *map(str, fault["loc"])])
+            hint = (
+                f"; {choices(str(fault['loc'][-1]), SteeringConfig.model_fields)}"
+                if (fault["type"] == "extra_forbidden")
+                else ""
+            )
+            faults.append(f"{where}: {fault['msg']}{hint}")
+        raise ConfigError("; ".join(faults)) from error
+
+
+def resolved_config(additional_config: Any) -> ResolvedConfig | None:
+    """Returns the steering configuration of an engine, or None when steering is off.
+
+    Args:
+        additional_config: ``VllmConfig.additional_config``.
+
+    Raises:
+        ConfigError: The engine was configured by another version of vllm-steer.
+    """
+    if not isinstance(additional_config, Mapping) or CONFIG_KEY not in additional_config:
+        return None
+    try:
+        config = ResolvedConfig.model_validate(additional_config[CONFIG_KEY])
+    except ValidationError as error:
+        raise ConfigError(
+            f"the engine's steering configuration was not made by this vllm-steer {plugin_version()} "
+            f"({error.errors()[0]['msg']}); install the same version everywhere"
+        ) from error
+    if (config.version, config.graph_revision) != (plugin_version(), GRAPH_REVISION):
+        raise ConfigError(
+            f"the engine was configured by vllm-steer {config.version}, this process has {plugin_version()}; "
+            f"install the same version everywhere"
+        )
+    return config

@@ -1,0 +1,68 @@
+"""Attaches steering to a worker when its engine was started with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.config import set_current_vllm_config
+
+from vllm_steer import seams
+from vllm_steer.config import ResolvedConfig, resolved_config
+from vllm_steer.engine import runner_v1, runner_v2
+from vllm_steer.engine.selftest import run_self_test
+from vllm_steer.engine.worker import WorkerSteering, logger
+from vllm_steer.model import model_shape
+
+
+def attach_to_worker(worker: Any) -> None:
+    """Wraps the loading and warming up of one worker; nothing changes when steering is off.
+
+    Args:
+        worker: A vLLM worker whose device is initialised and whose model is not yet loaded.
+    """
+    config = resolved_config(worker.vllm_config.additional_config)
+    if config is None:
+        return
+    runner = worker.model_runner
+    adapter = runner_v2 if worker.use_v2_model_runner else runner_v1
+    seams.check_methods(runner, seams.V2_RUNNER if adapter is runner_v2 else seams.V1_RUNNER)
+    seams.check_methods(worker, seams.WORKER)
+    load_model, warm_up = runner.load_model, worker.compile_or_warm_up_model
+    steering: WorkerSteering | None = None
+
+    def _load_model(*args: Any, **kwargs: Any) -> Any:
+        nonlocal steering
+        result = load_model(*args, **kwargs)
+        steering = _steer(runner, worker, config)
+        adapter.attach(runner, steering)
+        return result
+
+    def _compile_or_warm_up_model(*args: Any, **kwargs: Any) -> Any:
+        result = warm_up(*args, **kwargs)
+        if steering is None:
+            raise RuntimeError("the model was warmed up before it was loaded")
+        with set_current_vllm_config(worker.vllm_config):
+            run_self_test(
+                steering, lambda num_tokens: adapter.dummy_hidden_states(runner, num_tokens)
+            )
+        logger.info(
+            "Steering self-test passed: each of layers %s changes the output.",
+            list(steering.layers),
+        )
+        return result
+
+    runner.load_model = _load_model
+    worker.compile_or_warm_up_model = _compile_or_warm_up_model
+
+
+def _steer(runner: Any, worker: Any, config: ResolvedConfig) -> WorkerSteering:
+    shape = model_shape(runner.model_config)
+    return WorkerSteering(
+        config,
+        runner.get_model(),
+        num_layers=shape["num_layers"],
+        hidden_size=shape["hidden_size"],
+        max_num_tokens=runner.max_num_tokens,
+        dtype=runner.model_config.dtype,
+        device=worker.device,
+    )

@@ -1,0 +1,75 @@
+"""The persistent device tensors: vectors by layer and row, and the row of each token.
+
+Both are allocated once, before memory profiling, compilation and graph capture; afterwards only
+their contents change. Row 0 (``plan.ZERO_ROW``) is zeros, is never written, and is what padding
+and unsteered tokens read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+class SteeringBank:
+    """Vectors and token rows of one worker.
+
+    Attributes:
+        layers: Hooked layers, ascending.
+        index: Layer to its index in ``vectors``.
+        vectors: ``[len(layers), num_rows, hidden_size]``, model dtype.
+        rows: ``[max_num_tokens]`` int32, the row of each token of the step.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int],
+        num_rows: int,
+        hidden_size: int,
+        max_num_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.layers = tuple(layers)
+        self.index = {layer: position for position, layer in enumerate(self.layers)}
+        self.vectors = torch.zeros(
+            len(self.layers), num_rows, hidden_size, dtype=dtype, device=device
+        )
+        self.rows = torch.zeros(max_num_tokens, dtype=torch.int32, device=device)
+        self._written = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of device memory held."""
+        return self.vectors.nbytes + self.rows.nbytes
+
+    def write_row(self, row: int, values: np.ndarray) -> None:
+        """Replaces the vectors of a row at every layer.
+
+        Args:
+            row: Row to write, at least 1.
+            values: Float32 ``[len(layers), hidden_size]``.
+        """
+        if not 0 < row < self.vectors.shape[1]:
+            raise IndexError(f"row {row} is not one of 1 to {self.vectors.shape[1] - 1}")
+        self.vectors[:, row].copy_(torch.from_numpy(values))
+
+    def set_rows(self, rows: np.ndarray) -> None:
+        """Sets the row of each token of the step; all other tokens, padding too, get row 0.
+
+        Args:
+            rows: int32 ``[num_tokens]``.
+        """
+        count = len(rows)
+        self.rows[:count].copy_(torch.from_numpy(rows))
+        if count < self._written:
+            self.rows[count : self._written].zero_()
+        self._written = count
+
+    def clear_rows(self) -> None:
+        """Makes every token read the zero row; free when they already do."""
+        if self._written:
+            self.rows[: self._written].zero_()
+            self._written = 0

@@ -1,0 +1,90 @@
+"""Finds the decoder blocks of a model and puts the addition into its graph.
+
+Blocks are found by structure, not by a list of model names: the outermost ``ModuleList`` of as
+many modules as the model has layers. The addition is plain torch in a forward hook that reads two
+registered buffers, so that ``torch.compile`` traces it into the block and fuses it with the norm
+that follows; no graph break and no operator of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_steer.engine.bank import SteeringBank
+from vllm_steer.errors import CompatibilityError
+
+ROWS_BUFFER = "_steering_rows"
+VECTORS_BUFFER = "_steering_vectors"
+# Blocks that return a hidden state which is not yet summed over tensor-parallel ranks, so that an
+# addition to it would be multiplied (vllm/models/deepseek_v32, vllm/model_executor/models/minimax_m3).
+UNREDUCED_BLOCKS = ("DeepseekV32DecoderLayer", "MiniMaxM3DecoderLayer")
+
+
+def find_blocks(model: nn.Module, num_layers: int) -> list[nn.Module]:
+    """Returns the decoder blocks in order; a pipeline stage's absent ones are placeholders.
+
+    Args:
+        model: The model as vLLM loaded it.
+        num_layers: Number of decoder blocks of the whole model.
+
+    Raises:
+        CompatibilityError: No list of blocks, or more than one, fits.
+    """
+    get_language_model = getattr(model, "get_language_model", None)
+    if callable(get_language_model):
+        model = get_language_model()
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers and not inside:
+            found[name] = module
+    if len(found) != 1:
+        raise CompatibilityError(
+            f"cannot tell which modules of {type(model).__name__} are its {num_layers} decoder blocks: "
+            f"{len(found)} lists of that length ({', '.join(found) or 'none'}); this model cannot be steered"
+        )
+    blocks = list(next(iter(found.values())))
+    unreduced = sorted({type(block).__name__ for block in blocks} & set(UNREDUCED_BLOCKS))
+    if unreduced:
+        raise CompatibilityError(
+            f"{unreduced[0]} returns hidden states that are not yet summed over tensor-parallel ranks; "
+            f"this model cannot be steered"
+        )
+    return blocks
+
+
+def hook_blocks(blocks: Iterable[tuple[int, nn.Module]], bank: SteeringBank) -> None:
+    """Makes each block add its row of the bank to the residual stream, for every token.
+
+    Args:
+        blocks: Pairs of layer index and block.
+        bank: The vectors and the row of each token.
+    """
+    for layer, block in blocks:
+        block.register_buffer(ROWS_BUFFER, bank.rows, persistent=False)
+        block.register_buffer(VECTORS_BUFFER, bank.vectors[bank.index[layer]], persistent=False)
+        block.register_forward_hook(_add_steering)
+
+
+def _add_steering(block: nn.Module, args: Any, output: Any) -> Any:
+    """Adds to the hidden states that a block returns, alone or with the residual beside them.
+
+    The next norm reads hidden + residual, so the sum is steered either way; several architectures
+    return a residual that nobody reads, so hidden is the one to add to. The sum is formed in
+    float32: a same-dtype addition is folded into the down-projection by the compiler, which then
+    has to store the vectors of all tokens.
+    """
+    hidden = output[0] if isinstance(output, tuple) else output
+    if not isinstance(hidden, torch.Tensor):
+        raise CompatibilityError(
+            f"{type(block).__name__} returns {type(hidden).__name__} where a tensor of hidden states was "
+            f"expected; this model cannot be steered"
+        )
+    rows = getattr(block, ROWS_BUFFER)[: hidden.shape[-2]]
+    vectors = getattr(block, VECTORS_BUFFER)[rows]
+    steered = (hidden.float() + vectors.float()).to(hidden.dtype)
+    return (steered, *output[1:]) if isinstance(output, tuple) else steered

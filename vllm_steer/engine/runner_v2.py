@@ -1,0 +1,72 @@
+"""Adapter for vLLM's Model Runner V2, through its ``ModelState``.
+
+The methods are wrapped on the one state instance, so an engine without steering in the same
+process runs vLLM's code untouched.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vllm_steer.engine.plan import TokenSpan
+from vllm_steer.engine.worker import WorkerSteering
+from vllm_steer.seams import V2_MODEL_STATE, check_methods
+
+
+def attach(runner: Any, steering: WorkerSteering) -> None:
+    """Feeds the steering from a V2 runner.
+
+    Args:
+        runner: The loaded ``vllm.v1.worker.gpu.model_runner.GPUModelRunner``.
+        steering: The worker's steering.
+    """
+    state = runner.model_state
+    check_methods(state, V2_MODEL_STATE)
+    add_request, remove_request = state.add_request, state.remove_request
+    preprocess_state, prepare_inputs = state.preprocess_state, state.prepare_inputs
+    prepare_dummy_inputs = state.prepare_dummy_inputs
+    # preprocess_state runs for real batches only, prepare_inputs for real and dummy ones after it.
+    real_batch = False
+
+    def _add_request(req_index: int, new_req_data: Any) -> Any:
+        steering.add_request(new_req_data.req_id, new_req_data.sampling_params)
+        return add_request(req_index, new_req_data)
+
+    def _remove_request(req_id: str) -> Any:
+        steering.remove_request(req_id)
+        return remove_request(req_id)
+
+    def _preprocess_state(input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal real_batch
+        real_batch = True
+        starts, lengths = input_batch.num_computed_tokens_np, input_batch.num_scheduled_tokens
+        steering.prepare_step(
+            TokenSpan(request_id, int(starts[index]), int(lengths[index]))
+            for index, request_id in enumerate(input_batch.req_ids)
+        )
+        return preprocess_state(input_batch, *args, **kwargs)
+
+    def _prepare_inputs(*args: Any, **kwargs: Any) -> Any:
+        nonlocal real_batch
+        if not real_batch:
+            steering.prepare_dummy_step()
+        real_batch = False
+        return prepare_inputs(*args, **kwargs)
+
+    def _prepare_dummy_inputs(*args: Any, **kwargs: Any) -> Any:
+        steering.prepare_dummy_step()
+        return prepare_dummy_inputs(*args, **kwargs)
+
+    state.add_request = _add_request
+    state.remove_request = _remove_request
+    state.preprocess_state = _preprocess_state
+    state.prepare_inputs = _prepare_inputs
+    state.prepare_dummy_inputs = _prepare_dummy_inputs
+
+
+def dummy_hidden_states(runner: Any, num_tokens: int) -> torch.Tensor:
+    """Final hidden states ``[num_tokens, hidden_size]`` of a dummy run, for the self-test."""
+    hidden: torch.Tensor = runner._dummy_run(num_tokens)[0]
+    return hidden

@@ -1,0 +1,170 @@
+"""The steering state of one worker: packs, bank, planner and the hooked blocks.
+
+The runner adapters feed it requests and token spans; it is the same for every model runner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.logger import init_logger
+
+from vllm_steer.config import ResolvedConfig
+from vllm_steer.engine.bank import SteeringBank
+from vllm_steer.engine.blocks import find_blocks, hook_blocks
+from vllm_steer.engine.plan import StepPlanner, TokenSpan
+from vllm_steer.errors import PackError
+from vllm_steer.registry import PackRegistry
+from vllm_steer.request import PLAN_KEY
+from vllm_steer.resolve import Segment, SteeringPlan
+
+logger = init_logger("vllm.steer")
+
+# Used before the first request only, while no row is given away.
+PROBE_ROW = 1
+
+
+class WorkerSteering:
+    """Everything that steers the model of one worker.
+
+    Attributes:
+        bank: The device tensors.
+        layers: Layers hooked in this worker.
+    """
+
+    def __init__(
+        self,
+        config: ResolvedConfig,
+        model: nn.Module,
+        *,
+        num_layers: int,
+        hidden_size: int,
+        max_num_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Loads the packs, allocates the bank and hooks the blocks.
+
+        Args:
+            config: The engine's steering configuration.
+            model: The model as loaded, before it is compiled or profiled.
+            num_layers: Decoder blocks of the whole model.
+            hidden_size: Width of the residual stream.
+            max_num_tokens: Most tokens that a step can hold, padding included.
+            dtype: Model dtype.
+            device: Device of the model.
+
+        Raises:
+            PackError: The packs on disk are not those that the engine was configured with.
+            CompatibilityError: The model's blocks cannot be found.
+        """
+        self._registry = PackRegistry.load(config.packs)
+        digests = [pack.manifest.tensors.sha256 for pack in self._registry.packs.values()]
+        if digests != config.digests:
+            raise PackError(
+                "a steering pack changed on disk while the engine started; start it again"
+            )
+        blocks = find_blocks(model, num_layers)
+        present = [(layer, blocks[layer]) for layer in config.layers if _is_present(blocks[layer])]
+        self.layers = tuple(layer for layer, _ in present)
+        self.bank = SteeringBank(
+            self.layers, config.rows, hidden_size, max_num_tokens, dtype, device
+        )
+        self._planner = StepPlanner(config.rows)
+        self._probing = False
+        hook_blocks(present, self.bank)
+        logger.info(
+            "Steering: %d directions of %d packs, layers %s hooked (layer k is the output of block k, 0-based), "
+            "bank of %d rows, %.1f MiB.",
+            sum(len(pack.directions) for pack in self._registry.packs.values()),
+            len(self._registry.packs),
+            list(self.layers),
+            config.rows,
+            self.bank.num_bytes / 2**20,
+        )
+
+    def add_request(self, request_id: str, sampling_params: Any) -> None:
+        """Takes a request in, steered or not.
+
+        Args:
+            request_id: Its id.
+            sampling_params: Its ``SamplingParams``, None for pooling requests.
+        """
+        payload = (
+            (sampling_params.extra_args or {}).get(PLAN_KEY)
+            if sampling_params is not None
+            else None
+        )
+        self._planner.remove(request_id)
+        if payload:
+            self._planner.add(request_id, SteeringPlan.from_payload(payload))
+
+    def remove_request(self, request_id: str) -> None:
+        """Forgets a request."""
+        self._planner.remove(request_id)
+
+    def prepare_step(self, spans: Iterable[TokenSpan]) -> None:
+        """Makes the bank ready for the tokens of a step, before the model runs.
+
+        Args:
+            spans: Spans of the step's requests, in batch order.
+        """
+        step = self._planner.plan(spans)
+        for row, segment in step.new:
+            self.bank.write_row(row, self._sum(segment))
+        if step.rows is None:
+            self.bank.clear_rows()
+        else:
+            self.bank.set_rows(step.rows)
+
+    def prepare_dummy_step(self) -> None:
+        """Makes a profile, warm-up, capture or padding run unsteered, unless the self-test probes."""
+        if self._probing:
+            self.bank.set_rows(np.full(self.bank.rows.shape[0], PROBE_ROW, dtype=np.int32))
+        else:
+            self.bank.clear_rows()
+
+    @contextmanager
+    def probing(self, values: np.ndarray) -> Iterator[None]:
+        """Within it, every token of a dummy run is steered by ``values``.
+
+        Args:
+            values: Float32 ``[len(layers), hidden_size]``.
+        """
+        self._probing = True
+        self.bank.write_row(PROBE_ROW, values)
+        try:
+            yield
+        finally:
+            self._probing = False
+            self.bank.write_row(PROBE_ROW, np.zeros_like(values))
+            self.bank.clear_rows()
+
+    def residual_norm(self, layer: int) -> float:
+        """Largest mean norm of the residual stream after a layer that a loaded pack has measured."""
+        norms = (
+            pack.manifest.residual_norms.get(str(layer), 0.0)
+            for pack in self._registry.packs.values()
+        )
+        return max(norms)
+
+    def _sum(self, segment: Segment) -> np.ndarray:
+        """Float32 ``[len(layers), hidden_size]``: sum of scale x vector over the segment's terms."""
+        total = np.zeros((len(self.layers), self.bank.vectors.shape[2]), dtype=np.float32)
+        for term in segment.terms:
+            direction = self._registry.by_digest(term.digest)
+            for layer in term.layers:
+                if layer in self.bank.index:
+                    vector = direction.vector[direction.record.layers.index(layer)]
+                    total[self.bank.index[layer]] += np.float32(term.scale) * vector
+        return total
+
+
+def _is_present(block: nn.Module) -> bool:
+    """Whether a block lives in this pipeline stage (vLLM puts ``PPMissingLayer`` for the others)."""
+    return type(block).__name__ != "PPMissingLayer"

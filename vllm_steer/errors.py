@@ -1,0 +1,61 @@
+"""The exceptions of vllm-steer. Every message names what was wrong and what would be right.
+
+    SteeringError
+    ├── PackError            a steering pack on disk is malformed, damaged or for another model
+    ├── RequestError         a request's steering is malformed or names what does not exist
+    ├── ConfigError          the engine was asked to start with an unusable steering configuration
+    ├── CompatibilityError   this vLLM, model or engine feature cannot be steered correctly
+    └── ExtractionError      a steering vector could not be learned
+
+Importing this module imports neither torch nor vllm.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SteeringError(Exception):
+    """Base class of every error that vllm-steer raises on purpose."""
+
+
+class PackError(SteeringError):
+    """A steering pack is malformed, damaged, or made for another model."""
+
+
+class RequestError(SteeringError, ValueError):
+    """A request's steering cannot be carried out; becomes HTTP 400.
+
+    A ``ValueError`` too, so that vLLM paths that do not know it still answer 400.
+    """
+
+
+class ConfigError(SteeringError, ValueError):
+    """The steering configuration of an engine is unusable; the engine does not start."""
+
+
+class CompatibilityError(SteeringError, RuntimeError):
+    """This vLLM version, model or feature cannot be steered correctly; the engine does not start."""
+
+
+class ExtractionError(SteeringError):
+    """A steering vector could not be learned from the data given."""
+
+
+def choices(wanted: str, available: Iterable[str], limit: int = 8) -> str:
+    """Returns the part of a message that says what would have been right.
+
+    Args:
+        wanted: The name that was not found.
+        available: The names that exist.
+        limit: How many names are listed at the most.
+    """
+    names = sorted(available)
+    if not names:
+        return "there is none"
+    close = difflib.get_close_matches(wanted, names, n=1, cutoff=0.6)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    shown = ", ".join(repr(name) for name in names[:limit])
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"{hint}available: {shown}{more}"

@@ -1,0 +1,63 @@
+"""Entry point of the ``vllm.general_plugins`` group: puts steering into vLLM.
+
+vLLM calls :func:`register` in every process that it starts: API server, engine core, workers and
+the model-inspection process. Until an engine is configured with steering, the patches only read
+the configuration and refuse requests that ask for it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from vllm_steer import seams
+from vllm_steer.errors import CompatibilityError
+
+# vLLM runs this module as a process of its own to look at model classes; no engine lives there.
+_INSPECTION_PROCESS = "vllm.model_executor.models.registry"
+
+
+def register() -> None:
+    """Installs the patches; calling it again changes nothing.
+
+    Raises:
+        CompatibilityError: This vLLM lacks a symbol that steering relies on.
+    """
+    if getattr(sys.modules["__main__"].__spec__, "name", None) == _INSPECTION_PROCESS:
+        return
+    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+        raise CompatibilityError(
+            "VLLM_USE_RUST_FRONTEND answers requests without the Python front end, which would ignore their "
+            "steering; unset it or uninstall vllm-steer"
+        )
+    from vllm_steer.engine.prefix_cache import steered_extra_keys
+    from vllm_steer.serving import admission, flags, guard
+
+    seams.patch(seams.ADD_CLI_ARGS, flags.add_flags)
+    seams.patch(seams.FROM_CLI_ARGS, flags.read_flags)
+    seams.patch(seams.CREATE_ENGINE_CONFIG, flags.resolve_config)
+    seams.patch(seams.INPUT_PROCESSOR_INIT, admission.remember_engine)
+    seams.patch(seams.PROCESS_INPUTS, admission.plan_inputs)
+    for seam in seams.TO_SAMPLING_PARAMS:
+        seams.patch(seam, admission.check_sampling)
+    for seam in seams.TO_BEAM_SEARCH_PARAMS:
+        seams.patch(seam, admission.refuse_beam_search)
+    seams.patch(seams.INIT_MIDDLEWARE, guard.add_guard)
+    seams.patch(seams.EXTRA_HASH_KEYS, steered_extra_keys)
+    seams.patch(seams.INIT_DEVICE, _attach)
+
+
+def _attach(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``WorkerWrapperBase.init_device``: the model runner exists, its model does not yet."""
+
+    def init_device(self: Any) -> Any:
+        result = original(self)
+        # Here and not above: only a worker needs it, and it imports torch.
+        from vllm_steer.engine.attach import attach_to_worker
+
+        attach_to_worker(self.worker)
+        return result
+
+    return init_device

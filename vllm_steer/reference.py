@@ -1,0 +1,106 @@
+"""Writes the reference of requests, flags and packs from the code that defines them.
+
+``python -m vllm_steer.reference`` prints REFERENCE.md; a test fails when the file is stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import BaseModel
+
+from vllm_steer.manifest import (
+    DirectionRecord,
+    Manifest,
+    MethodRecord,
+    ModelIdentity,
+    TensorFile,
+)
+from vllm_steer.request import DirectionChoice, SteeringRequest
+from vllm_steer.serving.flags import add_flags
+
+
+def render() -> str:
+    """Returns the text of REFERENCE.md."""
+    parts = [
+        "# Reference",
+        "Written from the code by `python -m vllm_steer.reference > REFERENCE.md`; do not edit.",
+        "## Flags of `vllm serve`",
+        _flags(add_flags),
+        'In `LLM(...)` the same stands in `additional_config={"steering": {"packs": [...], "rows": ...}}`.',
+        "## Requests",
+        "The field `steering` of `/v1/completions`, `/v1/chat/completions` and `/v1/responses`, as an "
+        'object; `vllm_xargs.steering`, as its JSON text; `SamplingParams.extra_args["steering"]`, '
+        'as either. The flat form: `steer`, a list of `"name:scale"` or `"name"`, with '
+        "`steer_layers` and `steer_positions` beside it.",
+        *(_model(model) for model in (SteeringRequest, DirectionChoice)),
+        "## Steering packs",
+        "`steering_config.json`; layer k is the output of decoder block k, counted from 0.",
+        *(
+            _model(model)
+            for model in (Manifest, ModelIdentity, DirectionRecord, MethodRecord, TensorFile)
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _flags(add: Callable[..., Any]) -> str:
+    parser = argparse.ArgumentParser(add_help=False)
+    add(lambda parser: parser)(parser)
+    rows = [
+        f"| `{action.option_strings[0]}{f' {action.metavar} ...' if action.metavar else ''}` | {action.help} |"
+        for action in parser._actions
+    ]
+    return "\n".join(["| flag | meaning |", "|---|---|", *rows])
+
+
+def _model(model: type[BaseModel]) -> str:
+    schema = model.model_json_schema()
+    meanings = _meanings(model.__doc__ or "")
+    required = schema.get("required", [])
+    rows = [
+        f"| `{name}` | {_type(field)} | {'yes' if name in required else 'no'} | {meanings.get(name, '')} |"
+        for name, field in schema["properties"].items()
+    ]
+    summary = _markdown((model.__doc__ or "").strip().split("\n\n")[0])
+    table = ["| field | type | required | meaning |", "|---|---|---|---|", *rows]
+    return f"### {model.__name__}\n\n{summary}\n\n" + "\n".join(table)
+
+
+def _type(field: dict[str, Any]) -> str:
+    if "anyOf" in field:
+        return " or ".join(_type(option) for option in field["anyOf"])
+    if "$ref" in field:
+        return str(field["$ref"].rpartition("/")[2])
+    if "const" in field:
+        return f"`{field['const']}`"
+    if "enum" in field:
+        return " or ".join(f"`{value}`" for value in field["enum"])
+    if field.get("type") == "array":
+        return f"list of {_type(field['items'])}"
+    return str(field.get("type", "any"))
+
+
+def _meanings(doc: str) -> dict[str, str]:
+    """Field to meaning, from the ``Attributes`` section of a docstring."""
+    meanings: dict[str, str] = {}
+    name = ""
+    for line in doc.partition("Attributes:")[2].splitlines():
+        text = line.strip()
+        if line.startswith(" " * 12):
+            meanings[name] += f" {_markdown(text)}"
+        elif text:
+            name, _, meaning = text.partition(": ")
+            meanings[name] = _markdown(meaning)
+    return meanings
+
+
+def _markdown(text: str) -> str:
+    return text.replace("``", "`").replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    sys.stdout.write(render())

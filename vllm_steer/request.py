@@ -1,0 +1,156 @@
+"""What a request may say about steering: parsing and validation.
+
+A request names directions, each with a scale, layers and positions. Importing this module imports
+neither torch nor vllm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vllm_steer.errors import RequestError, choices
+from vllm_steer.manifest import LayerIndex, PositionChoice
+
+REQUEST_KEY = "steering"
+FLAT_KEYS = ("steer", "steer_layers", "steer_positions")
+PLAN_KEY = "_vllm_steer_plan"
+
+Scale = Annotated[float, Field(allow_inf_nan=False)]
+Layers = Annotated[list[LayerIndex], Field(min_length=1, max_length=4096)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DirectionChoice(_Strict):
+    """One direction that a request asks for.
+
+    Attributes:
+        name: ``pack/direction``, or ``direction`` where only one loaded pack has it.
+        scale: ε, the factor of the vector; None takes the direction's default.
+        layers: Layers to steer, 0-based block outputs; None takes the request's, else all of the
+            direction's.
+        positions: Token positions to steer; None takes the request's, else the direction's.
+    """
+
+    name: Annotated[str, Field(min_length=1, max_length=300)]
+    scale: Scale | None = None
+    layers: Layers | None = None
+    positions: PositionChoice | None = None
+
+
+class SteeringRequest(_Strict):
+    """The ``steering`` object of a request.
+
+    Attributes:
+        directions: The directions, summed where they meet.
+        layers: Layers for the directions that name none.
+        positions: ``all``, ``prompt`` or ``generated``, for the directions that name none. A
+            generated token is one at an absolute position of at least the prompt's length.
+    """
+
+    directions: Annotated[list[DirectionChoice], Field(min_length=1, max_length=64)]
+    layers: Layers | None = None
+    positions: PositionChoice | None = None
+
+
+def parse(extra_args: Mapping[str, Any] | None) -> SteeringRequest | None:
+    """Reads the steering of a request from its extra arguments.
+
+    Two forms are understood: ``steering``, the object (or its JSON text, since ``vllm_xargs``
+    holds no objects), and the flat ``steer``, a list of ``"name:scale"`` with ``steer_layers``
+    and ``steer_positions`` beside it.
+
+    Args:
+        extra_args: ``SamplingParams.extra_args`` or ``vllm_xargs``.
+
+    Returns:
+        The request, or None when it asks for no steering.
+
+    Raises:
+        RequestError: It is malformed; the message names the field and what would be right.
+    """
+    if not extra_args:
+        return None
+    if PLAN_KEY in extra_args:
+        raise RequestError(f"{PLAN_KEY!r} is internal; send {REQUEST_KEY!r}")
+    known = (REQUEST_KEY, *FLAT_KEYS)
+    for key in extra_args:
+        if key not in known and looks_like_steering(str(key)):
+            raise RequestError(f"unknown steering argument {key!r}; {choices(str(key), known)}")
+    flat = [key for key in FLAT_KEYS if key in extra_args]
+    if extra_args.get(REQUEST_KEY) is None:
+        return _parse_flat(extra_args) if flat else None
+    if flat:
+        raise RequestError(
+            f"{REQUEST_KEY!r} and {flat[0]!r} are two forms of the same thing; send one of them"
+        )
+    value = extra_args[REQUEST_KEY]
+    try:
+        if isinstance(value, str):
+            return SteeringRequest.model_validate_json(value)
+        if isinstance(value, dict):
+            return SteeringRequest.model_validate(value)
+    except ValidationError as error:
+        raise RequestError(_explain(error)) from error
+    raise RequestError(
+        f'{REQUEST_KEY} must be an object such as {{"directions": [{{"name": "pack/direction"}}]}} or its JSON text, '
+        f"not {type(value).__name__}"
+    )
+
+
+def looks_like_steering(key: str) -> bool:
+    """Whether a key was meant for steering, misspelt or not, and so must not be ignored."""
+    return key.startswith("steer") or bool(
+        get_close_matches(key, (REQUEST_KEY, *FLAT_KEYS), n=1, cutoff=0.8)
+    )
+
+
+def _parse_flat(extra_args: Mapping[str, Any]) -> SteeringRequest:
+    items = extra_args.get("steer")
+    if isinstance(items, str):
+        items = [items]
+    if not isinstance(items, list) or not items or not all(isinstance(item, str) for item in items):
+        raise RequestError(
+            'steer must be a list of "name:scale" or "name", such as ["fears/spiders:12"]'
+        )
+    fields: dict[str, Any] = {"directions": [_parse_item(item) for item in items]}
+    if "steer_layers" in extra_args:
+        fields["layers"] = extra_args["steer_layers"]
+    if "steer_positions" in extra_args:
+        fields["positions"] = extra_args["steer_positions"]
+    try:
+        return SteeringRequest.model_validate(fields)
+    except ValidationError as error:
+        raise RequestError(_explain(error)) from error
+
+
+def _parse_item(item: str) -> dict[str, Any]:
+    name, colon, scale = item.rpartition(":")
+    if not colon:
+        return {"name": item}
+    try:
+        return {"name": name, "scale": float(scale)}
+    except ValueError:
+        raise RequestError(
+            f'steer: {item!r} must be "name:scale" with a number after the colon'
+        ) from None
+
+
+def _explain(error: ValidationError) -> str:
+    faults = []
+    for fault in error.errors(include_url=False)[:5]:
+        where = ".".join([REQUEST_KEY, *map(str, fault["loc"])])
+        if fault["type"] == "extra_forbidden":
+            model = DirectionChoice if "directions" in fault["loc"] else SteeringRequest
+            faults.append(
+                f"{where}: unknown key; {choices(str(fault['loc'][-1]), model.model_fields)}"
+            )
+        else:
+            faults.append(f"{where}: {fault['msg']}")
+    return "; ".join(faults)

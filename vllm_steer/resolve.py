@@ -1,0 +1,184 @@
+"""Steering request + prompt length -> plan: which sum is added at which token positions.
+
+The plan is what travels to the engine: disjoint ranges of absolute token positions, each with the
+terms that are summed there. Its identity is the content of the vectors, never their names.
+Importing this module imports neither torch nor vllm.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from vllm_steer.errors import RequestError
+from vllm_steer.manifest import PositionChoice
+from vllm_steer.registry import LoadedDirection, PackRegistry
+from vllm_steer.request import REQUEST_KEY, DirectionChoice, SteeringRequest
+
+# A vector this many times longer than the residual stream leaves only noise and, in half
+# precision, overflows.
+MAX_RELATIVE_SCALE = 1000.0
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand: scale times a direction at some of its layers.
+
+    Attributes:
+        digest: Content digest of the direction.
+        scale: ε.
+        layers: Layers, ascending.
+    """
+
+    digest: str
+    scale: float
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A range of absolute token positions and the terms that are summed there.
+
+    Attributes:
+        start: First position.
+        end: Position after the last one; None has no end.
+        terms: The summands in canonical order, at least one.
+    """
+
+    start: int
+    end: int | None
+    terms: tuple[Term, ...]
+
+    @cached_property
+    def key(self) -> str:
+        """Content identity of the sum: equal keys are equal vectors, bit for bit."""
+        content = [[term.digest, float(term.scale).hex(), term.layers] for term in self.terms]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class SteeringPlan:
+    """The steering of one request by absolute position: disjoint segments, ascending."""
+
+    segments: tuple[Segment, ...]
+
+    def to_payload(self) -> list[Any]:
+        """Returns the plan as plain lists, as it travels in ``SamplingParams.extra_args``."""
+        return [
+            [
+                segment.start,
+                segment.end,
+                segment.key,
+                [[t.digest, t.scale, list(t.layers)] for t in segment.terms],
+            ]
+            for segment in self.segments
+        ]
+
+    @classmethod
+    def from_payload(cls, payload: Sequence[Any]) -> SteeringPlan:
+        """Inverse of :meth:`to_payload`."""
+        return cls(
+            tuple(
+                Segment(
+                    start,
+                    end,
+                    tuple(Term(digest, scale, tuple(layers)) for digest, scale, layers in terms),
+                )
+                for start, end, _, terms in payload
+            )
+        )
+
+
+def resolve(request: SteeringRequest, registry: PackRegistry, prompt_len: int) -> SteeringPlan:
+    """Turns a request into ranges of absolute token positions.
+
+    Args:
+        request: What was asked for.
+        registry: The loaded packs.
+        prompt_len: Number of tokens of the prompt.
+
+    Returns:
+        The plan; without segments when every scale is zero.
+
+    Raises:
+        RequestError: A direction or layer does not exist, or a scale is out of range.
+    """
+    edges: dict[PositionChoice, tuple[int, int | None]] = {
+        "all": (0, None),
+        "prompt": (0, prompt_len),
+        "generated": (prompt_len, None),
+    }
+    spans = []
+    for index, choice in enumerate(request.directions):
+        where = f"{REQUEST_KEY}.directions.{index}"
+        try:
+            direction = registry.find(choice.name)
+        except RequestError as error:
+            raise RequestError(f"{where}.name: {error}") from None
+        term = _term(where, choice, request, direction)
+        positions = choice.positions or request.positions or direction.record.positions
+        if term.scale != 0.0:
+            spans.append((edges[positions], term))
+    cuts = sorted({0, prompt_len})
+    segments = []
+    for start, end in zip(cuts, [*cuts[1:], None], strict=True):
+        terms = [
+            term
+            for (low, high), term in spans
+            if low <= start and (high is None or (end is not None and end <= high))
+        ]
+        if terms:
+            terms.sort(key=lambda term: (term.digest, term.scale, term.layers))
+            segments.append(Segment(start, end, tuple(terms)))
+    if len(segments) == 2 and segments[0].terms == segments[1].terms:
+        segments = [Segment(segments[0].start, None, segments[0].terms)]
+    return SteeringPlan(tuple(segments))
+
+
+def _term(
+    where: str, choice: DirectionChoice, request: SteeringRequest, direction: LoadedDirection
+) -> Term:
+    record = direction.record
+    layers = sorted(set(choice.layers or request.layers or record.layers))
+    unknown = [layer for layer in layers if layer not in record.layers]
+    if unknown:
+        raise RequestError(
+            f"{where}.layers: direction {direction.full_name!r} has no vector for layers {unknown}; "
+            f"it has {_ranges(record.layers)}"
+        )
+    scale = record.default_scale if choice.scale is None else choice.scale
+    norms = direction.pack.manifest.residual_norms
+    for layer in layers if scale else ():
+        vector = direction.vector[record.layers.index(layer)]
+        limit = MAX_RELATIVE_SCALE * norms[str(layer)] / float(np.linalg.norm(vector))
+        if abs(scale) > limit:
+            raise RequestError(
+                f"{where}.scale: {scale:g} would add a vector more than {MAX_RELATIVE_SCALE:g} times as long as the "
+                f"residual stream at layer {layer}; |scale| must be at most {_floor(limit):g}, and up to "
+                f"{record.safe_scale:g} the text was found fluent"
+            )
+    return Term(direction.digest, scale, tuple(layers))
+
+
+def _floor(value: float, digits: int = 4) -> float:
+    """Rounds down to ``digits`` significant digits, so that the limit shown is within the limit."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - digits + 1)
+    return math.floor(value / unit) * unit
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """``[1, 2, 3, 7]`` as ``1-3, 7``."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -1,0 +1,180 @@
+"""Every vLLM symbol that is patched or relied on, named and checked at start.
+
+A symbol that is missing or takes other parameters than those known stops the start: a patch that
+no longer fits would serve unsteered text. ``TESTED_VERSIONS`` are the versions of vLLM that the
+test suite has run on.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_steer.errors import CompatibilityError
+
+TESTED_VERSIONS = ("0.32.0",)
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One symbol of vLLM.
+
+    Attributes:
+        module: Module that holds it.
+        name: Qualified name in the module, ``Class.method`` or a function.
+        parameters: Leading parameters that it must have, in this order.
+    """
+
+    module: str
+    name: str
+    parameters: tuple[str, ...]
+
+    def resolve(self) -> tuple[Any, str]:
+        """Returns the object that holds the symbol and the attribute's name.
+
+        Raises:
+            CompatibilityError: The symbol is missing or has other parameters.
+        """
+        *path, attribute = self.name.split(".")
+        try:
+            holder: Any = importlib.import_module(self.module)
+            for part in path:
+                holder = getattr(holder, part)
+        except (ImportError, AttributeError) as error:
+            raise CompatibilityError(
+                f"{self.module}.{self.name} is missing ({error}); {_advice()}"
+            ) from error
+        _check(holder, attribute, self.parameters, f"{self.module}.{self.name}")
+        return holder, attribute
+
+
+def check_methods(instance: Any, methods: Mapping[str, tuple[str, ...]]) -> None:
+    """Checks the methods that are about to be wrapped on an instance.
+
+    Args:
+        instance: A worker, model runner or model state of vLLM.
+        methods: Method name to the leading parameters that it must have, ``self`` left out.
+
+    Raises:
+        CompatibilityError: A method is missing or has other parameters.
+    """
+    kind = type(instance)
+    for name, parameters in methods.items():
+        _check(instance, name, parameters, f"{kind.__module__}.{kind.__qualname__}.{name}")
+
+
+def _check(holder: Any, attribute: str, parameters: tuple[str, ...], full_name: str) -> None:
+    if not hasattr(holder, attribute):
+        raise CompatibilityError(f"{full_name} is missing; {_advice()}")
+    found = inspect.signature(getattr(holder, attribute)).parameters
+    names = tuple(found)[: len(parameters)]
+    if names != parameters:
+        raise CompatibilityError(
+            f"{full_name} takes {names}, where {parameters} was expected; {_advice()}"
+        )
+
+
+def _advice() -> str:
+    from vllm_steer.config import plugin_version
+
+    return f"vllm-steer {plugin_version()} was tested with vLLM {', '.join(TESTED_VERSIONS)}: install one of them"
+
+
+ADD_CLI_ARGS = Seam("vllm.engine.arg_utils", "EngineArgs.add_cli_args", ("parser",))
+FROM_CLI_ARGS = Seam("vllm.engine.arg_utils", "EngineArgs.from_cli_args", ("args",))
+CREATE_ENGINE_CONFIG = Seam(
+    "vllm.engine.arg_utils", "EngineArgs.create_engine_config", ("self", "usage_context")
+)
+INPUT_PROCESSOR_INIT = Seam(
+    "vllm.v1.engine.input_processor", "InputProcessor.__init__", ("self", "vllm_config")
+)
+PROCESS_INPUTS = Seam(
+    "vllm.v1.engine.input_processor",
+    "InputProcessor.process_inputs",
+    ("self", "request_id", "prompt", "params"),
+)
+EXTRA_HASH_KEYS = Seam(
+    "vllm.v1.core.kv_cache_utils",
+    "_gen_prompt_embeds_extra_hash_keys",
+    ("request", "start_token_idx", "end_token_idx"),
+)
+INIT_DEVICE = Seam("vllm.v1.worker.worker_base", "WorkerWrapperBase.init_device", ("self",))
+TO_SAMPLING_PARAMS = (
+    Seam(
+        "vllm.entrypoints.openai.completion.protocol",
+        "CompletionRequest.to_sampling_params",
+        ("self", "max_tokens"),
+    ),
+    Seam(
+        "vllm.entrypoints.openai.chat_completion.protocol",
+        "ChatCompletionRequest.to_sampling_params",
+        ("self", "max_tokens"),
+    ),
+    Seam(
+        "vllm.entrypoints.openai.responses.protocol",
+        "ResponsesRequest.to_sampling_params",
+        ("self", "default_max_tokens"),
+    ),
+)
+TO_BEAM_SEARCH_PARAMS = (
+    Seam(
+        "vllm.entrypoints.openai.completion.protocol",
+        "CompletionRequest.to_beam_search_params",
+        ("self",),
+    ),
+    Seam(
+        "vllm.entrypoints.openai.chat_completion.protocol",
+        "ChatCompletionRequest.to_beam_search_params",
+        ("self",),
+    ),
+)
+INIT_MIDDLEWARE = Seam(
+    "vllm.entrypoints.launchers.app",
+    "init_entrypoints_middleware",
+    ("args", "app", "supported_tasks"),
+)
+
+# Wrapped on one instance in each worker, not on the class.
+V1_RUNNER = {
+    "load_model": (),
+    "_update_states": ("scheduler_output",),
+    "_prepare_inputs": ("scheduler_output", "num_scheduled_tokens"),
+    "_dummy_run": ("num_tokens",),
+}
+V2_RUNNER = {"load_model": (), "_dummy_run": ("num_tokens",)}
+V2_MODEL_STATE = {
+    "add_request": ("req_index", "new_req_data"),
+    "remove_request": ("req_id",),
+    "preprocess_state": ("input_batch",),
+    "prepare_inputs": ("input_batch",),
+    "prepare_dummy_inputs": (),
+}
+WORKER = {"compile_or_warm_up_model": ()}
+
+_PATCHED = "__vllm_steer__"
+
+
+def patch(seam: Seam, wrap: Callable[[Any], Any]) -> None:
+    """Replaces a symbol by ``wrap(symbol)``, once per process.
+
+    Args:
+        seam: The symbol.
+        wrap: Makes the replacement from the original; for a class method, from its function.
+    """
+    holder, attribute = seam.resolve()
+    original = getattr(holder, attribute)
+    if getattr(original, _PATCHED, False):
+        return
+    kind = inspect.getattr_static(holder, attribute)
+    function = kind.__func__ if isinstance(kind, classmethod) else original
+    # Keeps name, documentation and, through __wrapped__, the signature that others inspect.
+    replacement = functools.update_wrapper(wrap(function), function)
+    setattr(replacement, _PATCHED, True)
+    rewrap = (
+        type(kind) if isinstance(kind, (staticmethod, classmethod)) else (lambda function: function)
+    )
+    setattr(holder, attribute, rewrap(replacement))

@@ -1,0 +1,121 @@
+"""``--enable-steering`` and its companions <-> ``additional_config["steering"]``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import Any
+
+from vllm_steer.config import (
+    CONFIG_KEY,
+    GRAPH_REVISION,
+    ResolvedConfig,
+    SteeringConfig,
+    parse_config,
+    plugin_version,
+)
+from vllm_steer.errors import ConfigError
+from vllm_steer.model import model_shape
+from vllm_steer.registry import PackRegistry
+from vllm_steer.serving.compatibility import refuse_unsupported
+
+
+def add_flags(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``EngineArgs.add_cli_args`` so that every vLLM command has the steering flags."""
+
+    def add_cli_args(parser: Any) -> Any:
+        parser = original(parser)
+        group = parser.add_argument_group(
+            title="SteeringConfig",
+            # vLLM's short help shows a group's description alone, so the flags stand in it.
+            description="Per-request steering of the residual stream (vllm-steer): "
+            "--enable-steering, --steering-packs DIR ..., --steering-rows N.",
+        )
+        group.add_argument(
+            "--enable-steering",
+            action="store_true",
+            default=False,
+            help="Let requests steer the model with the directions of the packs given by --steering-packs.",
+        )
+        group.add_argument(
+            "--steering-packs",
+            nargs="+",
+            metavar="DIR",
+            default=None,
+            help="Directories of the steering packs to load.",
+        )
+        group.add_argument(
+            "--steering-rows",
+            type=int,
+            default=None,
+            help="Distinct combinations of directions that one step can hold, and one row of zeros. "
+            "Default: 2 * max_num_seqs + 1, so that no request ever waits for a row.",
+        )
+        return parser
+
+    return add_cli_args
+
+
+def read_flags(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``EngineArgs.from_cli_args`` to write the flags into ``additional_config``."""
+
+    def from_cli_args(cls: type, args: argparse.Namespace) -> Any:
+        engine_args = original(cls, args)
+        packs, rows = getattr(args, "steering_packs", None), getattr(args, "steering_rows", None)
+        if not getattr(args, "enable_steering", False):
+            if packs is not None or rows is not None:
+                raise ConfigError("--steering-packs and --steering-rows need --enable-steering")
+            return engine_args
+        if not packs:
+            raise ConfigError("--enable-steering needs --steering-packs DIR [DIR ...]")
+        if CONFIG_KEY in engine_args.additional_config:
+            raise ConfigError(
+                f"give steering by flags or in --additional-config {CONFIG_KEY!r}, not both"
+            )
+        config: dict[str, Any] = {"packs": packs} | ({} if rows is None else {"rows": rows})
+        engine_args.additional_config = {**engine_args.additional_config, CONFIG_KEY: config}
+        return engine_args
+
+    return from_cli_args
+
+
+def resolve_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``EngineArgs.create_engine_config`` to check the configuration against the model."""
+
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        vllm_config = original(self, *args, **kwargs)
+        value = (vllm_config.additional_config or {}).get(CONFIG_KEY)
+        if value is None:
+            return vllm_config
+        refuse_unsupported(vllm_config)
+        resolved = _resolve(parse_config(value), vllm_config)
+        # A new dict: the user's may serve for several engines.
+        vllm_config.additional_config = {
+            **vllm_config.additional_config,
+            CONFIG_KEY: resolved.model_dump(),
+        }
+        return vllm_config
+
+    return create_engine_config
+
+
+def _resolve(config: SteeringConfig, vllm_config: Any) -> ResolvedConfig:
+    packs = [os.path.abspath(os.path.expanduser(path)) for path in config.packs]
+    registry = PackRegistry.load(packs)
+    registry.check_model(**model_shape(vllm_config.model_config))
+    needed = 2 * vllm_config.scheduler_config.max_num_seqs + 1
+    rows = needed if config.rows is None else config.rows
+    if rows < needed:
+        raise ConfigError(
+            f"steering rows {rows} are fewer than 2 * max_num_seqs + 1 = {needed}, so a step could need more "
+            f"combinations than there are rows; raise --steering-rows or lower --max-num-seqs"
+        )
+    return ResolvedConfig(
+        packs=packs,
+        rows=rows,
+        layers=registry.layers,
+        digests=[pack.manifest.tensors.sha256 for pack in registry.packs.values()],
+        version=plugin_version(),
+        graph_revision=GRAPH_REVISION,
+    )

@@ -1,0 +1,85 @@
+"""Refuses steering on the HTTP routes that would drop it.
+
+The OpenAI-style routes keep unknown fields of a request's body, so admission sees ``steering``
+there. All other routes drop unknown fields before any of our code runs; a request for steering
+sent to one of them would be answered with unsteered text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from vllm_steer.request import looks_like_steering
+
+STEERED_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+def add_guard(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``init_entrypoints_middleware`` of the API server to put the guard in front."""
+
+    def init_entrypoints_middleware(args: Any, app: Any, supported_tasks: Any) -> Any:
+        result = original(args, app, supported_tasks)
+        app.add_middleware(SteeringGuard)
+        return result
+
+    return init_entrypoints_middleware
+
+
+class SteeringGuard:
+    """ASGI middleware; requests on the steered routes and without a body pass untouched."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answers 400 when a body outside the steered routes asks for steering."""
+        if scope["type"] != "http" or scope["method"] != "POST" or _route(scope) in STEERED_ROUTES:
+            await self.app(scope, receive, send)
+            return
+        messages = [await receive()]
+        while messages[-1]["type"] == "http.request" and messages[-1].get("more_body"):
+            messages.append(await receive())
+        field = _steering_field(b"".join(message.get("body", b"") for message in messages))
+        if field is not None:
+            await _refuse(send, field, _route(scope))
+            return
+        replay = iter(messages)
+
+        async def receive_again() -> Message:
+            message = next(replay, None)
+            return await receive() if message is None else message
+
+        await self.app(scope, receive_again, send)
+
+
+def _route(scope: Message) -> str:
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path") or "").rstrip("/")
+
+
+def _steering_field(body: bytes) -> str | None:
+    """The first top-level key of a JSON body that asks for steering."""
+    try:
+        fields = json.loads(body)
+    except ValueError:
+        # Not JSON: the route itself answers what is wrong with it.
+        return None
+    return next(filter(looks_like_steering, fields), None) if isinstance(fields, dict) else None
+
+
+async def _refuse(send: Send, field: str, route: str) -> None:
+    message = (
+        f"{route} does not take the field {field!r}, which would be ignored; steer on "
+        f"{', '.join(STEERED_ROUTES)}, or through vllm_xargs where the route has it"
+    )
+    error = {"message": message, "type": "BadRequestError", "param": field, "code": 400}
+    body = json.dumps({"error": error}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
