@@ -48,7 +48,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--output", type=Path, default=Path("demo-output"), help="default: %(default)s"
     )
     demo.add_argument(
-        "--concepts", type=int, default=2, help="concepts of each class (default: %(default)s)"
+        "--concepts", type=int, default=3, help="concepts of each class (default: %(default)s)"
     )
     demo.add_argument("--workers", type=int, default=_cores(), help="processes that learn vectors")
     demo.set_defaults(run=_demo)
