@@ -76,7 +76,7 @@ def test_extract_and_inspect(model: Path, tmp_path: Path) -> None:
     (tmp_path / "fears.txt").write_text("spiders\n")
     (tmp_path / "statements_0.txt").write_text("\n".join(texts[:20]))
     (tmp_path / "statements_1.txt").write_text("\n".join(texts[20:40]))
-    command = block("", "vllm-steer extract").replace("MODEL", str(model))
+    command = block("bash", "vllm-steer extract").replace("MODEL", str(model))
     shown = run(["bash", "-ec", command], tmp_path)
     assert shown.count("steering pack 'fears', verified") == 2
     pack = load_pack(tmp_path / "packs" / "fears")

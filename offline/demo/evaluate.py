@@ -113,7 +113,7 @@ class DemoModel:
         delta = torch.zeros(len(blocks) - 1, len(trials), 1, self._model.config.hidden_size)
         for row, trial in enumerate(trials):
             if trial.direction is not None:
-                delta[:, row, 0] = trial.scale * torch.from_numpy(trial.direction)
+                delta[:, row, 0] = trial.scale * torch.tensor(trial.direction)
         handles = [
             block.register_forward_hook(_adder(shift))
             for block, shift in zip(blocks[1:], delta, strict=True)
