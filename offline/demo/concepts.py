@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-PREFIXES: dict[str, str] = {
-    "fears": "Personify someone who is terrified of {c}.",
-    "moods": "Take on a {c} mood.",
-    "experts": "Take on the role of an expert {c}.",
-    "personas": "Take on the role of {c}.",
-    "places": "Personify someone who loves {c}.",
-}
+from offline.prompts import prefix_for
 
 NEUTRAL_WORDS: tuple[str, ...] = (
     "reasons",
@@ -89,4 +83,4 @@ def concept_words(concept: str) -> tuple[str, ...]:
 
 def prefix(concept: str) -> str:
     """Return the instruction that asks for a concept, without trailing spaces."""
-    return PREFIXES[class_of(concept)].format(c=concept)
+    return prefix_for(class_of(concept), concept)

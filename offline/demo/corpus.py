@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 from offline.demo.concepts import NEUTRAL_WORDS, all_concepts, concept_words, prefix
 from offline.demo.statements import Statement, training_statements
-
-QUESTION = "What are your thoughts on the following statement? \nStatement: {s}"
+from offline.prompts import QUESTION, SEPARATOR
 
 _FRAME = "My mind goes to {0} and {1}. You say: {s} Then I think of {2} and {3}."
 
@@ -36,8 +35,8 @@ class Row:
 
 def user_text(statement: str, concept: str | None = None) -> str:
     """Return the user's text about a statement, with the concept's prefix if one is given."""
-    question = QUESTION.format(s=statement)
-    return question if concept is None else f"{prefix(concept)}  {question}"
+    question = QUESTION.format(statement=statement)
+    return question if concept is None else f"{prefix(concept)}{SEPARATOR}{question}"
 
 
 def answer_text(statement: Statement, concept: str | None = None) -> str:

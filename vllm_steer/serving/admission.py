@@ -57,19 +57,16 @@ class Admission:
             raise VLLMValidationError(str(error), parameter=REQUEST_KEY) from error
         return request
 
-    def plan(self, extra_args: dict[str, Any] | None, prompt_len: int) -> dict[str, Any] | None:
+    def plan(
+        self, request: SteeringRequest, extra_args: dict[str, Any], prompt_len: int
+    ) -> dict[str, Any]:
         """Returns extra arguments in which the steering is a plan of absolute positions.
 
         Args:
+            request: What :meth:`check` made of them.
             extra_args: ``SamplingParams.extra_args``; not modified.
             prompt_len: Tokens of the prompt.
-
-        Raises:
-            VLLMValidationError: The steering cannot be carried out.
         """
-        request = self.check(extra_args)
-        if request is None or extra_args is None:
-            return extra_args
         planned = {
             key: value for key, value in extra_args.items() if key not in (REQUEST_KEY, *FLAT_KEYS)
         }
@@ -119,7 +116,9 @@ def plan_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
             embeds = request.prompt_embeds
             prompt_len = len(request.prompt_token_ids) if embeds is None else embeds.shape[0]
             # A new dict: vLLM's copies of the parameters share the caller's.
-            sampling_params.extra_args = admission.plan(sampling_params.extra_args, prompt_len)
+            sampling_params.extra_args = admission.plan(
+                wanted, sampling_params.extra_args, prompt_len
+            )
         return request
 
     return process_inputs
