@@ -32,6 +32,7 @@ def register() -> None:
             "VLLM_USE_RUST_FRONTEND answers requests without the Python front end, which would ignore their "
             "steering; unset it or uninstall vllm-steer"
         )
+    from vllm_steer.engine import intake
     from vllm_steer.engine.prefix_cache import steered_extra_keys
     from vllm_steer.serving import admission, flags, guard
 
@@ -44,8 +45,10 @@ def register() -> None:
         seams.patch(seam, admission.check_sampling)
     for seam in seams.TO_BEAM_SEARCH_PARAMS:
         seams.patch(seam, admission.refuse_beam_search)
+    seams.patch(seams.EXTRACT_PROMPT_LEN, admission.remember_prompt_len)
     seams.patch(seams.INIT_MIDDLEWARE, guard.add_guard)
     seams.patch(seams.EXTRA_HASH_KEYS, steered_extra_keys)
+    seams.patch(seams.PREPROCESS_ADD_REQUEST, intake.check_intake)
     seams.patch(seams.INIT_DEVICE, _attach)
 
 
