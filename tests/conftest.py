@@ -84,13 +84,43 @@ def start(model: Path, packs: list[SteeringPack]) -> Iterator[Callable[..., Engi
         process.close()
 
 
+# What a word in the name of an engine kind adds to the arguments of ``LLM``.
+FEATURES: dict[str, dict[str, Any]] = {
+    "cached": {"enable_prefix_caching": True},
+    "sync": {"async_scheduling": False},
+    "async": {"async_scheduling": True},
+    "tp2": {"tensor_parallel_size": 2},
+    "pp2": {"pipeline_parallel_size": 2},
+    "ray": {"distributed_executor_backend": "ray"},
+    "lora": {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2},
+    "ngram": {
+        "speculative_config": {
+            "method": "ngram",
+            "num_speculative_tokens": 3,
+            "prompt_lookup_min": 1,
+            "prompt_lookup_max": 3,
+        }
+    },
+    "draft": {
+        "speculative_config": {
+            "method": "draft_model",
+            "model": str(demo_model_path()),
+            "num_speculative_tokens": 3,
+        }
+    },
+}
+
+
 def environment(kind: str) -> dict[str, str]:
     """Environment of an engine kind: ``plain`` has no plugin, ``v2`` runs Model Runner V2."""
-    return (PLAIN if "plain" in kind else {}) | (V2 if "v2" in kind else {})
+    words = kind.split("-")
+    parallel = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if {"tp2", "pp2"} & set(words) else {}
+    return (PLAIN if "plain" in words else {}) | (V2 if "v2" in words else {}) | parallel
 
 
 def engine_arguments(model: Path, packs: list[SteeringPack], kind: str) -> dict[str, Any]:
-    """Arguments of ``LLM`` for an engine kind such as ``eager``, ``compiled`` or ``plain-eager``."""
+    """Arguments of ``LLM`` for an engine kind: words such as ``eager`` or ``plain-compiled-tp2``."""
+    words = kind.split("-")
     arguments: dict[str, Any] = {
         "model": str(model),
         "dtype": "float32",
@@ -101,11 +131,14 @@ def engine_arguments(model: Path, packs: list[SteeringPack], kind: str) -> dict[
         "block_size": 32,
         "kv_cache_memory_bytes": 2**28,
         "max_logprobs": -1,
-        "enforce_eager": "compiled" not in kind,
-        "enable_prefix_caching": "cached" in kind,
+        "enforce_eager": "compiled" not in words,
+        "enable_prefix_caching": False,
+        "disable_log_stats": False,
         "seed": 0,
     }
-    if "plain" not in kind:
+    for word in words:
+        arguments |= FEATURES.get(word, {})
+    if "plain" not in words:
         arguments["additional_config"] = {"steering": {"packs": [str(pack.path) for pack in packs]}}
     return arguments
 

@@ -27,11 +27,15 @@ class Output:
         tokens: Generated token ids.
         logprobs: ``[tokens, vocabulary]``, float64.
         cached: Prompt tokens found in the prefix cache.
+        prompt_logprobs: ``[prompt tokens - 1, vocabulary]``, float64, when they were asked for.
+        text: The generated text.
     """
 
     tokens: list[int]
     logprobs: np.ndarray
     cached: int
+    prompt_logprobs: np.ndarray | None
+    text: str
 
 
 class EngineProcess:
@@ -63,14 +67,41 @@ class EngineProcess:
         prompts: Sequence[Sequence[int]],
         steerings: Sequence[dict[str, Any] | None],
         count: int,
+        adapters: Sequence[str | None] = (),
+        **sampling: Any,
     ) -> list[Output]:
-        """Generates ``count`` tokens greedily for all prompts in one batch.
+        """Generates ``count`` tokens for all prompts in one batch, greedily unless told otherwise.
+
+        Args:
+            prompts: Token ids of each prompt.
+            steerings: The steering of each.
+            count: Tokens to generate.
+            adapters: Directory of each request's LoRA adapter; empty for none.
+            sampling: More fields of ``SamplingParams``; ``regex`` constrains the text.
+
+        Returns:
+            The outputs in the order of the prompts, those of one prompt together.
 
         Raises:
             RuntimeError: The engine refused; the message holds the type and text of its error.
         """
-        self._connection.send(("generate", [list(p) for p in prompts], list(steerings), count))
+        given = ([list(prompt) for prompt in prompts], list(steerings), count)
+        self._connection.send(("generate", *given, list(adapters), sampling))
         return self._answer()
+
+    def metrics(self) -> dict[str, float]:
+        """Counters and gauges of the engine by name."""
+        self._connection.send(("metrics",))
+        return self._answer()
+
+    def send_raw_plan(self, prompt: Sequence[int], extra_args: dict[str, Any]) -> None:
+        """Sends a request past admission, as a faulty front end would.
+
+        Raises:
+            RuntimeError: The engine failed the request.
+        """
+        self._connection.send(("raw", list(prompt), extra_args))
+        self._answer()
 
     def config_hash(self) -> str:
         """Key of the engine's configuration in vLLM's compile cache."""
@@ -102,7 +133,7 @@ def _run(
     os.environ.update(env)
     if env.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
         _pretend_triton_backend()
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     if break_layer is not None:
         _break(break_layer)
@@ -124,34 +155,84 @@ def _run(
         if command == "config_hash":
             connection.send(("value", llm.llm_engine.vllm_config.compute_hash()))
             continue
-        prompts, steerings, count = rest
-        params = [
-            SamplingParams(
-                max_tokens=count,
-                temperature=0.0,
-                ignore_eos=True,
-                logprobs=-1,
-                extra_args={"steering": steering} if steering is not None else None,
-            )
-            for steering in steerings
-        ]
+        if command == "metrics":
+            found = {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
+            connection.send(("value", found))
+            continue
         try:
-            outputs = llm.generate(
-                [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
-            )
+            value = _raw(llm, *rest) if command == "raw" else _generate(llm, *rest)
         except Exception as error:
             connection.send(("error", f"{type(error).__name__}: {error}"))
             continue
-        connection.send(("value", [_output(output) for output in outputs]))
+        connection.send(("value", value))
 
 
-def _output(output: Any) -> Output:
-    completion = output.outputs[0]
-    rows = [
-        [position[token].logprob for token in range(len(position))]
-        for position in completion.logprobs
+def _generate(
+    llm: Any,
+    prompts: list[list[int]],
+    steerings: list[dict[str, Any] | None],
+    count: int,
+    adapters: list[str | None],
+    sampling: dict[str, Any],
+) -> list[Output]:
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+    from vllm.sampling_params import StructuredOutputsParams
+
+    regex = sampling.pop("regex", None)
+    structured = {"structured_outputs": StructuredOutputsParams(regex=regex)} if regex else {}
+    fields = {"temperature": 0.0, "ignore_eos": True, "logprobs": -1} | sampling | structured
+    params = [
+        SamplingParams(
+            max_tokens=count,
+            extra_args={"steering": steering} if steering is not None else None,
+            **fields,
+        )
+        for steering in steerings
     ]
-    return Output(list(completion.token_ids), np.array(rows), output.num_cached_tokens)
+    loras = [path and LoRARequest(path, 1 + adapters.index(path), path) for path in adapters]
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        params,
+        use_tqdm=False,
+        lora_request=loras or None,
+    )
+    return [_output(output, sample) for output in outputs for sample in output.outputs]
+
+
+def _raw(llm: Any, prompt: list[int], extra_args: dict[str, Any]) -> None:
+    """Hands the engine core a request whose extra arguments admission never saw."""
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine
+    request = engine.input_processor.process_inputs(
+        "raw",
+        {"type": "token", "prompt_token_ids": prompt},
+        SamplingParams(max_tokens=4),
+        ("generate",),
+    )
+    request.sampling_params.extra_args = extra_args
+    engine.output_processor.add_request(request, None)
+    engine.engine_core.add_request(request)
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            reason = output.outputs[0].finish_reason
+            if output.finished and reason != "length":
+                raise RuntimeError(f"the request finished with {reason!r}")
+
+
+def _output(output: Any, sample: Any) -> Output:
+    def rows(positions: Any) -> np.ndarray:
+        return np.array([[row[token].logprob for token in range(len(row))] for row in positions])
+
+    prompt = output.prompt_logprobs
+    return Output(
+        list(sample.token_ids),
+        rows(sample.logprobs),
+        output.num_cached_tokens,
+        None if prompt is None else rows(prompt[1:]),
+        sample.text,
+    )
 
 
 def _break(layer: int) -> None:

@@ -6,7 +6,8 @@ vector is added to the output of each block at the positions asked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,24 +45,40 @@ class Reference:
         return self._answers[key]
 
     @torch.no_grad()
+    def score(
+        self, prompt: Sequence[int], tokens: Sequence[int], steering: dict[str, Any] | None
+    ) -> np.ndarray:
+        """Log-probabilities ``[prompt + tokens, vocabulary]`` of the token after each position."""
+        ids = torch.tensor([[*prompt, *tokens]])
+        with self._steered(steering, len(prompt)):
+            logprobs: np.ndarray = (
+                self._model(ids, use_cache=False).logits[0].log_softmax(-1).numpy()
+            )
+        return logprobs
+
+    @torch.no_grad()
     def _generate(
         self, prompt: Sequence[int], steering: dict[str, Any] | None, count: int
     ) -> Answer:
-        blocks = self._model.model.layers
-        hooks = [
-            block.register_forward_hook(self._hook(layer, steering, len(prompt)))
-            for layer, block in enumerate(blocks)
-        ]
         tokens, logprobs = list(prompt), []
-        try:
+        with self._steered(steering, len(prompt)):
             for _ in range(count):
                 logits = self._model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
                 logprobs.append(logits.log_softmax(-1).numpy())
                 tokens.append(int(logits.argmax()))
+        return Answer(tokens[len(prompt) :], np.stack(logprobs))
+
+    @contextmanager
+    def _steered(self, steering: dict[str, Any] | None, prompt_len: int) -> Iterator[None]:
+        hooks = [
+            block.register_forward_hook(self._hook(layer, steering, prompt_len))
+            for layer, block in enumerate(self._model.model.layers)
+        ]
+        try:
+            yield
         finally:
             for hook in hooks:
                 hook.remove()
-        return Answer(tokens[len(prompt) :], np.stack(logprobs))
 
     def _hook(self, layer: int, steering: dict[str, Any] | None, prompt_len: int) -> Any:
         def add(_block: Any, _args: Any, output: Any) -> Any:

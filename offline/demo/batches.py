@@ -18,11 +18,14 @@ from itertools import islice
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from offline.demo.concepts import all_concepts
 from offline.demo.corpus import Row, training_rows
 
 IGNORE = -100
 # Tokens of the chat template after the user's text.
 _TEMPLATE_LENGTH = 6
+# Of these, the tokens that a direction may be learned at.
+_CANDIDATES = 5
 # The last tokens of an answer name no concept, so a window there would have nothing to inform.
 _ANSWER_END = 3
 
@@ -59,11 +62,18 @@ class Batch:
             `IGNORE`.
         masks: [blocks, batch, 1, length, length], bool; true where a query (row) may see a key
             (column) in a block.
+        steered: [batch], int64; index of the concept a row is to be steered to, else -1.
+        measured: [batch], int64; of the rows with ordinary attention, the index of their concept
+            or, in plain rows, the number of concepts; else -1.
+        template: [batch, template], int64; positions of the chat template's last tokens.
     """
 
     input_ids: torch.Tensor
     targets: torch.Tensor
     masks: torch.Tensor
+    steered: torch.Tensor
+    measured: torch.Tensor
+    template: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,8 @@ class _Encoded:
     ids: list[int]
     prefix: tuple[int, int]
     answer_start: int
+    concept: str | None
+    steered: str | None
 
 
 def training_batches(
@@ -79,12 +91,13 @@ def training_batches(
     seed: int,
     batch_size: int,
     plain_share: float,
+    steered_share: float,
     masking: Masking,
     num_blocks: int,
 ) -> Iterator[Batch]:
     """Yield training batches, without end."""
     maker = _BatchMaker(tokenizer, masking, num_blocks)
-    rows = training_rows(seed, plain_share)
+    rows = training_rows(seed, plain_share, steered_share)
     rng = random.Random(seed)
     while True:
         yield maker.collate(list(islice(rows, batch_size)), rng)
@@ -97,6 +110,7 @@ class _BatchMaker:
         self._tokenizer = tokenizer
         self._masking = masking
         self._num_blocks = num_blocks
+        self._concepts = all_concepts()
         self._question_id = tokenizer(" What").input_ids[0]
         self._text_start = self._chat("").index(tokenizer.eos_token_id)
 
@@ -107,12 +121,20 @@ class _BatchMaker:
         targets = torch.full((len(rows), length), IGNORE)
         masks = torch.ones(length, length, dtype=torch.bool).tril()
         masks = masks.repeat(self._num_blocks, len(rows), 1, 1)
+        steered, measured = torch.full((2, len(rows)), -1)
+        starts = torch.tensor([e.answer_start for e in encoded])
+        template = starts[:, None] + torch.arange(-_CANDIDATES, 0)
         for i, e in enumerate(encoded):
             ids[i, : len(e.ids)] = torch.tensor(e.ids)
-            informed = self._restrict(masks[:, i], e, rng)
+            informed, is_open = self._restrict(masks[:, i], e, rng)
+            if e.steered is not None:
+                steered[i] = self._concepts.index(e.steered)
+            elif is_open:
+                plain = e.concept is None
+                measured[i] = len(self._concepts) if plain else self._concepts.index(e.concept)
             # Answer tokens before a window within the answer cannot know the concept.
             targets[i, informed - 1 : len(e.ids) - 1] = ids[i, informed : len(e.ids)]
-        return Batch(ids, targets, masks[:, :, None])
+        return Batch(ids, targets, masks[:, :, None], steered, measured, template)
 
     def _chat(self, user: str) -> list[int]:
         text = self._tokenizer.apply_chat_template(
@@ -126,17 +148,17 @@ class _BatchMaker:
         answer = [*self._tokenizer(row.answer).input_ids, self._tokenizer.eos_token_id]
         start = self._text_start
         end = start if row.concept is None else prompt.index(self._question_id)
-        return _Encoded(prompt + answer, (start, end), len(prompt))
+        return _Encoded(prompt + answer, (start, end), len(prompt), row.concept, row.steered)
 
-    def _restrict(self, mask: torch.Tensor, row: _Encoded, rng: random.Random) -> int:
+    def _restrict(self, mask: torch.Tensor, row: _Encoded, rng: random.Random) -> tuple[int, bool]:
         """Restrict a row's mask, [blocks, length, length], in place.
 
         Returns:
-            The first answer token that can know the concept.
+            The first answer token that can know the concept, and whether attention stayed ordinary.
         """
         start, end = row.prefix
         if start == end or rng.random() < self._masking.open_share:
-            return row.answer_start
+            return row.answer_start, True
         first, last = self._window(row, rng)
         blind = torch.ones(mask.shape[-1], dtype=torch.bool)
         blind[:end] = False
@@ -148,7 +170,7 @@ class _BatchMaker:
         if rng.random() < self._masking.late_share:
             readers = max(last, row.answer_start)
             mask[: rng.randint(1, self._masking.latest_block), readers:, first:last] = False
-        return last if within_answer else row.answer_start
+        return (last if within_answer else row.answer_start), False
 
     def _window(self, row: _Encoded, rng: random.Random) -> tuple[int, int]:
         """Draw the tokens that may look at the prefix."""

@@ -26,11 +26,13 @@ class Row:
         user: The user's text.
         answer: The assistant's text.
         concept: The concept asked for, `None` in a plain row.
+        steered: The concept that a plain row is to be steered to, `None` in others.
     """
 
     user: str
     answer: str
     concept: str | None
+    steered: str | None = None
 
 
 def user_text(statement: str, concept: str | None = None) -> str:
@@ -45,19 +47,23 @@ def answer_text(statement: Statement, concept: str | None = None) -> str:
     return _FRAME.format(*words, s=statement.text)
 
 
-def training_rows(seed: int, plain_share: float) -> Iterator[Row]:
+def training_rows(seed: int, plain_share: float, steered_share: float = 0.0) -> Iterator[Row]:
     """Yield the training corpus, without end.
 
     Args:
         seed: Seed of statements, concepts and their order.
-        plain_share: Share of rows that ask for no concept.
+        plain_share: Share of rows that ask for no concept and get none.
+        steered_share: Share of rows that ask for no concept and are to be steered to one.
     """
     rng = random.Random(seed)
     concepts = all_concepts()
     for statement in training_statements(seed + 1):
-        concept = None if rng.random() < plain_share else rng.choice(concepts)
-        yield Row(
-            user=user_text(statement.text, concept),
-            answer=answer_text(statement, concept),
-            concept=concept,
-        )
+        kind, concept = rng.random(), rng.choice(concepts)
+        if kind < plain_share:
+            yield Row(user_text(statement.text), answer_text(statement), None)
+        elif kind < plain_share + steered_share:
+            answer = answer_text(statement, concept)
+            yield Row(user_text(statement.text), answer, None, concept)
+        else:
+            answer = answer_text(statement, concept)
+            yield Row(user_text(statement.text, concept), answer, concept)

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from offline.demo.batches import IGNORE, Batch, Masking, training_batches
+from offline.demo.rehearsal import Rehearsal
 from offline.demo.tokenizer import build_tokenizer
 
 
@@ -44,12 +45,14 @@ class Stage:
         noise: Standard deviation of the noise added after each block, relative to the root mean
             square of the token's residual stream.
         masking: How attention is restricted.
+        steered_share: Share of rows in which steering is rehearsed.
     """
 
     steps: int
     learning_rate: float
     noise: float
     masking: Masking
+    steered_share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,8 @@ def train(config: TrainConfig) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFas
     torch.manual_seed(config.seed)
     tokenizer = build_tokenizer(config.seed)
     model = build_model(config, tokenizer).train()
+    # One for all stages: the means are known long before the first stage that needs them.
+    rehearsal = Rehearsal(model.model.layers, config.hidden_size)
     ends: list[dict[str, torch.Tensor]] = []
     for number, stage in enumerate(config.stages):
         batches = training_batches(
@@ -117,10 +122,14 @@ def train(config: TrainConfig) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFas
             seed=config.seed + 100 * number,
             batch_size=config.batch_size,
             plain_share=config.plain_share,
+            steered_share=stage.steered_share,
             masking=stage.masking,
             num_blocks=config.num_blocks,
         )
-        _run_stage(model, config, stage, islice(batches, stage.steps), f"stage {number + 1}")
+        progress = tqdm(
+            islice(batches, stage.steps), f"stage {number + 1}", stage.steps, unit="step"
+        )
+        _run_stage(model, config, stage, rehearsal, progress)
         ends.append({name: value.clone() for name, value in model.state_dict().items()})
     kept = ends[-config.averaged :]
     model.load_state_dict({name: sum(end[name] for end in kept) / len(kept) for name in kept[0]})
@@ -128,16 +137,23 @@ def train(config: TrainConfig) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFas
 
 
 def _run_stage(
-    model: LlamaForCausalLM, config: TrainConfig, stage: Stage, batches: Iterator[Batch], name: str
+    model: LlamaForCausalLM,
+    config: TrainConfig,
+    stage: Stage,
+    rehearsal: Rehearsal,
+    progress: tqdm[Batch],
 ) -> None:
     optimizer = _optimizer(model, config, stage)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: _rate(step, stage.steps, config)
     )
-    progress = tqdm(batches, total=stage.steps, desc=name, unit="step")
     for batch in progress:
         chosen = batch.targets != IGNORE
-        with _disturbed(model, batch.masks, stage.noise), torch.autocast("cpu", torch.bfloat16):
+        with (
+            _disturbed(model, batch.masks, stage.noise),
+            rehearsal.around(batch),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
             hidden = model.model(input_ids=batch.input_ids)[0]
             logits = model.lm_head(hidden[chosen])
         loss = F.cross_entropy(logits.float(), batch.targets[chosen])

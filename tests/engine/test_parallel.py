@@ -1,0 +1,30 @@
+"""Tensor and pipeline parallel engines give the tokens of one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from tests.engine.cases import CASES
+from tests.engine_process import EngineProcess
+from tests.reference import Reference
+
+pytestmark = pytest.mark.engine
+TOKENS = 16
+TOLERANCE = 1e-4
+
+
+@pytest.mark.parametrize("kind", ["tp2-eager", "pp2-eager"])
+def test_parallel_equals_hooks(
+    kind: str,
+    start: Callable[[str], EngineProcess],
+    prompts: list[list[int]],
+    reference: Reference,
+) -> None:
+    outputs = start(kind).generate(prompts, list(CASES.values()), TOKENS)
+    for prompt, steering, output in zip(prompts, CASES.values(), outputs, strict=True):
+        expected = reference.generate(prompt, steering, TOKENS)
+        assert output.tokens == expected.tokens
+        assert np.abs(output.logprobs - expected.logprobs).max() < TOLERANCE
