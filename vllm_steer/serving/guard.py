@@ -21,14 +21,16 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 def add_guard(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps ``init_entrypoints_middleware`` of the API server to put the guard in front."""
+    """Wraps ``register_vllm_serve_api_routers`` of the API server to put the guard in front.
 
-    def init_entrypoints_middleware(args: Any, app: Any, supported_tasks: Any) -> Any:
-        result = original(args, app, supported_tasks)
+    vLLM adds its own middleware later, so a request is authenticated before the guard reads it.
+    """
+
+    def register_vllm_serve_api_routers(app: Any) -> Any:
         app.add_middleware(SteeringGuard)
-        return result
+        return original(app)
 
-    return init_entrypoints_middleware
+    return register_vllm_serve_api_routers
 
 
 class SteeringGuard:
