@@ -138,6 +138,13 @@ class SourceReader:
             for node in ast.walk(parsed.tree)
         )
 
+    def mentions(self, module: str, text: str) -> bool:
+        """Whether a string literal of a module is exactly this text."""
+        parsed = self.module(module)
+        return parsed is not None and any(
+            isinstance(node, ast.Constant) and node.value == text for node in ast.walk(parsed.tree)
+        )
+
     def classes(self, owner: Found) -> Iterator[Found]:
         """A class and those of its base classes that the package holds, nearest first."""
         if not isinstance(owner.node, ast.ClassDef):

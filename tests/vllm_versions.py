@@ -43,6 +43,9 @@ USED = (
 
 # What is patched, and modules of which at least one must call it: a patch that nobody calls is silent.
 CALLS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("load_general_plugins", ("vllm.engine.arg_utils",)),
+    ("load_general_plugins", ("vllm.v1.engine.core",)),
+    ("load_general_plugins", (f"{WORKER}.worker_base",)),
     ("create_engine_config", ("vllm.v1.engine.llm_engine",)),
     ("process_inputs", ("vllm.v1.engine.llm_engine",)),
     ("process_inputs", ("vllm.v1.engine.async_llm",)),
@@ -130,6 +133,9 @@ FIELDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
 )  # fmt: skip
 
+# The switch of the front end that the plugin refuses, as the key of vLLM's table.
+ENVIRONMENT = ("VLLM_USE_RUST_FRONTEND",)
+
 # Request models that must keep fields which they do not know, "steering" among them.
 KEEP_UNKNOWN_FIELDS = (
     (f"{OPENAI}.completion.protocol", "CompletionRequest"),
@@ -168,6 +174,9 @@ def faults(reader: SourceReader) -> Iterator[str]:
         for name in names:
             if owner is None or not reader.has_field(owner, name):
                 yield f"{module}.{kind} has no field {name}"
+    for variable in ENVIRONMENT:
+        if not reader.mentions("vllm.envs", variable):
+            yield f"vllm.envs has no {variable}"
     for module, kind in KEEP_UNKNOWN_FIELDS:
         owner = reader.find(module, kind)
         if owner is None or "'allow'" not in (reader.class_value(owner, "model_config") or ""):
