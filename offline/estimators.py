@@ -26,10 +26,6 @@ from vllm_steer.errors import ExtractionError
 
 Doubles = NDArray[np.float64]
 
-BANDWIDTHS = (1.0, 10.0, 100.0)
-# Matrices M_1 to M_9. The identity that the recursion starts from has no top eigenvector, only a
-# random one, and is no candidate.
-ITERATIONS = 9
 # Above this size the top eigenvector comes from Lanczos iterations.
 DENSE_EIGEN_SIZE = 512
 
@@ -77,10 +73,17 @@ class RfmOptions:
         center_gradients: Whether the mean gradient is taken out before the outer products are
             averaged, as the authors do. That takes out the direction in which labels rise
             everywhere, which is the concept itself where the two kinds of prompts lie far apart.
+        iterations: Matrices M_1 to M_n are candidates. The identity that the recursion starts from
+            has no top eigenvector, only a random one, and is none. Each iteration attends more to
+            the directions along which the labels change fastest.
+        bandwidths: Bandwidths of the kernel to try. A small one sees near neighbours alone, and so
+            the differences among the prefixed prompts more than those from the others.
     """
 
     ridge: float = 1e-3
     center_gradients: bool = True
+    iterations: int = 9
+    bandwidths: tuple[float, ...] = (1.0, 10.0, 100.0)
 
 
 AUTHORS = RfmOptions()
@@ -135,7 +138,7 @@ def rfm(rows: Rows, seed: int, options: RfmOptions) -> Direction:
     train = split_point(len(labels))
     centred = hidden - hidden[:train].mean(axis=0)
     best: Direction | None = None
-    for bandwidth, normalise in itertools.product(BANDWIDTHS, (True, False)):
+    for bandwidth, normalise in itertools.product(options.bandwidths, (True, False)):
         states = (_unit_rows(centred) if normalise else centred).astype(np.float32)
         matrices = agop_matrices(states, labels, train, bandwidth, options)
         found = _best_iteration(states, labels, train, matrices, seed)
@@ -173,7 +176,7 @@ def agop_matrices(
     bandwidth: float,
     options: RfmOptions = AUTHORS,
 ) -> list[torch.Tensor]:
-    """Returns M_1 … M_9 of one RFM run with a Laplace kernel, each ``[hidden_size, hidden_size]``.
+    """Returns M_1 … M_n of one RFM run with a Laplace kernel, each ``[hidden_size, hidden_size]``.
 
     Args:
         states: ``[rows, hidden_size]``, float32 or float64, centred; the first ``train`` rows are
@@ -181,7 +184,7 @@ def agop_matrices(
         labels: ``[rows]``, the same dtype.
         train: Number of training rows.
         bandwidth: Bandwidth of the kernel.
-        options: Ridge and centring.
+        options: Ridge, centring and n.
     """
     x, y = torch.from_numpy(states), torch.from_numpy(labels)
     # l2_high_dim uses M itself, as the authors do, where l2 takes a matrix square root each time.
@@ -189,7 +192,7 @@ def agop_matrices(
     matrices: list[torch.Tensor] = model.fit(
         (x[:train], y[:train]),
         (x[train:], y[train:]),
-        iters=ITERATIONS,
+        iters=options.iterations,
         method="lstsq",
         reg=options.ridge,
         center_grads=options.center_gradients,

@@ -214,7 +214,12 @@ def _learn(
 ) -> _Learned:
     """Runs every prompt, concept after concept, and fits the blocks of each side by side."""
     settings, fit = extractor.settings, delayed(fit_direction)
-    options = RfmOptions(settings.rfm_ridge, settings.rfm_center_gradients)
+    options = RfmOptions(
+        ridge=settings.rfm_ridge,
+        center_gradients=settings.rfm_center_gradients,
+        iterations=settings.rfm_iterations,
+        bandwidths=settings.rfm_bandwidths,
+    )
     prompts = extractor.render(negatives)
     digest = hashlib.sha256(_content(prompts))
     unprefixed = extractor.run(prompts, "unprefixed prompts")

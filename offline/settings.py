@@ -25,6 +25,8 @@ class ExtractionSettings(BaseModel):
         seed: Seed of all randomness.
         rfm_ridge: Ridge of the recursive feature machine; the authors' is 1e-3.
         rfm_center_gradients: Whether its gradients are centred, as the authors do.
+        rfm_iterations: Iterations of which the best is taken.
+        rfm_bandwidths: Bandwidths of its kernel of which the best is taken.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,3 +43,7 @@ class ExtractionSettings(BaseModel):
     seed: int = 0
     rfm_ridge: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     rfm_center_gradients: bool = True
+    rfm_iterations: int = Field(default=9, gt=0)
+    rfm_bandwidths: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] = Field(
+        default=(1.0, 10.0, 100.0), min_length=1
+    )

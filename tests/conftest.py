@@ -16,6 +16,7 @@ from offline.demo.corpus import user_text
 from offline.demo.packs import FULL_METHOD, extract_demo_packs
 from offline.demo.server import Server, serve
 from offline.demo.statements import statements
+from tests.engine.cases import CASES
 from tests.engine_process import EngineProcess
 from tests.reference import Reference
 from vllm_steer.pack import SteeringPack
@@ -49,7 +50,7 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> list[SteeringPack]:
 
 @pytest.fixture(scope="session")
 def prompts(model: Path) -> list[list[int]]:
-    """Eight chat prompts of the demo model as token ids."""
+    """Chat prompts of the demo model as token ids, one for each case of ``tests.engine.cases``."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -59,7 +60,7 @@ def prompts(model: Path) -> list[list[int]]:
             add_generation_prompt=True,
             return_dict=False,
         )
-        for statement in statements("heldout")[:8]
+        for statement in statements("heldout")[: len(CASES)]
     ]
 
 

@@ -77,14 +77,29 @@ class Reference:
                 where = (
                     choice.get("positions") or (steering or {}).get("positions") or record.positions
                 )
-                mask = {
-                    "all": position >= 0,
-                    "prompt": position < prompt_len,
-                    "generated": position >= prompt_len,
-                }[where]
+                mask = steered_positions(where, position, prompt_len)
                 row = self._packs[pack].vectors[name][record.layers.index(layer)]
                 delta[0, mask] += choice.get("scale", record.default_scale) * torch.tensor(row)
             steered = hidden + delta
             return (steered, *output[1:]) if isinstance(output, tuple) else steered
 
         return add
+
+
+def steered_positions(
+    choice: str | list[list[int | None]], position: torch.Tensor, prompt_len: int
+) -> torch.Tensor:
+    """Which of the absolute positions a choice means, as a mask in the shape of ``position``."""
+    if isinstance(choice, str):
+        return {
+            "all": position >= 0,
+            "prompt": position < prompt_len,
+            "generated": position >= prompt_len,
+            "last_prompt": position == prompt_len - 1,
+        }[choice]
+    mask = torch.zeros_like(position, dtype=torch.bool)
+    for start, end in choice:
+        first = start + prompt_len if start < 0 else start
+        last = prompt_len + 10**6 if end is None else end + prompt_len if end < 0 else end
+        mask |= (first <= position) & (position < last)
+    return mask

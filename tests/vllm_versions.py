@@ -33,12 +33,6 @@ USED = (
     Seam("vllm.exceptions", "VLLMValidationError.__init__", ("self", "message", "parameter")),
     Seam("vllm.config", "set_current_vllm_config", ("vllm_config",)),
     Seam("vllm.logger", "init_logger", ("name",)),
-    Seam("vllm.v1.engine.core", "EngineCore.preprocess_add_request", ("self", "request")),
-    Seam(
-        "vllm.entrypoints.serve.engine.serving",
-        "BaseServing._extract_prompt_len",
-        ("self", "prompt"),
-    ),
 )
 
 # What is patched, and modules of which at least one must call it: a patch that nobody calls is silent.
@@ -56,6 +50,12 @@ CALLS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("to_sampling_params", (f"{OPENAI}.completion.serving",)),
     ("to_sampling_params", (f"{OPENAI}.chat_completion.serving",)),
     ("to_sampling_params", (f"{OPENAI}.responses.serving",)),
+    ("_extract_prompt_len", (f"{OPENAI}.completion.serving",)),
+    ("_extract_prompt_len", (f"{OPENAI}.chat_completion.serving",)),
+    ("_extract_prompt_len", (f"{OPENAI}.chat_completion.batch_serving",)),
+    ("_extract_prompt_len", (f"{OPENAI}.responses.serving",)),
+    ("preprocess_add_request", ("vllm.v1.engine.core",)),
+    ("_handle_request_preproc_error", ("vllm.v1.engine.core",)),
     ("to_beam_search_params", (f"{OPENAI}.completion.serving",)),
     ("to_beam_search_params", (f"{OPENAI}.chat_completion.serving",)),
     (
@@ -79,23 +79,31 @@ FIELDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "VllmConfig",
         (
             "additional_config", "model_config", "parallel_config", "scheduler_config",
-            "cache_config", "speculative_config", "kv_transfer_config", "lora_config",
+            "cache_config", "speculative_config", "kv_transfer_config", "compilation_config",
+            "offload_config",
         ),
     ),
     (
         "vllm.config",
         "ParallelConfig",
         (
-            "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size",
             "prefill_context_parallel_size", "enable_dbo", "use_ubatching",
+            "use_sequence_parallel_moe",
         ),
     ),
     ("vllm.config", "CacheConfig", ("kv_sharing_fast_prefill",)),
+    ("vllm.config", "CompilationConfig", ("pass_config",)),
+    ("vllm.config", "OffloadConfig", ("uva",)),
+    ("vllm.config.offload", "UVAOffloadConfig", ("cpu_offload_gb",)),
+    ("vllm.config", "KVTransferConfig", ("kv_connector",)),
     ("vllm.config", "SchedulerConfig", ("max_num_seqs",)),
     (
         "vllm.config",
         "ModelConfig",
-        ("runner_type", "dtype", "hf_config", "get_hidden_size", "get_total_num_hidden_layers"),
+        (
+            "runner_type", "dtype", "max_model_len", "hf_config", "get_hidden_size",
+            "get_total_num_hidden_layers",
+        ),
     ),
     ("vllm.sampling_params", "SamplingParams", ("extra_args",)),
     (f"{OPENAI}.completion.protocol", "CompletionRequest", ("vllm_xargs",)),
@@ -106,6 +114,7 @@ FIELDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "EngineCoreRequest",
         ("prompt_token_ids", "prompt_embeds", "sampling_params"),
     ),
+    ("vllm.v1.engine.core", "EngineCore", ("vllm_config",)),
     ("vllm.v1.request", "Request", ("sampling_params",)),
     (
         "vllm.v1.core.sched.output",
@@ -118,7 +127,7 @@ FIELDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         f"{WORKER}.gpu_model_runner",
         "GPUModelRunner",
-        ("input_batch", "model_config", "max_num_tokens", "get_model"),
+        ("input_batch", "positions", "model_config", "max_num_tokens", "get_model"),
     ),
     (
         f"{WORKER}.gpu.model_runner",
@@ -129,12 +138,12 @@ FIELDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         f"{WORKER}.gpu.input_batch",
         "InputBatch",
-        ("req_ids", "num_computed_tokens_np", "num_scheduled_tokens"),
+        ("req_ids", "num_computed_tokens_np", "num_scheduled_tokens", "positions"),
     ),
 )  # fmt: skip
 
-# The switch of the front end that the plugin refuses, as the key of vLLM's table.
-ENVIRONMENT = ("VLLM_USE_RUST_FRONTEND",)
+# What the plugin refuses, as the keys of vLLM's table.
+ENVIRONMENT = ("VLLM_USE_RUST_FRONTEND", "VLLM_WEIGHT_OFFLOADING_DISABLE_UVA")
 
 # Request models that must keep fields which they do not know, "steering" among them.
 KEEP_UNKNOWN_FIELDS = (

@@ -100,6 +100,20 @@ def _add_extract(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="store_true",
         help="leave the RFM's gradients uncentred, for prompts that lie far apart",
     )
+    extract.add_argument(
+        "--rfm-iterations",
+        type=int,
+        default=9,
+        help="iterations of the RFM of which the best is taken (default: 9)",
+    )
+    extract.add_argument(
+        "--rfm-bandwidths",
+        type=float,
+        nargs="+",
+        metavar="L",
+        default=(1.0, 10.0, 100.0),
+        help="bandwidths of the RFM's kernel of which the best is taken (default: 1 10 100)",
+    )
     extract.add_argument("--seed", type=int, default=0)
     extract.add_argument(
         "--workers", type=int, default=_cores(), help="processes that learn vectors"
@@ -142,6 +156,8 @@ def _extract(args: argparse.Namespace) -> None:
             seed=args.seed,
             rfm_ridge=args.rfm_ridge,
             rfm_center_gradients=not args.rfm_uncentered,
+            rfm_iterations=args.rfm_iterations,
+            rfm_bandwidths=tuple(args.rfm_bandwidths),
         ),
         args.scale,
         abs(args.scale) if args.safe_scale is None else args.safe_scale,

@@ -27,8 +27,8 @@ class SteeringConfig(BaseModel):
     Attributes:
         packs: Directories of the steering packs to load.
         rows: Rows of the bank: distinct combinations of directions that one step can hold, and
-            one of zeros. None takes two for each of ``max_num_seqs`` requests, so that no request
-            ever waits for one.
+            one of zeros. Each of ``max_num_seqs`` requests is promised an equal share. None takes
+            two for each, enough for one sum in the prompt and another in the answer.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -43,6 +43,8 @@ class ResolvedConfig(SteeringConfig):
     Attributes:
         packs: Absolute paths.
         rows: Number of rows.
+        sums_per_request: Distinct sums of directions that one request may need, so that the rows
+            suffice for any ``max_num_seqs`` requests.
         layers: Layers that are hooked: those that a loaded direction has a vector for.
         digests: Digest of each pack's tensor file, so that no process steers with other vectors.
         version: Version of vllm-steer.
@@ -50,6 +52,7 @@ class ResolvedConfig(SteeringConfig):
     """
 
     rows: Annotated[int, Field(ge=2)]
+    sums_per_request: Annotated[int, Field(ge=1)]
     layers: Annotated[list[LayerIndex], Field(min_length=1)]
     digests: list[str]
     version: str

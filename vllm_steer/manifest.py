@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 SCHEMA_VERSION: Final = 1
 VECTORS_FILE: Final = "steering_vectors.safetensors"
 
-PositionChoice = Literal["all", "prompt", "generated"]
+PositionChoice = Literal["all", "prompt", "generated", "last_prompt"]
 PackName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")]
 # A direction is named in requests as pack/direction, and as direction:scale in the flat form.
 DirectionName = Annotated[

@@ -33,6 +33,7 @@ def register() -> None:
             "steering; unset it or uninstall vllm-steer"
         )
     versions.check()
+    from vllm_steer.engine import intake
     from vllm_steer.engine.prefix_cache import steered_extra_keys
     from vllm_steer.serving import admission, flags, guard
 
@@ -45,8 +46,10 @@ def register() -> None:
         seams.patch(seam, admission.check_sampling)
     for seam in seams.TO_BEAM_SEARCH_PARAMS:
         seams.patch(seam, admission.refuse_beam_search)
+    seams.patch(seams.EXTRACT_PROMPT_LEN, admission.remember_prompt_len)
     seams.patch(seams.SERVE_ROUTERS, guard.add_guard)
     seams.patch(seams.EXTRA_HASH_KEYS, steered_extra_keys)
+    seams.patch(seams.PREPROCESS_ADD_REQUEST, intake.check_intake)
     seams.patch(seams.INIT_DEVICE, _attach)
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
+from vllm_steer.config import ResolvedConfig
 from vllm_steer.errors import ConfigError, PackError, RequestError, choices
 from vllm_steer.pack import DirectionRecord, SteeringPack, load_pack
 
@@ -134,3 +136,20 @@ class PackRegistry:
                     f"steering pack {pack.name!r} ({pack.path}) was extracted from another model "
                     f"({pack.manifest.model.name}): {', '.join(wrong)}; extract it from the served model"
                 )
+
+
+def configured_registry(config: ResolvedConfig) -> PackRegistry:
+    """Returns the packs of an engine, read once per process.
+
+    Raises:
+        PackError: The packs on disk are not those that the engine was configured with.
+    """
+    return _configured_registry(tuple(config.packs), tuple(config.digests))
+
+
+@lru_cache(maxsize=1)
+def _configured_registry(packs: tuple[str, ...], digests: tuple[str, ...]) -> PackRegistry:
+    registry = PackRegistry.load(packs)
+    if tuple(pack.manifest.tensors.sha256 for pack in registry.packs.values()) != digests:
+        raise PackError("a steering pack changed on disk while the engine started; start it again")
+    return registry

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_steer.errors import RequestError, choices
-from vllm_steer.manifest import LayerIndex, PositionChoice
+from vllm_steer.manifest import LayerIndex
+from vllm_steer.positions import Positions, parse_slice
 
 REQUEST_KEY = "steering"
 FLAT_KEYS = ("steer", "steer_layers", "steer_positions")
@@ -41,7 +42,7 @@ class DirectionChoice(_Strict):
     name: Annotated[str, Field(min_length=1, max_length=300)]
     scale: Scale | None = None
     layers: Layers | None = None
-    positions: PositionChoice | None = None
+    positions: Positions | None = None
 
 
 class SteeringRequest(_Strict):
@@ -50,13 +51,15 @@ class SteeringRequest(_Strict):
     Attributes:
         directions: The directions, summed where they meet.
         layers: Layers for the directions that name none.
-        positions: ``all``, ``prompt`` or ``generated``, for the directions that name none. A
-            generated token is one at an absolute position of at least the prompt's length.
+        positions: For the directions that name none: ``all``, ``prompt``, ``generated`` (positions
+            from the prompt's length on), ``last_prompt``, or ``[start, end]`` pairs of absolute
+            positions; end is not included and null has no end, negative numbers count from the
+            prompt's end.
     """
 
     directions: Annotated[list[DirectionChoice], Field(min_length=1, max_length=64)]
     layers: Layers | None = None
-    positions: PositionChoice | None = None
+    positions: Positions | None = None
 
 
 def parse(extra_args: Mapping[str, Any] | None) -> SteeringRequest | None:
@@ -64,7 +67,7 @@ def parse(extra_args: Mapping[str, Any] | None) -> SteeringRequest | None:
 
     Two forms are understood: ``steering``, the object (or its JSON text, since ``vllm_xargs``
     holds no objects), and the flat ``steer``, a list of ``"name:scale"`` with ``steer_layers``
-    and ``steer_positions`` beside it.
+    and ``steer_positions``, a name or a list of ``"start:end"``, beside it.
 
     Args:
         extra_args: ``SamplingParams.extra_args`` or ``vllm_xargs``.
@@ -123,7 +126,7 @@ def _parse_flat(extra_args: Mapping[str, Any]) -> SteeringRequest:
     if "steer_layers" in extra_args:
         fields["layers"] = extra_args["steer_layers"]
     if "steer_positions" in extra_args:
-        fields["positions"] = extra_args["steer_positions"]
+        fields["positions"] = _parse_slices(extra_args["steer_positions"])
     try:
         return SteeringRequest.model_validate(fields)
     except ValidationError as error:
@@ -139,6 +142,18 @@ def _parse_item(item: str) -> dict[str, Any]:
     except ValueError:
         raise RequestError(
             f'steer: {item!r} must be "name:scale" with a number after the colon'
+        ) from None
+
+
+def _parse_slices(value: Any) -> Any:
+    """The slices of ``steer_positions`` as pairs; anything else is left to the validation."""
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        return value
+    try:
+        return [parse_slice(item) for item in value]
+    except ValueError:
+        raise RequestError(
+            f'steer_positions: {value!r} must be a name or a list of "start:end", such as ["-4:"]'
         ) from None
 
 

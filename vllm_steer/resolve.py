@@ -13,12 +13,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 
 from vllm_steer.errors import RequestError
-from vllm_steer.manifest import PositionChoice
+from vllm_steer.positions import PositionRange, absolute_ranges
 from vllm_steer.registry import LoadedDirection, PackRegistry
 from vllm_steer.request import REQUEST_KEY, DirectionChoice, SteeringRequest
 
@@ -96,25 +97,26 @@ class SteeringPlan:
         )
 
 
-def resolve(request: SteeringRequest, registry: PackRegistry, prompt_len: int) -> SteeringPlan:
+def resolve(
+    request: SteeringRequest,
+    registry: PackRegistry,
+    prompt_len: int,
+    max_len: int | None = None,
+) -> SteeringPlan:
     """Turns a request into ranges of absolute token positions.
 
     Args:
         request: What was asked for.
         registry: The loaded packs.
         prompt_len: Number of tokens of the prompt.
+        max_len: Most tokens of prompt and answer together, None when unknown.
 
     Returns:
         The plan; without segments when every scale is zero.
 
     Raises:
-        RequestError: A direction or layer does not exist, or a scale is out of range.
+        RequestError: A direction, layer or position does not exist, or a scale is out of range.
     """
-    edges: dict[PositionChoice, tuple[int, int | None]] = {
-        "all": (0, None),
-        "prompt": (0, prompt_len),
-        "generated": (prompt_len, None),
-    }
     spans = []
     for index, choice in enumerate(request.directions):
         where = f"{REQUEST_KEY}.directions.{index}"
@@ -124,22 +126,57 @@ def resolve(request: SteeringRequest, registry: PackRegistry, prompt_len: int) -
             raise RequestError(f"{where}.name: {error}") from None
         term = _term(where, choice, request, direction)
         positions = choice.positions or request.positions or direction.record.positions
+        try:
+            ranges = absolute_ranges(positions, prompt_len, max_len)
+        except RequestError as error:
+            owner = where if choice.positions else REQUEST_KEY
+            raise RequestError(f"{owner}.positions: {error}") from None
         if term.scale != 0.0:
-            spans.append((edges[positions], term))
-    cuts = sorted({0, prompt_len})
-    segments = []
-    for start, end in zip(cuts, [*cuts[1:], None], strict=True):
-        terms = [
-            term
-            for (low, high), term in spans
-            if low <= start and (high is None or (end is not None and end <= high))
-        ]
-        if terms:
-            terms.sort(key=lambda term: (term.digest, term.scale, term.layers))
-            segments.append(Segment(start, end, tuple(terms)))
-    if len(segments) == 2 and segments[0].terms == segments[1].terms:
-        segments = [Segment(segments[0].start, None, segments[0].terms)]
-    return SteeringPlan(tuple(segments))
+            spans.append((ranges, term))
+    return SteeringPlan(tuple(_segments(spans)))
+
+
+def check_sums(plan: SteeringPlan, limit: int) -> None:
+    """Checks that a plan needs no more rows of the bank than a request is promised.
+
+    Args:
+        plan: The plan.
+        limit: ``ResolvedConfig.sums_per_request``.
+
+    Raises:
+        RequestError: It needs more.
+    """
+    count = len({segment.key for segment in plan.segments})
+    if count > limit:
+        raise RequestError(
+            f"{REQUEST_KEY}.directions: their sum takes {count} different values over the positions, the server has "
+            f"room for {limit} per request; ask for fewer ranges, or start the server with a higher --steering-rows"
+        )
+
+
+def _segments(spans: Sequence[tuple[Sequence[PositionRange], Term]]) -> list[Segment]:
+    """Cuts overlapping ranges into disjoint ones; neighbours with equal sums become one."""
+    edges = {edge for ranges, _ in spans for span in ranges for edge in span if edge is not None}
+    cuts = sorted(edges)
+    segments: list[Segment] = []
+    for start, end in zip_longest(cuts, cuts[1:]):
+        terms = tuple(
+            sorted(
+                (term for ranges, term in spans if any(_holds(span, start) for span in ranges)),
+                key=lambda term: (term.digest, term.scale, term.layers),
+            )
+        )
+        if not terms:
+            continue
+        if segments and (segments[-1].end, segments[-1].terms) == (start, terms):
+            start = segments.pop().start
+        segments.append(Segment(start, end, terms))
+    return segments
+
+
+def _holds(span: PositionRange, position: int) -> bool:
+    start, end = span
+    return start <= position and (end is None or position < end)
 
 
 def _term(

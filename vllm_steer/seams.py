@@ -90,6 +90,12 @@ PROCESS_INPUTS = Seam(
     "InputProcessor.process_inputs",
     ("self", "request_id", "prompt", "params"),
 )
+EXTRACT_PROMPT_LEN = Seam(
+    "vllm.entrypoints.serve.engine.serving", "BaseServing._extract_prompt_len", ("self", "prompt")
+)
+PREPROCESS_ADD_REQUEST = Seam(
+    "vllm.v1.engine.core", "EngineCore.preprocess_add_request", ("self", "request")
+)
 EXTRA_HASH_KEYS = Seam(
     "vllm.v1.core.kv_cache_utils",
     "_gen_prompt_embeds_extra_hash_keys",

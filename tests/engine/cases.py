@@ -28,4 +28,23 @@ CASES: dict[str, dict[str, Any] | None] = {
     },
     "some layers": {"directions": [{"name": GLOOMY, "scale": 9.0, "layers": [1, 3]}]},
     "default scale": {"directions": [{"name": HEIGHTS}]},
+    "last prompt token": {
+        "directions": [{"name": SPIDERS, "scale": 12.0}],
+        "positions": "last_prompt",
+    },
+    "from the prompt's end": {
+        "directions": [{"name": GLOOMY, "scale": 7.0, "positions": [[-5, None]]}]
+    },
+    "ranges": {
+        "directions": [
+            {"name": SPIDERS, "scale": 9.0, "positions": [[2, 5], [-3, -1], [40, 44]]},
+            {"name": HEIGHTS, "scale": 0.0},
+        ]
+    },
+    "ranges that meet": {
+        "directions": [
+            {"name": CHEERFUL, "scale": 5.0, "positions": [[3, None]]},
+            {"name": GLOOMY, "scale": 5.0, "positions": [[-30, 9]]},
+        ]
+    },
 }

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from offline.estimators import (
-    BANDWIDTHS,
+    AUTHORS,
     Rows,
     agop_matrices,
     fit_direction,
@@ -80,7 +80,7 @@ def test_split_leaves_a_fifth_at_most_256_in_whole_pairs(rows, train):
     assert split_point(rows) == train
 
 
-@pytest.mark.parametrize("bandwidth", BANDWIDTHS)
+@pytest.mark.parametrize("bandwidth", AUTHORS.bandwidths)
 def test_matrices_equal_the_dense_definition(bandwidth):
     rows = make_rows(pairs=40, size=12)
     states = rows.hidden.astype(np.float64)

@@ -75,7 +75,7 @@ def test_the_forms_agree() -> None:
         ),
         (
             {"steering": {"directions": [{"name": "a", "positions": "odd"}]}},
-            "positions: Input should be 'all', 'prompt'",
+            "positions: must be 'all', 'prompt'",
         ),
         (
             {"steering": {"directions": [{"name": "a"}] * 65}},
@@ -102,3 +102,40 @@ def test_malformed(extra_args: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError) as refused:
         parse(extra_args)
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("positions", "message"),
+    [
+        ([], "must be 'all'"),
+        ([[1]], "must be 'all'"),
+        ([[1, 2, 3]], "must be 'all'"),
+        ([[None, 2]], "must be 'all'"),
+        ([[True, 2]], "must be 'all'"),
+        ([[1.5, 2]], "must be 'all'"),
+        ([[0, 2**40]], "must be 'all'"),
+        ([[0, 1]] * 65, "must be 'all'"),
+        ([[4, 4]], r"the range [4, 4] is empty"),
+        ([[-1, -2]], r"the range [-1, -2] is empty"),
+    ],
+)
+def test_malformed_positions(positions: Any, message: str) -> None:
+    for args in (
+        {"steering": {"directions": [{"name": "a"}], "positions": positions}},
+        {"steering": json.dumps({"directions": [{"name": "a", "positions": positions}]})},
+        {"steer": ["a"], "steer_positions": positions},
+    ):
+        with pytest.raises(RequestError) as refused:
+            parse(args)
+        assert message in str(refused.value)
+
+
+def test_flat_positions_are_slices() -> None:
+    slices = parse({"steer": ["a"], "steer_positions": ["-4:", "0:2", ":7"]})
+    assert slices is not None
+    assert slices.positions == ((-4, None), (0, 2), (0, 7))
+    name = parse({"steer": ["a"], "steer_positions": "last_prompt"})
+    assert name is not None
+    assert name.positions == "last_prompt"
+    with pytest.raises(RequestError, match='a list of "start:end"'):
+        parse({"steer": ["a"], "steer_positions": ["4"]})

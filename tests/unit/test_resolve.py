@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -27,13 +28,75 @@ def registry(fears: SteeringPack, pack_at: Callable[..., SteeringPack]) -> PackR
 
 @pytest.mark.parametrize(
     ("positions", "ranges"),
-    [("all", [(0, None)]), ("prompt", [(0, PROMPT)]), ("generated", [(PROMPT, None)])],
+    [
+        ("all", [(0, None)]),
+        ("prompt", [(0, PROMPT)]),
+        ("generated", [(PROMPT, None)]),
+        ("last_prompt", [(PROMPT - 1, PROMPT)]),
+        ([[3, None]], [(3, None)]),
+        ([[-4, None]], [(PROMPT - 4, None)]),
+        ([[-4, -1], [0, 2]], [(0, 2), (PROMPT - 4, PROMPT - 1)]),
+        ([[0, 5], [3, 8], [8, 9]], [(0, 9)]),
+        ([[2, -3], [PROMPT + 2, PROMPT + 5]], [(2, PROMPT - 3), (PROMPT + 2, PROMPT + 5)]),
+    ],
 )
 def test_positions(
-    positions: str, ranges: list[tuple[int, int | None]], registry: PackRegistry
+    positions: Any, ranges: list[tuple[int, int | None]], registry: PackRegistry
 ) -> None:
     found = plan(registry, directions=[{"name": "calm"}], positions=positions)
     assert [(segment.start, segment.end) for segment in found.segments] == ranges
+
+
+@pytest.mark.parametrize(
+    ("positions", "message"),
+    [
+        (
+            [[-11, None]],
+            "starts before the prompt, which has 10 tokens; start must be at least -10",
+        ),
+        ([[5, -6]], r"\[5, -6\] is empty for this prompt of 10 tokens"),
+        ([[40, None]], "is never reached: prompt and answer have at most 32 tokens"),
+    ],
+)
+def test_positions_that_the_prompt_does_not_have(
+    positions: Any, message: str, registry: PackRegistry
+) -> None:
+    request = SteeringRequest.model_validate(
+        {"directions": [{"name": "calm"}], "positions": positions}
+    )
+    with pytest.raises(RequestError, match=f"^steering.positions: .*{message}"):
+        resolve(request, registry, PROMPT, max_len=32)
+
+
+def test_random_ranges_equal_a_sum_per_position(registry: PackRegistry) -> None:
+    """The plain form: for each position, the terms whose ranges hold it."""
+    generator = random.Random(0)
+    names = ["fears/spiders", "moods/calm", "fears/New York"]
+    for _ in range(100):
+        choices = []
+        for name in names:
+            starts = [generator.randint(-PROMPT, 20) for _ in range(generator.randint(1, 4))]
+            pairs = [[start, start + generator.randint(1, 9)] for start in starts]
+            # An end of zero or more would count from the front, not from the prompt's end.
+            pairs = [[a, None if a < 0 <= b else b] for a, b in pairs]
+            choices.append({"name": name, "positions": pairs})
+        found = plan(registry, directions=choices)
+        for position in range(40):
+            expected = sorted(
+                registry.find(choice["name"]).digest
+                for choice in choices
+                if any(
+                    (a + PROMPT if a < 0 else a)
+                    <= position
+                    < (1000 if b is None else b + PROMPT if b < 0 else b)
+                    for a, b in choice["positions"]
+                )
+            )
+            there = [
+                s for s in found.segments if s.start <= position and position < (s.end or 1000)
+            ]
+            assert len(there) <= 1
+            assert [t.digest for s in there for t in s.terms] == expected
 
 
 def test_sums_where_directions_meet(registry: PackRegistry) -> None:

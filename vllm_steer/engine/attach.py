@@ -65,4 +65,5 @@ def _steer(runner: Any, worker: Any, config: ResolvedConfig) -> WorkerSteering:
         max_num_tokens=runner.max_num_tokens,
         dtype=runner.model_config.dtype,
         device=worker.device,
+        speculative=worker.vllm_config.speculative_config is not None,
     )

@@ -56,14 +56,32 @@ class SteeringBank:
             raise IndexError(f"row {row} is not one of 1 to {self.vectors.shape[1] - 1}")
         self.vectors[:, row].copy_(torch.from_numpy(values))
 
-    def set_rows(self, rows: np.ndarray) -> None:
+    def assign_rows(self, owners: np.ndarray, ranges: np.ndarray, positions: torch.Tensor) -> None:
+        """Gives each token of the step the row of the range that its position lies in.
+
+        The positions are read on the device: under speculative decoding the host does not know
+        them. Tokens in no range, and all others up to the longest step, padding too, get row 0.
+
+        Args:
+            owners: int32 ``[num_tokens]``, index of each token's request.
+            ranges: int32 ``[most ranges of a request, num_requests, 3]``: first position, position
+                after the last, row; disjoint for one request.
+            positions: ``[num_tokens]``, absolute position of each token, on the device.
+        """
+        owner = torch.from_numpy(owners).to(self.rows.device, non_blocking=True)
+        table = torch.from_numpy(ranges).to(self.rows.device, non_blocking=True)
+        start, end, row = table[:, owner].unbind(-1)
+        inside = (start <= positions) & (positions < end)
+        self.set_rows((row * inside).sum(0, dtype=torch.int32))
+
+    def set_rows(self, rows: torch.Tensor) -> None:
         """Sets the row of each token of the step; all other tokens, padding too, get row 0.
 
         Args:
             rows: int32 ``[num_tokens]``.
         """
         count = len(rows)
-        self.rows[:count].copy_(torch.from_numpy(rows))
+        self.rows[:count].copy_(rows)
         if count < self._written:
             self.rows[count : self._written].zero_()
         self._written = count

@@ -41,10 +41,11 @@ def attach(runner: Any, steering: WorkerSteering) -> None:
         # Read here, after _update_states: rows of the batch were reordered and condensed by it.
         batch = runner.input_batch
         starts = batch.num_computed_tokens_cpu
-        steering.prepare_step(
+        spans = (
             TokenSpan(request_id, int(starts[index]), int(num_scheduled_tokens[index]))
             for index, request_id in enumerate(batch.req_ids)
         )
+        steering.prepare_step(spans, runner.positions)
         return result
 
     def _dummy_run(*args: Any, **kwargs: Any) -> Any:
@@ -59,5 +60,17 @@ def attach(runner: Any, steering: WorkerSteering) -> None:
 def dummy_hidden_states(runner: Any, num_tokens: int) -> torch.Tensor:
     """Final hidden states ``[num_tokens, hidden_size]`` of a dummy run, for the self-test."""
     # With attention: without its metadata a backend may leave the output uninitialised.
-    hidden: torch.Tensor = runner._dummy_run(num_tokens, force_attention=True)[0]
-    return hidden
+    hidden = runner._dummy_run(num_tokens, force_attention=True)[0]
+    return stage_output(hidden)
+
+
+def stage_output(hidden: Any) -> torch.Tensor:
+    """What a pipeline stage hands on, as one tensor ``[num_tokens, hidden_size]``.
+
+    Args:
+        hidden: Hidden states of the last stage, or ``IntermediateTensors`` of another.
+    """
+    if isinstance(hidden, torch.Tensor):
+        return hidden
+    parts: list[torch.Tensor] = list(hidden.tensors.values())
+    return torch.stack([part.float() for part in parts]).sum(0)

@@ -42,10 +42,11 @@ def attach(runner: Any, steering: WorkerSteering) -> None:
         nonlocal real_batch
         real_batch = True
         starts, lengths = input_batch.num_computed_tokens_np, input_batch.num_scheduled_tokens
-        steering.prepare_step(
+        spans = (
             TokenSpan(request_id, int(starts[index]), int(lengths[index]))
             for index, request_id in enumerate(input_batch.req_ids)
         )
+        steering.prepare_step(spans, input_batch.positions)
         return preprocess_state(input_batch, *args, **kwargs)
 
     def _prepare_inputs(*args: Any, **kwargs: Any) -> Any:

@@ -18,8 +18,7 @@ from vllm_steer.config import ResolvedConfig
 from vllm_steer.engine.bank import SteeringBank
 from vllm_steer.engine.blocks import find_blocks, hook_blocks
 from vllm_steer.engine.plan import StepPlanner, TokenSpan
-from vllm_steer.errors import PackError
-from vllm_steer.registry import PackRegistry
+from vllm_steer.registry import configured_registry
 from vllm_steer.request import PLAN_KEY
 from vllm_steer.resolve import Segment, SteeringPlan
 
@@ -47,6 +46,7 @@ class WorkerSteering:
         max_num_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
+        speculative: bool,
     ) -> None:
         """Loads the packs, allocates the bank and hooks the blocks.
 
@@ -58,24 +58,20 @@ class WorkerSteering:
             max_num_tokens: Most tokens that a step can hold, padding included.
             dtype: Model dtype.
             device: Device of the model.
+            speculative: Whether steps hold drafts that may be rejected.
 
         Raises:
             PackError: The packs on disk are not those that the engine was configured with.
             CompatibilityError: The model's blocks cannot be found.
         """
-        self._registry = PackRegistry.load(config.packs)
-        digests = [pack.manifest.tensors.sha256 for pack in self._registry.packs.values()]
-        if digests != config.digests:
-            raise PackError(
-                "a steering pack changed on disk while the engine started; start it again"
-            )
+        self._registry = configured_registry(config)
         blocks = find_blocks(model, num_layers)
         present = [(layer, blocks[layer]) for layer in config.layers if _is_present(blocks[layer])]
         self.layers = tuple(layer for layer, _ in present)
         self.bank = SteeringBank(
             self.layers, config.rows, hidden_size, max_num_tokens, dtype, device
         )
-        self._planner = StepPlanner(config.rows)
+        self._planner = StepPlanner(config.rows, starts_are_exact=not speculative)
         self._probing = False
         hook_blocks(present, self.bank)
         logger.info(
@@ -108,24 +104,26 @@ class WorkerSteering:
         """Forgets a request."""
         self._planner.remove(request_id)
 
-    def prepare_step(self, spans: Iterable[TokenSpan]) -> None:
+    def prepare_step(self, spans: Iterable[TokenSpan], positions: torch.Tensor) -> None:
         """Makes the bank ready for the tokens of a step, before the model runs.
 
         Args:
             spans: Spans of the step's requests, in batch order.
+            positions: Absolute position of each token on the device, in batch order; may be
+                longer than the step.
         """
         step = self._planner.plan(spans)
         for row, segment in step.new:
             self.bank.write_row(row, self._sum(segment))
-        if step.rows is None:
+        if step.owners is None:
             self.bank.clear_rows()
         else:
-            self.bank.set_rows(step.rows)
+            self.bank.assign_rows(step.owners, step.ranges, positions[: len(step.owners)])
 
     def prepare_dummy_step(self) -> None:
         """Makes a profile, warm-up, capture or padding run unsteered, unless the self-test probes."""
         if self._probing:
-            self.bank.set_rows(np.full(self.bank.rows.shape[0], PROBE_ROW, dtype=np.int32))
+            self.bank.set_rows(torch.full_like(self.bank.rows, PROBE_ROW))
         else:
             self.bank.clear_rows()
 

@@ -8,14 +8,16 @@ also the check for requests that come from ``LLM`` or any other way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 
 from vllm_steer.config import resolved_config
 from vllm_steer.errors import RequestError
-from vllm_steer.registry import PackRegistry
+from vllm_steer.registry import configured_registry
 from vllm_steer.request import (
     FLAT_KEYS,
     PLAN_KEY,
@@ -24,38 +26,36 @@ from vllm_steer.request import (
     looks_like_steering,
     parse,
 )
-from vllm_steer.resolve import resolve
+from vllm_steer.resolve import check_sums, resolve
+
+# Set by vLLM's serving code just before it makes a request's sampling parameters.
+_prompt_len: ContextVar[int | None] = ContextVar("_prompt_len", default=None)
 
 
 class Admission:
     """Checks the steering of the requests of one engine."""
 
-    def __init__(self, additional_config: Any) -> None:
+    def __init__(self, vllm_config: Any) -> None:
         """Loads the packs that the engine was started with.
 
         Args:
-            additional_config: ``VllmConfig.additional_config``.
+            vllm_config: The engine's ``VllmConfig``.
         """
-        config = resolved_config(additional_config)
-        self._registry = PackRegistry.load(config.packs) if config else None
+        self._config = resolved_config(vllm_config.additional_config)
+        self._registry = configured_registry(self._config) if self._config else None
+        self._max_len = vllm_config.model_config.max_model_len
 
-    def check(self, extra_args: dict[str, Any] | None) -> SteeringRequest | None:
-        """Validates the steering in a request's extra arguments.
+    def parse(self, extra_args: dict[str, Any] | None) -> SteeringRequest | None:
+        """Reads the steering in a request's extra arguments.
 
         Returns:
             The request, or None when it asks for none.
 
         Raises:
-            VLLMValidationError: It cannot be carried out; becomes HTTP 400.
+            VLLMValidationError: It is malformed; becomes HTTP 400.
         """
-        try:
-            request = parse(extra_args)
-            if request is not None:
-                # Any prompt length serves here: what exists does not depend on it.
-                resolve(request, self._loaded(), prompt_len=1)
-        except RequestError as error:
-            raise VLLMValidationError(str(error), parameter=REQUEST_KEY) from error
-        return request
+        with _as_http_400():
+            return parse(extra_args)
 
     def plan(
         self, request: SteeringRequest, extra_args: dict[str, Any], prompt_len: int
@@ -63,22 +63,33 @@ class Admission:
         """Returns extra arguments in which the steering is a plan of absolute positions.
 
         Args:
-            request: What :meth:`check` made of them.
+            request: What :meth:`parse` made of them.
             extra_args: ``SamplingParams.extra_args``; not modified.
             prompt_len: Tokens of the prompt.
+
+        Raises:
+            VLLMValidationError: It cannot be carried out; becomes HTTP 400.
         """
+        with _as_http_400():
+            if self._config is None or self._registry is None:
+                raise RequestError(
+                    "this engine was started without steering; start it with --enable-steering --steering-packs DIR"
+                )
+            plan = resolve(request, self._registry, prompt_len, self._max_len)
+            check_sums(plan, self._config.sums_per_request)
         planned = {
             key: value for key, value in extra_args.items() if key not in (REQUEST_KEY, *FLAT_KEYS)
         }
-        payload = resolve(request, self._loaded(), prompt_len).to_payload()
+        payload = plan.to_payload()
         return {**planned, PLAN_KEY: payload} if payload else planned
 
-    def _loaded(self) -> PackRegistry:
-        if self._registry is None:
-            raise RequestError(
-                "this engine was started without steering; start it with --enable-steering --steering-packs DIR"
-            )
-        return self._registry
+
+@contextmanager
+def _as_http_400() -> Iterator[None]:
+    try:
+        yield
+    except RequestError as error:
+        raise VLLMValidationError(str(error), parameter=REQUEST_KEY) from error
 
 
 _current: Admission | None = None
@@ -90,7 +101,7 @@ def remember_engine(original: Callable[..., None]) -> Callable[..., None]:
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         global _current
         original(self, vllm_config, *args, **kwargs)
-        self._vllm_steer_admission = Admission(vllm_config.additional_config)
+        self._vllm_steer_admission = Admission(vllm_config)
         # A server process has one engine; its HTTP models know of no engine and ask here.
         _current = self._vllm_steer_admission
 
@@ -104,7 +115,7 @@ def plan_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
         self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
         admission: Admission = self._vllm_steer_admission
-        wanted = admission.check(getattr(params, "extra_args", None))
+        wanted = admission.parse(getattr(params, "extra_args", None))
         if wanted is not None and kwargs.get("resumable"):
             raise VLLMValidationError(
                 "steering does not support resumable sessions, whose outputs become prompt; send the whole prompt",
@@ -131,11 +142,28 @@ def check_sampling(original: Callable[..., Any]) -> Callable[..., Any]:
         params = original(self, *args, **kwargs)
         extra_args = dict(params.extra_args or {})
         extra_args = _with_top_level(extra_args, self)
-        if _current is not None and _current.check(extra_args) is not None:
+        request = _current.parse(extra_args) if _current is not None else None
+        if _current is not None and request is not None:
+            prompt_len = _prompt_len.get()
+            if prompt_len is None:
+                raise RuntimeError("vLLM made sampling parameters before it measured the prompt")
+            # For its errors: the plan that counts is made again with the engine's input.
+            _current.plan(request, extra_args, prompt_len)
             params.extra_args = extra_args
         return params
 
     return to_sampling_params
+
+
+def remember_prompt_len(original: Callable[..., int]) -> Callable[..., int]:
+    """Wraps ``_extract_prompt_len``: the request's model does not know its prompt's length."""
+
+    def _extract_prompt_len(self: Any, prompt: Any) -> int:
+        length = original(self, prompt)
+        _prompt_len.set(length)
+        return length
+
+    return _extract_prompt_len
 
 
 def refuse_beam_search(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm import envs
+
 from vllm_steer.errors import CompatibilityError
+
+# Connectors that find keys and values by vLLM's block hashes, which hold the steering.
+HASHED_CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
 
 
 def refuse_unsupported(vllm_config: Any) -> None:
@@ -17,36 +22,45 @@ def refuse_unsupported(vllm_config: Any) -> None:
         CompatibilityError: Names every unsupported feature and what to do instead.
     """
     parallel = vllm_config.parallel_config
+    passes = vllm_config.compilation_config.pass_config
+    connector = vllm_config.kv_transfer_config
     reasons = []
     if vllm_config.model_config.runner_type != "generate":
         reasons.append(
             "pooling models generate nothing to steer; serve them without --enable-steering"
         )
-    if parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1:
-        reasons.append(
-            "tensor and pipeline parallelism are not tested with steering yet; use one device per replica"
-        )
-    if parallel.data_parallel_size > 1:
-        reasons.append(
-            "data parallelism is not tested with steering yet; start one server per replica"
-        )
     if getattr(parallel, "enable_dbo", False) or getattr(parallel, "use_ubatching", False):
         reasons.append("dual-batch overlap splits the tokens of a step; leave out --enable-dbo")
     if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
         reasons.append("prefill context parallelism splits the tokens of a prompt; set it to 1")
-    if vllm_config.speculative_config is not None:
+    if getattr(passes, "enable_sp", False):
         reasons.append(
-            "speculative decoding is not tested with steering yet; leave out --speculative-config"
+            "the sequence-parallel compiler pass splits the tokens of a step over ranks; set pass_config.enable_sp to "
+            "false"
         )
-    if vllm_config.kv_transfer_config is not None:
+    if getattr(parallel, "use_sequence_parallel_moe", False):
         reasons.append(
-            "key-value connectors are not tested with steering yet; leave out --kv-transfer-config"
+            "sequence-parallel mixture-of-experts layers split the tokens of a step over ranks; use another "
+            "--all2all-backend, or leave out --enable-expert-parallel"
         )
-    if vllm_config.lora_config is not None:
-        reasons.append("LoRA is not tested with steering yet; leave out --enable-lora")
+    if connector is not None and connector.kv_connector not in HASHED_CONNECTORS:
+        reasons.append(
+            f"key-value connector {connector.kv_connector} may find keys and values by token ids alone, and so hand "
+            f"steered ones to unsteered requests; use one of {', '.join(HASHED_CONNECTORS)}, or none"
+        )
+    if envs.VLLM_WEIGHT_OFFLOADING_DISABLE_UVA and _offloads_weights(vllm_config):
+        reasons.append(
+            "weight offloading without unified virtual addressing runs each block through functional_call, which "
+            "would add the vectors twice; unset VLLM_WEIGHT_OFFLOADING_DISABLE_UVA"
+        )
     if vllm_config.cache_config.kv_sharing_fast_prefill:
         reasons.append(
             "fast prefill runs some blocks on a part of the tokens; leave out --kv-sharing-fast-prefill"
         )
     if reasons:
         raise CompatibilityError("steering cannot start: " + "; ".join(reasons))
+
+
+def _offloads_weights(vllm_config: Any) -> bool:
+    offload = getattr(vllm_config, "offload_config", None)
+    return offload is not None and offload.uva.cpu_offload_gb > 0

@@ -49,8 +49,8 @@ def add_flags(original: Callable[..., Any]) -> Callable[..., Any]:
             "--steering-rows",
             type=int,
             default=None,
-            help="Distinct combinations of directions that one step can hold, and one row of zeros. "
-            "Default: 2 * max_num_seqs + 1, so that no request ever waits for a row.",
+            help="Distinct combinations of directions that one step can hold, and one row of zeros; each of "
+            "max_num_seqs requests may use an equal share. Default: 2 * max_num_seqs + 1.",
         )
         return parser
 
@@ -104,16 +104,17 @@ def _resolve(config: SteeringConfig, vllm_config: Any) -> ResolvedConfig:
     packs = [os.path.abspath(os.path.expanduser(path)) for path in config.packs]
     registry = PackRegistry.load(packs)
     registry.check_model(**model_shape(vllm_config.model_config))
-    needed = 2 * vllm_config.scheduler_config.max_num_seqs + 1
-    rows = needed if config.rows is None else config.rows
-    if rows < needed:
+    max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+    rows = 2 * max_num_seqs + 1 if config.rows is None else config.rows
+    if rows < max_num_seqs + 1:
         raise ConfigError(
-            f"steering rows {rows} are fewer than 2 * max_num_seqs + 1 = {needed}, so a step could need more "
+            f"steering rows {rows} are fewer than max_num_seqs + 1 = {max_num_seqs + 1}, so a step could need more "
             f"combinations than there are rows; raise --steering-rows or lower --max-num-seqs"
         )
     return ResolvedConfig(
         packs=packs,
         rows=rows,
+        sums_per_request=(rows - 1) // max_num_seqs,
         layers=registry.layers,
         digests=[pack.manifest.tensors.sha256 for pack in registry.packs.values()],
         version=plugin_version(),

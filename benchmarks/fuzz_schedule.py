@@ -1,0 +1,432 @@
+"""Random schedules against the plain form: does every request get exactly its own steering?
+
+    python benchmarks/fuzz_schedule.py --requests 2000 --json fuzz_schedule.json
+
+Each world is one engine with a small key-value cache, so that requests are preempted, and a small
+token budget, so that prompts are chunked; prefix cache, asynchronous scheduling and the number of
+running requests are drawn from the world's seed. Steered and unsteered requests arrive, share
+prefixes, and are aborted at random. Every token of every answer is then held against Hugging Face
+with forward hooks, which sees the whole sequence at once, without cache, batch or schedule.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from offline.demo import demo_model_path
+from offline.demo.corpus import user_text
+from offline.demo.statements import statements
+from vllm_steer.pack import (
+    DirectionRecord,
+    MethodRecord,
+    ModelIdentity,
+    SteeringPack,
+    load_pack,
+    write_pack,
+)
+
+TOLERANCE = 1e-4
+WORLD_REQUESTS = 125
+CONTEXT = 256
+DIRECTIONS = 6
+TOP = 5
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One request: prompt token ids, steering, answers and when it is aborted, if ever."""
+
+    prompt: list[int]
+    steering: dict[str, Any] | None
+    max_tokens: int
+    samples: int
+    temperature: float
+    prompt_logprobs: bool
+    abort_after: int | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Token ids and, for each, the engine's log-probabilities by token id."""
+
+    tokens: list[int]
+    logprobs: list[dict[int, float]]
+    prompt_logprobs: list[dict[int, float]] | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one world showed.
+
+    Attributes:
+        seed: Seed that replays it.
+        engine: The drawn settings of its engine.
+        requests: Requests sent.
+        answers: Answers compared; aborted requests have none.
+        tokens: Tokens compared.
+        mismatches: What differed, in words.
+        worst: Largest difference of a log-probability.
+        aborted: Requests aborted.
+        preemptions: Requests that the scheduler preempted.
+        cached_tokens: Prompt tokens found in the prefix cache.
+    """
+
+    seed: int
+    engine: dict[str, Any]
+    requests: int
+    answers: int
+    tokens: int
+    mismatches: list[str]
+    worst: float
+    aborted: int
+    preemptions: int
+    cached_tokens: int
+
+
+class Plain:
+    """Hugging Face in float32 with forward hooks that add scale times vector."""
+
+    def __init__(self, model: Path, pack: SteeringPack) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self._pack = pack
+
+    @torch.no_grad()
+    def logprobs(
+        self, tokens: list[int], prompt_len: int, steering: dict[str, Any] | None
+    ) -> np.ndarray:
+        """Log-probabilities ``[tokens, vocabulary]`` of the token after each."""
+        hooks = [
+            block.register_forward_hook(self._hook(layer, steering, prompt_len))
+            for layer, block in enumerate(self._model.model.layers)
+        ]
+        try:
+            logits = self._model(torch.tensor([tokens]), use_cache=False).logits[0]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        result: np.ndarray = logits.log_softmax(-1).numpy()
+        return result
+
+    def _hook(self, layer: int, steering: dict[str, Any] | None, prompt_len: int) -> Any:
+        choices = [c for c in (steering or {}).get("directions", ()) if layer in c["layers"]]
+
+        def add(_block: Any, _args: Any, output: Any) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            for choice in choices:
+                vector = torch.tensor(self._pack.vectors[choice["name"].split("/")[1]][layer])
+                for position in range(hidden.shape[1]):
+                    if holds(choice["positions"], position, prompt_len):
+                        hidden[0, position] += choice["scale"] * vector
+            return output
+
+        return add
+
+
+def holds(positions: str | list[list[int | None]], position: int, prompt_len: int) -> bool:
+    """Whether a choice of positions means this one; the plain form."""
+    if isinstance(positions, str):
+        return {
+            "all": True,
+            "prompt": position < prompt_len,
+            "generated": position >= prompt_len,
+            "last_prompt": position == prompt_len - 1,
+        }[positions]
+    for start, end in positions:
+        first = start + prompt_len if start < 0 else start
+        last = np.inf if end is None else end + prompt_len if end < 0 else end
+        if first <= position < last:
+            return True
+    return False
+
+
+def random_pack(path: Path, model: Path) -> SteeringPack:
+    """A pack of random directions at all layers of the demo model."""
+    config = json.loads((model / "config.json").read_text())
+    layers, hidden = config["num_hidden_layers"], config["hidden_size"]
+    generator = np.random.default_rng(0)
+    names = [f"d{number}" for number in range(DIRECTIONS)]
+    vectors = {name: generator.standard_normal((layers, hidden)) for name in names}
+    return write_pack(
+        path,
+        name="fuzz",
+        model=ModelIdentity(
+            name="demo",
+            architecture=config["architectures"][0],
+            model_type=config["model_type"],
+            hidden_size=hidden,
+            num_layers=layers,
+            chat_template_sha256=None,
+        ),
+        directions=[
+            DirectionRecord(
+                name=name,
+                layers=list(range(layers)),
+                default_scale=1.0,
+                safe_scale=1.0,
+                positions="all",
+            )
+            for name in names
+        ],
+        vectors={k: v / np.linalg.norm(v, axis=1, keepdims=True) for k, v in vectors.items()},
+        method=MethodRecord(name="random", settings={}, libraries={}, seed=0, data_sha256="0" * 64),
+        residual_norms=dict.fromkeys(range(layers), 10.0),
+    )
+
+
+def draw_engine(rng: random.Random) -> dict[str, Any]:
+    """The settings of a world's engine."""
+    return {
+        "max_num_seqs": rng.choice([3, 8, 16]),
+        "max_num_batched_tokens": rng.choice([16, 48, 160]),
+        "num_gpu_blocks_override": rng.choice([12, 18, 40]),
+        "enable_prefix_caching": rng.random() < 0.6,
+        "async_scheduling": rng.random() < 0.5,
+    }
+
+
+def draw_request(rng: random.Random, bases: list[list[int]], layers: int) -> Wanted:
+    """A request; prompts share beginnings, so that the prefix cache is hit."""
+    base = rng.choice(bases)
+    prompt = base[: rng.randint(1, len(base))] if rng.random() < 0.4 else list(base)
+    prompt += [rng.randint(5, 500) for _ in range(rng.choice([0, 0, 1, 9, 40]))]
+    sampled = rng.random() < 0.3
+    return Wanted(
+        prompt,
+        draw_steering(rng, len(prompt), layers) if rng.random() < 0.7 else None,
+        max_tokens=rng.randint(1, 40),
+        samples=rng.choice([1, 1, 2]) if sampled else 1,
+        temperature=1.0 if sampled else 0.0,
+        prompt_logprobs=rng.random() < 0.1,
+        abort_after=rng.randint(0, 25) if rng.random() < 0.15 else None,
+    )
+
+
+def draw_steering(rng: random.Random, prompt_len: int, layers: int) -> dict[str, Any]:
+    """One to three directions, each with a scale, layers and positions of its own."""
+    positions: list[Callable[[], Any]] = [
+        *(lambda name=name: name for name in ("all", "prompt", "generated", "last_prompt")),
+        lambda: [[rng.randint(0, prompt_len + 10), None]],
+        lambda: [[-rng.randint(1, prompt_len), rng.choice([None, prompt_len + 3])]],
+        lambda: [[start := rng.randint(0, prompt_len), start + rng.randint(1, 20)]],
+    ]
+    return {
+        "directions": [
+            {
+                "name": f"fuzz/d{number}",
+                "scale": round(rng.uniform(-12.0, 12.0), 3),
+                "layers": sorted(rng.sample(range(layers), rng.choice([1, 3, layers]))),
+                "positions": rng.choice(positions)(),
+            }
+            for number in rng.sample(range(DIRECTIONS), rng.randint(1, 3))
+        ]
+    }
+
+
+def run_world(seed: int, count: int, pack: Path, runner: str) -> Report:
+    """Runs one world, in a process of its own, and compares all its answers."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if runner == "v2":
+        os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+        _pretend_triton_backend()
+    from transformers import AutoTokenizer
+    from vllm import EngineArgs, LLMEngine
+
+    model, rng = demo_model_path(), random.Random(seed)
+    loaded = load_pack(str(pack))
+    engine_settings = draw_engine(rng)
+    engine = LLMEngine.from_engine_args(
+        EngineArgs(
+            model=str(model),
+            dtype="float32",
+            max_model_len=CONTEXT,
+            kv_cache_memory_bytes=2**28,
+            block_size=32,
+            enforce_eager=True,
+            disable_log_stats=False,
+            additional_config={
+                "steering": {
+                    "packs": [str(pack)],
+                    "rows": 12 * engine_settings["max_num_seqs"] + 1,
+                }
+            },
+            **engine_settings,
+        )
+    )
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    bases = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": user_text(statement.text)}],
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        for statement in statements("heldout")[:4]
+    ]
+    layers = loaded.manifest.model.num_layers
+    wanted = [draw_request(rng, bases, layers) for _ in range(count)]
+    answers = _drive(engine, wanted, rng)
+    plain = Plain(model, loaded)
+    mismatches, worst, tokens = [], 0.0, 0
+    for index, answer in answers:
+        fault, difference = compare(wanted[index], answer, plain)
+        worst, tokens = max(worst, difference), tokens + len(answer.tokens)
+        if fault:
+            mismatches.append(f"seed {seed}, request {index}: {fault}; {wanted[index].steering}")
+    metrics = {metric.name: getattr(metric, "value", 0) for metric in engine.get_metrics()}
+    return Report(
+        seed,
+        engine_settings,
+        count,
+        len(answers),
+        tokens,
+        mismatches,
+        worst,
+        sum(want.abort_after is not None for want in wanted),
+        int(metrics["vllm:num_preemptions"]),
+        int(metrics["vllm:prefix_cache_hits"]),
+    )
+
+
+def _drive(engine: Any, wanted: list[Wanted], rng: random.Random) -> list[tuple[int, Answer]]:
+    """Feeds the engine step by step; returns the finished answers with their request's index."""
+    from vllm import SamplingParams
+
+    answers: list[tuple[int, Answer]] = []
+    waiting, steps = list(range(len(wanted)))[::-1], 0
+    aborts: dict[int, list[str]] = {}
+    while waiting or engine.has_unfinished_requests():
+        for _ in range(min(len(waiting), rng.choice([0, 0, 1, 1, 2, 6]))):
+            index = waiting.pop()
+            want = wanted[index]
+            params = SamplingParams(
+                n=want.samples,
+                max_tokens=want.max_tokens,
+                temperature=want.temperature,
+                ignore_eos=True,
+                logprobs=TOP,
+                prompt_logprobs=TOP if want.prompt_logprobs else None,
+                extra_args={"steering": want.steering} if want.steering else None,
+            )
+            engine.add_request(str(index), {"prompt_token_ids": want.prompt}, params)
+            if want.abort_after is not None:
+                aborts.setdefault(steps + want.abort_after, []).append(str(index))
+        engine.abort_request(aborts.pop(steps, []))
+        steps += 1
+        for output in engine.step():
+            if output.finished:
+                answers += [
+                    (int(output.request_id), _answer(output, sample)) for sample in output.outputs
+                ]
+    finished = {index for index, _ in answers}
+    lost = [i for i, want in enumerate(wanted) if want.abort_after is None and i not in finished]
+    if lost:
+        raise RuntimeError(f"requests without an answer: {lost}")
+    return [pair for pair in answers if len(pair[1].tokens) == wanted[pair[0]].max_tokens]
+
+
+def _answer(output: Any, sample: Any) -> Answer:
+    def plain(row: Any) -> dict[int, float]:
+        return {token: entry.logprob for token, entry in row.items()}
+
+    prompt = output.prompt_logprobs
+    return Answer(
+        list(sample.token_ids),
+        [plain(row) for row in sample.logprobs],
+        None if prompt is None else [plain(row) for row in prompt[1:]],
+    )
+
+
+def compare(want: Wanted, answer: Answer, plain: Plain) -> tuple[str, float]:
+    """Returns what differs, in words or empty, and the largest difference of a log-probability."""
+    prompt_len = len(want.prompt)
+    expected = plain.logprobs(want.prompt + answer.tokens, prompt_len, want.steering)
+    rows = [(prompt_len - 1 + i, row) for i, row in enumerate(answer.logprobs)]
+    rows += list(enumerate(answer.prompt_logprobs or []))
+    worst = max(
+        abs(value - expected[position, token])
+        for position, row in rows
+        for token, value in row.items()
+    )
+    if not worst < TOLERANCE:
+        return f"log-probabilities differ by {worst:.3g}", float(worst)
+    if want.temperature == 0.0:
+        for number, token in enumerate(answer.tokens):
+            row = expected[prompt_len - 1 + number]
+            # Where two tokens lie within the tolerance, either is right.
+            if row[token] < row.max() - TOLERANCE:
+                return f"token {number} is {token}, not {row.argmax()}", float(worst)
+    return "", float(worst)
+
+
+def _pretend_triton_backend() -> None:
+    """Lets Model Runner V2 run on CPU: Triton's interpreter needs no backend, vLLM asks for one."""
+    from types import SimpleNamespace
+
+    from triton.backends import backends
+
+    driver = type("Driver", (), {"is_active": staticmethod(lambda: True)})
+    backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
+    import vllm.triton_utils  # noqa: F401
+
+    del backends["cpu"]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first world")
+    parser.add_argument("--world", type=int, default=WORLD_REQUESTS, help="requests per engine")
+    parser.add_argument("--runner", choices=("v1", "v2"), default="v1", help="vLLM's model runner")
+    parser.add_argument("--json", type=Path, required=True, help="file for the results")
+    args = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    reports: list[Report] = []
+    with tempfile.TemporaryDirectory() as folder:
+        pack = Path(folder) / "fuzz"
+        random_pack(pack, demo_model_path())
+        left = range(0, args.requests, args.world)
+        for number, done in enumerate(tqdm(left, desc="worlds", unit="world")):
+            count = min(args.world, args.requests - done)
+            # A new process for each: an engine patches and holds memory for its whole process.
+            with context.Pool(1) as pool:
+                task = (args.seed + number, count, pack, args.runner)
+                reports.append(pool.apply(run_world, task))
+    mismatches = [fault for report in reports for fault in report.mismatches]
+    result = {
+        "requests": sum(report.requests for report in reports),
+        "answers": sum(report.answers for report in reports),
+        "tokens": sum(report.tokens for report in reports),
+        "mismatches": len(mismatches),
+        "worst_logprob_difference": max(report.worst for report in reports),
+        "preemptions": sum(report.preemptions for report in reports),
+        "cached_tokens": sum(report.cached_tokens for report in reports),
+        "aborted": sum(report.aborted for report in reports),
+        "seeds": [report.seed for report in reports],
+        "worlds": [asdict(report) for report in reports],
+    }
+    args.json.write_text(json.dumps(result, indent=2) + "\n")
+    shown = {key: value for key, value in result.items() if key != "worlds"}
+    print(json.dumps(shown, indent=2))  # noqa: T201
+    for fault in mismatches[:20]:
+        print(fault)  # noqa: T201
+    raise SystemExit(bool(mismatches))
+
+
+if __name__ == "__main__":
+    main()

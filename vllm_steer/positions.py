@@ -1,0 +1,143 @@
+"""Token positions: what a request may choose, and the absolute ranges that it means.
+
+Position 0 is the prompt's first token; the first generated token is at the prompt's length.
+Importing this module imports neither torch nor vllm.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, get_args
+
+from pydantic import PlainValidator, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from vllm_steer.errors import RequestError
+from vllm_steer.manifest import PositionChoice
+
+MAX_RANGES = 64
+# First position and the position after the last one; a negative one counts from the prompt's
+# end, None has no end.
+PositionRange = tuple[int, int | None]
+# Far beyond any context length, and within the int32 of the engine's tables.
+_LIMIT = 2**30
+_WANTED = (
+    f"must be {', '.join(repr(name) for name in get_args(PositionChoice))} or a list of up to {MAX_RANGES} "
+    "[start, end] pairs: end is not included and null has no end, and negative numbers count from the prompt's "
+    "end, such as [[-4, null]]"
+)
+
+
+def parse_positions(value: Any) -> PositionChoice | tuple[PositionRange, ...]:
+    """Checks a choice of positions.
+
+    Args:
+        value: A name, or a list of ``[start, end]`` pairs.
+
+    Raises:
+        PydanticCustomError: It is neither; the message says what would be right.
+    """
+    if isinstance(value, str) and value in get_args(PositionChoice):
+        return value  # type: ignore[return-value]  # membership does not narrow to a Literal
+    if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= MAX_RANGES:
+        raise PydanticCustomError("positions", _WANTED)
+    ranges = []
+    for pair in value:
+        if (
+            not isinstance(pair, (list, tuple))
+            or len(pair) != 2
+            or not _is_position(pair[0])
+            or not (pair[1] is None or _is_position(pair[1]))
+        ):
+            raise PydanticCustomError("positions", _WANTED)
+        start, end = pair
+        if end is not None and (start < 0) == (end < 0) and start >= end:
+            raise PydanticCustomError(
+                "positions",
+                "the range [{start}, {end}] is empty; end must be greater than start",
+                {"start": start, "end": end},
+            )
+        ranges.append((start, end))
+    return tuple(ranges)
+
+
+Positions = Annotated[
+    PositionChoice | tuple[PositionRange, ...],
+    PlainValidator(parse_positions),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"enum": list(get_args(PositionChoice))},
+                {
+                    "type": "array",
+                    "minItems": 1,
+                    "maxItems": MAX_RANGES,
+                    "items": {
+                        "type": "array",
+                        "minItems": 2,
+                        "maxItems": 2,
+                        "items": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+                    },
+                },
+            ]
+        }
+    ),
+]
+
+
+def parse_slice(text: str) -> list[int | None]:
+    """Reads ``"start:end"`` of the flat form; a missing start is 0, a missing end has none.
+
+    Raises:
+        ValueError: It is no such text.
+    """
+    start, colon, end = text.partition(":")
+    if not colon:
+        raise ValueError(f'{text!r} must be "start:end"')
+    return [int(start or "0"), int(end) if end else None]
+
+
+def absolute_ranges(
+    positions: PositionChoice | tuple[PositionRange, ...],
+    prompt_len: int,
+    max_len: int | None = None,
+) -> list[PositionRange]:
+    """Returns the ranges of absolute positions that a choice means for one prompt.
+
+    Args:
+        positions: The choice.
+        prompt_len: Tokens of the prompt.
+        max_len: Most tokens of prompt and answer together, None when unknown.
+
+    Raises:
+        RequestError: A range starts before the prompt, is empty, or can never be reached.
+    """
+    if isinstance(positions, str):
+        return [
+            {
+                "all": (0, None),
+                "prompt": (0, prompt_len),
+                "generated": (prompt_len, None),
+                "last_prompt": (prompt_len - 1, prompt_len),
+            }[positions]
+        ]
+    ranges = []
+    for first, last in positions:
+        start = first + prompt_len if first < 0 else first
+        end = last + prompt_len if last is not None and last < 0 else last
+        shown = f"[{first}, {'null' if last is None else last}]"
+        if start < 0:
+            raise RequestError(
+                f"{shown} starts before the prompt, which has {prompt_len} tokens; start must be at least {-prompt_len}"
+            )
+        if end is not None and start >= end:
+            raise RequestError(f"{shown} is empty for this prompt of {prompt_len} tokens")
+        if max_len is not None and start >= max_len:
+            raise RequestError(
+                f"{shown} is never reached: prompt and answer have at most {max_len} tokens"
+            )
+        ranges.append((start, end))
+    return ranges
+
+
+def _is_position(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LIMIT
