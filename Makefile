@@ -4,8 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
+# The oldest vLLM that is supported, the torch that it was built for, and an environment for both.
+OLDEST_VLLM := 0.26.0
+OLDEST_TORCH := torch==2.11.0
+OLDEST_VENV := .venv-oldest
+OLDEST_BIN := $(OLDEST_VENV)/bin
 
-.PHONY: setup demo test test-slow lint format model clean
+.PHONY: setup demo test test-slow test-oldest check-versions lint format model clean
 
 ## setup: build .venv with vLLM for CPU and everything that the project needs
 setup: $(VENV)/ready
@@ -31,6 +36,25 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
+## test-oldest: the unit, engine and server tests on the oldest vLLM that is supported
+test-oldest: $(OLDEST_VENV)/ready
+	$(OLDEST_BIN)/python -m pytest tests/unit tests/engine tests/server
+
+# Where no index has the CPU build of that torch, the build for CUDA is taken, which is larger.
+$(OLDEST_VENV)/ready: pyproject.toml Makefile
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_BIN)/python -m pip install --quiet '$(OLDEST_TORCH)+cpu' || \
+		$(OLDEST_BIN)/python -m pip install --quiet --extra-index-url $(TORCH_INDEX) '$(OLDEST_TORCH)+cpu' || \
+		$(OLDEST_BIN)/python -m pip install --quiet '$(OLDEST_TORCH)'
+	$(OLDEST_BIN)/python -m tests.oldest_env $(OLDEST_VLLM)
+	$(OLDEST_BIN)/python -m pip install --quiet -e '.[offline,plots,dev]'
+	$(OLDEST_BIN)/python -m vllm_steer.cpu_env
+	touch $@
+
+## check-versions: every supported vLLM has the symbols that are patched; downloads 1.6 GB, installs nothing
+check-versions: setup
+	$(BIN)/python -m tests.vllm_versions
+
 ## lint: ruff and mypy
 lint: setup
 	$(BIN)/ruff check .
@@ -48,4 +72,4 @@ model: setup
 
 ## clean: remove what the targets made
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output
+	rm -rf $(VENV) $(OLDEST_VENV) build dist *.egg-info demo-output

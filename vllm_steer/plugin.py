@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from vllm_steer import seams
+from vllm_steer import seams, versions
 from vllm_steer.errors import CompatibilityError
 
 # vLLM runs this module as a process of its own to look at model classes; no engine lives there.
@@ -23,7 +23,7 @@ def register() -> None:
     """Installs the patches; calling it again changes nothing.
 
     Raises:
-        CompatibilityError: This vLLM lacks a symbol that steering relies on.
+        CompatibilityError: This vLLM is not supported or lacks a symbol that steering relies on.
     """
     if getattr(sys.modules["__main__"].__spec__, "name", None) == _INSPECTION_PROCESS:
         return
@@ -32,6 +32,7 @@ def register() -> None:
             "VLLM_USE_RUST_FRONTEND answers requests without the Python front end, which would ignore their "
             "steering; unset it or uninstall vllm-steer"
         )
+    versions.check()
     from vllm_steer.engine import intake
     from vllm_steer.engine.prefix_cache import steered_extra_keys
     from vllm_steer.serving import admission, flags, guard
@@ -46,7 +47,7 @@ def register() -> None:
     for seam in seams.TO_BEAM_SEARCH_PARAMS:
         seams.patch(seam, admission.refuse_beam_search)
     seams.patch(seams.EXTRACT_PROMPT_LEN, admission.remember_prompt_len)
-    seams.patch(seams.INIT_MIDDLEWARE, guard.add_guard)
+    seams.patch(seams.SERVE_ROUTERS, guard.add_guard)
     seams.patch(seams.EXTRA_HASH_KEYS, steered_extra_keys)
     seams.patch(seams.PREPROCESS_ADD_REQUEST, intake.check_intake)
     seams.patch(seams.INIT_DEVICE, _attach)

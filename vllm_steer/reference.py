@@ -21,6 +21,7 @@ from vllm_steer.manifest import (
 )
 from vllm_steer.request import DirectionChoice, SteeringRequest
 from vllm_steer.serving.flags import add_flags
+from vllm_steer.versions import OVERRIDE, OVERRIDE_MEANING, SUPPORTED
 
 
 def render() -> str:
@@ -31,6 +32,9 @@ def render() -> str:
         "## Flags of `vllm serve`",
         _flags(add_flags),
         'In `LLM(...)` the same stands in `additional_config={"steering": {"packs": [...], "rows": ...}}`.',
+        "## Environment",
+        f"Supported are vLLM {', '.join(SUPPORTED)}.",
+        f"| variable | meaning |\n|---|---|\n| `{OVERRIDE}` | {OVERRIDE_MEANING} |",
         "## Requests",
         "The field `steering` of `/v1/completions`, `/v1/chat/completions` and `/v1/responses`, as an "
         'object; `vllm_xargs.steering`, as its JSON text; `SamplingParams.extra_args["steering"]`, '

@@ -1,8 +1,8 @@
 """Every vLLM symbol that is patched or relied on, named and checked at start.
 
 A symbol that is missing or takes other parameters than those known stops the start: a patch that
-no longer fits would serve unsteered text. ``TESTED_VERSIONS`` are the versions of vLLM that the
-test suite has run on.
+no longer fits would serve unsteered text. The supported versions of vLLM have every symbol under
+the same name; ``python -m tests.vllm_versions`` makes this check from the files of their wheels.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_steer import versions
 from vllm_steer.errors import CompatibilityError
-
-TESTED_VERSIONS = ("0.32.0",)
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Seam:
                 holder = getattr(holder, part)
         except (ImportError, AttributeError) as error:
             raise CompatibilityError(
-                f"{self.module}.{self.name} is missing ({error}); {_advice()}"
+                f"{self.module}.{self.name} is missing ({error}); {versions.advice()}"
             ) from error
         _check(holder, attribute, self.parameters, f"{self.module}.{self.name}")
         return holder, attribute
@@ -69,19 +68,13 @@ def check_methods(instance: Any, methods: Mapping[str, tuple[str, ...]]) -> None
 
 def _check(holder: Any, attribute: str, parameters: tuple[str, ...], full_name: str) -> None:
     if not hasattr(holder, attribute):
-        raise CompatibilityError(f"{full_name} is missing; {_advice()}")
+        raise CompatibilityError(f"{full_name} is missing; {versions.advice()}")
     found = inspect.signature(getattr(holder, attribute)).parameters
     names = tuple(found)[: len(parameters)]
     if names != parameters:
         raise CompatibilityError(
-            f"{full_name} takes {names}, where {parameters} was expected; {_advice()}"
+            f"{full_name} takes {names}, where {parameters} was expected; {versions.advice()}"
         )
-
-
-def _advice() -> str:
-    from vllm_steer.config import plugin_version
-
-    return f"vllm-steer {plugin_version()} was tested with vLLM {', '.join(TESTED_VERSIONS)}: install one of them"
 
 
 ADD_CLI_ARGS = Seam("vllm.engine.arg_utils", "EngineArgs.add_cli_args", ("parser",))
@@ -138,11 +131,8 @@ TO_BEAM_SEARCH_PARAMS = (
         ("self",),
     ),
 )
-INIT_MIDDLEWARE = Seam(
-    "vllm.entrypoints.launchers.app",
-    "init_entrypoints_middleware",
-    ("args", "app", "supported_tasks"),
-)
+# Called while the server's application is put together, with it at hand.
+SERVE_ROUTERS = Seam("vllm.entrypoints.serve", "register_vllm_serve_api_routers", ("app",))
 
 # Wrapped on one instance in each worker, not on the class.
 V1_RUNNER = {
@@ -160,6 +150,39 @@ V2_MODEL_STATE = {
     "prepare_dummy_inputs": (),
 }
 WORKER = {"compile_or_warm_up_model": ()}
+
+# Where these methods are defined, as (module, class), for the check from a wheel's files alone.
+METHOD_OWNERS = (
+    (
+        V1_RUNNER,
+        (
+            ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner"),
+            ("vllm.v1.worker.cpu_model_runner", "CPUModelRunner"),
+        ),
+    ),
+    (
+        V2_RUNNER,
+        (
+            ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner"),
+            ("vllm.v1.worker.cpu.model_runner", "CPUModelRunner"),
+        ),
+    ),
+    (
+        V2_MODEL_STATE,
+        (
+            ("vllm.v1.worker.gpu.model_states.interface", "ModelState"),
+            ("vllm.v1.worker.gpu.model_states.default", "DefaultModelState"),
+            ("vllm.v1.worker.gpu.model_states.mamba_hybrid", "MambaHybridModelState"),
+        ),
+    ),
+    (
+        WORKER,
+        (
+            ("vllm.v1.worker.gpu_worker", "Worker"),
+            ("vllm.v1.worker.cpu_worker", "CPUWorker"),
+        ),
+    ),
+)
 
 _PATCHED = "__vllm_steer__"
 

@@ -208,10 +208,24 @@ def test_routes_that_would_drop_steering_refuse_it(server: Server) -> None:
     assert answer.status_code == 400
     assert "does not take the field 'steering'" in answer.json()["error"]["message"]
     assert httpx.post(f"{server.url}/messages", json=body, timeout=60).status_code == 200
-    plain = httpx.post(
-        f"{server.url}/messages", json=body | {"temperature": 0.0}, timeout=60
-    ).json()
-    steered = httpx.post(
-        f"{server.url}/messages", json=body | {"temperature": 0.0, "vllm_xargs": FLAT}, timeout=60
-    ).json()
-    assert plain["content"] != steered["content"]
+
+
+def test_xargs_steer_or_are_refused(server: Server) -> None:
+    from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+
+    body: dict[str, Any] = {"model": SERVED_NAME, "max_tokens": 8, "temperature": 0.0}
+    body["messages"] = [{"role": "user", "content": "a"}]
+    plain = httpx.post(f"{server.url}/messages", json=body, timeout=60)
+    steered = httpx.post(f"{server.url}/messages", json=body | {"vllm_xargs": FLAT}, timeout=60)
+    if "vllm_xargs" in AnthropicMessagesRequest.model_fields:
+        assert plain.json()["content"] != steered.json()["content"]
+    else:
+        assert steered.status_code == 400
+        assert "does not take the field 'vllm_xargs'" in steered.json()["error"]["message"]
+    batch = body | {"messages": [body["messages"]], "vllm_xargs": FLAT}
+    refused = httpx.post(f"{server.url}/chat/completions/batch", json=batch, timeout=60)
+    assert refused.status_code == 400
+    assert "does not take the field 'vllm_xargs'" in refused.json()["error"]["message"]
+    del batch["vllm_xargs"]
+    answer = httpx.post(f"{server.url}/chat/completions/batch", json=batch, timeout=60)
+    assert answer.status_code == 200

@@ -1,19 +1,22 @@
 """Refuses steering on the HTTP routes that would drop it.
 
 The OpenAI-style routes keep unknown fields of a request's body, so admission sees ``steering``
-there. All other routes drop unknown fields before any of our code runs; a request for steering
-sent to one of them would be answered with unsteered text.
+there. All other routes drop unknown fields before any of our code runs, some of them
+``vllm_xargs`` too; a request for steering sent to one of them would be answered with unsteered
+text.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from typing import Any, get_type_hints
 
 from vllm_steer.request import looks_like_steering
 
 STEERED_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+
+_XARGS = "vllm_xargs"
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -21,14 +24,16 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 def add_guard(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps ``init_entrypoints_middleware`` of the API server to put the guard in front."""
+    """Wraps ``register_vllm_serve_api_routers`` of the API server to put the guard in front.
 
-    def init_entrypoints_middleware(args: Any, app: Any, supported_tasks: Any) -> Any:
-        result = original(args, app, supported_tasks)
+    vLLM adds its own middleware later, so a request is authenticated before the guard reads it.
+    """
+
+    def register_vllm_serve_api_routers(app: Any) -> Any:
         app.add_middleware(SteeringGuard)
-        return result
+        return original(app)
 
-    return init_entrypoints_middleware
+    return register_vllm_serve_api_routers
 
 
 class SteeringGuard:
@@ -45,7 +50,7 @@ class SteeringGuard:
         messages = [await receive()]
         while messages[-1]["type"] == "http.request" and messages[-1].get("more_body"):
             messages.append(await receive())
-        field = _steering_field(b"".join(message.get("body", b"") for message in messages))
+        field = _dropped_field(b"".join(message.get("body", b"") for message in messages), scope)
         if field is not None:
             await _refuse(send, field, _route(scope))
             return
@@ -63,14 +68,31 @@ def _route(scope: Message) -> str:
     return path.removeprefix(scope.get("root_path") or "").rstrip("/")
 
 
-def _steering_field(body: bytes) -> str | None:
-    """The first top-level key of a JSON body that asks for steering."""
+def _dropped_field(body: bytes, scope: Message) -> str | None:
+    """The first top-level key of a JSON body that asks for steering and that its route drops."""
     try:
         fields = json.loads(body)
     except ValueError:
         # Not JSON: the route itself answers what is wrong with it.
         return None
-    return next(filter(looks_like_steering, fields), None) if isinstance(fields, dict) else None
+    if not isinstance(fields, dict):
+        return None
+    xargs = fields.get(_XARGS)
+    asked = isinstance(xargs, dict) and any(map(looks_like_steering, xargs))
+    dropped = _XARGS if asked and not _takes_xargs(scope) else None
+    return next(filter(looks_like_steering, fields), dropped)
+
+
+def _takes_xargs(scope: Message) -> bool:
+    """Whether the route's request model has ``vllm_xargs``, which differs between versions of vLLM."""
+    endpoints = [route.endpoint for route in scope["app"].routes if _serves(route, scope)]
+    models = [kind for endpoint in endpoints for kind in get_type_hints(endpoint).values()]
+    return any(_XARGS in getattr(model, "model_fields", ()) for model in models)
+
+
+def _serves(route: Any, scope: Message) -> bool:
+    match, _ = route.matches(scope)
+    return bool(match.name == "FULL" and hasattr(route, "endpoint"))
 
 
 async def _refuse(send: Send, field: str, route: str) -> None:
