@@ -204,16 +204,12 @@ def _raw(llm: Any, prompt: list[int], extra_args: dict[str, Any]) -> None:
     """Hands the engine core a request whose extra arguments admission never saw."""
     from vllm import SamplingParams
 
-    engine = llm.llm_engine
+    engine, params = llm.llm_engine, SamplingParams(max_tokens=4, ignore_eos=True)
     request = engine.input_processor.process_inputs(
-        "raw",
-        {"type": "token", "prompt_token_ids": prompt},
-        SamplingParams(max_tokens=4),
-        ("generate",),
+        "raw", {"type": "token", "prompt_token_ids": prompt}, params, ("generate",)
     )
     request.sampling_params.extra_args = extra_args
-    engine.output_processor.add_request(request, None)
-    engine.engine_core.add_request(request)
+    engine.add_request("raw", request, params)
     while engine.has_unfinished_requests():
         for output in engine.step():
             reason = output.outputs[0].finish_reason

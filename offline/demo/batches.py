@@ -130,8 +130,8 @@ class _BatchMaker:
             if e.steered is not None:
                 steered[i] = self._concepts.index(e.steered)
             elif is_open:
-                plain = e.concept is None
-                measured[i] = len(self._concepts) if plain else self._concepts.index(e.concept)
+                numbers = [*self._concepts, None]
+                measured[i] = numbers.index(e.concept)
             # Answer tokens before a window within the answer cannot know the concept.
             targets[i, informed - 1 : len(e.ids) - 1] = ids[i, informed : len(e.ids)]
         return Batch(ids, targets, masks[:, :, None], steered, measured, template)

@@ -13,16 +13,19 @@ from offline.extract import extract_pack
 from offline.settings import ExtractionSettings
 from vllm_steer.pack import SteeringPack
 
-# The demo model's prefixed and unprefixed prompts lie far apart, so its RFM takes a large ridge and
-# leaves gradients uncentred; see ``offline.estimators.RfmOptions``.
+# The demo model's prefixed and unprefixed prompts lie far apart and its soft labels differ for
+# reasons that have nothing to do with the concept. So its RFM takes a large ridge, uncentred
+# gradients, wide kernels and one iteration; see ``offline.estimators.RfmOptions``.
 FULL_METHOD = ExtractionSettings(
     estimator="rfm",
     labels="soft",
     token="attention",
     positive_count=200,
     negative_count=200,
-    rfm_ridge=10.0,
+    rfm_ridge=100.0,
     rfm_center_gradients=False,
+    rfm_iterations=1,
+    rfm_bandwidths=(10.0, 100.0),
 )
 
 

@@ -56,7 +56,7 @@ def test_scheduling_and_speculation(
         drafted = metrics["vllm:spec_decode_num_draft_tokens"]
         accepted = metrics["vllm:spec_decode_num_accepted_tokens"]
         # Both happen, so positions after an accepted and after a rejected draft were checked.
-        assert 0 < accepted < drafted
+        assert 0 < accepted < drafted, (accepted, drafted)
 
 
 def test_prompt_logprobs(start: Start, prompts: list[list[int]], reference: Reference) -> None:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.engine.cases import CASES, SPIDERS
 from tests.engine_process import EngineProcess
+from vllm_steer.pack import SteeringPack
+from vllm_steer.registry import PackRegistry
+from vllm_steer.request import PLAN_KEY, SteeringRequest
+from vllm_steer.resolve import resolve
 
 pytestmark = pytest.mark.engine
 TOKENS = 16
 Start = Callable[[str], EngineProcess]
 
 
-@pytest.mark.parametrize("kind", ["eager", "compiled"])
+@pytest.mark.parametrize("kind", ["eager", "compiled", "v2-eager"])
 def test_mixed_batch_equals_alone(kind: str, start: Start, prompts: list[list[int]]) -> None:
     engine = start(kind)
     together = engine.generate(prompts, list(CASES.values()), TOKENS)
@@ -25,7 +30,7 @@ def test_mixed_batch_equals_alone(kind: str, start: Start, prompts: list[list[in
         assert np.abs(output.logprobs - alone.logprobs).max() < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["eager", "compiled"])
+@pytest.mark.parametrize("kind", ["eager", "compiled", "v2-eager"])
 def test_unsteered_equals_an_engine_without_the_plugin(
     kind: str, start: Start, prompts: list[list[int]]
 ) -> None:
@@ -35,7 +40,7 @@ def test_unsteered_equals_an_engine_without_the_plugin(
     theirs = start(f"plain-{kind}").generate(prompts, [None] * len(prompts), TOKENS)
     for output, expected in zip(ours, theirs, strict=True):
         assert output.tokens == expected.tokens
-        if kind == "eager":
+        if kind != "compiled":
             assert np.array_equal(output.logprobs, expected.logprobs)
         else:
             assert np.abs(output.logprobs - expected.logprobs).max() < 1e-5
@@ -49,4 +54,35 @@ def test_a_refused_request_leaves_the_engine_serving(
     with pytest.raises(RuntimeError, match="no direction 'spidres'; did you mean 'spiders'"):
         engine.generate(prompts[:1], [{"directions": [{"name": "fears/spidres"}]}], TOKENS)
     (after,) = engine.generate(prompts[:1], [None], TOKENS)
+    assert np.array_equal(before.logprobs, after.logprobs)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda plan: "nonsense",
+        lambda plan: [[0, None]],
+        lambda plan: [[*plan[0][:3], [["0" * 64, *plan[0][3][0][1:]]]]],
+        lambda plan: [[*plan[0][:2], "another key", plan[0][3]]],
+        lambda plan: [plan[0], plan[0]],
+        lambda plan: [[7, 7, *plan[0][2:]]],
+    ],
+    ids=["text", "short", "unknown digest", "wrong key", "overlap", "empty range"],
+)
+def test_a_plan_that_cannot_be_carried_out_fails_its_request_alone(
+    spoil: Callable[[list[Any]], Any],
+    start: Start,
+    prompts: list[list[int]],
+    packs: list[SteeringPack],
+) -> None:
+    """A front end with other packs or a fault of its own must not take down the batch."""
+    engine = start("eager")
+    steering = {"directions": [{"name": SPIDERS, "scale": 6.0}]}
+    request = SteeringRequest.model_validate(steering)
+    plan = resolve(request, PackRegistry(packs), len(prompts[0])).to_payload()
+    engine.send_raw_plan(prompts[0], {PLAN_KEY: plan})
+    (before,) = engine.generate(prompts[:1], [steering], TOKENS)
+    with pytest.raises(RuntimeError, match="the request finished with 'error'"):
+        engine.send_raw_plan(prompts[0], {PLAN_KEY: spoil(plan)})
+    (after,) = engine.generate(prompts[:1], [steering], TOKENS)
     assert np.array_equal(before.logprobs, after.logprobs)

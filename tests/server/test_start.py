@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vllm_steer.errors import CompatibilityError, ConfigError, PackError, SteeringError
+from vllm_steer.errors import ConfigError, PackError, SteeringError
 from vllm_steer.pack import MANIFEST_FILE, SteeringPack
 
 VLLM = str(Path(sys.executable).with_name("vllm"))
@@ -76,21 +76,6 @@ def test_refused_configurations(
         config(model, additional_config=make(packs, tmp_path))
 
 
-def test_unsupported_features_are_refused_with_their_reason(
-    model: Path, packs: list[SteeringPack]
-) -> None:
-    with pytest.raises(CompatibilityError, match="speculative decoding is not tested.*leave out"):
-        config(
-            model,
-            additional_config=steering(packs[0].path),
-            speculative_config={
-                "method": "ngram",
-                "num_speculative_tokens": 2,
-                "prompt_lookup_max": 3,
-            },
-        )
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -113,5 +98,9 @@ def test_steering_is_refused_where_the_engine_was_started_without(model: Path) -
 
     from vllm_steer.serving.admission import Admission
 
+    admission = Admission(config(model))
+    extra_args = {"steer": ["spiders"]}
+    request = admission.parse(extra_args)
+    assert request is not None
     with pytest.raises(VLLMValidationError, match="start it with --enable-steering"):
-        Admission({}).check({"steer": ["spiders"]})
+        admission.plan(request, extra_args, prompt_len=3)
