@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -44,20 +44,18 @@ class EngineProcess:
     Args:
         arguments: Arguments of ``LLM``.
         env: Environment variables of the child.
-        break_layer: Layer whose addition is removed before the engine starts.
+        prepare: Functions that the child calls before it imports vLLM's engine.
     """
 
     def __init__(
         self,
         arguments: dict[str, Any],
         env: dict[str, str] | None = None,
-        break_layer: int | None = None,
+        prepare: Sequence[Callable[[], None]] = (),
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, child = context.Pipe()
-        self._process = context.Process(
-            target=_run, args=(child, arguments, env or {}, break_layer)
-        )
+        self._process = context.Process(target=_run, args=(child, arguments, env or {}, prepare))
         self._process.start()
         child.close()
         self._answer()
@@ -128,15 +126,18 @@ class EngineProcess:
 
 
 def _run(
-    connection: Connection, arguments: dict[str, Any], env: dict[str, str], break_layer: int | None
+    connection: Connection,
+    arguments: dict[str, Any],
+    env: dict[str, str],
+    prepare: Sequence[Callable[[], None]],
 ) -> None:
     os.environ.update(env)
     if env.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
         _pretend_triton_backend()
+    for function in prepare:
+        function()
     from vllm import LLM
 
-    if break_layer is not None:
-        _break(break_layer)
     try:
         llm = LLM(**arguments)
     except Exception as error:
@@ -229,20 +230,6 @@ def _output(output: Any, sample: Any) -> Output:
         None if prompt is None else rows(prompt[1:]),
         sample.text,
     )
-
-
-def _break(layer: int) -> None:
-    """Leaves the addition of one layer without effect, as a dead site would."""
-    from vllm_steer.engine import blocks
-
-    hook_blocks = blocks.hook_blocks
-
-    def without(pairs: Any, bank: Any) -> None:
-        hook_blocks([pair for pair in pairs if pair[0] != layer], bank)
-
-    import vllm_steer.engine.worker as worker
-
-    worker.hook_blocks = without
 
 
 def _pretend_triton_backend() -> None:

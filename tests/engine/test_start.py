@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,19 @@ def test_a_block_that_does_not_steer_stops_the_start(
     with pytest.raises(
         RuntimeError, match="added a vector after layer 2 and 8 of 8 tokens did not"
     ):
-        EngineProcess(arguments, IN_PROCESS, break_layer=2)
+        EngineProcess(arguments, IN_PROCESS, [break_layer_2])
+
+
+def break_layer_2() -> None:
+    """Leaves the addition of layer 2 without effect, as a dead site would."""
+    from vllm_steer.engine import worker
+
+    hook_blocks = worker.hook_blocks
+
+    def without(pairs: Any, bank: Any) -> None:
+        hook_blocks([pair for pair in pairs if pair[0] != 2], bank)
+
+    worker.hook_blocks = without
 
 
 def test_compile_cache_key_holds_the_steering(start: Callable[[str], EngineProcess]) -> None:

@@ -1,0 +1,88 @@
+"""vLLM's compile cache never hands a steered engine the graph of an unsteered one.
+
+vLLM compiles piecewise, with a cache of artifacts, on GPUs; on CPU it compiles anew each time. So
+these engines are told to compile as on a GPU.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import PLAIN, engine_arguments
+from tests.engine.cases import CASES
+from tests.engine_process import EngineProcess
+from tests.reference import Reference
+from vllm_steer.pack import SteeringPack
+
+pytestmark = pytest.mark.engine
+TOKENS = 8
+
+
+def compile_as_on_a_gpu() -> None:
+    """Keeps the CPU platform from choosing its own way of compiling."""
+    from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
+    from vllm.config import CompilationMode
+    from vllm.platforms.cpu import CpuPlatform
+
+    check = CpuPlatform.check_and_update_config.__func__
+
+    def keep_mode(cls: type, vllm_config: object) -> None:
+        compilation = vllm_config.compilation_config
+        mode = compilation.mode
+        check(cls, vllm_config)
+        if mode == CompilationMode.VLLM_COMPILE:
+            compilation.mode, compilation.compile_sizes = mode, []
+
+    CpuPlatform.check_and_update_config = classmethod(keep_mode)
+    # It handles operators that exist on GPUs alone.
+    FixFunctionalizationPass.__call__ = lambda self, graph: None
+
+
+def leave_the_salt_out() -> None:
+    """Computes the key of the compile cache as if steering were not in the configuration."""
+    from vllm.config import VllmConfig
+
+    compute_hash = VllmConfig.compute_hash
+
+    def without(self: VllmConfig) -> str:
+        kept, self.additional_config = self.additional_config, {}
+        try:
+            return compute_hash(self)
+        finally:
+            self.additional_config = kept
+
+    VllmConfig.compute_hash = without
+
+
+def test_a_cached_unsteered_graph_is_not_reused(
+    model: Path,
+    packs: list[SteeringPack],
+    prompts: list[list[int]],
+    reference: Reference,
+    tmp_path: Path,
+) -> None:
+    env = {"VLLM_CACHE_ROOT": str(tmp_path), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    compilation = {
+        "mode": 3,
+        "pass_config": {"fuse_norm_quant": False, "fuse_act_quant": False},
+    }
+    plain = engine_arguments(model, packs, "plain-compiled") | {"compilation_config": compilation}
+    steered = engine_arguments(model, packs, "compiled") | {"compilation_config": compilation}
+    unsteered_engine = EngineProcess(plain, env | PLAIN, [compile_as_on_a_gpu])
+    unsteered_engine.generate(prompts[:1], [None], TOKENS)
+    unsteered_engine.close()
+    # Without the salt the unsteered graph is found; nothing but the self-test would notice.
+    with pytest.raises(RuntimeError, match="the model would run unsteered"):
+        EngineProcess(steered, env, [compile_as_on_a_gpu, leave_the_salt_out])
+    # With it a graph of its own is compiled, and found again by the next engine.
+    for _ in range(2):
+        engine = EngineProcess(steered, env, [compile_as_on_a_gpu])
+        outputs = engine.generate(prompts, list(CASES.values()), TOKENS)
+        engine.close()
+        for prompt, steering, output in zip(prompts, CASES.values(), outputs, strict=True):
+            expected = reference.generate(prompt, steering, TOKENS)
+            assert output.tokens == expected.tokens
+            assert np.abs(output.logprobs - expected.logprobs).max() < 1e-4
