@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo test test-slow lint format model clean
+.PHONY: setup demo test test-slow architectures lint format model clean
 
 ## setup: build .venv with vLLM for CPU and everything that the project needs
 setup: $(VENV)/ready
@@ -30,6 +30,12 @@ test: setup
 ## test-slow: the long tests
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+## architectures: test every family, eager and compiled, and write the README's table
+architectures: setup
+	rm -f tests/architectures/parity.json
+	$(BIN)/python -m pytest -m 'slow or not slow' tests/architectures/test_parity.py --record-parity
+	$(BIN)/python -m tests.architectures.table
 
 ## lint: ruff and mypy
 lint: setup

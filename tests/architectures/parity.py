@@ -21,7 +21,6 @@ from tests.architectures.families import VOCABULARY, Family
 from tests.engine_process import EngineProcess, Output
 from tests.reference import Answer, Reference
 
-MODES = ("eager", "compiled")
 TOKENS = 8
 TOLERANCE = 1e-4
 FIRST, SECOND = "random/first", "random/second"

@@ -12,8 +12,7 @@ from pathlib import Path
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tests.architectures.families import FAMILIES
-from tests.architectures.parity import MODES
+from tests.architectures.families import FAMILIES, MODES
 
 RESULTS = Path(__file__).with_name("parity.json")
 README = Path(__file__).parents[2] / "README.md"
@@ -41,7 +40,14 @@ def read_results() -> Results:
 def write_results(results: Results) -> None:
     """Stores results, families in the order of the list."""
     known = [name for name in FAMILIES if name in results.differences]
-    ordered = {name: dict(sorted(results.differences[name].items())[::-1]) for name in known}
+    ordered = {
+        name: {
+            mode: results.differences[name][mode]
+            for mode in MODES
+            if mode in results.differences[name]
+        }
+        for name in known
+    }
     text = json.dumps(asdict(Results(results.versions, ordered)), indent=1)
     RESULTS.write_text(text + "\n")
 
@@ -60,6 +66,7 @@ def render(results: Results) -> str:
             f"| family | class | {' | '.join(MODES)} |",
             "|---|---|---|---|",
             *rows,
+            *_notes(results),
         ]
     )
 
@@ -69,13 +76,21 @@ def table_in(text: str) -> str:
     return text.partition(BEGIN)[2].partition(END)[0].strip()
 
 
+def _notes(results: Results) -> list[str]:
+    known = [FAMILIES[name] for name in results.differences]
+    notes = [
+        f"{family.name} compiled: {family.not_compiled}." for family in known if family.not_compiled
+    ]
+    return ["", *notes] if notes else []
+
+
 def _class(name: str) -> str:
     config = getattr(transformers, FAMILIES[name].config)
     return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type])
 
 
 def _cell(differences: dict[str, float], mode: str) -> str:
-    return f"{differences[mode]:.0e}" if mode in differences else ""
+    return f"{differences[mode]:.0e}" if mode in differences else "–"
 
 
 def main() -> None:

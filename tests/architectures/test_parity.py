@@ -7,8 +7,8 @@ from importlib.metadata import version
 
 import pytest
 
-from tests.architectures.families import FAMILIES, Family
-from tests.architectures.parity import CASES, MODES, TOLERANCE, Parity, ParityRuns
+from tests.architectures.families import FAMILIES, MODES, Family
+from tests.architectures.parity import CASES, TOLERANCE, Parity, ParityRuns
 from tests.architectures.table import Results, read_results, write_results
 
 pytestmark = pytest.mark.engine
@@ -24,6 +24,7 @@ RUNS = [
     )
     for mode in MODES
     for family in FAMILIES.values()
+    if mode in family.modes
 ]
 
 
