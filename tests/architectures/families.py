@@ -88,8 +88,14 @@ class Family:
         return ("eager",) if self.not_compiled else MODES
 
 
-def _of(name: str, config: str, base: dict[str, Any] = COMMON, **fields: Any) -> Family:
-    return Family(name, config, {**base, **fields})
+def _of(
+    name: str,
+    config: str,
+    base: dict[str, Any] = COMMON,
+    engine: dict[str, Any] | None = None,
+    **fields: Any,
+) -> Family:
+    return Family(name, config, {**base, **fields}, engine or {})
 
 
 def _latent(name: str, config: str, not_compiled: str = "", **fields: Any) -> Family:
@@ -140,13 +146,7 @@ FAMILIES = {
         _of("GPT-J", "GPTJConfig", GPT2, rotary_dim=16),
         _of("GPT-NeoX", "GPTNeoXConfig", UNGROUPED),
         _of("GPT-OSS", "GptOssConfig", head_dim=32, sliding_window=WINDOW, num_local_experts=4),
-        _of(
-            "OPT",
-            "OPTConfig",
-            UNGROUPED,
-            ffn_dim=128,
-            word_embed_proj_dim=HIDDEN,
-        ),
+        _of("OPT", "OPTConfig", UNGROUPED, ffn_dim=128, word_embed_proj_dim=HIDDEN),
         _of("Falcon", "FalconConfig", UNGROUPED, new_decoder_architecture=False),
         _of("StableLM", "StableLmConfig"),
         _of("Starcoder2", "Starcoder2Config"),
@@ -171,6 +171,7 @@ FAMILIES = {
             "Cohere 2",
             "Cohere2Config",
             logit_scale=1.0,
+            # Longer than the prompts: vLLM's window is one token longer than that of transformers.
             sliding_window=256,
             layer_types=MIXED_LAYERS,
         ),
@@ -189,6 +190,8 @@ FAMILIES = {
         _of(
             "Llama 4",
             "Llama4TextConfig",
+            # Attention chunks must hold whole cache blocks.
+            engine={"block_size": 32},
             head_dim=32,
             num_local_experts=4,
             intermediate_size_mlp=128,

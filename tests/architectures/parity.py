@@ -131,7 +131,6 @@ def engine_arguments(root: Path, mode: str) -> dict[str, Any]:
         "max_num_seqs": 8,
         # Fewer than the tokens of all prompts, so that they take several steps.
         "max_num_batched_tokens": 128,
-        "block_size": 32,
         "kv_cache_memory_bytes": 2**25,
         "max_logprobs": -1,
         "enforce_eager": mode == "eager",
