@@ -61,6 +61,8 @@ GPT2: dict[str, Any] = {
 }
 # For families without grouped queries, whose engines would read the field all the same.
 UNGROUPED = {key: value for key, value in COMMON.items() if key != "num_key_value_heads"}
+# Without it attention is so sharp that rounding errors grow.
+GRANITE = {**COMMON, "attention_multiplier": 0.125}
 MIXED_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
@@ -150,17 +152,18 @@ FAMILIES = {
         _of("Falcon", "FalconConfig", UNGROUPED, new_decoder_architecture=False),
         _of("StableLM", "StableLmConfig"),
         _of("Starcoder2", "Starcoder2Config"),
-        _of("Granite", "GraniteConfig", residual_multiplier=0.5, embedding_multiplier=2.0),
+        _of("Granite", "GraniteConfig", GRANITE, residual_multiplier=0.5, embedding_multiplier=2.0),
         _of(
             "Granite-MoE",
             "GraniteMoeConfig",
+            GRANITE,
             num_local_experts=4,
             num_experts_per_tok=2,
-            attention_multiplier=0.125,
         ),
         _of(
             "Granite-MoE hybrid",
             "GraniteMoeHybridConfig",
+            GRANITE,
             num_local_experts=4,
             num_experts_per_tok=2,
             shared_intermediate_size=64,
