@@ -10,7 +10,7 @@ OLDEST_TORCH := torch==2.11.0
 OLDEST_VENV := .venv-oldest
 OLDEST_BIN := $(OLDEST_VENV)/bin
 
-.PHONY: setup demo test test-slow test-oldest check-versions lint format model clean
+.PHONY: setup demo test test-slow test-oldest check-versions architectures lint format model clean
 
 ## setup: build .venv with vLLM for CPU and everything that the project needs
 setup: $(VENV)/ready
@@ -54,6 +54,12 @@ $(OLDEST_VENV)/ready: pyproject.toml Makefile
 ## check-versions: every supported vLLM has the symbols that are patched; downloads 1.6 GB, installs nothing
 check-versions: setup
 	$(BIN)/python -m tests.vllm_versions
+
+## architectures: test every family, eager and compiled, and write the README's table
+architectures: setup
+	rm -f tests/architectures/parity.json
+	$(BIN)/python -m pytest -m 'slow or not slow' tests/architectures/test_parity.py --record-parity
+	$(BIN)/python -m tests.architectures.table
 
 ## lint: ruff and mypy
 lint: setup

@@ -217,22 +217,31 @@ def draw_request(rng: random.Random, bases: list[list[int]], layers: int) -> Wan
 
 
 def draw_steering(rng: random.Random, prompt_len: int, layers: int) -> dict[str, Any]:
-    """One to three directions, each with a scale, layers and positions of its own."""
+    """One to three directions, each with a scale, layers and positions of its own.
+
+    Often it is a single one of a few scales at all layers, so that requests meet that ask for the
+    same vector at other positions.
+    """
     positions: list[Callable[[], Any]] = [
         *(lambda name=name: name for name in ("all", "prompt", "generated", "last_prompt")),
         lambda: [[rng.randint(0, prompt_len + 10), None]],
         lambda: [[-rng.randint(1, prompt_len), rng.choice([None, prompt_len + 3])]],
         lambda: [[start := rng.randint(0, prompt_len), start + rng.randint(1, 20)]],
     ]
+    common = rng.random() < 0.5
     return {
         "directions": [
             {
                 "name": f"fuzz/d{number}",
-                "scale": round(rng.uniform(-12.0, 12.0), 3),
-                "layers": sorted(rng.sample(range(layers), rng.choice([1, 3, layers]))),
+                "scale": rng.choice([-9.0, 9.0]) if common else round(rng.uniform(-12.0, 12.0), 3),
+                "layers": sorted(
+                    rng.sample(range(layers), layers if common else rng.choice([1, 3, layers]))
+                ),
                 "positions": rng.choice(positions)(),
             }
-            for number in rng.sample(range(DIRECTIONS), rng.randint(1, 3))
+            for number in (
+                [rng.randrange(2)] if common else rng.sample(range(DIRECTIONS), rng.randint(1, 3))
+            )
         ]
     }
 

@@ -76,7 +76,11 @@ def start(model: Path, packs: list[SteeringPack]) -> Iterator[Callable[..., Engi
 
     def engine(kind: str) -> EngineProcess:
         if kind not in running:
-            running[kind] = EngineProcess(engine_arguments(model, packs, kind), environment(kind))
+            running[kind] = EngineProcess(
+                engine_arguments(model, packs, kind),
+                environment(kind),
+                forked=bool(FORKED & set(kind.split("-"))),
+            )
         return running[kind]
 
     yield engine
@@ -109,6 +113,10 @@ FEATURES: dict[str, dict[str, Any]] = {
         }
     },
 }
+
+
+# Kinds that start faster by forking; the others are started as a server starts them.
+FORKED = {"sync", "ngram", "lora", "cached"}
 
 
 def environment(kind: str) -> dict[str, str]:

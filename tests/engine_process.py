@@ -1,22 +1,33 @@
 """Real vLLM engines for the tests, each in a process of its own.
 
 An engine patches, binds threads and holds memory for its whole process, so tests that compare
-engines keep them apart.
+engines keep them apart. Processes with the environment of the tests may be forked from one that has
+imported vLLM, which takes ten seconds and more.
 """
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 START_TIMEOUT = 600
+# What an engine imports in its process.
+PRELOAD = [
+    "vllm.v1.engine.core",
+    "vllm.v1.engine.llm_engine",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.v1.worker.cpu_model_runner",
+    "vllm.entrypoints.llm",
+]
 
 
 @dataclass(frozen=True)
@@ -28,7 +39,7 @@ class Output:
         logprobs: ``[tokens, vocabulary]``, float64.
         cached: Prompt tokens found in the prefix cache.
         prompt_logprobs: ``[prompt tokens - 1, vocabulary]``, float64, when they were asked for.
-        text: The generated text.
+        text: The generated text, where a regex was asked for.
     """
 
     tokens: list[int]
@@ -45,6 +56,8 @@ class EngineProcess:
         arguments: Arguments of ``LLM``.
         env: Environment variables of the child.
         prepare: Functions that the child calls before it imports vLLM's engine.
+        forked: Whether to fork from a process that has imported vLLM. Variables that are read on
+            import then have no effect, and the engine runs in the one process.
     """
 
     def __init__(
@@ -52,10 +65,14 @@ class EngineProcess:
         arguments: dict[str, Any],
         env: dict[str, str] | None = None,
         prepare: Sequence[Callable[[], None]] = (),
+        forked: bool = False,
     ) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver" if forked else "spawn")
+        context.set_forkserver_preload(PRELOAD)
         self._connection, child = context.Pipe()
-        self._process = context.Process(target=_run, args=(child, arguments, env or {}, prepare))
+        self._process = context.Process(
+            target=_run, args=(child, arguments, env or {}, prepare, forked)
+        )
         self._process.start()
         child.close()
         self._answer()
@@ -130,6 +147,7 @@ def _run(
     arguments: dict[str, Any],
     env: dict[str, str],
     prepare: Sequence[Callable[[], None]],
+    forked: bool,
 ) -> None:
     os.environ.update(env)
     if env.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
@@ -138,6 +156,8 @@ def _run(
         function()
     from vllm import LLM
 
+    if forked:
+        _prepare_forked(arguments)
     try:
         llm = LLM(**arguments)
     except Exception as error:
@@ -168,6 +188,23 @@ def _run(
         connection.send(("value", value))
 
 
+def _prepare_forked(arguments: dict[str, Any]) -> None:
+    """Spares an engine of the one process what would start others, or would compile."""
+    import torch
+    from vllm import ModelRegistry
+
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if arguments["enforce_eager"]:
+        # vLLM compiles the ranking of log-probabilities even where it runs the model eagerly.
+        torch.compiler.set_stance("force_eager")
+    # vLLM asks a class what it can do in a process of its own, once per machine and class.
+    config = json.loads((Path(arguments["model"]) / "config.json").read_text())
+    for architecture in config["architectures"]:
+        model = ModelRegistry.models.get(architecture)
+        if model is not None:
+            ModelRegistry.register_model(architecture, model.load_model_cls())
+
+
 def _generate(
     llm: Any,
     prompts: list[list[int]],
@@ -182,7 +219,8 @@ def _generate(
 
     regex = sampling.pop("regex", None)
     structured = {"structured_outputs": StructuredOutputsParams(regex=regex)} if regex else {}
-    fields = {"temperature": 0.0, "ignore_eos": True, "logprobs": -1} | sampling | structured
+    defaults = {"temperature": 0.0, "ignore_eos": True, "logprobs": -1, "detokenize": bool(regex)}
+    fields = defaults | sampling | structured
     params = [
         SamplingParams(
             max_tokens=count,

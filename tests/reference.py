@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from offline.models import find_blocks
 from vllm_steer.pack import SteeringPack
 
 
@@ -31,7 +32,15 @@ class Reference:
     """A Hugging Face model in float32 that steers by hooks."""
 
     def __init__(self, model: Path, packs: Sequence[SteeringPack]) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        self._model = AutoModelForCausalLM.from_pretrained(
+            # The plain form of attention: others leave out soft-capping.
+            model,
+            dtype=torch.float32,
+            attn_implementation="eager",
+        ).eval()
+        self._blocks = find_blocks(
+            self._model, self._model.config.get_text_config().num_hidden_layers
+        )
         self._packs = {pack.name: pack for pack in packs}
         self._answers: dict[str, Answer] = {}
 
@@ -72,7 +81,7 @@ class Reference:
     def _steered(self, steering: dict[str, Any] | None, prompt_len: int) -> Iterator[None]:
         hooks = [
             block.register_forward_hook(self._hook(layer, steering, prompt_len))
-            for layer, block in enumerate(self._model.model.layers)
+            for layer, block in enumerate(self._blocks)
         ]
         try:
             yield

