@@ -18,7 +18,7 @@ import os
 import random
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -217,33 +217,38 @@ def draw_request(rng: random.Random, bases: list[list[int]], layers: int) -> Wan
 
 
 def draw_steering(rng: random.Random, prompt_len: int, layers: int) -> dict[str, Any]:
-    """One to three directions, each with a scale, layers and positions of its own.
+    """One to three directions, each with a scale, layers and positions of its own."""
+    return {
+        "directions": [
+            {
+                "name": f"fuzz/d{number}",
+                "scale": round(rng.uniform(-12.0, 12.0), 3),
+                "layers": sorted(rng.sample(range(layers), rng.choice([1, 3, layers]))),
+                "positions": draw_positions(rng, prompt_len),
+            }
+            for number in rng.sample(range(DIRECTIONS), rng.randint(1, 3))
+        ]
+    }
 
-    Often it is a single one of a few scales at all layers, so that requests meet that ask for the
-    same vector at other positions.
-    """
-    positions: list[Callable[[], Any]] = [
+
+def draw_positions(rng: random.Random, prompt_len: int) -> str | list[list[int | None]]:
+    """A name, a range from some position on, one from the prompt's end, or a short one."""
+    choices: list[Callable[[], Any]] = [
         *(lambda name=name: name for name in ("all", "prompt", "generated", "last_prompt")),
         lambda: [[rng.randint(0, prompt_len + 10), None]],
         lambda: [[-rng.randint(1, prompt_len), rng.choice([None, prompt_len + 3])]],
         lambda: [[start := rng.randint(0, prompt_len), start + rng.randint(1, 20)]],
     ]
-    common = rng.random() < 0.5
-    return {
-        "directions": [
-            {
-                "name": f"fuzz/d{number}",
-                "scale": rng.choice([-9.0, 9.0]) if common else round(rng.uniform(-12.0, 12.0), 3),
-                "layers": sorted(
-                    rng.sample(range(layers), layers if common else rng.choice([1, 3, layers]))
-                ),
-                "positions": rng.choice(positions)(),
-            }
-            for number in (
-                [rng.randrange(2)] if common else rng.sample(range(DIRECTIONS), rng.randint(1, 3))
-            )
-        ]
-    }
+    return rng.choice(choices)()
+
+
+def draw_sibling(rng: random.Random, request: Wanted) -> Wanted:
+    """The same prompt and vectors at other positions: nothing else tells their blocks apart."""
+    directions = [
+        choice | {"positions": draw_positions(rng, len(request.prompt))}
+        for choice in (request.steering or {"directions": []})["directions"]
+    ]
+    return replace(request, steering={"directions": directions} if directions else None)
 
 
 def run_world(seed: int, count: int, pack: Path, runner: str) -> Report:
@@ -278,16 +283,14 @@ def run_world(seed: int, count: int, pack: Path, runner: str) -> Report:
         )
     )
     tokenizer = AutoTokenizer.from_pretrained(model)
-    bases = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": user_text(statement.text)}],
-            add_generation_prompt=True,
-            return_dict=False,
-        )
-        for statement in statements("heldout")[:4]
-    ]
+    bases = [_prompt(tokenizer, number) for number in range(3)]
     layers = loaded.manifest.model.num_layers
-    wanted = [draw_request(rng, bases, layers) for _ in range(count)]
+    wanted: list[Wanted] = []
+    while len(wanted) < count:
+        if wanted and rng.random() < 0.4:
+            wanted.append(draw_sibling(rng, rng.choice(wanted[-3:])))
+        else:
+            wanted.append(draw_request(rng, bases, layers))
     answers = _drive(engine, wanted, rng)
     plain = Plain(model, loaded)
     mismatches, worst, tokens = [], 0.0, 0
@@ -309,6 +312,18 @@ def run_world(seed: int, count: int, pack: Path, runner: str) -> Report:
         int(metrics["vllm:num_preemptions"]),
         int(metrics["vllm:prefix_cache_hits"]),
     )
+
+
+def _prompt(tokenizer: Any, number: int) -> list[int]:
+    """Three statements one after the other, some blocks of the key-value cache long."""
+    tokens: list[int] = []
+    for statement in statements("heldout")[3 * number : 3 * number + 3]:
+        tokens += tokenizer.apply_chat_template(
+            [{"role": "user", "content": user_text(statement.text)}],
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+    return tokens
 
 
 def _drive(engine: Any, wanted: list[Wanted], rng: random.Random) -> list[tuple[int, Answer]]:

@@ -109,7 +109,7 @@ FEATURES: dict[str, dict[str, Any]] = {
         "speculative_config": {
             "method": "draft_model",
             "model": str(demo_model_path()),
-            "num_speculative_tokens": 3,
+            "num_speculative_tokens": 4,
         }
     },
 }
@@ -147,7 +147,9 @@ def engine_arguments(model: Path, packs: list[SteeringPack], kind: str) -> dict[
     for word in words:
         arguments |= FEATURES.get(word, {})
     if "plain" not in words:
-        arguments["additional_config"] = {"steering": {"packs": [str(pack.path) for pack in packs]}}
+        # Rows for four different sums in each request.
+        steering = {"packs": [str(pack.path) for pack in packs], "rows": 65}
+        arguments["additional_config"] = {"steering": steering}
     return arguments
 
 

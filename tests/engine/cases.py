@@ -13,7 +13,7 @@ SPIDERS, HEIGHTS, CHEERFUL, GLOOMY = (
 
 CASES: dict[str, dict[str, Any] | None] = {
     "unsteered": None,
-    "one direction": {"directions": [{"name": SPIDERS, "scale": 6.0}]},
+    "one direction": {"directions": [{"name": SPIDERS, "scale": 10.0}]},
     "prompt only": {"directions": [{"name": SPIDERS, "scale": 8.0, "positions": "prompt"}]},
     "generated only": {"directions": [{"name": CHEERFUL, "scale": 8.0}], "positions": "generated"},
     "two packs, two scales": {

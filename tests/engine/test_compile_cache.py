@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import PLAIN, engine_arguments
+from tests.conftest import engine_arguments
 from tests.engine.cases import CASES
 from tests.engine_process import EngineProcess
 from tests.reference import Reference
@@ -69,9 +69,10 @@ def test_a_cached_unsteered_graph_is_not_reused(
         "mode": 3,
         "pass_config": {"fuse_norm_quant": False, "fuse_act_quant": False},
     }
+    # The same environment, started without steering.
     plain = engine_arguments(model, packs, "plain-compiled") | {"compilation_config": compilation}
     steered = engine_arguments(model, packs, "compiled") | {"compilation_config": compilation}
-    unsteered_engine = EngineProcess(plain, env | PLAIN, [compile_as_on_a_gpu])
+    unsteered_engine = EngineProcess(plain, env, [compile_as_on_a_gpu])
     unsteered_engine.generate(prompts[:1], [None], TOKENS)
     unsteered_engine.close()
     # Without the salt the unsteered graph is found; nothing but the self-test would notice.

@@ -12,7 +12,7 @@ from vllm_steer.errors import ConfigError, RequestError
 from vllm_steer.pack import SteeringPack
 from vllm_steer.registry import PackRegistry
 from vllm_steer.request import SteeringRequest
-from vllm_steer.resolve import Segment, SteeringPlan, Term, resolve
+from vllm_steer.resolve import Segment, SteeringPlan, Term, check_sums, resolve
 
 PROMPT = 10
 
@@ -173,3 +173,14 @@ def test_refused(fields: dict[str, Any], message: str, registry: PackRegistry) -
 def test_two_packs_of_one_name(fears: SteeringPack) -> None:
     with pytest.raises(ConfigError, match="two steering packs are named 'fears'"):
         PackRegistry([fears, fears])
+
+
+def test_more_sums_than_a_request_is_promised_are_refused(registry: PackRegistry) -> None:
+    choices = [
+        {"name": "calm", "positions": [[0, 4]]},
+        {"name": "spiders", "positions": [[2, None]]},
+    ]
+    three = plan(registry, directions=choices)
+    check_sums(three, 3)
+    with pytest.raises(RequestError, match="takes 3 different values.*room for 2 per request"):
+        check_sums(three, 2)
