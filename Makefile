@@ -10,7 +10,7 @@ OLDEST_TORCH := torch==2.11.0
 OLDEST_VENV := .venv-oldest
 OLDEST_BIN := $(OLDEST_VENV)/bin
 
-.PHONY: setup demo test test-slow test-oldest check-versions architectures lint format model clean
+.PHONY: setup demo test test-slow test-oldest check-versions architectures compatibility lint format model clean
 
 ## setup: build .venv with vLLM for CPU and everything that the project needs
 setup: $(VENV)/ready
@@ -60,6 +60,12 @@ architectures: setup
 	rm -f tests/architectures/parity.json
 	$(BIN)/python -m pytest -m 'slow or not slow' tests/architectures/test_parity.py --record-parity
 	$(BIN)/python -m tests.architectures.table
+
+## compatibility: test vLLM's features beside steering and write the README's table
+compatibility: setup
+	$(BIN)/python -m pytest -m 'slow or not slow' --record-features tests/engine tests/fuzz \
+		tests/server/test_data_parallel.py tests/unit/test_compatibility.py
+	$(BIN)/python -m tests.compatibility
 
 ## lint: ruff and mypy
 lint: setup

@@ -16,6 +16,7 @@ from offline.demo.corpus import user_text
 from offline.demo.packs import FULL_METHOD, extract_demo_packs
 from offline.demo.server import Server, serve
 from offline.demo.statements import statements
+from tests.compatibility import FeatureRecorder
 from tests.engine.cases import CASES
 from tests.engine_process import EngineProcess
 from tests.reference import Reference
@@ -29,6 +30,17 @@ V2 = {
     "VLLM_USE_V2_MODEL_RUNNER": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--record-features", action="store_true", help="store what the tests of features showed"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--record-features"):
+        config.pluginmanager.register(FeatureRecorder())
 
 
 def pytest_report_header() -> str:

@@ -57,6 +57,7 @@ def leave_the_salt_out() -> None:
     VllmConfig.compute_hash = without
 
 
+@pytest.mark.feature("compile cache", "keyed by the steering")
 def test_a_cached_unsteered_graph_is_not_reused(
     model: Path,
     packs: list[SteeringPack],

@@ -42,7 +42,18 @@ def assert_scores(
             assert np.abs(output.prompt_logprobs - before).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["async-eager", "sync-eager", "ngram-eager", "draft-eager"])
+FEATURES = {
+    "async-eager": "asynchronous scheduling",
+    "sync-eager": "synchronous scheduling",
+    "ngram-eager": "speculative decoding: n-grams",
+    "draft-eager": "speculative decoding: draft model",
+}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=pytest.mark.feature(f, "exact")) for k, f in FEATURES.items()],
+)
 def test_scheduling_and_speculation(
     kind: str, start: Start, prompts: list[list[int]], reference: Reference
 ) -> None:
@@ -60,6 +71,7 @@ def test_scheduling_and_speculation(
         assert 0 < accepted < drafted, (accepted, drafted)
 
 
+@pytest.mark.feature("log-probabilities of prompt and answer", "exact")
 def test_prompt_logprobs(start: Start, prompts: list[list[int]], reference: Reference) -> None:
     steerings = list(CASES.values())
     outputs = start("eager").generate(prompts, steerings, 2, prompt_logprobs=-1)
@@ -67,6 +79,7 @@ def test_prompt_logprobs(start: Start, prompts: list[list[int]], reference: Refe
     assert_scores(reference, prompts, steerings, outputs)
 
 
+@pytest.mark.feature("several samples of a prompt (n > 1)", "exact")
 def test_several_samples(start: Start, prompts: list[list[int]], reference: Reference) -> None:
     steerings = list(CASES.values())
     outputs = start("eager").generate(prompts, steerings, TOKENS, n=3, temperature=1.0)
@@ -75,6 +88,7 @@ def test_several_samples(start: Start, prompts: list[list[int]], reference: Refe
     assert_scores(reference, [p for p, _ in triples], [s for _, s in triples], outputs)
 
 
+@pytest.mark.feature("structured outputs", "exact")
 def test_structured_outputs(start: Start, prompts: list[list[int]], reference: Reference) -> None:
     steerings = list(CASES.values())
     regex = "[a-z]{3,8} [0-9]{2}"
@@ -88,6 +102,7 @@ def test_structured_outputs(start: Start, prompts: list[list[int]], reference: R
         assert np.abs(output.logprobs[allowed] - expected[allowed]).max() < TOLERANCE
 
 
+@pytest.mark.feature("LoRA in the same batch", "exact")
 def test_lora_in_the_same_batch(
     start: Start,
     prompts: list[list[int]],

@@ -16,7 +16,13 @@ TOKENS = 16
 TOLERANCE = 1e-4
 
 
-@pytest.mark.parametrize("kind", ["tp2-eager", "pp2-eager"])
+FEATURES = {"tp2-eager": "tensor parallel", "pp2-eager": "pipeline parallel"}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=pytest.mark.feature(f, "exact")) for k, f in FEATURES.items()],
+)
 def test_parallel_equals_hooks(
     kind: str,
     start: Callable[[str], EngineProcess],

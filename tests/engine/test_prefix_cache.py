@@ -39,6 +39,7 @@ PAIRS: list[tuple[dict[str, Any] | None, dict[str, Any] | None, bool]] = [
 ]
 
 
+@pytest.mark.feature("prefix cache", "exact, keyed by content")
 @pytest.mark.parametrize("number", range(len(PAIRS)))
 def test_blocks_are_shared_only_by_equal_steering(
     number: int, start: Callable[[str], EngineProcess], prompts: list[list[int]]

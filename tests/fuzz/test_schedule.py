@@ -34,6 +34,7 @@ def fuzz(out: Path, *options: str, package: Path = ROOT) -> dict[str, Any]:
     return results
 
 
+@pytest.mark.feature("chunked prefill, preemption, aborts", "exact")
 def test_random_schedules(tmp_path: Path) -> None:
     results = fuzz(tmp_path / "v1.json", "--requests", "160", "--world", "80", "--seed", "0")
     faults = [fault for world in results["worlds"] for fault in world["mismatches"]]
@@ -44,6 +45,7 @@ def test_random_schedules(tmp_path: Path) -> None:
     assert results["aborted"] > 0
 
 
+@pytest.mark.feature("Model Runner V2", "exact")
 def test_random_schedules_on_model_runner_v2(tmp_path: Path) -> None:
     results = fuzz(tmp_path / "v2.json", "--requests", "24", "--runner", "v2", "--seed", "1")
     faults = [fault for world in results["worlds"] for fault in world["mismatches"]]

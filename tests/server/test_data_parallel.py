@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 TOKENS = 16
 
 
+@pytest.mark.feature("data parallel, several API servers", "exact")
 def test_data_parallel_equals_hooks(
     model: Path,
     packs: list[SteeringPack],

