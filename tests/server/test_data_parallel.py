@@ -45,7 +45,8 @@ def test_data_parallel_equals_hooks(
         tokens = response.json()["choices"][0]["logprobs"]["tokens"]
         return [int(token.removeprefix("token_id:")) for token in tokens]
 
-    options = ("--enforce-eager", "--data-parallel-size", "2")
+    # Rows for four sums in each of the server's 64 requests.
+    options = ("--enforce-eager", "--data-parallel-size", "2", "--steering-rows", "257")
     with (
         serve(model, [pack.path for pack in packs], tmp_path / "log", *options) as server,
         ThreadPoolExecutor(len(CASES)) as pool,

@@ -155,7 +155,16 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"steering": {"directions": [{"name": "fears/spiders", "positions": "last"}]}},
-        "'all', 'prompt' or 'generated'",
+        "must be 'all', 'prompt', 'generated', 'last_prompt' or a list",
+    ),
+    (
+        {"steering": {**STEERING, "positions": [[-500, None]]}},
+        "[-500, null] starts before the prompt",
+    ),
+    ({"steering": {**STEERING, "positions": [[5000, None]]}}, "is never reached"),
+    (
+        {"vllm_xargs": {"steer": ["fears/spiders:3"], "steer_positions": ["4"]}},
+        'a list of "start:end"',
     ),
     ({"steering": {"directions": []}}, "at least 1 item"),
     ({"steering": "spiders"}, "steering: Invalid JSON"),
@@ -229,3 +238,11 @@ def test_xargs_steer_or_are_refused(server: Server) -> None:
     del batch["vllm_xargs"]
     answer = httpx.post(f"{server.url}/chat/completions/batch", json=batch, timeout=60)
     assert answer.status_code == 200
+
+
+def test_rendering_a_prompt_is_not_steered(server: Server) -> None:
+    body: dict[str, Any] = {"model": SERVED_NAME, "messages": [{"role": "user", "content": "a"}]}
+    url = f"{server.url}/chat/completions/render"
+    assert httpx.post(url, json=body, timeout=60).status_code == 200
+    refused = httpx.post(url, json=body | {"vllm_xargs": FLAT}, timeout=60)
+    assert refused.status_code == 400, refused.text

@@ -146,7 +146,11 @@ def check_sampling(original: Callable[..., Any]) -> Callable[..., Any]:
         if _current is not None and request is not None:
             prompt_len = _prompt_len.get()
             if prompt_len is None:
-                raise RuntimeError("vLLM made sampling parameters before it measured the prompt")
+                # Routes that only render a prompt for another server.
+                raise VLLMValidationError(
+                    "this route does not generate and cannot be steered; send the steering to the route that does",
+                    parameter=REQUEST_KEY,
+                )
             # For its errors: the plan that counts is made again with the engine's input.
             _current.plan(request, extra_args, prompt_len)
             params.extra_args = extra_args

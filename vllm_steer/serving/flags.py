@@ -61,23 +61,33 @@ def read_flags(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps ``EngineArgs.from_cli_args`` to write the flags into ``additional_config``."""
 
     def from_cli_args(cls: type, args: argparse.Namespace) -> Any:
-        engine_args = original(cls, args)
-        packs, rows = getattr(args, "steering_packs", None), getattr(args, "steering_rows", None)
-        if not getattr(args, "enable_steering", False):
-            if packs is not None or rows is not None:
-                raise ConfigError("--steering-packs and --steering-rows need --enable-steering")
-            return engine_args
-        if not packs:
-            raise ConfigError("--enable-steering needs --steering-packs DIR [DIR ...]")
-        if CONFIG_KEY in engine_args.additional_config:
-            raise ConfigError(
-                f"give steering by flags or in --additional-config {CONFIG_KEY!r}, not both"
-            )
-        config: dict[str, Any] = {"packs": packs} | ({} if rows is None else {"rows": rows})
-        engine_args.additional_config = {**engine_args.additional_config, CONFIG_KEY: config}
-        return engine_args
+        _move_flags(args)
+        return original(cls, args)
 
     return from_cli_args
+
+
+def _move_flags(args: argparse.Namespace) -> None:
+    """Moves the flags into ``args.additional_config``.
+
+    Where several API servers run, each reads the same arguments again, before its plugins are
+    loaded: it knows ``additional_config`` but none of our flags.
+    """
+    packs, rows = getattr(args, "steering_packs", None), getattr(args, "steering_rows", None)
+    if not getattr(args, "enable_steering", False):
+        if packs is not None or rows is not None:
+            raise ConfigError("--steering-packs and --steering-rows need --enable-steering")
+        return
+    if not packs:
+        raise ConfigError("--enable-steering needs --steering-packs DIR [DIR ...]")
+    given = getattr(args, "additional_config", None) or {}
+    if CONFIG_KEY in given:
+        raise ConfigError(
+            f"give steering by flags or in --additional-config {CONFIG_KEY!r}, not both"
+        )
+    config: dict[str, Any] = {"packs": packs} | ({} if rows is None else {"rows": rows})
+    args.additional_config = {**given, CONFIG_KEY: config}
+    args.enable_steering, args.steering_packs, args.steering_rows = False, None, None
 
 
 def resolve_config(original: Callable[..., Any]) -> Callable[..., Any]:
