@@ -98,6 +98,7 @@ MUTATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_broken_build_is_noticed(name: str, tmp_path: Path) -> None:
     mutation = MUTATIONS[name]

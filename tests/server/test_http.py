@@ -238,11 +238,3 @@ def test_xargs_steer_or_are_refused(server: Server) -> None:
     del batch["vllm_xargs"]
     answer = httpx.post(f"{server.url}/chat/completions/batch", json=batch, timeout=60)
     assert answer.status_code == 200
-
-
-def test_rendering_a_prompt_is_not_steered(server: Server) -> None:
-    body: dict[str, Any] = {"model": SERVED_NAME, "messages": [{"role": "user", "content": "a"}]}
-    url = f"{server.url}/chat/completions/render"
-    assert httpx.post(url, json=body, timeout=60).status_code == 200
-    refused = httpx.post(url, json=body | {"vllm_xargs": FLAT}, timeout=60)
-    assert refused.status_code == 400, refused.text
