@@ -16,27 +16,25 @@ import json
 import multiprocessing
 import os
 import random
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
 from offline.demo import demo_model_path
 from offline.demo.corpus import user_text
 from offline.demo.statements import statements
-from vllm_steer.pack import (
-    DirectionRecord,
-    MethodRecord,
-    ModelIdentity,
-    SteeringPack,
-    load_pack,
-    write_pack,
-)
+from vllm_steer.pack import ModelIdentity, load_pack
+
+# The plain form is the tests' own. Behind all else, so that a plugin found earlier is the one tested.
+sys.path.append(str(Path(__file__).parents[1]))
+from tests.engine_process import pretend_triton_backend  # noqa: E402
+from tests.random_pack import write_random_pack  # noqa: E402
+from tests.reference import Reference  # noqa: E402
 
 TOLERANCE = 1e-4
 WORLD_REQUESTS = 125
@@ -96,95 +94,27 @@ class Report:
     cached_tokens: int
 
 
-class Plain:
-    """Hugging Face in float32 with forward hooks that add scale times vector."""
-
-    def __init__(self, model: Path, pack: SteeringPack) -> None:
-        from transformers import AutoModelForCausalLM
-
-        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-        self._pack = pack
-
-    @torch.no_grad()
-    def logprobs(
-        self, tokens: list[int], prompt_len: int, steering: dict[str, Any] | None
-    ) -> np.ndarray:
-        """Log-probabilities ``[tokens, vocabulary]`` of the token after each."""
-        hooks = [
-            block.register_forward_hook(self._hook(layer, steering, prompt_len))
-            for layer, block in enumerate(self._model.model.layers)
-        ]
-        try:
-            logits = self._model(torch.tensor([tokens]), use_cache=False).logits[0]
-        finally:
-            for hook in hooks:
-                hook.remove()
-        result: np.ndarray = logits.log_softmax(-1).numpy()
-        return result
-
-    def _hook(self, layer: int, steering: dict[str, Any] | None, prompt_len: int) -> Any:
-        choices = [c for c in (steering or {}).get("directions", ()) if layer in c["layers"]]
-
-        def add(_block: Any, _args: Any, output: Any) -> Any:
-            hidden = output[0] if isinstance(output, tuple) else output
-            for choice in choices:
-                vector = torch.tensor(self._pack.vectors[choice["name"].split("/")[1]][layer])
-                for position in range(hidden.shape[1]):
-                    if holds(choice["positions"], position, prompt_len):
-                        hidden[0, position] += choice["scale"] * vector
-            return output
-
-        return add
-
-
-def holds(positions: str | list[list[int | None]], position: int, prompt_len: int) -> bool:
-    """Whether a choice of positions means this one; the plain form."""
-    if isinstance(positions, str):
-        return {
-            "all": True,
-            "prompt": position < prompt_len,
-            "generated": position >= prompt_len,
-            "last_prompt": position == prompt_len - 1,
-        }[positions]
-    for start, end in positions:
-        first = start + prompt_len if start < 0 else start
-        last = np.inf if end is None else end + prompt_len if end < 0 else end
-        if first <= position < last:
-            return True
-    return False
-
-
-def random_pack(path: Path, model: Path) -> SteeringPack:
-    """A pack of random directions at all layers of the demo model."""
+def random_pack(path: Path, model: Path) -> None:
+    """Writes a pack of random directions at all layers of the demo model."""
     config = json.loads((model / "config.json").read_text())
-    layers, hidden = config["num_hidden_layers"], config["hidden_size"]
-    generator = np.random.default_rng(0)
+    identity = ModelIdentity(
+        name="demo",
+        architecture=config["architectures"][0],
+        model_type=config["model_type"],
+        hidden_size=config["hidden_size"],
+        num_layers=config["num_hidden_layers"],
+        chat_template_sha256=None,
+    )
     names = [f"d{number}" for number in range(DIRECTIONS)]
-    vectors = {name: generator.standard_normal((layers, hidden)) for name in names}
-    return write_pack(
+    write_random_pack(
         path,
-        name="fuzz",
-        model=ModelIdentity(
-            name="demo",
-            architecture=config["architectures"][0],
-            model_type=config["model_type"],
-            hidden_size=hidden,
-            num_layers=layers,
-            chat_template_sha256=None,
-        ),
-        directions=[
-            DirectionRecord(
-                name=name,
-                layers=list(range(layers)),
-                default_scale=1.0,
-                safe_scale=1.0,
-                positions="all",
-            )
-            for name in names
-        ],
-        vectors={k: v / np.linalg.norm(v, axis=1, keepdims=True) for k, v in vectors.items()},
-        method=MethodRecord(name="random", settings={}, libraries={}, seed=0, data_sha256="0" * 64),
-        residual_norms=dict.fromkeys(range(layers), 10.0),
+        "fuzz",
+        identity,
+        dict.fromkeys(names, range(identity.num_layers)),
+        seed=0,
+        default_scale=1.0,
+        safe_scale=1.0,
+        residual_norm=10.0,
     )
 
 
@@ -257,7 +187,7 @@ def run_world(seed: int, count: int, pack: Path, runner: str) -> Report:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if runner == "v2":
         os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
-        _pretend_triton_backend()
+        pretend_triton_backend()
     from transformers import AutoTokenizer
     from vllm import EngineArgs, LLMEngine
 
@@ -292,7 +222,7 @@ def run_world(seed: int, count: int, pack: Path, runner: str) -> Report:
         else:
             wanted.append(draw_request(rng, bases, layers))
     answers = _drive(engine, wanted, rng)
-    plain = Plain(model, loaded)
+    plain = Reference(model, [loaded])
     mismatches, worst, tokens = [], 0.0, 0
     for index, answer in answers:
         fault, difference = compare(wanted[index], answer, plain)
@@ -375,10 +305,10 @@ def _answer(output: Any, sample: Any) -> Answer:
     )
 
 
-def compare(want: Wanted, answer: Answer, plain: Plain) -> tuple[str, float]:
+def compare(want: Wanted, answer: Answer, plain: Reference) -> tuple[str, float]:
     """Returns what differs, in words or empty, and the largest difference of a log-probability."""
     prompt_len = len(want.prompt)
-    expected = plain.logprobs(want.prompt + answer.tokens, prompt_len, want.steering)
+    expected = plain.score(want.prompt, answer.tokens, want.steering)
     rows = [(prompt_len - 1 + i, row) for i, row in enumerate(answer.logprobs)]
     rows += list(enumerate(answer.prompt_logprobs or []))
     worst = max(
@@ -395,19 +325,6 @@ def compare(want: Wanted, answer: Answer, plain: Plain) -> tuple[str, float]:
             if row[token] < row.max() - TOLERANCE:
                 return f"token {number} is {token}, not {row.argmax()}", float(worst)
     return "", float(worst)
-
-
-def _pretend_triton_backend() -> None:
-    """Lets Model Runner V2 run on CPU: Triton's interpreter needs no backend, vLLM asks for one."""
-    from types import SimpleNamespace
-
-    from triton.backends import backends
-
-    driver = type("Driver", (), {"is_active": staticmethod(lambda: True)})
-    backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
-    import vllm.triton_utils  # noqa: F401
-
-    del backends["cpu"]
 
 
 def main() -> None:

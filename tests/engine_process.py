@@ -151,7 +151,7 @@ def _run(
 ) -> None:
     os.environ.update(env)
     if env.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
-        _pretend_triton_backend()
+        pretend_triton_backend()
     for function in prepare:
         function()
     from vllm import LLM
@@ -270,7 +270,7 @@ def _output(output: Any, sample: Any) -> Output:
     )
 
 
-def _pretend_triton_backend() -> None:
+def pretend_triton_backend() -> None:
     """Lets Model Runner V2 run on CPU: Triton's interpreter needs no backend, vLLM asks for one."""
     from triton.backends import backends
 

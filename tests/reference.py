@@ -6,7 +6,7 @@ vector is added to the output of each block at the positions asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from offline.models import find_blocks
+from tests.engine_process import Output
 from vllm_steer.pack import SteeringPack
+
+TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -129,3 +132,17 @@ def steered_positions(
         last = prompt_len + 10**6 if end is None else end + prompt_len if end < 0 else end
         mask |= (first <= position) & (position < last)
     return mask
+
+
+def assert_equals_hooks(
+    reference: Reference,
+    prompts: Sequence[Sequence[int]],
+    steerings: Iterable[dict[str, Any] | None],
+    outputs: Sequence[Output],
+    count: int,
+) -> None:
+    """Each greedy output has the reference's tokens, and its log-probabilities to 1e-4."""
+    for prompt, steering, output in zip(prompts, steerings, outputs, strict=True):
+        expected = reference.generate(prompt, steering, count)
+        assert output.tokens == expected.tokens
+        assert np.abs(output.logprobs - expected.logprobs).max() < TOLERANCE

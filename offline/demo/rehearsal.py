@@ -1,7 +1,7 @@
 """Rehearses steering while the demo model is trained.
 
 A small model that learns some dozens of concepts keeps them far apart and answers an added vector
-with whatever neighbour it lands on. So in the last stages a share of the plain rows is answered
+with whatever neighbour it lands on. So in the last stage a share of the plain rows is answered
 with a concept's words while the concept's mean difference, measured on earlier batches, is added
 to the residual stream. The vectors that steer the finished model are learned afresh from prompts
 alone; the model has never met them, only their like.

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.architectures.families import LAYERS, Family
-from vllm_steer.pack import (
-    DirectionRecord,
-    MethodRecord,
-    ModelIdentity,
-    SteeringPack,
-    write_pack,
-)
+from tests.random_pack import write_random_pack
+from vllm_steer.pack import ModelIdentity, SteeringPack
 
 DIRECTIONS = ("first", "second")
 # Large enough that logits are far from ties and every part of a block counts.
@@ -34,38 +27,23 @@ def write_checkpoint(family: Family, root: Path) -> SteeringPack:
     model = _random_model(family)
     model.save_pretrained(root)
     config = model.config.get_text_config()
-    layers = list(range(LAYERS))
-    generator = np.random.default_rng(1)
-    vectors = {}
-    for name in DIRECTIONS:
-        values = generator.standard_normal((LAYERS, config.hidden_size))
-        vectors[name] = values / np.linalg.norm(values, axis=1, keepdims=True)
-    return write_pack(
+    identity = ModelIdentity(
+        name=root.name,
+        architecture=type(model).__name__,
+        model_type=model.config.model_type,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        chat_template_sha256=None,
+    )
+    return write_random_pack(
         root / "pack",
-        name="random",
-        model=ModelIdentity(
-            name=root.name,
-            architecture=type(model).__name__,
-            model_type=model.config.model_type,
-            hidden_size=config.hidden_size,
-            num_layers=config.num_hidden_layers,
-            chat_template_sha256=None,
-        ),
-        directions=[
-            DirectionRecord(
-                name=name, layers=layers, default_scale=4.0, safe_scale=100.0, positions="all"
-            )
-            for name in DIRECTIONS
-        ],
-        vectors=vectors,
-        method=MethodRecord(
-            name="random",
-            settings={},
-            libraries={},
-            seed=1,
-            data_sha256=hashlib.sha256(b"").hexdigest(),
-        ),
-        residual_norms=dict.fromkeys(layers, 4.0),
+        "random",
+        identity,
+        dict.fromkeys(DIRECTIONS, range(LAYERS)),
+        seed=1,
+        default_scale=4.0,
+        safe_scale=100.0,
+        residual_norm=4.0,
     )
 
 

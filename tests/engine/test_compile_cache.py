@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tests.conftest import engine_arguments
 from tests.engine.cases import CASES
 from tests.engine_process import EngineProcess
-from tests.reference import Reference
+from tests.reference import Reference, assert_equals_hooks
 from vllm_steer.pack import SteeringPack
 
 pytestmark = pytest.mark.engine
@@ -84,7 +83,4 @@ def test_a_cached_unsteered_graph_is_not_reused(
         engine = EngineProcess(steered, env, [compile_as_on_a_gpu])
         outputs = engine.generate(prompts, list(CASES.values()), TOKENS)
         engine.close()
-        for prompt, steering, output in zip(prompts, CASES.values(), outputs, strict=True):
-            expected = reference.generate(prompt, steering, TOKENS)
-            assert output.tokens == expected.tokens
-            assert np.abs(output.logprobs - expected.logprobs).max() < 1e-4
+        assert_equals_hooks(reference, prompts, CASES.values(), outputs, TOKENS)

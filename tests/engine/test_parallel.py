@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 
 from tests.engine.cases import CASES
 from tests.engine_process import EngineProcess
-from tests.reference import Reference
+from tests.reference import Reference, assert_equals_hooks
 
 pytestmark = pytest.mark.engine
 TOKENS = 16
-TOLERANCE = 1e-4
 
 
 FEATURES = {"tp2-eager": "tensor parallel", "pp2-eager": "pipeline parallel"}
@@ -30,7 +28,4 @@ def test_parallel_equals_hooks(
     reference: Reference,
 ) -> None:
     outputs = start(kind).generate(prompts, list(CASES.values()), TOKENS)
-    for prompt, steering, output in zip(prompts, CASES.values(), outputs, strict=True):
-        expected = reference.generate(prompt, steering, TOKENS)
-        assert output.tokens == expected.tokens
-        assert np.abs(output.logprobs - expected.logprobs).max() < TOLERANCE
+    assert_equals_hooks(reference, prompts, CASES.values(), outputs, TOKENS)

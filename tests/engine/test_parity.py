@@ -9,11 +9,10 @@ import pytest
 
 from tests.engine.cases import CASES
 from tests.engine_process import EngineProcess, Output
-from tests.reference import Reference
+from tests.reference import TOLERANCE, Reference, assert_equals_hooks
 
 pytestmark = pytest.mark.engine
 TOKENS = 24
-TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module", params=["eager", "compiled", "v2-eager"])
@@ -32,9 +31,7 @@ def test_equals_hooks(
     case: str, outputs: dict[str, Output], prompts: list[list[int]], reference: Reference
 ) -> None:
     prompt = prompts[list(CASES).index(case)]
-    expected = reference.generate(prompt, CASES[case], TOKENS)
-    assert outputs[case].tokens == expected.tokens
-    assert np.abs(outputs[case].logprobs - expected.logprobs).max() < TOLERANCE
+    assert_equals_hooks(reference, [prompt], [CASES[case]], [outputs[case]], TOKENS)
 
 
 def test_cases_can_fail(prompts: list[list[int]], reference: Reference) -> None:

@@ -1,0 +1,71 @@
+"""Steering packs with random unit vectors, for models and tests that learn none."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vllm_steer.pack import (
+    DirectionRecord,
+    MethodRecord,
+    ModelIdentity,
+    SteeringPack,
+    write_pack,
+)
+
+
+def write_random_pack(
+    path: Path,
+    name: str,
+    model: ModelIdentity,
+    directions: Mapping[str, Sequence[int]],
+    *,
+    seed: int,
+    default_scale: float,
+    safe_scale: float,
+    residual_norm: float,
+) -> SteeringPack:
+    """Writes a pack of random unit vectors.
+
+    Args:
+        path: Directory of the pack.
+        name: Its name.
+        model: The model that it is for.
+        directions: Name of each direction to its layers.
+        seed: Seed of the vectors.
+        default_scale: Default scale of each direction.
+        safe_scale: Safe scale of each direction.
+        residual_norm: Norm of the residual stream after every layer.
+    """
+    generator = np.random.default_rng(seed)
+    vectors = {}
+    for key, layers in directions.items():
+        values = generator.standard_normal((len(layers), model.hidden_size))
+        vectors[key] = values / np.linalg.norm(values, axis=1, keepdims=True)
+    return write_pack(
+        path,
+        name=name,
+        model=model,
+        directions=[
+            DirectionRecord(
+                name=key,
+                layers=list(layers),
+                default_scale=default_scale,
+                safe_scale=safe_scale,
+                positions="all",
+            )
+            for key, layers in directions.items()
+        ],
+        vectors=vectors,
+        method=MethodRecord(
+            name="random",
+            settings={},
+            libraries={},
+            seed=seed,
+            data_sha256=hashlib.sha256(b"").hexdigest(),
+        ),
+        residual_norms=dict.fromkeys(range(model.num_layers), residual_norm),
+    )
