@@ -186,7 +186,6 @@ def run_world(seed: int, count: int, pack: Path, runner: str) -> Report:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if runner == "v2":
-        os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
         pretend_triton_backend()
     from transformers import AutoTokenizer
     from vllm import EngineArgs, LLMEngine
@@ -336,6 +335,9 @@ def main() -> None:
     parser.add_argument("--runner", choices=("v1", "v2"), default="v1", help="vLLM's model runner")
     parser.add_argument("--json", type=Path, required=True, help="file for the results")
     args = parser.parse_args()
+    if args.runner == "v2":
+        # Here, since the worlds' processes import triton before they run any line of this file.
+        os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
     context = multiprocessing.get_context("spawn")
     reports: list[Report] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -32,6 +32,16 @@ class LoadedDirection:
     record: DirectionRecord
     vector: np.ndarray
     digest: str
+
+    @cached_property
+    def unit_doses(self) -> dict[int, float]:
+        """Relative dose of ε = 1 by layer: the vector's length over that of the residual stream."""
+        norms = self.pack.manifest.residual_norms
+        lengths = np.linalg.norm(self.vector, axis=1).tolist()
+        return {
+            layer: length / norms[str(layer)]
+            for layer, length in zip(self.record.layers, lengths, strict=True)
+        }
 
     @property
     def full_name(self) -> str:

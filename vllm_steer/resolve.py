@@ -16,8 +16,6 @@ from functools import cached_property
 from itertools import zip_longest
 from typing import Any
 
-import numpy as np
-
 from vllm_steer.errors import RequestError
 from vllm_steer.positions import PositionRange, absolute_ranges
 from vllm_steer.registry import LoadedDirection, PackRegistry
@@ -191,16 +189,14 @@ def _term(
             f"it has {_ranges(record.layers)}"
         )
     scale = record.default_scale if choice.scale is None else choice.scale
-    norms = direction.pack.manifest.residual_norms
-    for layer in layers if scale else ():
-        vector = direction.vector[record.layers.index(layer)]
-        limit = MAX_RELATIVE_SCALE * norms[str(layer)] / float(np.linalg.norm(vector))
-        if abs(scale) > limit:
-            raise RequestError(
-                f"{where}.scale: {scale:g} would add a vector more than {MAX_RELATIVE_SCALE:g} times as long as the "
-                f"residual stream at layer {layer}; |scale| must be at most {_floor(limit):g}, and up to "
-                f"{record.safe_scale:g} the text was found fluent"
-            )
+    layer = max(layers, key=direction.unit_doses.__getitem__)
+    limit = MAX_RELATIVE_SCALE / direction.unit_doses[layer]
+    if abs(scale) > limit:
+        raise RequestError(
+            f"{where}.scale: {scale:g} would add a vector more than {MAX_RELATIVE_SCALE:g} times as long as the "
+            f"residual stream at layer {layer}; |scale| must be at most {_floor(limit):g}, and up to "
+            f"{record.safe_scale:g} the text was found fluent"
+        )
     return Term(direction.digest, scale, tuple(layers))
 
 

@@ -54,3 +54,25 @@ def test_blocks_are_shared_only_by_equal_steering(
     (expected,) = start("eager").generate([prompt], [second], TOKENS)
     assert output.tokens == expected.tokens
     assert np.abs(output.logprobs - expected.logprobs).max() < 1e-5
+
+
+@pytest.mark.feature("prefix cache", "exact, keyed by content")
+def test_evicted_blocks_are_computed_again(
+    start: Callable[[str], EngineProcess], prompts: list[list[int]]
+) -> None:
+    engine = start("cached-tiny-eager")
+    prompt = [3, *prompts[0], *prompts[1]]
+    whole = (len(prompt) - 1) // BLOCK * BLOCK
+    # Every other request has the same tokens, so that a wrong hit would be a likely one.
+    others = [OTHER, None, GENERATED, OTHER_SCALE]
+    cached = []
+    for steering in (ALL, ALL, *others, ALL, ALL):
+        (output,) = engine.generate([prompt], [steering], TOKENS)
+        (expected,) = start("eager").generate([prompt], [steering], TOKENS)
+        assert output.tokens == expected.tokens
+        assert np.abs(output.logprobs - expected.logprobs).max() < 1e-5
+        cached.append(output.cached)
+    assert cached[:2] == [0, whole]
+    # Blocks are evicted from a request's end, so some of its first ones may still be there.
+    assert cached[-2] < whole
+    assert cached[-1] == whole

@@ -64,9 +64,9 @@ class Mutation:
 
 MUTATIONS = {
     "positions: the first one of a range is left out": Mutation(
-        "engine/bank.py",
-        "inside = (start <= positions) & (positions < end)",
-        "inside = (start < positions) & (positions < end)",
+        "engine/plan.py",
+        "inside = (columns[_START] <= positions) & (positions < columns[_END])",
+        "inside = (columns[_START] < positions) & (positions < columns[_END])",
     ),
     "positions: a preempted request loses its steering": Mutation(
         "engine/runner_v1.py",

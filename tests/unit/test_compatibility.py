@@ -53,6 +53,14 @@ def _sequence_parallel_moe(config: Any) -> None:
     parallel.data_parallel_size, parallel.all2all_backend = 2, "deepep_low_latency"
 
 
+def _adaptive_verification(config: Any) -> None:
+    from vllm.config import SpeculativeConfig
+
+    ngram = SpeculativeConfig(method="ngram", num_speculative_tokens=3)
+    ngram.enable_adaptive_verification = True
+    config.speculative_config = ngram
+
+
 def _fast_prefill(config: Any) -> None:
     config.cache_config.kv_sharing_fast_prefill = True
 
@@ -65,6 +73,10 @@ REFUSED = {
     "key-value connectors that key on token ids": (
         _connector("LMCacheConnectorV1"),
         "LMCacheConnectorV1 may find keys and values by token ids alone",
+    ),
+    "speculative decoding: adaptive verification": (
+        _adaptive_verification,
+        "leave enable_adaptive_verification out",
     ),
     "fast prefill with shared key-value layers": (_fast_prefill, "leave out --kv-sharing-fast"),
 }

@@ -15,6 +15,8 @@ from vllm_steer.registry import PackRegistry, configured_registry
 from vllm_steer.request import PLAN_KEY
 from vllm_steer.resolve import SteeringPlan, check_sums
 
+_CONFIG = "_vllm_steer_config"
+
 
 def check_intake(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps ``EngineCore.preprocess_add_request``, whose errors fail the one request."""
@@ -23,13 +25,21 @@ def check_intake(original: Callable[..., Any]) -> Callable[..., Any]:
         params = request.sampling_params
         payload = (params.extra_args or {}).get(PLAN_KEY) if params is not None else None
         if payload is not None:
-            config = resolved_config(self.vllm_config.additional_config)
+            config = _config(self)
             if config is None:
                 raise RequestError("a steered request reached an engine without steering")
             check_plan(payload, config, configured_registry(config))
         return original(self, request)
 
     return preprocess_add_request
+
+
+def _config(engine: Any) -> ResolvedConfig | None:
+    """The steering configuration of an ``EngineCore``, read once."""
+    if not hasattr(engine, _CONFIG):
+        setattr(engine, _CONFIG, resolved_config(engine.vllm_config.additional_config))
+    config: ResolvedConfig | None = getattr(engine, _CONFIG)
+    return config
 
 
 def check_plan(payload: Any, config: ResolvedConfig, registry: PackRegistry) -> None:

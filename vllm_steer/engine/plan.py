@@ -1,38 +1,25 @@
-"""One step's token spans -> the ranges of positions to steer, and the row of the bank for each.
+"""One step's requests and positions -> the row of the bank for each token.
 
 Every token's position is absolute, so whether it is prompt or generated depends on nothing that
 the scheduler does: chunked, preempted and recomputed tokens get the row that they would get alone.
-Pure numpy, no vllm.
+A request's ranges are entered into a table when it arrives; a step is a handful of array
+operations, whatever the number of layers and directions. Pure numpy, no vllm.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from vllm_steer.engine.rows import RowAllocator
 from vllm_steer.resolve import Segment, SteeringPlan
 
-ZERO_ROW = 0
 NO_END = np.iinfo(np.int32).max
-
-
-@dataclass(frozen=True)
-class TokenSpan:
-    """The tokens of one request in a step.
-
-    Attributes:
-        request_id: The request.
-        start: Absolute position of the first token; under speculative decoding the highest that
-            it can be, since the host does not know yet how many drafts were accepted.
-        length: Number of tokens.
-    """
-
-    request_id: str
-    start: int
-    length: int
+# The slot of every unsteered request: its ranges are empty.
+_NO_SLOT = 0
+_START, _END, _ROW = range(3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,108 +28,150 @@ class StepPlan:
 
     Attributes:
         new: Rows to fill before the step, with the segment whose sum goes there.
-        owners: int32 ``[num_tokens]``, the index in the batch of each token's request; None when
-            no token of the step is steered.
-        ranges: int32 ``[most ranges of a request, num_requests, 3]``: first position, position
-            after the last, row. The ranges of a request are disjoint; absent ones are empty.
+        rows: int32 ``[num_tokens]``, the row of each token; None when no request of the step is
+            steered, or when only the device knows the positions.
+        owners: int32 ``[num_tokens]``, the index in the batch of each token's request; None
+            unless the rows have to be found from positions on the device.
+        ranges: int32 ``[3, most ranges of a request, num_requests]``: first positions, positions
+            after the last, rows. The ranges of a request are disjoint; absent ones are empty.
+            None where ``owners`` is.
     """
 
-    new: tuple[tuple[int, Segment], ...]
-    owners: np.ndarray | None
-    ranges: np.ndarray
+    new: tuple[tuple[int, Segment], ...] = ()
+    rows: np.ndarray | None = None
+    owners: np.ndarray | None = None
+    ranges: np.ndarray | None = None
+
+
+_UNSTEERED = StepPlan()
 
 
 class StepPlanner:
-    """Assigns rows to combinations and ranges of positions to rows.
-
-    Equal combinations share a row. A row stays with its combination after the last request that
-    used it, and is given away least recently used first.
-    """
+    """Knows the ranges of each steered request and plans the steps of one worker."""
 
     def __init__(self, num_rows: int, *, starts_are_exact: bool = True) -> None:
         """Makes a planner.
 
         Args:
             num_rows: Rows of the bank, the zero row among them.
-            starts_are_exact: Whether the spans' starts are; false under speculative decoding.
+            starts_are_exact: Whether the host knows the positions of a step's tokens. It does not
+                under speculative decoding, where it counts drafts that may have been rejected.
         """
-        self._plans: dict[str, SteeringPlan] = {}
-        self._rows: OrderedDict[str, int] = OrderedDict()
-        self._free = list(range(num_rows - 1, ZERO_ROW, -1))
         self._starts_are_exact = starts_are_exact
+        self._allocator = RowAllocator(num_rows)
+        self._segments: dict[str, dict[str, Segment]] = {}
+        self._plans: dict[str, SteeringPlan] = {}
+        self._slots: dict[str, int] = {}
+        self._free_slots: list[int] = []
+        # [start | end | row, range, slot]
+        self._table = np.zeros((3, 1, 1), dtype=np.int32)
+        # Steered requests that have no rows yet, or lost one.
+        self._rowless: set[str] = set()
+        # The batch of the last step and its columns of the table, until a request comes or goes.
+        self._batch: list[str] = []
+        self._columns: np.ndarray | None = None
 
     def add(self, request_id: str, plan: SteeringPlan) -> None:
         """Takes a request in; one that is known already gets the new plan."""
-        if plan.segments:
-            self._plans[request_id] = plan
+        self.remove(request_id)
+        if not plan.segments:
+            return
+        if not self._free_slots:
+            self._grow(slots=self._table.shape[2])
+        slot = self._free_slots.pop()
+        if len(plan.segments) > self._table.shape[1]:
+            self._grow(ranges=len(plan.segments) - self._table.shape[1])
+        for number, segment in enumerate(plan.segments):
+            end = NO_END if segment.end is None else segment.end
+            self._table[:, number, slot] = segment.start, end, 0
+        self._slots[request_id] = slot
+        self._plans[request_id] = plan
+        self._segments[request_id] = {segment.key: segment for segment in plan.segments}
+        self._allocator.hold(self._segments[request_id])
+        self._rowless.add(request_id)
+        self._batch = []
 
     def remove(self, request_id: str) -> None:
         """Forgets a request; unknown ones are ignored, since most requests are not steered."""
-        self._plans.pop(request_id, None)
+        slot = self._slots.pop(request_id, None)
+        if slot is None:
+            return
+        del self._plans[request_id]
+        self._allocator.release(self._segments.pop(request_id))
+        self._rowless.discard(request_id)
+        self._table[:, :, slot] = 0
+        self._free_slots.append(slot)
+        self._batch = []
 
-    def plan(self, spans: Iterable[TokenSpan]) -> StepPlan:
+    def plan(self, request_ids: Sequence[str], starts: np.ndarray, lengths: np.ndarray) -> StepPlan:
         """Plans one step.
 
         Args:
-            spans: Spans of the step's requests, in the order of their tokens in the batch.
+            request_ids: The step's requests, in the order of their tokens in the batch.
+            starts: int ``[num_requests or more]``, absolute position of each one's first token.
+            lengths: int ``[num_requests or more]``, each one's number of tokens.
 
         Raises:
             RuntimeError: More combinations meet in the step than the bank has rows.
         """
-        if not self._plans:
+        if not self._slots:
             return _UNSTEERED
-        lengths: list[int] = []
-        met: list[tuple[int, list[Segment]]] = []
-        for index, span in enumerate(spans):
-            lengths.append(span.length)
-            plan = self._plans.get(span.request_id)
-            segments = self._meeting(plan, span) if plan else []
-            if segments:
-                met.append((index, segments))
-        if not met:
+        # vLLM changes its list in place, so a copy is compared.
+        if request_ids != self._batch:
+            self._batch, self._columns = list(request_ids), None
+        new = self._assign_rows() if self._rowless else ()
+        if self._columns is None:
+            self._columns = self._gather()
+        if not self._columns.size:
             return _UNSTEERED
-        assigned, new = self._assign({s.key: s for _, segments in met for s in segments})
-        ranges = np.zeros((max(len(s) for _, s in met), len(lengths), 3), dtype=np.int32)
-        for index, segments in met:
-            for number, segment in enumerate(segments):
-                end = NO_END if segment.end is None else segment.end
-                ranges[number, index] = segment.start, end, assigned[segment.key]
-        return StepPlan(new, np.repeat(np.arange(len(lengths), dtype=np.int32), lengths), ranges)
+        count = len(self._batch)
+        lengths = lengths[:count]
+        total = int(lengths.sum())
+        owners = np.repeat(np.arange(count, dtype=np.int32), lengths) if total != count else None
+        if not self._starts_are_exact:
+            owners = np.arange(count, dtype=np.int32) if owners is None else owners
+            return StepPlan(new, owners=owners, ranges=self._columns)
+        positions, columns = starts[:count], self._columns
+        if owners is not None:
+            before = np.cumsum(lengths) - lengths
+            positions = (positions - before)[owners] + np.arange(total)
+            columns = columns[:, :, owners]
+        inside = (columns[_START] <= positions) & (positions < columns[_END])
+        return StepPlan(new, rows=(columns[_ROW] * inside).sum(0, dtype=np.int32))
 
-    def _meeting(self, plan: SteeringPlan, span: TokenSpan) -> list[Segment]:
-        """The segments that the span's tokens can lie in."""
-        first = span.start if self._starts_are_exact else 0
-        return [
-            segment
-            for segment in plan.segments
-            if segment.start < span.start + span.length
-            and (segment.end is None or first < segment.end)
-        ]
+    def _gather(self) -> np.ndarray:
+        """Columns of the batch's requests, ``[3, ranges, num_requests]``; empty when none is steered."""
+        slot = self._slots.get
+        slots = np.array([slot(request_id, _NO_SLOT) for request_id in self._batch], dtype=np.intp)
+        if not slots.any():
+            return np.zeros((3, 0, len(slots)), dtype=np.int32)
+        columns: np.ndarray = self._table[:, :, slots]
+        # Ranges that no request of the batch has.
+        used = columns[_END].any(axis=1)
+        return np.ascontiguousarray(columns[:, used])
 
-    def _assign(
-        self, wanted: dict[str, Segment]
-    ) -> tuple[dict[str, int], tuple[tuple[int, Segment], ...]]:
-        """Rows of the step's combinations, giving away rows that the step does not use."""
-        for key in wanted:
-            if key in self._rows:
-                self._rows.move_to_end(key)
-        new = []
-        for key, segment in wanted.items():
-            if key in self._rows:
-                continue
-            if self._free:
-                row = self._free.pop()
-            else:
-                oldest = next(iter(self._rows))
-                if oldest in wanted:
-                    raise RuntimeError(
-                        f"{len(wanted)} distinct steerings meet in one step, the bank has {len(self._rows)} rows; "
-                        f"raise --steering-rows"
-                    )
-                row = self._rows.pop(oldest)
-            self._rows[key] = row
-            new.append((row, segment))
-        return {key: self._rows[key] for key in wanted}, tuple(new)
+    def _assign_rows(self) -> tuple[tuple[int, Segment], ...]:
+        """Gives rows to the batch's requests that have none."""
+        waiting = [request_id for request_id in self._batch if request_id in self._rowless]
+        if not waiting:
+            return ()
+        wanted = {key: s for request_id in waiting for key, s in self._segments[request_id].items()}
+        new, lost = self._allocator.assign(wanted, self._needed)
+        self._rowless -= set(waiting)
+        if lost:
+            self._rowless |= {r for r, keys in self._segments.items() if lost & keys.keys()}
+        for request_id in waiting:
+            slot = self._slots[request_id]
+            for number, segment in enumerate(self._plans[request_id].segments):
+                self._table[_ROW, number, slot] = self._allocator.row(segment.key)
+        self._columns = None
+        return tuple((row, wanted[key]) for row, key in new)
 
+    def _needed(self) -> set[str]:
+        """Keys of all sums that the batch's requests may use."""
+        return {key for request_id in self._batch for key in self._segments.get(request_id, ())}
 
-_UNSTEERED = StepPlan((), None, np.zeros((0, 0, 3), dtype=np.int32))
+    def _grow(self, ranges: int = 0, slots: int = 0) -> None:
+        width = self._table.shape[2]
+        self._table = np.pad(self._table, ((0, 0), (0, ranges), (0, slots)))
+        self._free_slots += range(width, width + slots)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from vllm_steer.engine.plan import TokenSpan
 from vllm_steer.engine.worker import WorkerSteering
 
 
@@ -40,12 +39,9 @@ def attach(runner: Any, steering: WorkerSteering) -> None:
         result = prepare_inputs(scheduler_output, num_scheduled_tokens)
         # Read here, after _update_states: rows of the batch were reordered and condensed by it.
         batch = runner.input_batch
-        starts = batch.num_computed_tokens_cpu
-        spans = (
-            TokenSpan(request_id, int(starts[index]), int(num_scheduled_tokens[index]))
-            for index, request_id in enumerate(batch.req_ids)
+        steering.prepare_step(
+            batch.req_ids, batch.num_computed_tokens_cpu, num_scheduled_tokens, runner.positions
         )
-        steering.prepare_step(spans, runner.positions)
         return result
 
     def _dummy_run(*args: Any, **kwargs: Any) -> Any:

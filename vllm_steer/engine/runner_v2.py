@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from vllm_steer.engine.plan import TokenSpan
 from vllm_steer.engine.worker import WorkerSteering
 from vllm_steer.seams import V2_MODEL_STATE, check_methods
 
@@ -41,12 +40,12 @@ def attach(runner: Any, steering: WorkerSteering) -> None:
     def _preprocess_state(input_batch: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal real_batch
         real_batch = True
-        starts, lengths = input_batch.num_computed_tokens_np, input_batch.num_scheduled_tokens
-        spans = (
-            TokenSpan(request_id, int(starts[index]), int(lengths[index]))
-            for index, request_id in enumerate(input_batch.req_ids)
+        steering.prepare_step(
+            input_batch.req_ids,
+            input_batch.num_computed_tokens_np,
+            input_batch.num_scheduled_tokens,
+            input_batch.positions,
         )
-        steering.prepare_step(spans, input_batch.positions)
         return preprocess_state(input_batch, *args, **kwargs)
 
     def _prepare_inputs(*args: Any, **kwargs: Any) -> Any:

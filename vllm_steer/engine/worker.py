@@ -1,11 +1,11 @@
 """The steering state of one worker: packs, bank, planner and the hooked blocks.
 
-The runner adapters feed it requests and token spans; it is the same for every model runner.
+The runner adapters feed it requests and the positions of their tokens; it is the same for every model runner.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from vllm.logger import init_logger
 from vllm_steer.config import ResolvedConfig
 from vllm_steer.engine.bank import SteeringBank
 from vllm_steer.engine.blocks import find_blocks, hook_blocks
-from vllm_steer.engine.plan import StepPlanner, TokenSpan
+from vllm_steer.engine.plan import StepPlanner
 from vllm_steer.registry import configured_registry
 from vllm_steer.request import PLAN_KEY
 from vllm_steer.resolve import Segment, SteeringPlan
@@ -104,26 +104,36 @@ class WorkerSteering:
         """Forgets a request."""
         self._planner.remove(request_id)
 
-    def prepare_step(self, spans: Iterable[TokenSpan], positions: torch.Tensor) -> None:
+    def prepare_step(
+        self,
+        request_ids: Sequence[str],
+        starts: np.ndarray,
+        lengths: np.ndarray,
+        positions: torch.Tensor,
+    ) -> None:
         """Makes the bank ready for the tokens of a step, before the model runs.
 
         Args:
-            spans: Spans of the step's requests, in batch order.
-            positions: Absolute position of each token on the device, in batch order; may be
-                longer than the step.
+            request_ids: The step's requests, in the order of their tokens in the batch.
+            starts: int ``[num_requests or more]``, absolute position of each one's first token
+                as the host knows it.
+            lengths: int ``[num_requests or more]``, each one's number of tokens.
+            positions: Absolute position of each token on the device; may be longer than the step.
         """
-        step = self._planner.plan(spans)
+        step = self._planner.plan(request_ids, starts, lengths)
         for row, segment in step.new:
             self.bank.write_row(row, self._sum(segment))
-        if step.owners is None:
-            self.bank.clear_rows()
-        else:
+        if step.rows is not None:
+            self.bank.set_rows(step.rows)
+        elif step.owners is not None and step.ranges is not None:
             self.bank.assign_rows(step.owners, step.ranges, positions[: len(step.owners)])
+        else:
+            self.bank.clear_rows()
 
     def prepare_dummy_step(self) -> None:
         """Makes a profile, warm-up, capture or padding run unsteered, unless the self-test probes."""
         if self._probing:
-            self.bank.set_rows(torch.full_like(self.bank.rows, PROBE_ROW))
+            self.bank.set_rows(np.full(len(self.bank.rows), PROBE_ROW, dtype=np.int32))
         else:
             self.bank.clear_rows()
 
@@ -156,10 +166,9 @@ class WorkerSteering:
         total = np.zeros((len(self.layers), self.bank.vectors.shape[2]), dtype=np.float32)
         for term in segment.terms:
             direction = self._registry.by_digest(term.digest)
-            for layer in term.layers:
-                if layer in self.bank.index:
-                    vector = direction.vector[direction.record.layers.index(layer)]
-                    total[self.bank.index[layer]] += np.float32(term.scale) * vector
+            here = [layer for layer in term.layers if layer in self.bank.index]
+            vectors = direction.vector[[direction.record.layers.index(layer) for layer in here]]
+            total[[self.bank.index[layer] for layer in here]] += np.float32(term.scale) * vectors
         return total
 
 

@@ -57,6 +57,11 @@ def refuse_unsupported(vllm_config: Any) -> None:
         reasons.append(
             "fast prefill runs some blocks on a part of the tokens; leave out --kv-sharing-fast-prefill"
         )
+    if getattr(vllm_config.speculative_config, "enable_adaptive_verification", False):
+        reasons.append(
+            "adaptive verification divides the tokens of a step among the requests on the device alone; leave "
+            "enable_adaptive_verification out of --speculative-config"
+        )
     if reasons:
         raise CompatibilityError("steering cannot start: " + "; ".join(reasons))
 
