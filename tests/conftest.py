@@ -103,8 +103,8 @@ def start(model: Path, packs: list[SteeringPack]) -> Iterator[Callable[..., Engi
 # What a word in the name of an engine kind adds to the arguments of ``LLM``.
 FEATURES: dict[str, dict[str, Any]] = {
     "cached": {"enable_prefix_caching": True},
-    # Room for one long request, so that the next one evicts its blocks.
-    "tiny": {"num_gpu_blocks_override": 10},
+    # So little room that a request's blocks are evicted by those of the next few.
+    "tiny": {"num_gpu_blocks_override": 10, "max_model_len": 256},
     "sync": {"async_scheduling": False},
     "async": {"async_scheduling": True},
     "tp2": {"tensor_parallel_size": 2},
