@@ -3,6 +3,7 @@
 Importing this package imports neither torch nor vllm; vLLM finds the plugin by its entry point.
 """
 
+from vllm_steer.client import steer
 from vllm_steer.errors import (
     CompatibilityError,
     ConfigError,
@@ -30,5 +31,6 @@ __all__ = [
     "SteeringPack",
     "SteeringRequest",
     "load_pack",
+    "steer",
     "write_pack",
 ]

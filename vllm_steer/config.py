@@ -29,12 +29,18 @@ class SteeringConfig(BaseModel):
         rows: Rows of the bank: distinct combinations of directions that one step can hold, and
             one of zeros. Each of ``max_num_seqs`` requests is promised an equal share. None takes
             two for each, enough for one sum in the prompt and another in the answer.
+        policy: File with aliases, limits and permissions, ``vllm_steer.policy.Policy``.
+        pack_roots: Directories that packs may be loaded from while the server runs.
+        layers: Layers to hook; None takes those of the packs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     packs: Annotated[list[str], Field(min_length=1)]
     rows: Annotated[int, Field(ge=2)] | None = None
+    policy: str | None = None
+    pack_roots: Annotated[list[str], Field(min_length=1)] | None = None
+    layers: Annotated[list[LayerIndex], Field(min_length=1)] | None = None
 
 
 class ResolvedConfig(SteeringConfig):
@@ -43,9 +49,10 @@ class ResolvedConfig(SteeringConfig):
     Attributes:
         packs: Absolute paths.
         rows: Number of rows.
-        sums_per_request: Distinct sums of directions that one request may need, so that the rows
-            suffice for any ``max_num_seqs`` requests.
-        layers: Layers that are hooked: those that a loaded direction has a vector for.
+        sums_per_request: Distinct sums of directions that one request may need.
+        gated: Whether the front end lets requests wait for rows. Otherwise the rows suffice for any
+            ``max_num_seqs`` requests.
+        layers: Layers that are hooked, which must hold those of every pack.
         digests: Digest of each pack's tensor file, so that no process steers with other vectors.
         version: Version of vllm-steer.
         graph_revision: Revision of the traced addition.
@@ -53,6 +60,7 @@ class ResolvedConfig(SteeringConfig):
 
     rows: Annotated[int, Field(ge=2)]
     sums_per_request: Annotated[int, Field(ge=1)]
+    gated: bool
     layers: Annotated[list[LayerIndex], Field(min_length=1)]
     digests: list[str]
     version: str

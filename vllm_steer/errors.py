@@ -3,6 +3,10 @@
     SteeringError
     ├── PackError            a steering pack on disk is malformed, damaged or for another model
     ├── RequestError         a request's steering is malformed or names what does not exist
+    │   ├── UnknownDirectionError
+    │   ├── DoseError
+    │   ├── ConflictError
+    │   └── NotAllowedError
     ├── ConfigError          the engine was asked to start with an unusable steering configuration
     ├── CompatibilityError   this vLLM, model or engine feature cannot be steered correctly
     └── ExtractionError      a steering vector could not be learned
@@ -28,7 +32,36 @@ class RequestError(SteeringError, ValueError):
     """A request's steering cannot be carried out; becomes HTTP 400.
 
     A ``ValueError`` too, so that vLLM paths that do not know it still answer 400.
+
+    Attributes:
+        reason: One word for metrics and logs.
     """
+
+    reason = "malformed"
+
+
+class UnknownDirectionError(RequestError):
+    """No loaded pack has the direction, or several have it."""
+
+    reason = "unknown_direction"
+
+
+class DoseError(RequestError):
+    """The sum of the vectors is longer than allowed."""
+
+    reason = "dose"
+
+
+class ConflictError(RequestError):
+    """What is asked for cannot be done now; becomes HTTP 409."""
+
+    reason = "conflict"
+
+
+class NotAllowedError(RequestError):
+    """The request's API key may not use the direction."""
+
+    reason = "not_allowed"
 
 
 class ConfigError(SteeringError, ValueError):

@@ -33,9 +33,9 @@ def register() -> None:
             "steering; unset it or uninstall vllm-steer"
         )
     versions.check()
-    from vllm_steer.engine import intake
+    from vllm_steer.engine import intake, runtime
     from vllm_steer.engine.prefix_cache import steered_extra_keys
-    from vllm_steer.serving import admission, flags, guard
+    from vllm_steer.serving import admission, flags, guard, outcome
 
     seams.patch(seams.ADD_CLI_ARGS, flags.add_flags)
     seams.patch(seams.FROM_CLI_ARGS, flags.read_flags)
@@ -47,9 +47,11 @@ def register() -> None:
     for seam in seams.TO_BEAM_SEARCH_PARAMS:
         seams.patch(seam, admission.refuse_beam_search)
     seams.patch(seams.EXTRACT_PROMPT_LEN, admission.remember_prompt_len)
+    seams.patch(seams.GENERATE, outcome.follow)
     seams.patch(seams.SERVE_ROUTERS, guard.add_guard)
     seams.patch(seams.EXTRA_HASH_KEYS, steered_extra_keys)
     seams.patch(seams.PREPROCESS_ADD_REQUEST, intake.check_intake)
+    runtime.install(seams.PREPROCESS_ADD_REQUEST.resolve()[0])
     seams.patch(seams.INIT_DEVICE, _attach)
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 
-from vllm_steer.config import ResolvedConfig
-from vllm_steer.errors import ConfigError, PackError, RequestError, choices
+from vllm_steer.errors import ConfigError, PackError, UnknownDirectionError, choices
 from vllm_steer.pack import DirectionRecord, SteeringPack, load_pack
 
 
@@ -50,7 +49,7 @@ class LoadedDirection:
 
 
 class PackRegistry:
-    """The loaded packs of one engine; it does not change after construction."""
+    """Packs by name and content; it does not change after construction."""
 
     def __init__(self, packs: Iterable[SteeringPack]) -> None:
         """Indexes ``packs``.
@@ -93,31 +92,35 @@ class PackRegistry:
         """Returns the direction that a request means by ``pack/direction`` or by ``direction`` alone.
 
         Raises:
-            RequestError: There is no such direction, or more than one.
+            UnknownDirectionError: There is no such direction, or more than one.
         """
         if name in self._by_name:
             return self._by_name[name]
         pack_name, slash, direction_name = name.partition("/")
         if slash:
             if pack_name not in self.packs:
-                raise RequestError(
+                raise UnknownDirectionError(
                     f"no steering pack {pack_name!r} is loaded; {choices(pack_name, self.packs)}"
                 )
             available = self.packs[pack_name].directions
-            raise RequestError(
+            raise UnknownDirectionError(
                 f"steering pack {pack_name!r} has no direction {direction_name!r}; {choices(direction_name, available)}"
             )
         candidates = self._bare.get(name, [])
         if not candidates:
-            raise RequestError(
+            raise UnknownDirectionError(
                 f"no loaded steering pack has a direction {name!r}; {choices(name, self._bare)}"
             )
         if len(candidates) > 1:
             full = ", ".join(repr(direction.full_name) for direction in candidates)
-            raise RequestError(
+            raise UnknownDirectionError(
                 f"direction {name!r} is in more than one loaded pack; name it as one of {full}"
             )
         return candidates[0]
+
+    def has(self, digest: str) -> bool:
+        """Whether a loaded direction has this content."""
+        return digest in self._by_digest
 
     def by_digest(self, digest: str) -> LoadedDirection:
         """Returns a direction by content.
@@ -146,20 +149,3 @@ class PackRegistry:
                     f"steering pack {pack.name!r} ({pack.path}) was extracted from another model "
                     f"({pack.manifest.model.name}): {', '.join(wrong)}; extract it from the served model"
                 )
-
-
-def configured_registry(config: ResolvedConfig) -> PackRegistry:
-    """Returns the packs of an engine, read once per process.
-
-    Raises:
-        PackError: The packs on disk are not those that the engine was configured with.
-    """
-    return _configured_registry(tuple(config.packs), tuple(config.digests))
-
-
-@lru_cache(maxsize=1)
-def _configured_registry(packs: tuple[str, ...], digests: tuple[str, ...]) -> PackRegistry:
-    registry = PackRegistry.load(packs)
-    if tuple(pack.manifest.tensors.sha256 for pack in registry.packs.values()) != digests:
-        raise PackError("a steering pack changed on disk while the engine started; start it again")
-    return registry

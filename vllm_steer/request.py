@@ -19,6 +19,8 @@ from vllm_steer.positions import Positions, parse_slice
 REQUEST_KEY = "steering"
 FLAT_KEYS = ("steer", "steer_layers", "steer_positions")
 PLAN_KEY = "_vllm_steer_plan"
+# The value of ``steering`` that leaves out a server's default.
+NONE = "none"
 
 Scale = Annotated[float, Field(allow_inf_nan=False)]
 Layers = Annotated[list[LayerIndex], Field(min_length=1, max_length=4096)]
@@ -73,7 +75,7 @@ def parse(extra_args: Mapping[str, Any] | None) -> SteeringRequest | None:
         extra_args: ``SamplingParams.extra_args`` or ``vllm_xargs``.
 
     Returns:
-        The request, or None when it asks for no steering.
+        The request, or None when it asks for no steering or for none of the server's.
 
     Raises:
         RequestError: It is malformed; the message names the field and what would be right.
@@ -94,6 +96,8 @@ def parse(extra_args: Mapping[str, Any] | None) -> SteeringRequest | None:
             f"{REQUEST_KEY!r} and {flat[0]!r} are two forms of the same thing; send one of them"
         )
     value = extra_args[REQUEST_KEY]
+    if value == NONE:
+        return None
     try:
         if isinstance(value, str):
             return SteeringRequest.model_validate_json(value)

@@ -11,12 +11,12 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
 from typing import Any
 
-from vllm_steer.errors import RequestError
+from vllm_steer.errors import DoseError, RequestError, UnknownDirectionError
 from vllm_steer.positions import PositionRange, absolute_ranges
 from vllm_steer.registry import LoadedDirection, PackRegistry
 from vllm_steer.request import REQUEST_KEY, DirectionChoice, SteeringRequest
@@ -120,8 +120,8 @@ def resolve(
         where = f"{REQUEST_KEY}.directions.{index}"
         try:
             direction = registry.find(choice.name)
-        except RequestError as error:
-            raise RequestError(f"{where}.name: {error}") from None
+        except UnknownDirectionError as error:
+            raise UnknownDirectionError(f"{where}.name: {error}") from None
         term = _term(where, choice, request, direction)
         positions = choice.positions or request.positions or direction.record.positions
         try:
@@ -132,6 +132,48 @@ def resolve(
         if term.scale != 0.0:
             spans.append((ranges, term))
     return SteeringPlan(tuple(_segments(spans)))
+
+
+def relative_dose(plan: SteeringPlan, registry: PackRegistry) -> float:
+    """Returns how strong a plan is at most: Σ|ε|·‖v‖ over the norm of the residual stream.
+
+    Args:
+        plan: The plan.
+        registry: The loaded packs, with the norms that they measured.
+
+    Returns:
+        The largest value over layers and positions; 0 for a plan that adds nothing.
+    """
+    doses = [0.0]
+    for segment in plan.segments:
+        by_layer: dict[int, float] = {}
+        for term in segment.terms:
+            unit = registry.by_digest(term.digest).unit_doses
+            for layer in term.layers:
+                by_layer[layer] = by_layer.get(layer, 0.0) + abs(term.scale) * unit[layer]
+        doses.append(max(by_layer.values()))
+    return max(doses)
+
+
+def scaled(plan: SteeringPlan, factor: float) -> SteeringPlan:
+    """Returns the plan with every scale multiplied by ``factor``."""
+    return SteeringPlan(
+        tuple(
+            replace(
+                segment,
+                terms=tuple(replace(term, scale=term.scale * factor) for term in segment.terms),
+            )
+            for segment in plan.segments
+        )
+    )
+
+
+def count_steered(plan: SteeringPlan, num_tokens: int) -> int:
+    """Returns how many of the first ``num_tokens`` positions are steered."""
+    return sum(
+        max(0, (num_tokens if s.end is None else min(s.end, num_tokens)) - s.start)
+        for s in plan.segments
+    )
 
 
 def check_sums(plan: SteeringPlan, limit: int) -> None:
@@ -192,7 +234,7 @@ def _term(
     layer = max(layers, key=direction.unit_doses.__getitem__)
     limit = MAX_RELATIVE_SCALE / direction.unit_doses[layer]
     if abs(scale) > limit:
-        raise RequestError(
+        raise DoseError(
             f"{where}.scale: {scale:g} would add a vector more than {MAX_RELATIVE_SCALE:g} times as long as the "
             f"residual stream at layer {layer}; |scale| must be at most {_floor(limit):g}, and up to "
             f"{record.safe_scale:g} the text was found fluent"

@@ -93,6 +93,11 @@ PROCESS_INPUTS = Seam(
 EXTRACT_PROMPT_LEN = Seam(
     "vllm.entrypoints.serve.engine.serving", "BaseServing._extract_prompt_len", ("self", "prompt")
 )
+GENERATE = Seam(
+    "vllm.v1.engine.async_llm",
+    "AsyncLLM.generate",
+    ("self", "prompt", "sampling_params", "request_id"),
+)
 PREPROCESS_ADD_REQUEST = Seam(
     "vllm.v1.engine.core", "EngineCore.preprocess_add_request", ("self", "request")
 )

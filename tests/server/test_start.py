@@ -79,8 +79,8 @@ def test_refused_configurations(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--steering-packs", "x"], "need --enable-steering"),
-        (["--steering-rows", "8"], "need --enable-steering"),
+        (["--steering-packs", "x"], "needs --enable-steering"),
+        (["--steering-rows", "8"], "needs --enable-steering"),
         (["--enable-steering"], "needs --steering-packs DIR"),
     ],
 )

@@ -11,9 +11,9 @@ from typing import Any
 
 from vllm_steer.config import ResolvedConfig, resolved_config
 from vllm_steer.errors import RequestError
-from vllm_steer.registry import PackRegistry, configured_registry
 from vllm_steer.request import PLAN_KEY
 from vllm_steer.resolve import SteeringPlan, check_sums
+from vllm_steer.store import PackStore, configured_store
 
 _CONFIG = "_vllm_steer_config"
 
@@ -28,7 +28,7 @@ def check_intake(original: Callable[..., Any]) -> Callable[..., Any]:
             config = _config(self)
             if config is None:
                 raise RequestError("a steered request reached an engine without steering")
-            check_plan(payload, config, configured_registry(config))
+            check_plan(payload, config, configured_store(config))
         return original(self, request)
 
     return preprocess_add_request
@@ -42,13 +42,13 @@ def _config(engine: Any) -> ResolvedConfig | None:
     return config
 
 
-def check_plan(payload: Any, config: ResolvedConfig, registry: PackRegistry) -> None:
+def check_plan(payload: Any, config: ResolvedConfig, store: PackStore) -> None:
     """Checks that the workers can carry out a plan.
 
     Args:
         payload: The plan as it travels, :meth:`SteeringPlan.to_payload`.
         config: The engine's steering configuration.
-        registry: Its packs.
+        store: Its packs.
 
     Raises:
         RequestError: They cannot.
@@ -70,7 +70,7 @@ def check_plan(payload: Any, config: ResolvedConfig, registry: PackRegistry) -> 
             raise RequestError("a range of the steering plan is empty")
         position = segment.end or position
         for term in segment.terms:
-            known = registry.by_digest(term.digest).record.layers
+            known = store.by_digest(term.digest).record.layers
             if not set(term.layers) <= set(known):
                 raise RequestError(
                     f"the steering plan names layers {term.layers}; the direction has {known}"

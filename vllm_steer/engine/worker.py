@@ -18,9 +18,9 @@ from vllm_steer.config import ResolvedConfig
 from vllm_steer.engine.bank import SteeringBank
 from vllm_steer.engine.blocks import find_blocks, hook_blocks
 from vllm_steer.engine.plan import StepPlanner
-from vllm_steer.registry import configured_registry
 from vllm_steer.request import PLAN_KEY
 from vllm_steer.resolve import Segment, SteeringPlan
+from vllm_steer.store import configured_store
 
 logger = init_logger("vllm.steer")
 
@@ -64,7 +64,8 @@ class WorkerSteering:
             PackError: The packs on disk are not those that the engine was configured with.
             CompatibilityError: The model's blocks cannot be found.
         """
-        self._registry = configured_registry(config)
+        self._store = configured_store(config)
+        packs = self._store.registry.packs.values()
         blocks = find_blocks(model, num_layers)
         present = [(layer, blocks[layer]) for layer in config.layers if _is_present(blocks[layer])]
         self.layers = tuple(layer for layer, _ in present)
@@ -77,8 +78,8 @@ class WorkerSteering:
         logger.info(
             "Steering: %d directions of %d packs, layers %s hooked (layer k is the output of block k, 0-based), "
             "bank of %d rows, %.1f MiB.",
-            sum(len(pack.directions) for pack in self._registry.packs.values()),
-            len(self._registry.packs),
+            sum(len(pack.directions) for pack in packs),
+            len(packs),
             list(self.layers),
             config.rows,
             self.bank.num_bytes / 2**20,
@@ -157,7 +158,7 @@ class WorkerSteering:
         """Largest mean norm of the residual stream after a layer that a loaded pack has measured."""
         norms = (
             pack.manifest.residual_norms.get(str(layer), 0.0)
-            for pack in self._registry.packs.values()
+            for pack in self._store.registry.packs.values()
         )
         return max(norms)
 
@@ -165,7 +166,7 @@ class WorkerSteering:
         """Float32 ``[len(layers), hidden_size]``: sum of scale x vector over the segment's terms."""
         total = np.zeros((len(self.layers), self.bank.vectors.shape[2]), dtype=np.float32)
         for term in segment.terms:
-            direction = self._registry.by_digest(term.digest)
+            direction = self._store.by_digest(term.digest)
             here = [layer for layer in term.layers if layer in self.bank.index]
             vectors = direction.vector[[direction.record.layers.index(layer) for layer in here]]
             total[[self.bank.index[layer] for layer in here]] += np.float32(term.scale) * vectors

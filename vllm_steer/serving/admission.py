@@ -8,6 +8,7 @@ also the check for requests that come from ``LLM`` or any other way.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,34 +17,74 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 
 from vllm_steer.config import resolved_config
-from vllm_steer.errors import RequestError
-from vllm_steer.registry import configured_registry
+from vllm_steer.errors import (
+    DoseError,
+    NotAllowedError,
+    PackError,
+    RequestError,
+    UnknownDirectionError,
+)
+from vllm_steer.model import model_shape
+from vllm_steer.pack import SteeringPack
+from vllm_steer.policy import Policy, load_policy
+from vllm_steer.receipt import Receipt
+from vllm_steer.registry import PackRegistry
 from vllm_steer.request import (
     FLAT_KEYS,
+    NONE,
     PLAN_KEY,
     REQUEST_KEY,
     SteeringRequest,
     looks_like_steering,
     parse,
 )
-from vllm_steer.resolve import check_sums, resolve
+from vllm_steer.resolve import SteeringPlan, check_sums, relative_dose, resolve, scaled
+from vllm_steer.serving import metrics
+from vllm_steer.serving.exchange import current_exchange
+from vllm_steer.store import configured_store
 
 # Set by vLLM's serving code just before it makes a request's sampling parameters.
 _prompt_len: ContextVar[int | None] = ContextVar("_prompt_len", default=None)
+
+
+class AdmittedPlan(list[Any]):
+    """The payload of a plan that admission made; a client cannot send one. Never changed.
+
+    Attributes:
+        request: The steering that it was made from.
+        receipt: What was decided, for the response.
+    """
+
+    def __init__(self, plan: SteeringPlan, request: SteeringRequest, receipt: Receipt) -> None:
+        super().__init__(plan.to_payload())
+        self.request = request
+        self.receipt = receipt
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdmittedPlan:
+        """vLLM copies sampling parameters deeply; the receipt has to stay the one."""
+        return self
 
 
 class Admission:
     """Checks the steering of the requests of one engine."""
 
     def __init__(self, vllm_config: Any) -> None:
-        """Loads the packs that the engine was started with.
+        """Loads the packs and the policy that the engine was started with.
 
         Args:
             vllm_config: The engine's ``VllmConfig``.
         """
-        self._config = resolved_config(vllm_config.additional_config)
-        self._registry = configured_registry(self._config) if self._config else None
+        self.config = resolved_config(vllm_config.additional_config)
+        self.store = configured_store(self.config) if self.config else None
+        self.policy = (
+            load_policy(self.config.policy) if self.config and self.config.policy else Policy()
+        )
         self._max_len = vllm_config.model_config.max_model_len
+        self._shape = model_shape(vllm_config.model_config)
+        # Requests under way by content digest of the directions that they use.
+        self.active: Counter[str] = Counter()
+        for pack in self.store.registry.packs.values() if self.store else ():
+            metrics.DIRECTIONS.labels(pack.name).set(len(pack.directions))
 
     def parse(self, extra_args: dict[str, Any] | None) -> SteeringRequest | None:
         """Reads the steering in a request's extra arguments.
@@ -57,31 +98,97 @@ class Admission:
         with _as_http_400():
             return parse(extra_args)
 
-    def plan(
-        self, request: SteeringRequest, extra_args: dict[str, Any], prompt_len: int
-    ) -> dict[str, Any]:
-        """Returns extra arguments in which the steering is a plan of absolute positions.
+    def check_servable(self, pack: SteeringPack) -> None:
+        """Checks a pack that is to be loaded against the engine that runs.
+
+        Raises:
+            PackError: It was made for another model, or steers layers that are not hooked.
+        """
+        registry = PackRegistry([pack])
+        registry.check_model(**self._shape)
+        hooked = self.config.layers if self.config else []
+        others = [layer for layer in registry.layers if layer not in hooked]
+        if others:
+            raise PackError(
+                f"steering pack {pack.name!r} has vectors for layers {others}, this server can steer {hooked}; start it "
+                f"with --steering-layers that hold them"
+            )
+
+    def hold(self, receipt: Receipt) -> None:
+        """Counts a request in; the content that it uses stays loaded."""
+        self.active.update(receipt.names)
+
+    def release(self, receipt: Receipt) -> None:
+        """Counts it out again."""
+        self.active.subtract(receipt.names)
+
+    def default(self, extra_args: dict[str, Any]) -> SteeringRequest | None:
+        """Returns the steering of a request that names none, None where it declines the default."""
+        return None if extra_args.get(REQUEST_KEY) == NONE else self.policy.default
+
+    def admit(
+        self,
+        request: SteeringRequest,
+        prompt_len: int,
+        num_choices: int = 1,
+        key_digest: str | None = None,
+    ) -> AdmittedPlan:
+        """Turns a request into a plan of absolute positions that the policy allows.
 
         Args:
-            request: What :meth:`parse` made of them.
-            extra_args: ``SamplingParams.extra_args``; not modified.
+            request: What :meth:`parse` made of the extra arguments.
             prompt_len: Tokens of the prompt.
+            num_choices: Answers to the prompt.
+            key_digest: SHA-256 of the API key, None without one or outside a server.
+
+        Returns:
+            The payload for the engine, empty when every scale is zero.
 
         Raises:
             VLLMValidationError: It cannot be carried out; becomes HTTP 400.
         """
         with _as_http_400():
-            if self._config is None or self._registry is None:
+            if self.config is None or self.store is None:
                 raise RequestError(
                     "this engine was started without steering; start it with --enable-steering --steering-packs DIR"
                 )
-            plan = resolve(request, self._registry, prompt_len, self._max_len)
-            check_sums(plan, self._config.sums_per_request)
-        planned = {
-            key: value for key, value in extra_args.items() if key not in (REQUEST_KEY, *FLAT_KEYS)
-        }
-        payload = plan.to_payload()
-        return {**planned, PLAN_KEY: payload} if payload else planned
+            registry = self.store.registry
+            self._check_allowed(request, registry, key_digest)
+            plan = resolve(request, registry, prompt_len, self._max_len)
+            check_sums(plan, self.config.sums_per_request)
+            plan, dose, factor = self._limit_dose(plan, registry)
+        receipt = Receipt.of(plan, registry, prompt_len, num_choices, dose, factor)
+        return AdmittedPlan(plan, request, receipt)
+
+    def _check_allowed(
+        self, request: SteeringRequest, registry: PackRegistry, key_digest: str | None
+    ) -> None:
+        for index, choice in enumerate(request.directions):
+            try:
+                name = registry.find(choice.name).full_name
+            except UnknownDirectionError:
+                # A stranger learns no more than that he may not; :func:`resolve` tells the others.
+                name = choice.name
+                if self.policy.allows(key_digest, name):
+                    continue
+            if not self.policy.allows(key_digest, name):
+                raise NotAllowedError(
+                    f"{REQUEST_KEY}.directions.{index}.name: this API key may not use {choice.name!r}; ask the "
+                    f"server's operator for it"
+                )
+
+    def _limit_dose(
+        self, plan: SteeringPlan, registry: PackRegistry
+    ) -> tuple[SteeringPlan, float, float]:
+        dose, limit = relative_dose(plan, registry), self.policy.max_dose
+        if limit is None or dose <= limit:
+            return plan, dose, 1.0
+        if self.policy.dose_action == "reject":
+            raise DoseError(
+                f"{REQUEST_KEY}.directions: together they add up to {dose:.4g} times the length of the residual "
+                f"stream, this server allows {limit:g}; lower the scales by a factor of {limit / dose:.3g}"
+            )
+        return scaled(plan, limit / dose), limit, limit / dose
 
 
 @contextmanager
@@ -89,10 +196,16 @@ def _as_http_400() -> Iterator[None]:
     try:
         yield
     except RequestError as error:
+        metrics.REJECTED.labels(error.reason).inc()
         raise VLLMValidationError(str(error), parameter=REQUEST_KEY) from error
 
 
 _current: Admission | None = None
+
+
+def current_admission() -> Admission | None:
+    """The admission of this process's engine; None before it has one."""
+    return _current
 
 
 def remember_engine(original: Callable[..., None]) -> Callable[..., None]:
@@ -115,21 +228,26 @@ def plan_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
         self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
         admission: Admission = self._vllm_steer_admission
-        wanted = admission.parse(getattr(params, "extra_args", None))
+        extra_args = getattr(params, "extra_args", None) or {}
+        plan = extra_args.get(PLAN_KEY)
+        wanted = plan.request if isinstance(plan, AdmittedPlan) else admission.parse(extra_args)
         if wanted is not None and kwargs.get("resumable"):
             raise VLLMValidationError(
                 "steering does not support resumable sessions, whose outputs become prompt; send the whole prompt",
                 parameter=REQUEST_KEY,
             )
         request = original(self, request_id, prompt, params, *args, **kwargs)
-        sampling_params = request.sampling_params
-        if wanted is not None:
+        if wanted is not None or REQUEST_KEY in extra_args:
             embeds = request.prompt_embeds
             prompt_len = len(request.prompt_token_ids) if embeds is None else embeds.shape[0]
+            if wanted is not None and (plan is None or plan.receipt.prompt_len != prompt_len):
+                plan = admission.admit(wanted, prompt_len)
             # A new dict: vLLM's copies of the parameters share the caller's.
-            sampling_params.extra_args = admission.plan(
-                wanted, sampling_params.extra_args, prompt_len
-            )
+            request.sampling_params.extra_args = {
+                key: value
+                for key, value in extra_args.items()
+                if key not in (REQUEST_KEY, PLAN_KEY, *FLAT_KEYS)
+            } | ({PLAN_KEY: list(plan)} if plan else {})
         return request
 
     return process_inputs
@@ -142,8 +260,12 @@ def check_sampling(original: Callable[..., Any]) -> Callable[..., Any]:
         params = original(self, *args, **kwargs)
         extra_args = dict(params.extra_args or {})
         extra_args = _with_top_level(extra_args, self)
-        request = _current.parse(extra_args) if _current is not None else None
-        if _current is not None and request is not None:
+        if _current is None:
+            return params
+        exchange = current_exchange.get()
+        alias = exchange.alias if exchange is not None else None
+        request = alias or _current.parse(extra_args) or _current.default(extra_args)
+        if request is not None:
             prompt_len = _prompt_len.get()
             if prompt_len is None:
                 # Routes that only render a prompt for another server.
@@ -151,9 +273,12 @@ def check_sampling(original: Callable[..., Any]) -> Callable[..., Any]:
                     "this route does not generate and cannot be steered; send the steering to the route that does",
                     parameter=REQUEST_KEY,
                 )
-            # For its errors: the plan that counts is made again with the engine's input.
-            _current.plan(request, extra_args, prompt_len)
-            params.extra_args = extra_args
+            key = exchange.key_digest if exchange is not None else None
+            plan = _current.admit(request, prompt_len, params.n, key)
+            if exchange is not None:
+                exchange.receipts.append(plan.receipt)
+                _current.hold(plan.receipt)
+            params.extra_args = extra_args | {PLAN_KEY: plan}
         return params
 
     return to_sampling_params

@@ -8,19 +8,25 @@ text.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
 from typing import Any, get_type_hints
 
 from vllm_steer.request import looks_like_steering
-
-STEERED_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+from vllm_steer.serving.asgi import (
+    STEERED_ROUTES,
+    App,
+    Message,
+    Receive,
+    Send,
+    parse_object,
+    read_body,
+    replay,
+    route_of,
+    send_error,
+)
+from vllm_steer.serving.front import SteeringFront
 
 _XARGS = "vllm_xargs"
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 
 
 def add_guard(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,6 +37,7 @@ def add_guard(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def register_vllm_serve_api_routers(app: Any) -> Any:
         app.add_middleware(SteeringGuard)
+        app.add_middleware(SteeringFront)
         return original(app)
 
     return register_vllm_serve_api_routers
@@ -39,43 +46,30 @@ def add_guard(original: Callable[..., Any]) -> Callable[..., Any]:
 class SteeringGuard:
     """ASGI middleware; requests on the steered routes and without a body pass untouched."""
 
-    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+    def __init__(self, app: App) -> None:
         self.app = app
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answers 400 when a body outside the steered routes asks for steering."""
-        if scope["type"] != "http" or scope["method"] != "POST" or _route(scope) in STEERED_ROUTES:
+        if (
+            scope["type"] != "http"
+            or scope["method"] != "POST"
+            or route_of(scope) in STEERED_ROUTES
+        ):
             await self.app(scope, receive, send)
             return
-        messages = [await receive()]
-        while messages[-1]["type"] == "http.request" and messages[-1].get("more_body"):
-            messages.append(await receive())
-        field = _dropped_field(b"".join(message.get("body", b"") for message in messages), scope)
+        body, messages = await read_body(receive)
+        field = _dropped_field(body, scope)
         if field is not None:
-            await _refuse(send, field, _route(scope))
+            await _refuse(send, field, route_of(scope))
             return
-        replay = iter(messages)
-
-        async def receive_again() -> Message:
-            message = next(replay, None)
-            return await receive() if message is None else message
-
-        await self.app(scope, receive_again, send)
-
-
-def _route(scope: Message) -> str:
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path") or "").rstrip("/")
+        await self.app(scope, replay(messages, receive), send)
 
 
 def _dropped_field(body: bytes, scope: Message) -> str | None:
     """The first top-level key of a JSON body that asks for steering and that its route drops."""
-    try:
-        fields = json.loads(body)
-    except ValueError:
-        # Not JSON: the route itself answers what is wrong with it.
-        return None
-    if not isinstance(fields, dict):
+    fields = parse_object(body)
+    if fields is None:
         return None
     xargs = fields.get(_XARGS)
     asked = isinstance(xargs, dict) and any(map(looks_like_steering, xargs))
@@ -100,8 +94,4 @@ async def _refuse(send: Send, field: str, route: str) -> None:
         f"{route} does not take the field {field!r}, which would be ignored; steer on "
         f"{', '.join(STEERED_ROUTES)}, or through vllm_xargs where the route has it"
     )
-    error = {"message": message, "type": "BadRequestError", "param": field, "code": 400}
-    body = json.dumps({"error": error}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 400, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send_error(send, message, field)

@@ -1,0 +1,242 @@
+"""Aliases, receipts, limits, permissions, waiting for rows and metrics, on a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from openai import AsyncOpenAI, BadRequestError, OpenAI
+
+from offline.demo.corpus import user_text
+from offline.demo.server import SERVED_NAME, Server, serve
+from offline.demo.statements import statements
+from vllm_steer import SteeringPack, steer
+
+pytestmark = pytest.mark.server
+TEXTS = [user_text(statement.text) for statement in statements("heldout")[:8]]
+KEY, GUEST = "the-key-of-a-friend", "another-key"
+CALM: dict[str, Any] = {"directions": [{"name": "moods/cheerful", "scale": 9.0}]}
+TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def server(
+    model: Path, packs: list[SteeringPack], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("front")
+    policy = {
+        "aliases": {"cheerful": CALM},
+        "max_dose": 3.0,
+        "dose_action": "clamp",
+        "keys": {hashlib.sha256(KEY.encode()).hexdigest(): ["*"], "*": ["moods/*"]},
+    }
+    (folder / "policy.json").write_text(json.dumps(policy))
+    options = ["--steering-policy", str(folder / "policy.json"), "--steering-rows", "4"]
+    paths = [pack.path for pack in packs]
+    with serve(model, paths, folder / "log", "--enforce-eager", *options) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> OpenAI:
+    return OpenAI(base_url=server.url, api_key=KEY, max_retries=0)
+
+
+def chat(client: OpenAI, text: str, model: str = SERVED_NAME, **extra_body: Any) -> Any:
+    return client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": text}],
+        max_tokens=TOKENS,
+        temperature=0.0,
+        extra_body={"ignore_eos": True} | extra_body,
+    )
+
+
+def text_of(response: Any) -> str:
+    return response.choices[0].message.content or ""
+
+
+def test_a_model_name_stands_for_a_steering(client: OpenAI) -> None:
+    names = [card.id for card in client.models.list().data]
+    assert names == [SERVED_NAME, f"{SERVED_NAME}:cheerful"]
+    aliased = chat(client, TEXTS[0], model=names[1])
+    assert text_of(aliased) == text_of(chat(client, TEXTS[0], steering=CALM))
+    assert text_of(aliased) != text_of(chat(client, TEXTS[0]))
+    assert aliased.model_extra["steering"][0]["directions"][0]["name"] == "moods/cheerful"
+    with pytest.raises(BadRequestError, match="is steered by its name"):
+        chat(client, TEXTS[0], model=names[1], steering=CALM)
+    with pytest.raises(Exception, match="does not exist"):
+        chat(client, TEXTS[0], model=f"{SERVED_NAME}:unknown")
+
+
+def test_receipts(client: OpenAI, packs: list[SteeringPack]) -> None:
+    body = steer({"moods/cheerful": 9.0, "moods/gloomy": 1.0}, layers=[2, 3], positions="generated")
+    response = chat(client, TEXTS[0], **body)
+    (receipt,) = response.model_extra["steering"]
+    digests = next(pack for pack in packs if pack.name == "moods").digests
+    found = {d["name"]: (d["scale"], d["layers"], d["digest"]) for d in receipt["directions"]}
+    assert found == {
+        "moods/cheerful": (9.0, [2, 3], digests["cheerful"]),
+        "moods/gloomy": (1.0, [2, 3], digests["gloomy"]),
+    }
+    prompt = response.usage.prompt_tokens
+    assert receipt["positions"] == [{"start": prompt, "end": None, "directions": [0, 1]}]
+    # The model never reads the last token.
+    assert receipt["tokens_steered"] == response.usage.completion_tokens - 1 == TOKENS - 1
+    assert receipt["clamped_by"] == 1.0
+    raw = client.chat.completions.with_raw_response.create(
+        model=SERVED_NAME,
+        messages=[{"role": "user", "content": TEXTS[0]}],
+        max_tokens=2,
+        extra_body=body,
+    )
+    assert sorted(raw.headers["x-steering"].split(", ")) == ["moods/cheerful:9", "moods/gloomy:1"]
+    assert "steering" not in chat(client, TEXTS[0]).model_extra
+
+
+def test_receipts_of_several_prompts_and_answers(client: OpenAI) -> None:
+    response = client.completions.create(
+        model=SERVED_NAME,
+        prompt=TEXTS[:2],
+        n=2,
+        temperature=1.0,
+        max_tokens=TOKENS,
+        extra_body={"steering": CALM, "ignore_eos": True},
+    )
+    receipts = response.model_extra["steering"]
+    assert len(receipts) == 2
+    total = sum(receipt["tokens_steered"] for receipt in receipts)
+    # vLLM counts a prompt once, however many answers it gets.
+    assert total == 2 * response.usage.prompt_tokens + 4 * (TOKENS - 1)
+
+
+@pytest.mark.parametrize("route", ["chat", "completions", "responses"])
+def test_receipts_of_streams(route: str, client: OpenAI) -> None:
+    extra: dict[str, Any] = {"steering": CALM, "ignore_eos": True}
+    if route == "chat":
+        chunks = list(
+            client.chat.completions.create(
+                model=SERVED_NAME,
+                messages=[{"role": "user", "content": TEXTS[0]}],
+                max_tokens=TOKENS,
+                stream=True,
+                extra_body=extra,
+            )
+        )
+        stamped = [c for c in chunks if c.choices[0].finish_reason]
+        others = [c for c in chunks if not c.choices[0].finish_reason]
+        (receipt,) = stamped[0].model_extra["steering"]
+        assert not any("steering" in c.model_extra for c in others)
+    elif route == "completions":
+        stream = client.completions.create(
+            model=SERVED_NAME,
+            prompt=TEXTS[0],
+            max_tokens=TOKENS,
+            n=2,
+            stream=True,
+            extra_body=extra,
+        )
+        stamped = [c for c in stream if c.choices and c.choices[0].finish_reason]
+        assert len(stamped) == 2
+        (receipt,) = stamped[1].model_extra["steering"]
+    else:
+        events = list(
+            client.responses.create(
+                model=SERVED_NAME,
+                input=TEXTS[0],
+                max_output_tokens=TOKENS,
+                stream=True,
+                extra_body=extra,
+            )
+        )
+        (receipt,) = events[-1].response.model_extra["steering"]
+    assert receipt["directions"][0]["name"] == "moods/cheerful"
+    assert receipt["tokens_steered"] > TOKENS
+
+
+def test_too_strong_a_dose_is_lowered(client: OpenAI) -> None:
+    strong = {"directions": [{"name": "moods/cheerful", "scale": 500.0}]}
+    (receipt,) = (response := chat(client, TEXTS[0], steering=strong)).model_extra["steering"]
+    assert receipt["dose"] == pytest.approx(3.0)
+    assert receipt["clamped_by"] < 1
+    scale = receipt["directions"][0]["scale"]
+    assert scale == pytest.approx(500 * receipt["clamped_by"])
+    asked = {"directions": [{"name": "moods/cheerful", "scale": scale}]}
+    assert text_of(response) == text_of(chat(client, TEXTS[0], steering=asked))
+
+
+def test_a_key_may_use_what_it_may_use(server: Server, client: OpenAI) -> None:
+    guest = OpenAI(base_url=server.url, api_key=GUEST, max_retries=0)
+    fear = {"directions": [{"name": "fears/spiders"}]}
+    assert chat(client, TEXTS[0], steering=fear).model_extra["steering"]
+    assert chat(guest, TEXTS[0], steering=CALM).model_extra["steering"]
+    for name in ("fears/spiders", "spiders", "fears/unknown"):
+        with pytest.raises(BadRequestError, match="this API key may not use"):
+            chat(guest, TEXTS[0], steering={"directions": [{"name": name}]})
+
+
+def test_more_steerings_than_rows_wait_for_their_turn(client: OpenAI, server: Server) -> None:
+    """Three sums fit; twelve different ones arrive at once, and one client goes away."""
+    steerings = [
+        {"directions": [{"name": "moods/cheerful", "scale": 1.0 + 0.5 * number}]}
+        for number in range(12)
+    ]
+    alone = [text_of(chat(client, TEXTS[n % 8], steering=s)) for n, s in enumerate(steerings)]
+
+    async def together() -> list[str]:
+        async with AsyncOpenAI(base_url=server.url, api_key=KEY, max_retries=0) as many:
+            tasks = [
+                asyncio.create_task(
+                    many.chat.completions.create(
+                        model=SERVED_NAME,
+                        messages=[{"role": "user", "content": TEXTS[n % 8]}],
+                        max_tokens=TOKENS,
+                        temperature=0.0,
+                        extra_body={"steering": steering, "ignore_eos": True},
+                    )
+                )
+                for n, steering in enumerate([*steerings, steerings[0]])
+            ]
+            await asyncio.sleep(0.05)
+            tasks.pop().cancel()
+            return [text_of(response) for response in await asyncio.gather(*tasks)]
+
+    assert asyncio.run(together()) == alone
+
+
+def metrics(server: Server) -> dict[str, float]:
+    text = httpx.get(server.url.removesuffix("/v1") + "/metrics").text
+    lines = [line for line in text.splitlines() if line.startswith("steering:")]
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
+def test_metrics_add_up(server: Server, client: OpenAI) -> None:
+    before = metrics(server)
+    steered = [chat(client, text, steering=CALM) for text in TEXTS[:3]]
+    chat(client, TEXTS[0])
+    with pytest.raises(BadRequestError):
+        chat(client, TEXTS[0], steering={"directions": [{"name": "moods/nobody"}]})
+    after = metrics(server)
+
+    def grown(name: str) -> float:
+        return after[name] - before.get(name, 0.0)
+
+    assert grown('steering:requests_total{outcome="finished"}') == 3
+    assert grown('steering:rejected_total{reason="unknown_direction"}') == 1
+    tokens = sum(r.model_extra["steering"][0]["tokens_steered"] for r in steered)
+    assert grown("steering:steered_tokens_total") == tokens
+    assert grown("steering:dose_count") == 3
+    assert after["steering:active_requests"] == after["steering:waiting_requests"] == 0
+    assert after['steering:loaded_directions{pack="moods"}'] == 2
+
+
+def test_packs_are_listed(server: Server, packs: list[SteeringPack]) -> None:
+    listed = httpx.get(server.url + "/steering/packs").json()["packs"]
+    assert [pack["name"] for pack in listed] == [pack.name for pack in packs]
+    assert listed[0]["directions"][0]["digest"] in packs[0].digests.values()

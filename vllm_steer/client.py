@@ -1,0 +1,57 @@
+"""Builds the steering of a request for any client of the server. Imports neither torch nor vllm."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vllm_steer.manifest import PositionChoice
+from vllm_steer.positions import PositionRange
+from vllm_steer.request import REQUEST_KEY, parse
+
+
+def steer(
+    directions: Mapping[str, float | None] | Sequence[str] | str,
+    *,
+    layers: Sequence[int] | None = None,
+    positions: PositionChoice | Sequence[PositionRange] | None = None,
+    xargs: bool = False,
+) -> dict[str, Any]:
+    """Returns the fields to add to a request's body.
+
+    With the OpenAI client they go into ``extra_body``; with ``LLM`` into
+    ``SamplingParams(extra_args=...)``.
+
+    Args:
+        directions: Names to scales, ``{"fears/spiders": 9.0}``; None, or a name alone, takes the
+            direction's default scale.
+        layers: Layers to steer; None takes those of each direction.
+        positions: Token positions to steer; None takes those of each direction.
+        xargs: Whether to build ``vllm_xargs``, for clients and routes that pass on nothing else.
+
+    Raises:
+        RequestError: A field is malformed; the message names it.
+
+    Example:
+        >>> steer({"fears/spiders": 9.0}, positions="generated")
+        {'steering': {'directions': [{'name': 'fears/spiders', 'scale': 9.0}], 'positions': 'generated'}}
+    """
+    if isinstance(directions, str):
+        directions = [directions]
+    if not isinstance(directions, Mapping):
+        directions = dict.fromkeys(directions)
+    fields: dict[str, Any] = {
+        "directions": [
+            {"name": name} if scale is None else {"name": name, "scale": float(scale)}
+            for name, scale in directions.items()
+        ]
+    }
+    if layers is not None:
+        fields["layers"] = list(layers)
+    if positions is not None:
+        fields["positions"] = (
+            positions if isinstance(positions, str) else [list(pair) for pair in positions]
+        )
+    parse({REQUEST_KEY: fields})
+    return {"vllm_xargs": {REQUEST_KEY: json.dumps(fields)}} if xargs else {REQUEST_KEY: fields}

@@ -1,0 +1,62 @@
+"""Loads and forgets packs in the processes of a running engine, on word from the front end.
+
+vLLM's engine core runs a method that the front end names, between two steps, and so does a worker
+that the core calls. A message from one front end is handled in the order of its requests, so a pack
+is there before the first request that needs it, and goes after the last.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_steer.config import ResolvedConfig, resolved_config
+from vllm_steer.errors import ConfigError
+from vllm_steer.store import configured_store, load_checked
+
+LOAD = "vllm_steer_load"
+FORGET = "vllm_steer_forget"
+
+
+def install(engine_core: type) -> None:
+    """Gives ``EngineCore`` the two methods."""
+    setattr(engine_core, LOAD, _core_load)
+    setattr(engine_core, FORGET, _core_forget)
+
+
+def install_in_worker(worker: Any, config: ResolvedConfig) -> None:
+    """Gives one worker the two methods."""
+
+    def load(path: str, sha256: str) -> None:
+        configured_store(config).add(load_checked(path, sha256))
+
+    def forget(digests: list[str], names: list[str]) -> None:
+        _forget(config, digests, names)
+
+    setattr(worker, LOAD, load)
+    setattr(worker, FORGET, forget)
+
+
+def _core_load(self: Any, path: str, sha256: str) -> None:
+    configured_store(_config(self)).add(load_checked(path, sha256))
+    self.model_executor.collective_rpc(LOAD, args=(path, sha256))
+
+
+def _core_forget(self: Any, digests: list[str], names: list[str]) -> None:
+    _forget(_config(self), digests, names)
+    self.model_executor.collective_rpc(FORGET, args=(digests, names))
+
+
+def _forget(config: ResolvedConfig, digests: list[str], names: list[str]) -> None:
+    store = configured_store(config)
+    for name in names:
+        # A process that failed to load a pack has nothing to forget.
+        if name in store.registry.packs:
+            store.remove(name)
+    store.forget(set(digests))
+
+
+def _config(engine_core: Any) -> ResolvedConfig:
+    config = resolved_config(engine_core.vllm_config.additional_config)
+    if config is None:
+        raise ConfigError("this engine was started without steering")
+    return config

@@ -1,0 +1,91 @@
+"""What a server allows beyond what requests ask for: aliases, a default, limits, who may use what.
+
+The policy is one JSON file, given by ``--steering-policy``. Importing this module imports neither
+torch nor vllm.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vllm_steer.errors import ConfigError
+from vllm_steer.manifest import explain_faults
+from vllm_steer.registry import PackRegistry
+from vllm_steer.request import SteeringRequest
+
+MAX_POLICY_BYTES = 2**20
+ANY_KEY = "*"
+
+AliasName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+KeyDigest = Annotated[str, Field(pattern=r"^(\*|[0-9a-f]{64})$")]
+
+
+class Policy(BaseModel):
+    """The content of a policy file; every part may be left out.
+
+    Attributes:
+        aliases: Names that stand for a steering: a request for the model ``SERVED:ALIAS`` is
+            steered by it, and ``/v1/models`` lists it.
+        default: Steering of requests that name none; ``"steering": "none"`` leaves it out.
+        max_dose: Largest relative dose: the sum of |ε|·‖v‖ over a request's directions, divided by
+            the mean norm of the residual stream, at the layer and position where it is largest.
+        dose_action: What happens to a request above it: ``reject`` answers 400, ``clamp`` lowers
+            all its scales by one factor, which the receipt states.
+        keys: Which directions an API key may use: the SHA-256 of the key in hexadecimal, or ``*``
+            for all other keys and none, to patterns of ``pack/direction`` such as ``moods/*``.
+            Without it everybody may use everything.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    aliases: dict[AliasName, SteeringRequest] = Field(default_factory=dict)
+    default: SteeringRequest | None = None
+    max_dose: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    dose_action: Literal["reject", "clamp"] = "reject"
+    keys: dict[KeyDigest, list[str]] | None = None
+
+    def named(self, registry: PackRegistry, pack: str) -> list[str]:
+        """Returns the parts of the policy that need a pack."""
+        parts = {f"aliases.{name}": request for name, request in self.aliases.items()}
+        if self.default is not None:
+            parts["default"] = self.default
+        return [
+            part
+            for part, request in parts.items()
+            if any(registry.find(choice.name).pack.name == pack for choice in request.directions)
+        ]
+
+    def allows(self, key_digest: str | None, direction: str) -> bool:
+        """Whether a request may use a direction.
+
+        Args:
+            key_digest: SHA-256 of the request's API key, in hexadecimal; None without a key.
+            direction: ``pack/direction``.
+        """
+        if self.keys is None:
+            return True
+        patterns = self.keys.get(key_digest or ANY_KEY, self.keys.get(ANY_KEY, []))
+        return any(fnmatchcase(direction, pattern) for pattern in patterns)
+
+
+def load_policy(path: str) -> Policy:
+    """Reads a policy file.
+
+    Raises:
+        ConfigError: It cannot be read, or a field is wrong; the message names it.
+    """
+    file = Path(path)
+    try:
+        if file.stat().st_size > MAX_POLICY_BYTES:
+            raise ConfigError(f"--steering-policy: {path} is larger than {MAX_POLICY_BYTES} bytes")
+        text = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"--steering-policy: {path} cannot be read: {error.strerror}") from error
+    try:
+        return Policy.model_validate_json(text)
+    except ValidationError as error:
+        raise ConfigError(f"--steering-policy: {path}: {explain_faults(error)}") from error

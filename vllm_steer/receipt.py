@@ -1,0 +1,113 @@
+"""What was done to a request, for its response: directions, scales, layers, positions, digests.
+
+Importing this module imports neither torch nor vllm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote
+
+from vllm_steer.registry import PackRegistry
+from vllm_steer.resolve import SteeringPlan, Term, count_steered
+
+HEADER = "x-steering"
+# Proxies refuse long headers; the body has everything.
+MAX_HEADER = 2048
+
+
+@dataclass(eq=False)
+class Receipt:
+    """The steering of one prompt as it was carried out.
+
+    Attributes:
+        plan: The plan that the engine got.
+        names: ``pack/direction`` by content digest, as loaded when the request came.
+        prompt_len: Tokens of the prompt.
+        num_choices: Answers to the prompt (``n``).
+        dose: Largest relative dose, after clamping.
+        clamped: Factor that all scales were multiplied by; 1 when the request's own were kept.
+        answered: Tokens generated so far by index of the answer; filled while the engine runs.
+    """
+
+    plan: SteeringPlan
+    names: dict[str, str]
+    prompt_len: int
+    num_choices: int
+    dose: float
+    clamped: float
+    answered: dict[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        plan: SteeringPlan,
+        registry: PackRegistry,
+        prompt_len: int,
+        num_choices: int,
+        dose: float,
+        clamped: float,
+    ) -> Receipt:
+        """Makes the receipt of a plan, with the names that its directions have now."""
+        names = {
+            term.digest: registry.by_digest(term.digest).full_name
+            for segment in plan.segments
+            for term in segment.terms
+        }
+        return cls(plan, names, prompt_len, num_choices, dose, clamped)
+
+    def tokens_steered(self, choice: int | None = None) -> int:
+        """Tokens that went through the model at steered positions.
+
+        The last token of an answer is not counted: the model never reads it.
+
+        Args:
+            choice: Index of one answer; None counts all.
+        """
+        counts = self.answered if choice is None else {choice: self.answered.get(choice, 0)}
+        return sum(
+            count_steered(self.plan, self.prompt_len + max(0, count - 1))
+            for count in counts.values()
+        )
+
+    def to_json(self, choice: int | None = None) -> dict[str, Any]:
+        """Returns the receipt for a response's body, with counts of one answer or of all."""
+        terms = self._terms()
+        numbers = {term: number for number, term in enumerate(terms)}
+        return {
+            "directions": [
+                {
+                    "name": self.names[term.digest],
+                    "scale": term.scale,
+                    "layers": list(term.layers),
+                    "digest": term.digest,
+                }
+                for term in terms
+            ],
+            "positions": [
+                {
+                    "start": segment.start,
+                    "end": segment.end,
+                    "directions": [numbers[term] for term in segment.terms],
+                }
+                for segment in self.plan.segments
+            ],
+            "dose": round(self.dose, 6),
+            "clamped_by": self.clamped,
+            "tokens_steered": self.tokens_steered(choice),
+        }
+
+    def to_header(self) -> str:
+        """Returns the directions and scales for a header, which goes out before any token."""
+        parts = [
+            f"{quote(self.names[term.digest], safe='/')}:{term.scale:g}" for term in self._terms()
+        ]
+        shown = ", ".join(parts)
+        while len(shown) > MAX_HEADER:
+            parts.pop()
+            shown = ", ".join([*parts, "..."])
+        return shown
+
+    def _terms(self) -> list[Term]:
+        return list(dict.fromkeys(t for segment in self.plan.segments for t in segment.terms))

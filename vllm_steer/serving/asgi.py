@@ -1,0 +1,64 @@
+"""What the middleware shares: bodies are read whole, replayed, and answered as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from http import HTTPStatus
+from typing import Any
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+STEERED_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+
+
+def route_of(scope: Message) -> str:
+    """Path of a request without the prefix of a proxy and without a slash at the end."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path") or "").rstrip("/")
+
+
+async def read_body(receive: Receive) -> tuple[bytes, list[Message]]:
+    """Returns a request's body, and the messages that it came in."""
+    messages = [await receive()]
+    while messages[-1]["type"] == "http.request" and messages[-1].get("more_body"):
+        messages.append(await receive())
+    return b"".join(message.get("body", b"") for message in messages), messages
+
+
+def replay(messages: list[Message], receive: Receive) -> Receive:
+    """Returns a ``receive`` that gives messages again before those that are still to come."""
+    again = iter(messages)
+
+    async def receive_again() -> Message:
+        message = next(again, None)
+        return await receive() if message is None else message
+
+    return receive_again
+
+
+def parse_object(body: bytes) -> dict[str, Any] | None:
+    """Returns a JSON object; None where the body is something else, which its route answers."""
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return fields if isinstance(fields, dict) else None
+
+
+async def send_json(send: Send, status: int, content: Any) -> None:
+    """Sends a whole JSON response."""
+    body = json.dumps(content).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def send_error(send: Send, message: str, field: str, status: int = 400) -> None:
+    """Sends an error in the form of the OpenAI API."""
+    kind = HTTPStatus(status).phrase.title().replace(" ", "") + "Error"
+    error = {"message": message, "type": kind, "param": field, "code": status}
+    await send_json(send, status, {"error": error})

@@ -1,0 +1,44 @@
+"""What is known about one HTTP request while vLLM's own code handles it.
+
+The middleware in front makes an exchange, admission writes receipts into it, and the middleware
+puts them into the response. vLLM hands neither the headers nor the response to the code between,
+so the exchange travels in a context variable; tasks that vLLM starts for the request inherit it.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from vllm_steer.receipt import Receipt
+from vllm_steer.request import SteeringRequest
+
+
+@dataclass(eq=False)
+class Exchange:
+    """One HTTP request on a steered route.
+
+    Attributes:
+        key_digest: SHA-256 of its API key in hexadecimal, None without one.
+        alias: Steering that the model's name stands for.
+        receipts: One for each steered prompt, in the order of the prompts.
+    """
+
+    key_digest: str | None = None
+    alias: SteeringRequest | None = None
+    receipts: list[Receipt] = field(default_factory=list)
+
+    def receipt_of(self, index: int) -> tuple[Receipt, int] | None:
+        """Returns the receipt of the answer with an index, and its index among its prompt's.
+
+        Args:
+            index: ``choices[].index`` of the response, which counts over all prompts.
+        """
+        for receipt in self.receipts:
+            if index < receipt.num_choices:
+                return receipt, index
+            index -= receipt.num_choices
+        return None
+
+
+current_exchange: ContextVar[Exchange | None] = ContextVar("current_exchange", default=None)

@@ -1,0 +1,38 @@
+"""Prometheus metrics of steering, on the server's own ``/metrics``."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+REQUESTS = Counter(
+    "steering:requests",
+    "Steered prompts by outcome: finished, aborted by the client, or error.",
+    ["outcome"],
+)
+REJECTED = Counter("steering:rejected", "Requests refused for their steering.", ["reason"])
+STEERED_TOKENS = Counter(
+    "steering:steered_tokens", "Tokens that went through the model at steered positions."
+)
+ACTIVE = Gauge(
+    "steering:active_requests",
+    "Steered prompts being answered or waiting.",
+    multiprocess_mode="livesum",
+)
+WAITING = Gauge(
+    "steering:waiting_requests",
+    "Steered prompts that wait for a row of the bank.",
+    multiprocess_mode="livesum",
+)
+DIRECTIONS = Gauge(
+    "steering:loaded_directions", "Directions by pack.", ["pack"], multiprocess_mode="mostrecent"
+)
+DOSE = Histogram(
+    "steering:dose",
+    "Relative dose of steered prompts: |ε|·‖v‖ over the norm of the residual stream.",
+    buckets=(0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0),
+)
+PLANNING = Gauge(
+    "steering:planning_seconds",
+    "Mean time to plan one step's steering since the last scrape.",
+    multiprocess_mode="mostrecent",
+)

@@ -1,0 +1,143 @@
+"""Follows each steered prompt through the engine: counts its tokens, and waits for a free row."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import RequestOutputKind
+
+from vllm_steer.request import PLAN_KEY, REQUEST_KEY
+from vllm_steer.serving import metrics
+from vllm_steer.serving.admission import Admission, AdmittedPlan
+
+_GATE = "_vllm_steer_gate"
+
+
+class RowGate:
+    """Lets requests wait while the sums that are active would need more rows than there are.
+
+    First come, first served: a request that would fit waits behind one that does not, so that
+    nobody waits for ever.
+    """
+
+    def __init__(self, num_sums: int) -> None:
+        """Makes a gate.
+
+        Args:
+            num_sums: Distinct sums that may be active at once.
+        """
+        self._num_sums = num_sums
+        self._active: Counter[str] = Counter()
+        self._turn = asyncio.Lock()
+        self._freed = asyncio.Event()
+
+    async def enter(self, keys: set[str]) -> None:
+        """Waits until the sums fit; at most ``num_sums`` of them."""
+        async with self._turn:
+            while len(self._active.keys() | keys) > self._num_sums:
+                self._freed.clear()
+                await self._freed.wait()
+            self._active.update(keys)
+
+    def leave(self, keys: set[str]) -> None:
+        """Gives the sums back."""
+        self._active.subtract(keys)
+        self._active += Counter()
+        self._freed.set()
+
+
+def follow(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``AsyncLLM.generate``; an unsteered request gets vLLM's own generator."""
+
+    def generate(
+        self: Any, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
+    ) -> Any:
+        plan = _plan(self, prompt, sampling_params)
+        outputs = original(self, prompt, sampling_params, request_id, **kwargs)
+        if plan is None:
+            return outputs
+        adds_up = sampling_params.output_kind == RequestOutputKind.DELTA
+        return _followed(outputs, plan, _gate_of(self), adds_up)
+
+    return generate
+
+
+def _plan(engine: Any, prompt: Any, sampling_params: Any) -> AdmittedPlan | None:
+    """The plan of a steered request, made here for routes that admission has not seen it on.
+
+    Raises:
+        VLLMValidationError: It cannot be carried out.
+    """
+    extra_args = getattr(sampling_params, "extra_args", None) or {}
+    plan = extra_args.get(PLAN_KEY)
+    if isinstance(plan, AdmittedPlan):
+        return plan
+    admission: Admission = engine.input_processor._vllm_steer_admission
+    wanted = admission.parse(extra_args)
+    if wanted is None or admission.config is None or not admission.config.gated:
+        return None
+    tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+    if tokens is None:
+        raise VLLMValidationError(
+            "this route takes prompts that cannot be steered; send the prompt as text or token ids",
+            parameter=REQUEST_KEY,
+        )
+    plan = admission.admit(wanted, len(tokens), sampling_params.n)
+    sampling_params.extra_args = extra_args | {PLAN_KEY: plan}
+    return plan
+
+
+def _gate_of(engine: Any) -> RowGate:
+    """The gate of an ``AsyncLLM``, made with its first steered request."""
+    if not hasattr(engine, _GATE):
+        config = engine.input_processor._vllm_steer_admission.config
+        # Where admission lets one request take all rows, the requests share them here.
+        sums = config.sums_per_request if config.gated else config.rows - 1
+        setattr(engine, _GATE, RowGate(sums))
+    gate: RowGate = getattr(engine, _GATE)
+    return gate
+
+
+async def _followed(
+    outputs: AsyncGenerator[Any, None], plan: AdmittedPlan, gate: RowGate, adds_up: bool
+) -> AsyncGenerator[Any, None]:
+    """Yields the outputs of one steered prompt.
+
+    Args:
+        outputs: Those of vLLM.
+        plan: The prompt's plan.
+        gate: The gate of its engine.
+        adds_up: Whether each output holds the tokens since the one before, or all of them.
+    """
+    receipt, keys = plan.receipt, {key for _, _, key, _ in plan}
+    answered = receipt.answered
+    outcome = "error"
+    metrics.ACTIVE.inc()
+    metrics.DOSE.observe(receipt.dose)
+    try:
+        with metrics.WAITING.track_inprogress():
+            await gate.enter(keys)
+        try:
+            # Closed here, so that a request whose client went away leaves the engine before its
+            # rows are given to others.
+            async with aclosing(outputs):
+                async for output in outputs:
+                    for answer in output.outputs:
+                        before = answered.get(answer.index, 0) if adds_up else 0
+                        answered[answer.index] = before + len(answer.token_ids)
+                    yield output
+            outcome = "finished"
+        finally:
+            gate.leave(keys)
+    except (asyncio.CancelledError, GeneratorExit):
+        outcome = "aborted"
+        raise
+    finally:
+        metrics.ACTIVE.dec()
+        metrics.REQUESTS.labels(outcome).inc()
+        metrics.STEERED_TOKENS.inc(receipt.tokens_steered())

@@ -1,0 +1,98 @@
+"""The routes under ``/v1/steering``: which packs there are, and changes while the server runs.
+
+``GET packs`` lists; ``POST packs`` and ``DELETE packs/NAME`` load and unload; ``PUT aliases/NAME``
+and ``DELETE aliases/NAME`` change model names.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_steer.errors import ConflictError, PackError, RequestError
+from vllm_steer.pack import SteeringPack
+from vllm_steer.registry import PackRegistry
+from vllm_steer.serving.admission import Admission
+from vllm_steer.serving.asgi import Message, Receive, Send, read_body, send_error, send_json
+from vllm_steer.serving.runtime import PackDesk
+from vllm_steer.store import PackStore
+
+PREFIX = "/v1/steering/"
+_DESK = "_vllm_steer_desk"
+
+
+async def answer(
+    admission: Admission, store: PackStore, route: str, scope: Message, receive: Receive, send: Send
+) -> None:
+    """Answers a request on a route under ``/v1/steering``."""
+    method, (kind, _, name) = scope["method"], route.removeprefix(PREFIX).partition("/")
+    if (method, kind, name) == ("GET", "packs", ""):
+        await send_json(send, 200, describe(store.registry))
+        return
+    changes = {("POST", "packs", False), ("DELETE", "packs", True)}
+    changes |= {("PUT", "aliases", True), ("DELETE", "aliases", True)}
+    if (method, kind, bool(name)) not in changes:
+        await send_error(send, f"there is no {method} {route}", "path", 404)
+        return
+    desk = _desk(admission, store, scope)
+    if desk is None:
+        message = "packs and aliases of this server are fixed; start it with --steering-pack-roots DIR to change them"
+        await send_error(send, message, "path", 403)
+        return
+    body, _ = await read_body(receive)
+    try:
+        content = await _change(desk, method, kind, name, body)
+    except ConflictError as error:
+        await send_error(send, str(error), kind, 409)
+    except (RequestError, PackError) as error:
+        await send_error(send, str(error), kind, 400)
+    else:
+        await send_json(send, 200, content)
+
+
+async def _change(desk: PackDesk, method: str, kind: str, name: str, body: bytes) -> Any:
+    if method == "POST":
+        return describe_pack(await desk.load(body))
+    if kind == "packs":
+        await desk.unload(name)
+    elif method == "PUT":
+        desk.set_alias(name, body)
+    else:
+        desk.drop_alias(name)
+    return {"name": name}
+
+
+def _desk(admission: Admission, store: PackStore, scope: Message) -> PackDesk | None:
+    """The server's desk; None where nothing may change."""
+    roots = admission.config.pack_roots if admission.config else None
+    state = scope["app"].state
+    if roots is None:
+        return None
+    if not hasattr(state, _DESK):
+        setattr(state, _DESK, PackDesk(admission, store, roots, state.engine_client))
+    desk: PackDesk = getattr(state, _DESK)
+    return desk
+
+
+def describe(registry: PackRegistry) -> dict[str, Any]:
+    """Returns the packs and directions that requests can name, as JSON."""
+    return {"packs": [describe_pack(pack) for pack in registry.packs.values()]}
+
+
+def describe_pack(pack: SteeringPack) -> dict[str, Any]:
+    """Returns one pack as JSON."""
+    return {
+        "name": pack.name,
+        "model": pack.manifest.model.name,
+        "sha256": pack.manifest.tensors.sha256,
+        "directions": [
+            {
+                "name": record.name,
+                "layers": record.layers,
+                "positions": record.positions,
+                "default_scale": record.default_scale,
+                "safe_scale": record.safe_scale,
+                "digest": pack.digests[name],
+            }
+            for name, record in pack.directions.items()
+        ],
+    }

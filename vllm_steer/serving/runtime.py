@@ -1,0 +1,178 @@
+"""Packs and aliases that come and go while the server runs.
+
+Off unless ``--steering-pack-roots`` names the directories that packs may be loaded from: a request
+gives a name, never a path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from vllm.logger import init_logger
+
+from vllm_steer.errors import ConflictError, PackError, RequestError
+from vllm_steer.manifest import PackName, explain_faults
+from vllm_steer.pack import SteeringPack, load_pack
+from vllm_steer.policy import AliasName
+from vllm_steer.request import SteeringRequest
+from vllm_steer.serving import metrics
+from vllm_steer.serving.admission import Admission
+from vllm_steer.store import PackStore
+
+logger = init_logger("vllm.steer")
+
+LOAD, FORGET = "vllm_steer_load", "vllm_steer_forget"
+
+
+class LoadRequest(BaseModel):
+    """Body of ``POST /v1/steering/packs``.
+
+    Attributes:
+        name: Name of a pack, the name of its directory in one of the roots.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: Annotated[PackName, Field()]
+
+
+class PackDesk:
+    """Changes the packs and aliases of one server, one change at a time."""
+
+    def __init__(
+        self, admission: Admission, store: PackStore, roots: list[str], engine: Any
+    ) -> None:
+        """Makes the desk.
+
+        Args:
+            admission: The server's admission.
+            store: Its packs.
+            roots: Directories that packs may be loaded from.
+            engine: Its ``AsyncLLM``.
+        """
+        self._admission = admission
+        self._store = store
+        self._roots = [Path(root) for root in roots]
+        self._core = engine.engine_core
+        self._turn = asyncio.Lock()
+
+    async def load(self, body: bytes) -> SteeringPack:
+        """Loads a pack, or loads it again.
+
+        Requests that were admitted before keep the content that they were admitted with.
+
+        Raises:
+            RequestError: The body or the name is malformed.
+            PackError: There is no such pack, or it cannot be served.
+        """
+        try:
+            name = LoadRequest.model_validate_json(body).name
+        except ValidationError as error:
+            raise RequestError(explain_faults(error)) from error
+        async with self._turn:
+            path = self._find(name)
+            pack = await asyncio.to_thread(load_pack, path)
+            self._check(name, pack)
+            try:
+                await self._core.call_utility_async(LOAD, str(path), pack.manifest.tensors.sha256)
+            # vLLM hands on an error of the engine as a bare Exception.
+            except Exception as error:
+                raise ConflictError(
+                    f"the engine could not load steering pack {name!r}: {error}"
+                ) from error
+            old = self._store.add(pack)
+            await self._forget([])
+            metrics.DIRECTIONS.labels(name).set(len(pack.directions))
+            logger.info(
+                "Steering pack loaded: name=%s sha256=%s directions=%d replaced=%s",
+                name,
+                pack.manifest.tensors.sha256,
+                len(pack.directions),
+                old.manifest.tensors.sha256 if old else None,
+            )
+            return pack
+
+    async def unload(self, name: str) -> None:
+        """Unloads a pack that no request uses.
+
+        Raises:
+            RequestError: No such pack is loaded.
+            ConflictError: It is in use, or an alias or the default needs it.
+        """
+        async with self._turn:
+            store = self._store
+            if name not in store.registry.packs:
+                raise RequestError(f"no steering pack {name!r} is loaded")
+            pack = store.registry.packs[name]
+            needed = self._admission.policy.named(store.registry, name)
+            if needed:
+                raise ConflictError(f"steering pack {name!r} is needed by {', '.join(needed)}")
+            # First the name, so that no new request can come while the content is looked for.
+            store.remove(name)
+            active = sum(self._admission.active[digest] for digest in pack.digests.values())
+            if active:
+                store.add(pack)
+                raise ConflictError(
+                    f"steering pack {name!r} is in use by {active} requests; unload it when they are done"
+                )
+            await self._forget([name])
+            metrics.DIRECTIONS.remove(name)
+            logger.info("Steering pack unloaded: name=%s", name)
+
+    def set_alias(self, alias: str, body: bytes) -> None:
+        """Lets a model name stand for a steering.
+
+        Raises:
+            RequestError: The alias or the steering is malformed, or names what is not loaded.
+        """
+        try:
+            name = TypeAdapter(AliasName).validate_python(alias)
+            request = SteeringRequest.model_validate_json(body)
+        except ValidationError as error:
+            raise RequestError(explain_faults(error)) from error
+        for choice in request.directions:
+            self._store.registry.find(choice.name)
+        policy = self._admission.policy
+        self._admission.policy = policy.model_copy(
+            update={"aliases": policy.aliases | {name: request}}
+        )
+
+    def drop_alias(self, alias: str) -> None:
+        """Ends an alias.
+
+        Raises:
+            RequestError: There is none of that name.
+        """
+        policy = self._admission.policy
+        if alias not in policy.aliases:
+            raise RequestError(f"there is no alias {alias!r}")
+        kept = {name: request for name, request in policy.aliases.items() if name != alias}
+        self._admission.policy = policy.model_copy(update={"aliases": kept})
+
+    async def _forget(self, names: list[str]) -> None:
+        """Frees the content that no name leads to and no request uses, in every process."""
+        store = self._store
+        unused = sorted(d for d in store.retired if not self._admission.active[d])
+        if unused or names:
+            await self._core.call_utility_async(FORGET, unused, names)
+            store.forget(set(unused))
+
+    def _find(self, name: str) -> Path:
+        for root in self._roots:
+            path = (root / name).resolve()
+            if not path.is_dir():
+                continue
+            if not path.is_relative_to(root.resolve()):
+                raise PackError(
+                    f"steering pack {name!r} lies outside the roots that the server was given"
+                )
+            return path
+        raise PackError(f"no directory {name!r} in the roots that the server was given")
+
+    def _check(self, name: str, pack: SteeringPack) -> None:
+        if pack.name != name:
+            raise PackError(f"the pack in the directory {name!r} is named {pack.name!r}")
+        self._admission.check_servable(pack)
