@@ -240,3 +240,8 @@ def test_packs_are_listed(server: Server, packs: list[SteeringPack]) -> None:
     listed = httpx.get(server.url + "/steering/packs").json()["packs"]
     assert [pack["name"] for pack in listed] == [pack.name for pack in packs]
     assert listed[0]["directions"][0]["digest"] in packs[0].digests.values()
+
+
+def test_planning_is_timed(server: Server, client: OpenAI) -> None:
+    chat(client, TEXTS[0], steering=CALM)
+    assert 0 < metrics(server)["steering:planning_seconds"] < 0.1

@@ -9,7 +9,7 @@ from vllm.config import set_current_vllm_config
 from vllm_steer import seams
 from vllm_steer.config import ResolvedConfig, resolved_config
 from vllm_steer.engine import runner_v1, runner_v2
-from vllm_steer.engine.runtime import install_in_worker
+from vllm_steer.engine.runtime import TIMES, install_in_worker
 from vllm_steer.engine.selftest import run_self_test
 from vllm_steer.engine.worker import WorkerSteering, logger
 from vllm_steer.model import model_shape
@@ -53,6 +53,11 @@ def attach_to_worker(worker: Any) -> None:
         return result
 
     install_in_worker(worker, config)
+
+    def _times() -> tuple[int, float]:
+        return steering.take_times() if steering is not None else (0, 0.0)
+
+    setattr(worker, TIMES, _times)
     runner.load_model = _load_model
     worker.compile_or_warm_up_model = _compile_or_warm_up_model
 

@@ -15,6 +15,7 @@ from vllm_steer.store import configured_store, load_checked
 
 LOAD = "vllm_steer_load"
 FORGET = "vllm_steer_forget"
+TIMES = "vllm_steer_times"
 
 
 def install(engine_core: type) -> None:

@@ -5,6 +5,7 @@ The runner adapters feed it requests and the positions of their tokens; it is th
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -74,6 +75,7 @@ class WorkerSteering:
         )
         self._planner = StepPlanner(config.rows, starts_are_exact=not speculative)
         self._probing = False
+        self._steps, self._seconds = 0, 0.0
         hook_blocks(present, self.bank)
         logger.info(
             "Steering: %d directions of %d packs, layers %s hooked (layer k is the output of block k, 0-based), "
@@ -121,6 +123,7 @@ class WorkerSteering:
             lengths: int ``[num_requests or more]``, each one's number of tokens.
             positions: Absolute position of each token on the device; may be longer than the step.
         """
+        started = time.perf_counter()
         step = self._planner.plan(request_ids, starts, lengths)
         for row, segment in step.new:
             self.bank.write_row(row, self._sum(segment))
@@ -130,6 +133,14 @@ class WorkerSteering:
             self.bank.assign_rows(step.owners, step.ranges, positions[: len(step.owners)])
         else:
             self.bank.clear_rows()
+        self._steps += 1
+        self._seconds += time.perf_counter() - started
+
+    def take_times(self) -> tuple[int, float]:
+        """Returns the steps planned since the last call and the seconds that it took."""
+        times = self._steps, self._seconds
+        self._steps, self._seconds = 0, 0.0
+        return times
 
     def prepare_dummy_step(self) -> None:
         """Makes a profile, warm-up, capture or padding run unsteered, unless the self-test probes."""

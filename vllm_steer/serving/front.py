@@ -8,6 +8,7 @@ has it.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import re
@@ -15,6 +16,7 @@ from typing import Any
 
 from vllm_steer.receipt import HEADER
 from vllm_steer.request import REQUEST_KEY
+from vllm_steer.serving import metrics
 from vllm_steer.serving.admission import Admission, current_admission
 from vllm_steer.serving.asgi import (
     STEERED_ROUTES,
@@ -32,6 +34,9 @@ from vllm_steer.serving.exchange import Exchange, current_exchange
 from vllm_steer.serving.packs_api import PREFIX, answer
 
 _END = re.compile(rb'"finish_reason":\s*"|"type":\s*"response\.(completed|incomplete)"')
+# Method of the workers (``engine/runtime.py``), and how long a scrape waits for them.
+TIMES = "vllm_steer_times"
+_SCRAPE_SECONDS = 2.0
 
 
 class SteeringFront:
@@ -49,6 +54,9 @@ class SteeringFront:
         route = (scope["method"], route_of(scope))
         if route[1].startswith(PREFIX) and admission.store is not None:
             await answer(admission, admission.store, route[1], scope, receive, send)
+        elif route == ("GET", "/metrics"):
+            await _measure_planning(scope["app"].state.engine_client)
+            await self.app(scope, receive, send)
         elif route == ("GET", "/v1/models") and admission.policy.aliases:
             await self.app(scope, receive, _ModelList(send, admission).send)
         elif route[0] == "POST" and route[1] in STEERED_ROUTES:
@@ -188,6 +196,18 @@ class _Receipts(_Buffered):
             return body
         fields[REQUEST_KEY] = [receipt.to_json() for receipt in self._exchange.receipts]
         return json.dumps(fields, ensure_ascii=False).encode()
+
+
+async def _measure_planning(engine: Any) -> None:
+    """Asks the workers how long planning took since the last scrape."""
+    try:
+        times = await asyncio.wait_for(engine.collective_rpc(TIMES), _SCRAPE_SECONDS)
+    except TimeoutError:
+        # The engine is in a long step; the gauge keeps its last value.
+        return
+    steps, seconds = (sum(values) for values in zip(*times, strict=True))
+    if steps:
+        metrics.PLANNING.set(seconds / steps)
 
 
 def _key_digest(scope: Message) -> str | None:

@@ -1,0 +1,168 @@
+"""What a policy allows, and what a receipt says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_steer.client import steer
+from vllm_steer.errors import ConfigError, RequestError
+from vllm_steer.pack import SteeringPack
+from vllm_steer.policy import Policy, load_policy
+from vllm_steer.receipt import MAX_HEADER, Receipt
+from vllm_steer.registry import PackRegistry
+from vllm_steer.request import SteeringRequest, parse
+from vllm_steer.resolve import count_steered, relative_dose, resolve, scaled
+from vllm_steer.store import PackStore
+
+KEY = "a" * 64
+
+
+def plan_of(registry: PackRegistry, **fields: Any) -> Any:
+    return resolve(SteeringRequest.model_validate(fields), registry, 10)
+
+
+def test_keys_and_patterns() -> None:
+    policy = Policy(keys={KEY: ["moods/*", "fears/spiders"], "*": ["moods/calm"]})
+    assert policy.allows(KEY, "moods/gloomy")
+    assert policy.allows(KEY, "fears/spiders")
+    assert not policy.allows(KEY, "fears/heights")
+    assert policy.allows(None, "moods/calm")
+    assert not policy.allows("b" * 64, "moods/gloomy")
+    assert Policy().allows(None, "anything/at all")
+    assert not Policy(keys={KEY: ["*"]}).allows(None, "moods/calm")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "Invalid JSON"),
+        ('{"alias": {}}', "alias: Extra inputs"),
+        ('{"aliases": {"a b": {"directions": [{"name": "x"}]}}}', "aliases.a b"),
+        ('{"aliases": {"a": {"directions": []}}}', "aliases.a.directions: List should have"),
+        ('{"max_dose": 0}', "max_dose: Input should be greater than 0"),
+        ('{"keys": {"my-key": ["*"]}}', "keys.my-key"),
+    ],
+)
+def test_malformed_policies(content: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "policy.json"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=f"^--steering-policy: {file}: .*{message}"):
+        load_policy(str(file))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_policy(str(tmp_path / "none.json"))
+
+
+def test_dose_is_the_largest_over_layers_and_positions(
+    pack_at: Callable[..., SteeringPack],
+) -> None:
+    """Unit vectors beside a residual stream of norm 10."""
+    registry = PackRegistry([pack_at("p", {"a": [0, 1], "b": [1, 2]})])
+    both = [{"name": "a", "scale": 3.0}, {"name": "b", "scale": -4.0}]
+    assert relative_dose(plan_of(registry, directions=both), registry) == pytest.approx(0.7)
+    apart = [both[0] | {"positions": "prompt"}, both[1] | {"positions": "generated"}]
+    plan = plan_of(registry, directions=apart)
+    assert relative_dose(plan, registry) == pytest.approx(0.4)
+    assert relative_dose(scaled(plan, 0.5), registry) == pytest.approx(0.2)
+    nothing = plan_of(registry, directions=[{"name": "a", "scale": 0.0}])
+    assert relative_dose(nothing, registry) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("positions", "count"),
+    [("all", 15), ("prompt", 10), ("generated", 5), ([[-2, None]], 7), ([[0, 3], [12, 99]], 6)],
+)
+def test_count_of_steered_tokens(
+    positions: Any, count: int, pack_at: Callable[..., SteeringPack]
+) -> None:
+    registry = PackRegistry([pack_at("p", {"a": [0]})])
+    plan = plan_of(registry, directions=[{"name": "a"}], positions=positions)
+    assert count_steered(plan, 15) == count
+    receipt = Receipt.of(plan, registry, 10, 2, 0.2, 1.0)
+    receipt.answered.update({0: 6, 1: 6})
+    assert receipt.tokens_steered(0) == count
+    assert receipt.tokens_steered() == 2 * count
+
+
+def test_headers_stay_short(pack_at: Callable[..., SteeringPack]) -> None:
+    names = [f"a rather long name of a direction {number}" for number in range(64)]
+    registry = PackRegistry([pack_at("p", dict.fromkeys(names, [0]))])
+    plan = plan_of(registry, directions=[{"name": name} for name in names])
+    header = Receipt.of(plan, registry, 10, 1, 1.0, 1.0).to_header()
+    assert len(header) <= MAX_HEADER
+    assert header.endswith(", ...")
+    assert header.isascii()
+
+
+def test_a_replaced_pack_is_found_by_content(pack_at: Callable[..., SteeringPack]) -> None:
+    old, other = pack_at("p", {"a": [0]}), pack_at("q", {"a": [0]}, seed=3)
+    store = PackStore(PackRegistry([old, other]))
+    new = pack_at("p", {"a": [0]}, seed=1)
+    assert store.add(new) is old
+    assert store.registry.find("p/a").digest == new.digests["a"] != old.digests["a"]
+    assert store.by_digest(old.digests["a"]).digest == old.digests["a"]
+    assert store.retired == {old.digests["a"]}
+    # The same content under a name again is no longer retired.
+    store.add(old)
+    assert store.retired == {new.digests["a"]}
+    store.forget(store.retired)
+    with pytest.raises(Exception, match="no loaded direction has the content"):
+        store.by_digest(new.digests["a"])
+
+
+def test_a_pack_of_the_same_name_with_other_content_has_other_keys(
+    pack_at: Callable[..., SteeringPack],
+) -> None:
+    """So blocks of the prefix cache that were computed with the old one are never found."""
+    keys = []
+    for seed in (0, 1, 0):
+        registry = PackRegistry([pack_at("p", {"a": [0, 1]}, seed=seed)])
+        (segment,) = plan_of(registry, directions=[{"name": "p/a"}]).segments
+        keys.append(segment.key)
+    assert keys[0] == keys[2] != keys[1]
+
+
+def test_the_helper_builds_what_the_server_reads() -> None:
+    wanted = {"directions": [{"name": "p/a", "scale": 2.0}, {"name": "b"}], "layers": [1]}
+    fields = steer({"p/a": 2, "b": None}, layers=[1], positions=[(-4, None)])
+    assert fields == {"steering": wanted | {"positions": [[-4, None]]}}
+    xargs = steer({"p/a": 2, "b": None}, layers=[1], positions=[(-4, None)], xargs=True)
+    assert json.loads(xargs["vllm_xargs"]["steering"]) == fields["steering"]
+    assert parse(fields) == parse(xargs["vllm_xargs"])
+    assert steer("p/a") == steer(["p/a"])
+    with pytest.raises(RequestError, match="steering.layers"):
+        steer("p/a", layers=[])
+
+
+def test_gate_is_fair_and_never_lets_in_too_many() -> None:
+    from vllm_steer.serving.outcome import RowGate
+
+    async def run() -> list[str]:
+        gate, entered, inside = RowGate(3), [], {"": set()}
+
+        async def request(name: str, keys: set[str]) -> None:
+            await gate.enter(keys)
+            inside[name] = keys
+            assert len(set().union(*inside.values())) <= 3
+            try:
+                await asyncio.sleep(0)
+                entered.append(name)
+            finally:
+                del inside[name]
+                gate.leave(keys)
+
+        wide = [request(f"w{n}", {f"k{n}", f"l{n}"}) for n in range(5)]
+        same = [request(f"s{n}", {"same"}) for n in range(3)]
+        gone = asyncio.create_task(request("gone", {"x", "y", "z"}))
+        tasks = [asyncio.create_task(task) for task in (*wide, *same)]
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.wait_for(asyncio.gather(*tasks), 5)
+        return entered
+
+    assert asyncio.run(run()) == ["w0", "w1", "w2", "w3", "w4", "s0", "s1", "s2"]
