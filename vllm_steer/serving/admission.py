@@ -116,11 +116,11 @@ class Admission:
 
     def hold(self, receipt: Receipt) -> None:
         """Counts a request in; the content that it uses stays loaded."""
-        self.active.update(receipt.names)
+        self.active.update(list(receipt.names))
 
     def release(self, receipt: Receipt) -> None:
         """Counts it out again."""
-        self.active.subtract(receipt.names)
+        self.active.subtract(list(receipt.names))
 
     def default(self, extra_args: dict[str, Any]) -> SteeringRequest | None:
         """Returns the steering of a request that names none, None where it declines the default."""
