@@ -65,15 +65,15 @@ def rounds(
     return results
 
 
-def ratio_to(base: str, name: str, speeds: Sequence[Mapping[str, float]]) -> Ratio:
-    """Ratio of an arm to another over the rounds.
+def ratio_to(bases: Sequence[str], name: str, figures: Sequence[Mapping[str, float]]) -> Ratio:
+    """Ratio of an arm to others over the rounds.
 
     Args:
-        base: The arm to divide by.
+        bases: The arms to divide by; several count as their mean.
         name: The arm.
-        speeds: Figure by arm of each round.
+        figures: Figure by arm of each round.
     """
-    values = np.array([speed[name] / speed[base] for speed in speeds])
+    values = np.array([one[name] / np.mean([one[base] for base in bases]) for one in figures])
     generator = np.random.default_rng(0)
     medians = np.median(generator.choice(values, (BOOTSTRAP, len(values))), axis=1)
     outside = (100.0 - CONFIDENCE) / 2

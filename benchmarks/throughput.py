@@ -18,7 +18,7 @@ from typing import Any
 # Behind all else, so that a plugin found earlier is the one measured.
 sys.path.append(str(Path(__file__).parents[1]))
 from benchmarks import arms, report  # noqa: E402
-from benchmarks.fleet import IDLE_LIMIT, Fleet, Measurement, fleet, measure  # noqa: E402
+from benchmarks.fleet import WAITING_LIMIT, Fleet, Measurement, Rounds, fleet, measure  # noqa: E402
 from benchmarks.models import DEMO, SHAPES, WORK, prepare_model  # noqa: E402
 
 MAX_MODEL_LEN = 512
@@ -39,7 +39,6 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 def result(running: Fleet, measurements: list[Measurement]) -> dict[str, Any]:
     """All figures; ``ratios`` are those of the first workload, the main one."""
     return {
-        **report.environment(),
         "model": {"name": running.model.name, "parameters": running.model.parameters},
         "engines": running.described,
         "checks": running.checks,
@@ -58,9 +57,9 @@ def table(running: Fleet, measurement: Measurement) -> list[str]:
         f"{len(measurement.times)} rounds",
         *report.ratio_rows(measurement.ratios, measurement.speeds, running.notes, "tokens/s"),
     ]
-    if measurement.idle_share > IDLE_LIMIT:
+    if measurement.waiting_share > WAITING_LIMIT:
         lines.append(
-            f"waiting engines used {measurement.idle_share:.1%} of a core: the figures are disturbed"
+            f"waiting engines used {measurement.waiting_share:.1%} of a core: the figures are disturbed"
         )
     return [*lines, ""]
 
@@ -71,7 +70,8 @@ def main() -> None:
     parser.add_argument("--model", default=DEMO, help=f"{DEMO}, {', '.join(SHAPES)}, or a folder")
     parser.add_argument("--requests", type=int, default=32, help="requests that run together")
     parser.add_argument("--tokens", type=float, default=1.0, help="factor of prompts and answers")
-    parser.add_argument("--repetitions", type=int, default=15, help="rounds that count")
+    parser.add_argument("--repetitions", type=int, default=15, help="rounds of each start")
+    parser.add_argument("--starts", type=int, default=1, help="starts of all engines")
     parser.add_argument("--workloads", nargs="+", choices=arms.WORKLOADS, default=arms.WORKLOADS)
     parser.add_argument("--eager", action="store_true", help="neither torch.compile nor graphs")
     parser.add_argument("--dtype", default="float32")
@@ -82,21 +82,29 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="file for the results")
     parser.add_argument("--plot", type=Path, help="PNG file; by default beside the results")
     args = parser.parse_args()
-    with fleet(
-        prepare_model(args.model, args.work),
-        args.work,
-        settings(args),
-        {},
-        requests=args.requests,
-        control=not args.no_control,
-        rivals=not args.no_rivals,
-    ) as running:
-        measurements = [
-            measure(running, workload, args.repetitions, args.seed)
-            for workload in arms.workloads(args.requests, args.tokens)
-            if workload.name in args.workloads
-        ]
-    report.write_json(args.json, result(running, measurements))
+    about = report.environment()
+    model = prepare_model(args.model, args.work)
+    chosen = [
+        workload
+        for workload in arms.workloads(args.requests, args.tokens)
+        if workload.name in args.workloads
+    ]
+    found: dict[str, list[Rounds]] = {workload.name: [] for workload in chosen}
+    for number in range(args.starts):
+        with fleet(
+            model,
+            args.work,
+            settings(args),
+            {},
+            requests=args.requests,
+            control=not args.no_control,
+            rivals=not args.no_rivals,
+        ) as running:
+            for workload in chosen:
+                seed = args.seed + number
+                found[workload.name].append(measure(running, workload, args.repetitions, seed))
+    measurements = [Measurement(workload, found[workload.name]) for workload in chosen]
+    report.write_json(args.json, {**about, **result(running, measurements)})
     title = f"{args.model}, {'eager' if args.eager else 'compiled'}: tokens a second"
     report.plot_ratios(
         args.plot or args.json.with_suffix(".png"),
