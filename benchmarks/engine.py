@@ -1,12 +1,13 @@
 """A vLLM engine in a process of its own, seen from the process that measures.
 
-Several live side by side and wait without using the processor, so that timed runs can alternate
-between them. An engine may run in another environment: a rival's plugin is put on its path alone.
+Several live side by side, stopped by a signal while they wait, since some of their threads poll; so timed
+runs can alternate between them. An engine may run in another environment: a rival's plugin is put on its path alone.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -123,6 +124,7 @@ class Engine:
     def close(self) -> None:
         """Ends the process."""
         try:
+            self._process.send_signal(signal.SIGCONT)
             self._connection.send(("stop",))
             self._process.wait(60)
         except (OSError, subprocess.TimeoutExpired):
@@ -130,6 +132,7 @@ class Engine:
             self._process.wait()
 
     def _ask(self, command: str, *arguments: Any) -> Any:
+        self._process.send_signal(signal.SIGCONT)
         self._connection.send((command, *arguments))
         return self._answer(START_TIMEOUT)
 
@@ -142,6 +145,7 @@ class Engine:
             raise EngineError(f"{self.name} died\n{self._last_words()}") from None
         if kind == "error":
             raise EngineError(f"{self.name}: {value}\n{self._last_words()}")
+        self._process.send_signal(signal.SIGSTOP)
         return value
 
     def _last_words(self, lines: int = 15) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -12,10 +14,14 @@ from typing import Any
 from benchmarks.models import RANDOM_LOAD_FORMAT, register_random_weights
 
 TOP = 2
+# From linux/prctl.h: the signal to get when the parent ends.
+PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
     """Serves one engine until it is told to stop."""
+    # A stopped process would outlive the one that started it.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
     arguments = connection.recv()
     try:
