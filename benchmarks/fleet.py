@@ -164,6 +164,7 @@ def fleet(
     requests: int,
     control: bool,
     rivals: bool,
+    seed: int = 0,
 ) -> Iterator[Fleet]:
     """Starts the engines, checks that those which should do steer, and ends them.
 
@@ -175,6 +176,7 @@ def fleet(
         requests: Most requests of a batch.
         control: Whether to start a second plain engine.
         rivals: Whether to install and start rivals.
+        seed: Seed of the order in which engines start.
 
     Raises:
         EngineError: Plain vLLM or the plugin does not start, or the plugin does not steer.
@@ -204,11 +206,13 @@ def fleet(
             bar.update()
             return engine
 
-        start(arms.PLAIN, arguments, NO_PLUGIN)
-        plugin = start(arms.PLUGIN, steering, PLUGIN_ENVIRONMENT)
+        own = {arms.PLAIN: (arguments, NO_PLUGIN), arms.PLUGIN: (steering, PLUGIN_ENVIRONMENT)}
         if control:
-            start(arms.CONTROL, arguments, NO_PLUGIN)
-        verdict = check_steers(plugin, STRONG_ARM, model.vocabulary)
+            own[arms.CONTROL] = (arguments, NO_PLUGIN)
+        # In an order of its own each time: the engine that starts first is not quite like the others.
+        for name in random.Random(seed).sample(list(own), len(own)):
+            start(name, *own[name])
+        verdict = check_steers(engines[arms.PLUGIN], STRONG_ARM, model.vocabulary)
         if not verdict.steers:
             raise EngineError(f"the plugin {verdict.told}")
         checks, measured = {arms.PLUGIN: verdict.told}, [PLAIN_ARM, *arms.PLUGIN_ARMS]

@@ -58,10 +58,11 @@ def rounds(
     results: list[dict[str, T]] = []
     for number in range(count):
         order = order_rng.sample(list(names), len(names))
-        results.append({})
+        found: dict[str, T] = {}
         for name in order:
-            results[-1][name] = measure(name, random.Random(f"{seed} {number} {name}"))
+            found[name] = measure(name, random.Random(f"{seed} {number} {name}"))
             after_each()
+        results.append({name: found[name] for name in names})
     return results
 
 

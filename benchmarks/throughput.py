@@ -99,10 +99,11 @@ def main() -> None:
             requests=args.requests,
             control=not args.no_control,
             rivals=not args.no_rivals,
+            seed=args.seed + number,
         ) as running:
             for workload in chosen:
-                seed = args.seed + number
-                found[workload.name].append(measure(running, workload, args.repetitions, seed))
+                once = measure(running, workload, args.repetitions, args.seed + number)
+                found[workload.name].append(once)
     measurements = [Measurement(workload, found[workload.name]) for workload in chosen]
     report.write_json(args.json, {**about, **result(running, measurements)})
     title = f"{args.model}, {'eager' if args.eager else 'compiled'}: tokens a second"

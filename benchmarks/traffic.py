@@ -121,12 +121,17 @@ def send(
         result = asyncio.run(benchmark(**settings))
     if result["completed"] != len(requests):
         raise RuntimeError(f"{result['failed']} requests failed: {_first_error(result['errors'])}")
+    ttfts = 1000 * np.array(result["ttfts"])
+    rest = 1000 * np.array(result["latencies"]) - ttfts
+    more = np.array(result["output_lens"]) - 1
+    # Its own summary of these needs a tokenizer, which token ids do without.
+    tpots = rest[more > 0] / more[more > 0]
     return Latency(
-        result["median_ttft_ms"],
-        result["p99_ttft_ms"],
-        result["median_tpot_ms"],
+        float(np.median(ttfts)),
+        float(np.percentile(ttfts, 99)),
+        float(np.median(tpots)) if len(tpots) else 0.0,
         result["output_throughput"],
-        [1000 * ttft for ttft in result["ttfts"]],
+        [round(ttft, 3) for ttft in ttfts.tolist()],
     )
 
 
