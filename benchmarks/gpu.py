@@ -50,8 +50,9 @@ def settings(device: str) -> dict[str, Any]:
     """Arguments of ``LLM`` for a device."""
     common = {"max_model_len": 1024, "disable_log_stats": True}
     if device == "cuda":
-        # Several engines share the device, so none may take what is left of it.
-        return {**common, "dtype": "bfloat16", "kv_cache_memory_bytes": 8 * 2**30}
+        # Several engines share the device, so none may ask for what is left of it.
+        memory = {"kv_cache_memory_bytes": 8 * 2**30, "gpu_memory_utilization": 0.2}
+        return {**common, **memory, "dtype": "bfloat16"}
     inductor = {"inductor_compile_config": {"cpp.enable_kernel_profile": True}}
     return {
         **common,
