@@ -129,15 +129,13 @@ class _SharedLayer(DynamicLayer):
         super().__init__()
         self.lazy_initialization(keys, values)
         self.keys, self.values = keys, values
+        self._shared = keys, values
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        batch = len(key_states)
-        return (
-            torch.cat([self.keys.expand(batch, -1, -1, -1), key_states], dim=-2),
-            torch.cat([self.values.expand(batch, -1, -1, -1), value_states], dim=-2),
-        )
+        keys, values = (shared.expand(len(key_states), -1, -1, -1) for shared in self._shared)
+        return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
 
 def run_shared(model: PreTrainedModel, token_ids: Sequence[int]) -> Cache:
@@ -146,6 +144,9 @@ def run_shared(model: PreTrainedModel, token_ids: Sequence[int]) -> Cache:
     Args:
         model: A decoder-only model.
         token_ids: The shared tokens.
+
+    Raises:
+        ExtractionError: A block keeps something else than keys and values, as recurrent ones do.
     """
     # Without a configuration every layer keeps all tokens, those with a sliding window too; the
     # attention mask still lets each see its window alone.
@@ -155,5 +156,10 @@ def run_shared(model: PreTrainedModel, token_ids: Sequence[int]) -> Cache:
         past_key_values=cache,
         use_cache=True,
     )
-    layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
-    return Cache(layers=[_SharedLayer(layer.keys, layer.values) for layer in layers])
+    layers = []
+    for layer in cache.layers:
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is None or values is None:
+            raise ExtractionError("a block keeps no keys and values to continue from")
+        layers.append(_SharedLayer(keys, values))
+    return Cache(layers=layers)

@@ -139,8 +139,8 @@ class PermutationTest:
         hits = (larger + 1 < HIT_LEVEL * (self._count + 1)).sum(dim=(0, 2))
         for sums, value in (
             (self._hits, hits),
-            (self._observed, observed.sum(dim=0, dtype=torch.float64)),
-            (self._null, null.sum(dim=0, dtype=torch.float64)),
+            (self._observed, observed.sum(dim=0).double()),
+            (self._null, null.sum(dim=0).double()),
         ):
             sums[block] = sums[block] + value.cpu() if block in sums else value.cpu()
 
