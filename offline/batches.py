@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -156,7 +157,7 @@ def run_shared(model: PreTrainedModel, token_ids: Sequence[int]) -> Cache:
         past_key_values=cache,
         use_cache=True,
     )
-    layers = []
+    layers: list[Any] = []
     for layer in cache.layers:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if keys is None or values is None:
