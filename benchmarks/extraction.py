@@ -29,6 +29,7 @@ from joblib import Parallel
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from offline.batches import shared_length
 from offline.capture import PATHS, REFERENCE, CapturePath, capture
 from offline.demo import demo_model_path
 from offline.demo.statements import statements
@@ -48,6 +49,7 @@ CONCEPTS = (
 )
 BANDWIDTHS = (1.0, 10.0, 100.0)
 LAYERS = (4, 8, 16, 32)
+SYSTEM = "Answer in a few words. Today is a day in May."
 # What is spent once is shared by the concepts of the paper's benchmark.
 WORKLOAD = 512
 
@@ -255,10 +257,16 @@ def shape(hidden: int, layers: int) -> LlamaConfig:
 
 
 def write_wide(path: Path, hidden: int, layers: int) -> None:
-    """Write a random model that shares the demo model's tokenizer."""
+    """Write a random model with the demo model's tokenizer and prompts of the usual length.
+
+    The templates of chat models begin with a system turn, about 30 tokens in Llama 3.1's, which makes
+    prompts of about 70 tokens; the demo model's begins with the user's.
+    """
     torch.manual_seed(0)
     LlamaForCausalLM(shape(hidden, layers)).save_pretrained(path)
-    AutoTokenizer.from_pretrained(demo_model_path()).save_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
+    tokenizer.chat_template = f"<|start|>system<|sep|>\n{SYSTEM}<|end|>\n{tokenizer.chat_template}"
+    tokenizer.save_pretrained(path)
 
 
 def reset_peak() -> None:
@@ -303,9 +311,14 @@ def compare(
     ours: Run = alone(pipeline, path, concepts, count)
     seconds = ours.concept_seconds + ours.shared_seconds / WORKLOAD
     similar = cosines(ours, theirs)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    prefix = prefix_for("fears", concepts[0])
+    prompts = [render_prompt(tokenizer, text, prefix) for text in sides(count)[0]]
     return {
         "model": name,
         "concepts": len(concepts),
+        "prompt_tokens": float(np.mean([len(prompt.token_ids) for prompt in prompts])),
+        "shared_tokens": shared_length(prompts, count_candidates(tokenizer)),
         "straightforward_concepts_per_minute": 60 / theirs.concept_seconds,
         "pipeline_concepts_per_minute": 60 / seconds,
         "pipeline_shared_seconds": ours.shared_seconds,
@@ -332,6 +345,10 @@ def table(models: Sequence[dict[str, Any]], peaks: dict[str, dict[int, float]]) 
         f"{m['straightforward_peak_mib']:14.0f} {m['pipeline_peak_mib']:10.0f} {m['min_cosine']:8.5f}"
         for m in models
     ]
+    lines += [
+        f"{m['model']}: prompts of {m['prompt_tokens']:.0f} tokens, of which {m['shared_tokens']} shared"
+        for m in models
+    ]
     lines += ["", f"{'peak of a forward, MiB':28s}" + "".join(f"{n:>5d} layers" for n in LAYERS)]
     lines += [
         f"{name:28s}" + "".join(f"{by_layers[n]:12.0f}" for n in LAYERS)
@@ -344,7 +361,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, required=True, help="file of all figures")
-    parser.add_argument("--hidden", type=int, default=1536, help="of the wide random model")
+    parser.add_argument("--hidden", type=int, default=1024, help="of the wide random model")
     parser.add_argument("--layers", type=int, default=8, help="likewise")
     parser.add_argument("--statements", type=int, default=200, help="of each side")
     parser.add_argument("--concepts", type=int, default=4, help="extracted by the pipeline")
