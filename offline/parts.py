@@ -45,7 +45,8 @@ class Parts:
         """
         kept = {key: value for key, value in asdict(plan).items() if key not in _IRRELEVANT}
         kept["settings"] = plan.settings.model_dump(mode="json")
-        content = [kept, dict(identity), _weights(plan.model_path), library_versions()]
+        libraries = {**library_versions(), "vllm-steer": version("vllm-steer")}
+        content = [kept, dict(identity), _weights(plan.model_path), libraries]
         self._root = Path(pack) / PARTS_DIRECTORY
         self._directory = self._root / _digest(content)
 
