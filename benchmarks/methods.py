@@ -1,0 +1,268 @@
+"""Which way of learning directions steers the demo model best: one engine, all arms in its batches.
+
+    python -m benchmarks.methods --json benchmarks/results/methods.json
+
+Directions are learned on the ``extract`` statements. Every arm has the same grid of scales; each
+class's ε is chosen on ``tune`` statements, and every figure is of ``heldout`` statements. An answer
+counts if it expresses its concept and is fluent. Intervals are over concepts; differences are
+paired by concept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.method_arms import ATTENTION, ESTIMATORS, Arm, Seen, see, write_arms
+from offline.demo import demo_model_path
+from offline.demo.concepts import CONCEPTS
+from offline.demo.statements import Split, statements
+from offline.files import write_atomically
+from offline.generation import Generator, Request, generating
+from offline.judges import DemoJudge
+from offline.plots import method_bars
+from offline.questions import QuestionSet, given_questions
+from offline.results import ClassResult, Figures, figure_cell
+from offline.scores import Measured, class_result, interval, joint_result
+from offline.sweep import Subject
+from vllm_steer.pack import SteeringPack
+
+SCALES = (4.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 13.0, 16.0, 20.0, 28.0)
+MAX_TOKENS = 48
+BLOCK_COUNTS = (1, 2)
+ENGINE = {
+    "dtype": "float32",
+    "max_model_len": 256,
+    "max_num_seqs": 256,
+    "kv_cache_memory_bytes": 2**30,
+}
+FULL = Arm(ATTENTION, "rfm", "soft")
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """One arm's figures.
+
+    Attributes:
+        arm: The arm.
+        joint: All classes together, each at the ε chosen for it.
+        classes: Each class.
+        difference: Mean over concepts of steerability less that of the full method, and the ends of
+            its interval.
+    """
+
+    arm: Arm
+    joint: ClassResult
+    classes: Sequence[ClassResult]
+    difference: tuple[float, float, float]
+
+    @property
+    def over_scales(self) -> float:
+        """Steerability averaged over classes and the whole grid: how wide the range of good ε is."""
+        points = [point.figures.steerability for found in self.classes for point in found.heldout]
+        return float(np.mean([value for value in points if value is not None]))
+
+    def report(self) -> dict[str, Any]:
+        """Returns the arm as JSON: figures, one ε per class, steerability by class and by ε."""
+        return {
+            **asdict(self.arm),
+            "single": self.joint.single.model_dump(),
+            "own": self.joint.own.model_dump(),
+            "oracle": self.joint.oracle.model_dump(),
+            "difference_to_full_method": self.difference,
+            "mean_over_scales": self.over_scales,
+            "scale": {found.name: found.scale for found in self.classes},
+            "by_class": {found.name: found.single.model_dump() for found in self.classes},
+            "by_scale": {
+                found.name: {
+                    f"{point.scale:g}": [point.figures.steerability, point.figures.perplexity]
+                    for point in found.heldout
+                }
+                for found in self.classes
+            },
+        }
+
+
+def all_arms(candidates: int, published: bool) -> list[Arm]:
+    """Returns every arm: the attention-chosen and each fixed token, then choices of blocks."""
+    tokens: list[str | int] = [ATTENTION, *range(-candidates, 0)]
+    arms = [Arm(token, estimator, labels) for token in tokens for estimator, labels in ESTIMATORS]
+    for estimator, labels in (("rfm", "soft"), ("mean_difference", "hard")):
+        arms += [
+            Arm(ATTENTION, estimator, labels, f"{end} {count}")
+            for count in BLOCK_COUNTS
+            for end in ("top", "bottom")
+        ]
+    if published:
+        arms.append(Arm(ATTENTION, "rfm", "soft", published=True))
+    return arms
+
+
+def measure_arms(
+    generator: Generator,
+    arms: Sequence[Arm],
+    concepts: dict[str, list[str]],
+    questions: QuestionSet,
+    seed: int,
+) -> list[Found]:
+    """Answers for every arm, class, concept and scale in one stream of requests."""
+    subjects = [
+        Subject(
+            name,
+            name,
+            {concept: f"{arm.name}/{concept}" for concept in chosen},
+            SCALES,
+            questions,
+        )
+        for arm in arms
+        for name, chosen in concepts.items()
+    ]
+    requests: list[Request] = [r for subject in subjects for r in subject.requests()]
+    answers = iter(generator.answer(requests))
+    measured: list[Measured] = []
+    for subject in subjects:
+        own = list(islice(answers, len(subject.requests())))
+        measured.append(subject.measured(own, DemoJudge().grade(list(subject.cases(own)))))
+    by_arm = [
+        measured[start : start + len(concepts)] for start in range(0, len(measured), len(concepts))
+    ]
+    full = _by_concept(by_arm[arms.index(FULL)])
+    return [
+        _found(arm, list(concepts), parts, full, seed)
+        for arm, parts in zip(arms, by_arm, strict=True)
+    ]
+
+
+def _found(
+    arm: Arm, names: Sequence[str], parts: Sequence[Measured], full: np.ndarray, seed: int
+) -> Found:
+    difference = _by_concept(parts) - full
+    low, high = interval(difference, seed)
+    return Found(
+        arm,
+        joint_result("all", parts, seed),
+        [class_result(name, part, seed) for name, part in zip(names, parts, strict=True)],
+        (float(difference.mean()), float(low or 0.0), float(high or 0.0)),
+    )
+
+
+def _by_concept(parts: Sequence[Measured]) -> np.ndarray:
+    """``[concepts]``: steerability of each concept at its class's chosen scale."""
+    return np.concatenate([part.single.grades.mean(axis=1) for part in parts])
+
+
+def table(found: Sequence[Found]) -> str:
+    """Returns the Markdown table of all arms."""
+    lines = [
+        "| token | estimator | labels | blocks | one ε per class | less the full method | "
+        "mean over all ε | oracle-best ε |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for one in found:
+        arm, (mean, low, high) = one.arm, one.difference
+        token = "by attention" if arm.token == ATTENTION else str(arm.token)
+        estimator = arm.estimator.replace("_", " ") + (", as published" if arm.published else "")
+        less = "" if arm == FULL else f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+        lines.append(
+            f"| {token} | {estimator} | {arm.labels} | {arm.blocks} | {figure_cell(one.joint.single)} | "
+            f"{less} | {one.over_scales:.2f} | {_plain(one.joint.oracle)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _plain(figures: Figures) -> str:
+    return "–" if figures.steerability is None else f"{figures.steerability:.2f}"
+
+
+def _chosen_tokens(packs: Sequence[SteeringPack], arms: Sequence[Arm]) -> dict[str, dict[str, int]]:
+    """How often attention chose each token, by layer; over concepts."""
+    counts: dict[str, dict[str, int]] = {}
+    for record in packs[arms.index(FULL)].directions.values():
+        for layer, token in zip(record.layers, record.metrics["token"], strict=True):
+            row = counts.setdefault(str(layer), {})
+            row[str(token)] = row.get(str(token), 0) + 1
+    return counts
+
+
+def write_report(
+    file: Path, found: Sequence[Found], tokens: dict[str, Any], seen: Seen, facts: dict[str, Any]
+) -> None:
+    """Writes the JSON, and beside it the table and the picture."""
+    attention = seen.attention().round(4).tolist()
+    report = {**facts, "chosen_tokens_by_layer": tokens, "attention_by_layer_and_token": attention}
+    report["arms"] = {one.arm.name: one.report() for one in found}
+    write_atomically(file, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(file.with_suffix(".md"), table(found))
+    bars = [
+        (
+            one.arm.name.replace("_", " "),
+            float(one.joint.single.steerability or 0.0),
+            float(one.joint.single.low or 0.0),
+            float(one.joint.single.high or 0.0),
+            one.arm.token == ATTENTION,
+        )
+        for one in found
+    ]
+    title = "Steerability of the demo model, one ε per class (blue: token by attention)"
+    write_atomically(file.with_suffix(".png"), method_bars(bars, title))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, required=True, help="file of all figures")
+    parser.add_argument("--concepts", type=int, default=3, help="concepts per class")
+    parser.add_argument(
+        "--extract", type=int, default=100, help="statements with and without prefix"
+    )
+    parser.add_argument("--tuning", type=int, default=2, help="statements that ε is chosen on")
+    parser.add_argument("--statements", type=int, default=4, help="held-out statements")
+    parser.add_argument("--published", action="store_true", help="add the RFM's authors' settings")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--store", type=Path, help="keep answers here, to go on after an end")
+    args = parser.parse_args()
+    concepts = {name: list(table)[: args.concepts] for name, table in CONCEPTS.items()}
+    questions = given_questions(
+        _texts("tune", args.tuning), _texts("heldout", args.statements), statements=True
+    )
+    started = time.monotonic()
+    texts = _texts("extract", 2 * args.extract)
+    chosen = [concept for group in concepts.values() for concept in group]
+    seen = see(demo_model_path(), chosen, texts[: args.extract], texts[args.extract :])
+    arms = all_arms(seen.candidates, args.published)
+    with tempfile.TemporaryDirectory() as folder:
+        packs = write_arms(seen, arms, Path(folder), args.seed)
+        extracted = time.monotonic()
+        given = (demo_model_path(), packs, MAX_TOKENS, args.store, ENGINE)
+        with generating(*given) as generator:
+            found = measure_arms(generator, arms, concepts, questions, args.seed)
+    answered = time.monotonic()
+    facts = {
+        "concepts": concepts,
+        "scales": SCALES,
+        "statements": {"extract": args.extract, "tune": args.tuning, "heldout": args.statements},
+        "seconds": {
+            "prompts_and_fits": round(extracted - started),
+            "engine": round(answered - extracted),
+        },
+    }
+    write_report(args.json, found, _chosen_tokens(packs, arms), seen, facts)
+    sys.stdout.write(table(found))
+
+
+def _texts(split: Split, count: int) -> list[str]:
+    return [statement.text for statement in statements(split)[:count]]
+
+
+if __name__ == "__main__":
+    main()
