@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from offline.capture import Captured, capture
 from offline.demo.concepts import prefix
 from offline.demo.packs import FULL_METHOD
-from offline.estimators import RfmOptions, Rows, fit_direction, pearson, split_point
+from offline.estimators import Doubles, RfmOptions, Rows, fit_direction, pearson, split_point
 from offline.labels import choose_tokens, fixed_tokens, hard_labels, interleave, soft_labels
 from offline.models import load_model, model_identity
 from offline.prompts import count_candidates, render_prompt
@@ -52,7 +51,8 @@ class Arm:
         estimator: Name of the estimator.
         labels: ``soft`` or ``hard``.
         blocks: ``all``, or ``top 2``, ``bottom 2`` by attention to the prefix.
-        published: Whether the RFM runs with its authors' settings and not the demo model's.
+        published: Whether the estimator is as its authors run it: the RFM with their settings and
+            not the demo model's, ridge and logistic regression on raw rows.
     """
 
     token: str | int
@@ -189,7 +189,9 @@ def _rows(
 
 def _fit(rows: Rows, arm: Arm, seed: int) -> NDArray[np.float32]:
     if arm.estimator in _LINEAR:
-        return _oriented(_LINEAR[arm.estimator](rows), rows)
+        hidden = rows.hidden.astype(np.float64)
+        states = hidden if arm.published or arm.estimator == "pca" else _centred_unit_rows(hidden)
+        return _oriented(_LINEAR[arm.estimator](states, rows), rows)
     demo = RfmOptions(
         ridge=FULL_METHOD.rfm_ridge,
         center_gradients=FULL_METHOD.rfm_center_gradients,
@@ -199,45 +201,53 @@ def _fit(rows: Rows, arm: Arm, seed: int) -> NDArray[np.float32]:
     return fit_direction(arm.estimator, rows, seed, RfmOptions() if arm.published else demo).vector
 
 
-def _ridge(rows: Rows) -> NDArray[Any]:
-    """Least squares on raw rows without intercept; the penalty by validation error."""
-    train = split_point(len(rows.labels))
+def _centred_unit_rows(hidden: Doubles) -> Doubles:
+    unit = hidden / np.linalg.norm(hidden, axis=1, keepdims=True)
+    centred: Doubles = unit - unit[: split_point(len(unit))].mean(axis=0)
+    return centred
+
+
+def _ridge(states: Doubles, rows: Rows) -> Doubles:
+    """Least squares without intercept; the penalty by validation error."""
+    train = split_point(len(states))
+    labels = rows.labels.astype(np.float64)
     fits = [
-        Ridge(alpha=alpha, fit_intercept=False).fit(rows.hidden[:train], rows.labels[:train])
+        Ridge(alpha=alpha, fit_intercept=False).fit(states[:train], labels[:train])
         for alpha in _RIDGES
     ]
-    errors = [mean_squared_error(rows.labels[train:], f.predict(rows.hidden[train:])) for f in fits]
+    errors = [mean_squared_error(labels[train:], fit.predict(states[train:])) for fit in fits]
     return np.asarray(fits[int(np.argmin(errors))].coef_)
 
 
-def _logistic(rows: Rows) -> NDArray[Any]:
-    """Logistic regression on raw rows without intercept; the penalty by validation log-loss."""
-    train = split_point(len(rows.labels))
+def _logistic(states: Doubles, rows: Rows) -> Doubles:
+    """Logistic regression without intercept; the penalty by validation log-loss."""
+    train = split_point(len(states))
     fits = [
         LogisticRegression(C=c, solver="liblinear", fit_intercept=False, tol=1e-3).fit(
-            rows.hidden[:train], rows.positive[:train]
+            states[:train], rows.positive[:train]
         )
         for c in _INVERSE_PENALTIES
     ]
-    losses = [log_loss(rows.positive[train:], f.predict_proba(rows.hidden[train:])) for f in fits]
+    losses = [log_loss(rows.positive[train:], fit.predict_proba(states[train:])) for fit in fits]
     return np.asarray(fits[int(np.argmin(losses))].coef_[0])
 
 
-def _pca(rows: Rows) -> NDArray[Any]:
+def _pca(states: Doubles, rows: Rows) -> Doubles:
     """First principal axis of the uncentred differences of pairs, prefixed less unprefixed."""
-    train = split_point(len(rows.labels))
-    hidden, positive = rows.hidden[:train].astype(np.float64), rows.positive[:train]
+    train = split_point(len(states))
+    hidden, positive = states[:train], rows.positive[:train]
     pairs = min(positive.sum(), (~positive).sum())
-    return np.linalg.svd(hidden[positive][:pairs] - hidden[~positive][:pairs])[2][0]
+    axes: Doubles = np.linalg.svd(hidden[positive][:pairs] - hidden[~positive][:pairs])[2]
+    return axes[0]
 
 
-_LINEAR: Mapping[str, Callable[[Rows], NDArray[Any]]] = {
+_LINEAR: Mapping[str, Callable[[Doubles, Rows], Doubles]] = {
     "ridge": _ridge,
     "logistic": _logistic,
     "pca": _pca,
 }
 
 
-def _oriented(vector: NDArray[Any], rows: Rows) -> NDArray[np.float32]:
+def _oriented(vector: Doubles, rows: Rows) -> NDArray[np.float32]:
     sign = np.sign(pearson(rows.hidden.astype(np.float64) @ vector, rows.labels))
     return (sign * vector / np.linalg.norm(vector)).astype(np.float32)

@@ -37,7 +37,7 @@ from offline.scores import Measured, class_result, interval, joint_result
 from offline.sweep import Subject
 from vllm_steer.pack import SteeringPack
 
-SCALES = (4.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 13.0, 16.0, 20.0, 28.0)
+SCALES = (3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 14.0, 20.0, 28.0)
 MAX_TOKENS = 48
 BLOCK_COUNTS = (1, 2)
 ENGINE = {
@@ -93,8 +93,11 @@ class Found:
         }
 
 
-def all_arms(candidates: int, published: bool) -> list[Arm]:
-    """Returns every arm: the attention-chosen and each fixed token, then choices of blocks."""
+def all_arms(candidates: int) -> list[Arm]:
+    """Returns every arm: the attention-chosen and each fixed token, then choices of blocks.
+
+    Last come estimators as their authors run them.
+    """
     tokens: list[str | int] = [ATTENTION, *range(-candidates, 0)]
     arms = [Arm(token, estimator, labels) for token in tokens for estimator, labels in ESTIMATORS]
     for estimator, labels in (("rfm", "soft"), ("mean_difference", "hard")):
@@ -103,9 +106,8 @@ def all_arms(candidates: int, published: bool) -> list[Arm]:
             for count in BLOCK_COUNTS
             for end in ("top", "bottom")
         ]
-    if published:
-        arms.append(Arm(ATTENTION, "rfm", "soft", published=True))
-    return arms
+    published = [(ATTENTION, *pair) for pair in ESTIMATORS[:5]] + [(-2, "rfm", "hard")]
+    return arms + [Arm(*given, published=True) for given in published]
 
 
 def measure_arms(
@@ -226,8 +228,7 @@ def main() -> None:
         "--extract", type=int, default=100, help="statements with and without prefix"
     )
     parser.add_argument("--tuning", type=int, default=2, help="statements that ε is chosen on")
-    parser.add_argument("--statements", type=int, default=4, help="held-out statements")
-    parser.add_argument("--published", action="store_true", help="add the RFM's authors' settings")
+    parser.add_argument("--statements", type=int, default=3, help="held-out statements")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--store", type=Path, help="keep answers here, to go on after an end")
     args = parser.parse_args()
@@ -239,7 +240,7 @@ def main() -> None:
     texts = _texts("extract", 2 * args.extract)
     chosen = [concept for group in concepts.values() for concept in group]
     seen = see(demo_model_path(), chosen, texts[: args.extract], texts[args.extract :])
-    arms = all_arms(seen.candidates, args.published)
+    arms = all_arms(seen.candidates)
     with tempfile.TemporaryDirectory() as folder:
         packs = write_arms(seen, arms, Path(folder), args.seed)
         extracted = time.monotonic()

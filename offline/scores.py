@@ -21,6 +21,7 @@ Doubles = NDArray[np.float64]
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999
+NEAR = 0.01
 _WORD = re.compile(r"\w+")
 
 
@@ -116,7 +117,8 @@ def repetition(text: str) -> float:
 def measure(tuning: Grid, heldout: Grid, unsteered: Answers) -> Measured:
     """Chooses the scale of a class, and of each concept, on tuning questions alone.
 
-    The largest mean grade wins, and the weaker scale among equals.
+    Of the scales within ``NEAR`` of the best mean grade, the middle one is taken: at the ends of
+    such a range a few other questions already change the outcome.
 
     Raises:
         EvaluationError: No answer to a tuning question, or to a held-out one, was graded.
@@ -128,13 +130,8 @@ def measure(tuning: Grid, heldout: Grid, unsteered: Answers) -> Measured:
             )
     by_concept = _mean(tuning.grades, axis=2)
     by_scale = _mean(tuning.grades.reshape(len(tuning.scales), -1), axis=1)
-    return Measured(
-        tuning,
-        heldout,
-        unsteered,
-        int(_worst_if_nan(by_scale).argmax()),
-        _worst_if_nan(by_concept).argmax(axis=0),
-    )
+    own = np.array([_middle_of_best(grades) for grades in by_concept.T])
+    return Measured(tuning, heldout, unsteered, _middle_of_best(by_scale), own)
 
 
 def class_result(name: str, found: Measured, seed: int) -> ClassResult:
@@ -219,6 +216,17 @@ def interval(by_concept: Doubles, seed: int) -> tuple[float | None, float | None
         random_state=np.random.default_rng(seed),
     ).confidence_interval
     return float(found.low), float(found.high)
+
+
+def _middle_of_best(by_scale: Doubles) -> int:
+    """Returns the middle, the weaker of two, of the scales whose grade is within NEAR of the best.
+
+    Args:
+        by_scale: ``[scales]``, float64; NaN where nothing was graded.
+    """
+    grades = _worst_if_nan(by_scale)
+    best = np.flatnonzero(grades >= grades.max() - NEAR)
+    return int(best[(len(best) - 1) // 2])
 
 
 def _points(grid: Grid, seed: int) -> list[Point]:

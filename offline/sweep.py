@@ -94,7 +94,7 @@ class Subject:
         """Returns the class measured; ``grades`` belong to :meth:`cases`."""
         concepts, count = len(self.directions), len(self.asked)
         # The unsteered answers stand once; every concept was judged on them.
-        every = [*answers[:count] * concepts, *answers[count:]]
+        every = [*list(answers[:count]) * concepts, *answers[count:]]
         shape = (1 + len(self.scales), concepts, count)
         values = np.array([np.nan if g.value is None else g.value for g in grades]).reshape(shape)
         perplexity = np.array(

@@ -176,16 +176,16 @@ def _judge(args: argparse.Namespace, packs: list[SteeringPack]) -> Judge:
         raise EvaluationError("--judge llm needs --judge-url and --judge-model")
     from offline.llm_judge import LlmJudge
     from offline.questions import GENERAL
+    from offline.rubrics import RUBRICS
 
-    own = {} if args.rubric is None else {"rubrics": {GENERAL: _text(args.rubric)}}
     return LlmJudge(
         args.judge_url,
         args.judge_model,
         os.environ.get(API_KEY_VARIABLE, "none"),
         args.judge_mode,
+        rubrics=RUBRICS if args.rubric is None else {GENERAL: _text(args.rubric)},
         concurrency=args.concurrency,
         retries=args.retries,
-        **own,
     )
 
 

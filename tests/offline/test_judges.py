@@ -90,7 +90,7 @@ def test_every_class_has_questions_and_a_rubric() -> None:
 
 
 def test_a_question_is_for_tuning_or_held_out() -> None:
-    with pytest.raises(EvaluationError, match="'b' .*remove"):
+    with pytest.raises(EvaluationError, match="such as 'b'; .* remove"):
         given_questions(["a", "b"], ["b", "c"], statements=False)
     with pytest.raises(EvaluationError, match="must be given"):
         given_questions([], ["b"], statements=False)

@@ -31,7 +31,7 @@ FOUND = BlockDiagnostics(
 
 def pixels(png: bytes) -> np.ndarray:
     image = imread(io.BytesIO(png))
-    assert min(image.shape[:2]) > 200
+    assert min(image.shape[:2]) > 100
     return image
 
 

@@ -44,9 +44,17 @@ def test_the_scale_is_chosen_on_tuning_answers_and_reported_on_others() -> None:
     assert [point.figures.steerability for point in found.heldout] == [1.0, 0.5, 0.0]
 
 
-def test_the_weaker_of_equal_scales_wins() -> None:
-    tuning = grid([[0.0]], [[1.0]], [[1.0]])
-    assert class_result("fears", measure(tuning, tuning, answers([[0.0]])), 0).scale == 4.0
+@pytest.mark.parametrize(
+    ("grades", "scale"),
+    [((1.0, 1.0, 1.0), 4.0), ((0.0, 1.0, 0.995), 4.0), ((0.0, 0.9, 1.0), 8.0), ((1, 0, 0), 2.0)],
+)
+def test_the_middle_of_equally_good_scales_is_taken(
+    grades: tuple[float, ...], scale: float
+) -> None:
+    tuning = grid(*([[grade]] for grade in grades))
+    found = class_result("fears", measure(tuning, tuning, answers([[0.0]])), 0)
+    assert found.scale == scale
+    assert found.concept_scales == {"c0": scale}
 
 
 def test_each_concept_at_its_own_scale() -> None:
