@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.method_arms import ATTENTION, ESTIMATORS, Arm, Seen, see, write_arms
+from benchmarks.method_arms import ATTENTION, ESTIMATORS, Arm, see, write_arms
 from offline.demo import demo_model_path
 from offline.demo.concepts import CONCEPTS
 from offline.demo.statements import Split, statements
@@ -40,6 +40,7 @@ from vllm_steer.pack import SteeringPack
 SCALES = (3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 14.0, 20.0, 28.0)
 MAX_TOKENS = 48
 BLOCK_COUNTS = (1, 2)
+BLOCK_ESTIMATORS = (("rfm", "soft"), ("mean_difference", "hard"))
 ENGINE = {
     "dtype": "float32",
     "max_model_len": 256,
@@ -100,7 +101,7 @@ def all_arms(candidates: int) -> list[Arm]:
     """
     tokens: list[str | int] = [ATTENTION, *range(-candidates, 0)]
     arms = [Arm(token, estimator, labels) for token in tokens for estimator, labels in ESTIMATORS]
-    for estimator, labels in (("rfm", "soft"), ("mean_difference", "hard")):
+    for estimator, labels in BLOCK_ESTIMATORS:
         arms += [
             Arm(ATTENTION, estimator, labels, f"{end} {count}")
             for count in BLOCK_COUNTS
@@ -163,27 +164,84 @@ def _by_concept(parts: Sequence[Measured]) -> np.ndarray:
     return np.concatenate([part.single.grades.mean(axis=1) for part in parts])
 
 
-def table(found: Sequence[Found]) -> str:
-    """Returns the Markdown table of all arms."""
-    lines = [
-        "| token | estimator | labels | blocks | one ε per class | less the full method | "
-        "mean over all ε | oracle-best ε |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for one in found:
-        arm, (mean, low, high) = one.arm, one.difference
-        token = "by attention" if arm.token == ATTENTION else str(arm.token)
-        estimator = arm.estimator.replace("_", " ") + (", as published" if arm.published else "")
-        less = "" if arm == FULL else f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
-        lines.append(
-            f"| {token} | {estimator} | {arm.labels} | {arm.blocks} | {figure_cell(one.joint.single)} | "
-            f"{less} | {one.over_scales:.2f} | {_plain(one.joint.oracle)} |"
-        )
+def matrix(report: dict[str, Any]) -> str:
+    """Returns token by estimator, choices of blocks, and estimators as published.
+
+    A cell holds steerability at one ε per class with its interval, and the mean over all ε.
+    """
+    arms = {_key(arm): arm for arm in report["arms"].values() if not arm["published"]}
+    tokens = dict.fromkeys(token for token, *_ in arms)
+    head = [f"{estimator.replace('_', ' ')}, {labels}" for estimator, labels in ESTIMATORS]
+    lines = [f"| token | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
+    for token in tokens:
+        cells = [_cell(arms[token, *pair, "all"]) for pair in ESTIMATORS]
+        lines.append(f"| {_token(token)} | {' | '.join(cells)} |")
+    ends = ("all", *(f"{end} {count}" for count in BLOCK_COUNTS for end in ("top", "bottom")))
+    lines += ["", f"| blocks | {' | '.join(ends)} |", "|---" * (len(ends) + 1) + "|"]
+    for estimator, labels in BLOCK_ESTIMATORS:
+        cells = [_cell(arms[ATTENTION, estimator, labels, blocks]) for blocks in ends]
+        lines.append(f"| {estimator.replace('_', ' ')}, {labels} | {' | '.join(cells)} |")
+    lines += ["", "| token | as published | |", "|---|---|---|"]
+    for arm in report["arms"].values():
+        if arm["published"]:
+            name = f"{arm['estimator']}, {arm['labels']}"
+            lines.append(f"| {_token(arm['token'])} | {name} | {_cell(arm)} |")
     return "\n".join(lines) + "\n"
 
 
-def _plain(figures: Figures) -> str:
-    return "–" if figures.steerability is None else f"{figures.steerability:.2f}"
+def table(report: dict[str, Any]) -> str:
+    """Returns every arm with all its figures."""
+    lines = [
+        "| token | estimator | labels | blocks | one ε per class (perplexity) | less the full method | "
+        "mean over all ε | one ε per concept | oracle-best ε |",
+        "|---" * 9 + "|",
+    ]
+    for name, arm in report["arms"].items():
+        mean, low, high = arm["difference_to_full_method"]
+        single = Figures.model_validate(arm["single"])
+        estimator = arm["estimator"].replace("_", " ")
+        cells = (
+            _token(arm["token"]),
+            estimator + (", as published" if arm["published"] else ""),
+            arm["labels"],
+            arm["blocks"],
+            figure_cell(single),
+            "" if name == FULL.name else f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]",
+            f"{arm['mean_over_scales']:.2f}",
+            f"{arm['own']['steerability']:.2f}",
+            f"{arm['oracle']['steerability']:.2f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def picture(report: dict[str, Any]) -> bytes:
+    """Draws every arm; those that choose tokens by attention are set off."""
+    bars = [
+        (
+            name.replace("_", " "),
+            arm["single"]["steerability"],
+            arm["single"]["low"],
+            arm["single"]["high"],
+            arm["token"] == ATTENTION,
+        )
+        for name, arm in report["arms"].items()
+    ]
+    return method_bars(bars, "Demo model, one ε per class (blue: token chosen by attention)")
+
+
+def _key(arm: dict[str, Any]) -> tuple[str | int, str, str, str]:
+    return arm["token"], arm["estimator"], arm["labels"], arm["blocks"]
+
+
+def _token(token: str | int) -> str:
+    return "by attention" if token == ATTENTION else str(token)
+
+
+def _cell(arm: dict[str, Any]) -> str:
+    single = arm["single"]
+    ends = f"[{single['low']:.2f}, {single['high']:.2f}]"
+    return f"{single['steerability']:.2f} {ends} · {arm['mean_over_scales']:.2f}"
 
 
 def _chosen_tokens(packs: Sequence[SteeringPack], arms: Sequence[Arm]) -> dict[str, dict[str, int]]:
@@ -196,42 +254,17 @@ def _chosen_tokens(packs: Sequence[SteeringPack], arms: Sequence[Arm]) -> dict[s
     return counts
 
 
-def write_report(
-    file: Path, found: Sequence[Found], tokens: dict[str, Any], seen: Seen, facts: dict[str, Any]
-) -> None:
-    """Writes the JSON, and beside it the table and the picture."""
-    attention = seen.attention().round(4).tolist()
-    report = {**facts, "chosen_tokens_by_layer": tokens, "attention_by_layer_and_token": attention}
-    report["arms"] = {one.arm.name: one.report() for one in found}
-    write_atomically(file, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    write_atomically(file.with_suffix(".md"), table(found))
-    bars = [
-        (
-            one.arm.name.replace("_", " "),
-            float(one.joint.single.steerability or 0.0),
-            float(one.joint.single.low or 0.0),
-            float(one.joint.single.high or 0.0),
-            one.arm.token == ATTENTION,
-        )
-        for one in found
-    ]
-    title = "Steerability of the demo model, one ε per class (blue: token by attention)"
-    write_atomically(file.with_suffix(".png"), method_bars(bars, title))
+def render(file: Path) -> str:
+    """Writes the tables and the picture of a report beside it and returns the tables."""
+    report = json.loads(file.read_text())
+    text = f"{matrix(report)}\n{table(report)}"
+    write_atomically(file.with_suffix(".md"), text)
+    write_atomically(file.with_suffix(".png"), picture(report))
+    return text
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True, help="file of all figures")
-    parser.add_argument("--concepts", type=int, default=3, help="concepts per class")
-    parser.add_argument(
-        "--extract", type=int, default=100, help="statements with and without prefix"
-    )
-    parser.add_argument("--tuning", type=int, default=2, help="statements that ε is chosen on")
-    parser.add_argument("--statements", type=int, default=3, help="held-out statements")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--store", type=Path, help="keep answers here, to go on after an end")
-    args = parser.parse_args()
+def _report(args: argparse.Namespace) -> dict[str, Any]:
+    """Learns, answers and measures; everything that is known of every arm."""
     concepts = {name: list(table)[: args.concepts] for name, table in CONCEPTS.items()}
     questions = given_questions(
         _texts("tune", args.tuning), _texts("heldout", args.statements), statements=True
@@ -248,7 +281,7 @@ def main() -> None:
         with generating(*given) as generator:
             found = measure_arms(generator, arms, concepts, questions, args.seed)
     answered = time.monotonic()
-    facts = {
+    return {
         "concepts": concepts,
         "scales": SCALES,
         "statements": {"extract": args.extract, "tune": args.tuning, "heldout": args.statements},
@@ -256,9 +289,31 @@ def main() -> None:
             "prompts_and_fits": round(extracted - started),
             "engine": round(answered - extracted),
         },
+        "chosen_tokens_by_layer": _chosen_tokens(packs, arms),
+        "attention_by_layer_and_token": seen.attention().round(4).tolist(),
+        "arms": {one.arm.name: one.report() for one in found},
     }
-    write_report(args.json, found, _chosen_tokens(packs, arms), seen, facts)
-    sys.stdout.write(table(found))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, required=True, help="file of all figures")
+    parser.add_argument("--concepts", type=int, default=3, help="concepts per class")
+    parser.add_argument(
+        "--extract", type=int, default=100, help="statements with and without prefix"
+    )
+    parser.add_argument("--tuning", type=int, default=2, help="statements that ε is chosen on")
+    parser.add_argument("--statements", type=int, default=3, help="held-out statements")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--store", type=Path, help="keep answers here, to go on after an end")
+    parser.add_argument("--redraw", action="store_true", help="tables and picture of --json alone")
+    args = parser.parse_args()
+    if args.redraw:
+        sys.stdout.write(render(args.json))
+        return
+    write_atomically(args.json, json.dumps(_report(args), indent=1, ensure_ascii=False) + "\n")
+    sys.stdout.write(render(args.json))
 
 
 def _texts(split: Split, count: int) -> list[str]:

@@ -118,7 +118,7 @@ class Generator:
         if self.store is None:
             return None
         content = {
-            "model": str(self.model),
+            "model": _model_state(self.model),
             "packs": {pack.name: pack.manifest.tensors.sha256 for pack in self.packs},
             "max_tokens": self.max_tokens,
             "engine": dict(self.engine),
@@ -195,6 +195,12 @@ class Generator:
         if "_llm" in self.__dict__:
             self._llm.llm_engine.engine_core.shutdown()
             del self.__dict__["_llm"]
+
+
+def _model_state(model: str | os.PathLike[str]) -> list[Any]:
+    """Changes when another checkpoint is written to the same directory."""
+    files = sorted(Path(model).iterdir()) if Path(model).is_dir() else []
+    return [str(model), *([f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files)]
 
 
 @contextmanager

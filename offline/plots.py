@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from scipy.stats import mode
 
 from offline.results import ClassResult
 
@@ -30,17 +31,39 @@ class BlockDiagnostics:
     Attributes:
         attention: ``[blocks, candidates]``, floating; attention of each candidate token to the
             prefix, as the choice of tokens aggregates it over prompts.
-        tokens: ``[candidates]``; the candidate tokens as text, in their order in the prompt.
+        tokens: ``[candidates]``; the candidate tokens as text, in their order in the prompt; None
+            labels them by index alone.
         chosen: ``[blocks]``, int; the negative index of each block's token.
         enrichment: ``[blocks]``, floating; concept enrichment score, 0 to 1; None if not tested.
         selected: Blocks that are steered; None for all but block 0.
     """
 
     attention: Floats
-    tokens: Sequence[str]
     chosen: NDArray[np.int64]
+    tokens: Sequence[str] | None = None
     enrichment: Floats | None = None
     selected: Sequence[int] | None = None
+
+    @classmethod
+    def of_concepts(
+        cls,
+        attention: Floats,
+        enrichment: Floats | None = None,
+        tokens: Sequence[str] | None = None,
+    ) -> BlockDiagnostics:
+        """Averages several concepts; of each block, the token that most concepts choose is shown.
+
+        Args:
+            attention: ``[concepts, blocks, candidates]``, floating.
+            enrichment: Likewise; taken at the token that each concept chooses.
+            tokens: ``[candidates]``.
+        """
+        best = attention.argmax(axis=-1)
+        at_best = None
+        if enrichment is not None:
+            at_best = np.take_along_axis(enrichment, best[..., None], axis=-1)[..., 0].mean(axis=0)
+        chosen = mode(best, axis=0).mode - attention.shape[-1]
+        return cls(attention.mean(axis=0), chosen, tokens, at_best)
 
 
 def attention_heat_map(found: BlockDiagnostics, title: str) -> bytes:
@@ -57,9 +80,8 @@ def attention_heat_map(found: BlockDiagnostics, title: str) -> bytes:
         edgecolors="white",
         label="chosen",
     )
-    labels = [
-        f"{token}\n{index - candidates}" for index, token in enumerate(_visible(found.tokens))
-    ]
+    texts = _visible(found.tokens or [""] * candidates)
+    labels = [f"{text}\n{index - candidates}" for index, text in enumerate(texts)]
     axes.set_xticks(range(candidates), labels, fontsize=8)
     axes.set(xlabel="token of the chat template", ylabel="layer", title=title)
     _whole_ticks(axes, blocks)
@@ -183,9 +205,7 @@ def _scale_panel(left: Axes, found: ClassResult) -> None:
 
 def _visible(tokens: Sequence[str]) -> list[str]:
     """Tokens as labels: white space becomes visible, and nothing is read as mathematics."""
-    return [
-        token.replace("\n", "\\n").replace(" ", "␣").replace("$", r"\$") or "∅" for token in tokens
-    ]
+    return [token.replace("\n", "\\n").replace(" ", "␣").replace("$", r"\$") for token in tokens]
 
 
 def _whole_ticks(axes: Axes, blocks: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.methods import matrix
 from offline.demo.server import Server
 from offline.demo.statements import statements
 from vllm_steer.pack import SteeringPack, load_pack
@@ -96,6 +97,11 @@ def test_sweep_and_card(model: Path, packs: list[SteeringPack], tmp_path: Path) 
     assert "| fears | 2 |" in shown
     assert (tmp_path / "packs" / "fears" / "README.md").exists()
     assert (tmp_path / "packs" / "fears" / "pictures" / "scales.png").exists()
+
+
+def test_the_tables_of_methods_are_those_of_the_results() -> None:
+    report = json.loads((ROOT / "benchmarks" / "results" / "methods.json").read_text())
+    assert matrix(report) in TEXT
 
 
 def test_the_files_that_the_readme_names_exist() -> None:

@@ -6,6 +6,8 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,9 +103,10 @@ def add_card(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def _sweep(args: argparse.Namespace) -> None:
+    with _extras("offline"):
+        from offline.sweep import class_of, run_sweep, subject_of
     from offline.generation import generating
     from offline.results import markdown, write_result
-    from offline.sweep import class_of, run_sweep, subject_of
 
     packs = [load_pack(path) for path in args.packs]
     subjects = [
@@ -126,7 +129,8 @@ def _sweep(args: argparse.Namespace) -> None:
 
 
 def _card(args: argparse.Namespace) -> None:
-    from offline.card import write_card
+    with _extras("offline,plots"):
+        from offline.card import write_card
     from offline.results import read_result
 
     sweep = read_result(args.sweep) if args.sweep else None
@@ -187,6 +191,17 @@ def _judge(args: argparse.Namespace, packs: list[SteeringPack]) -> Judge:
         concurrency=args.concurrency,
         retries=args.retries,
     )
+
+
+@contextmanager
+def _extras(names: str) -> Iterator[None]:
+    """Imports that the package alone does not satisfy."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise EvaluationError(
+            f"{error.name} is not installed; pip install 'vllm-steer[{names}]'"
+        ) from error
 
 
 def _object(text: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ read from the answers that it left.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -216,6 +217,22 @@ def test_other_requests_are_generated_anew(swept: Swept, no_engine: None) -> Non
     changed = ["5.0" if argument == "8.0" else argument for argument in swept.command]
     with pytest.raises(AssertionError, match="an engine was started"):
         main(changed)
+
+
+def test_another_checkpoint_in_the_same_place_is_asked_anew(
+    swept: Swept, model: Path, packs: list[SteeringPack], no_engine: None, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(model, tmp_path / "model")
+    requests = [r for subject in subjects(packs) for r in subject.requests()]
+    generator = Generator(copy, packs, MAX_TOKENS, tmp_path / "answers", ENGINE)
+    (tmp_path / "answers").mkdir()
+    stored = generator._file(requests)
+    assert stored is not None
+    shutil.copy(next((swept.folder / "answers").iterdir()), stored)
+    assert len(generator.answer(requests)) == len(requests)
+    (copy / "model.safetensors").touch()
+    with pytest.raises(AssertionError, match="an engine was started"):
+        generator.answer(requests)
 
 
 def test_damaged_answers_are_refused(

@@ -54,7 +54,7 @@ def pictures(card: Path) -> set[str]:
 def test_a_card_with_everything(pack: SteeringPack) -> None:
     sweep = sweep_result({pack.name: pack.manifest.tensors.sha256})
     attention = np.random.default_rng(0).random((4, 3))
-    seen = BlockDiagnostics(attention, ["a", "b", "c"], attention.argmax(1) - 3, attention[:, 0])
+    seen = BlockDiagnostics(attention, attention.argmax(1) - 3, ["a", "b", "c"], attention[:, 0])
     card = write_card(pack, sweep, seen)
     text = card.read_text()
     assert pictures(card) == {"attention", "enrichment", "scales", "cosines"}

@@ -23,8 +23,8 @@ from tests.offline.results_cases import class_result
 ATTENTION = np.array([[0.1, 0.2, 0.3], [0.1, 0.9, 0.2], [0.3, 0.1, 0.0], [0.0, 0.1, 0.4]])
 FOUND = BlockDiagnostics(
     ATTENTION,
-    ["<|end|>", "\n", "$a$"],
     ATTENTION.argmax(axis=1) - 3,
+    ["<|end|>", "\n", "$a$"],
     np.array([0.0, 0.9, 0.2, 0.5]),
 )
 
@@ -53,8 +53,18 @@ def test_the_heat_map_shows_attention_and_choice() -> None:
 
 def test_the_heat_map_takes_eighty_layers() -> None:
     many = np.tile(ATTENTION, (20, 1))
-    tall = attention_heat_map(BlockDiagnostics(many, FOUND.tokens, many.argmax(1) - 3), "70B")
+    tall = attention_heat_map(BlockDiagnostics(many, many.argmax(1) - 3), "70B")
     assert len(pixels(tall)) > 1.5 * len(pixels(attention_heat_map(FOUND, "fears")))
+
+
+def test_concepts_are_averaged_at_the_tokens_that_they_choose() -> None:
+    attention = np.array([[[0.1, 0.3]], [[0.5, 0.2]], [[0.0, 0.4]]])
+    enrichment = np.array([[[0.0, 0.9]], [[0.3, 1.0]], [[0.0, 0.6]]])
+    found = BlockDiagnostics.of_concepts(attention, enrichment)
+    np.testing.assert_allclose(found.attention, [[0.2, 0.3]])
+    assert found.chosen.tolist() == [-1]
+    assert found.enrichment is not None
+    np.testing.assert_allclose(found.enrichment, [0.6])
 
 
 def test_bars_show_enrichment_and_selection() -> None:
