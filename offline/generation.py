@@ -128,8 +128,13 @@ class Generator:
         return self.store / f"{digest[:32]}.json"
 
     def _generate(self, requests: Sequence[Request]) -> list[Answer]:
-        from vllm import SamplingParams
-
+        try:
+            from vllm import SamplingParams
+        except ModuleNotFoundError as error:
+            raise EvaluationError(
+                f"answers come from vLLM, and {error.name} is not installed; pip install "
+                f"'vllm-steer[gpu]' or 'vllm-steer[cpu]'"
+            ) from error
         steerings = [request.steering() for request in requests]
         parameters = [
             SamplingParams(

@@ -101,10 +101,10 @@ class Subject:
             [np.nan if a.perplexity is None else a.perplexity for a in every]
         ).reshape(shape)
         loops = np.array([repetition(a.text) for a in every]).reshape(shape)
-        layers = [Answers(*parts) for parts in zip(values, perplexity, loops, strict=True)]
+        by_scale = [Answers(*parts) for parts in zip(values, perplexity, loops, strict=True)]
         names = tuple(self.directions)
-        whole = Grid(names, (0.0, *self.scales), tuple(layers))
-        steered = Grid(names, self.scales, tuple(layers[1:]))
+        whole = Grid(names, (0.0, *self.scales), tuple(by_scale))
+        steered = Grid(names, self.scales, tuple(by_scale[1:]))
         tuning, heldout = slice(len(self.questions.tuning)), slice(len(self.questions.tuning), None)
         try:
             return measure(

@@ -178,7 +178,8 @@ def _judge(args: argparse.Namespace, packs: list[SteeringPack]) -> Judge:
         return KeywordJudge.of_names([name for pack in packs for name in pack.directions])
     if not args.judge_url or not args.judge_model:
         raise EvaluationError("--judge llm needs --judge-url and --judge-model")
-    from offline.llm_judge import LlmJudge
+    with _extras("cpu"):
+        from offline.llm_judge import LlmJudge
     from offline.questions import GENERAL
     from offline.rubrics import RUBRICS
 
