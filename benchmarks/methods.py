@@ -30,7 +30,7 @@ from offline.demo.statements import Split, statements
 from offline.files import write_atomically
 from offline.generation import Generator, Request, generating
 from offline.judges import DemoJudge
-from offline.plots import method_bars
+from offline.plots import Bar, method_bars
 from offline.questions import QuestionSet, given_questions
 from offline.results import ClassResult, Figures, figure_cell
 from offline.scores import Measured, class_result, interval, joint_result
@@ -218,16 +218,17 @@ def table(report: dict[str, Any]) -> str:
 def picture(report: dict[str, Any]) -> bytes:
     """Draws every arm; those that choose tokens by attention are set off."""
     bars = [
-        (
+        Bar(
             name.replace("_", " "),
             arm["single"]["steerability"],
             arm["single"]["low"],
             arm["single"]["high"],
+            arm["mean_over_scales"],
             arm["token"] == ATTENTION,
         )
         for name, arm in report["arms"].items()
     ]
-    return method_bars(bars, "Demo model, one ε per class (blue: token chosen by attention)")
+    return method_bars(bars, "One ε per class; dot: mean over all ε; blue: token by attention")
 
 
 def _key(arm: dict[str, Any]) -> tuple[str | int, str, str, str]:

@@ -155,27 +155,44 @@ def mean_cosines(vectors: Mapping[str, Floats]) -> NDArray[np.float64]:
     return cosines
 
 
-def method_bars(arms: Sequence[tuple[str, float, float, float, bool]], title: str) -> bytes:
-    """Draws one bar per arm.
+@dataclass(frozen=True)
+class Bar:
+    """One way to learn directions.
 
-    Args:
-        arms: Name, steerability, the ends of its interval, and whether to set the arm off.
-        title: Title of the picture.
+    Attributes:
+        name: Its name.
+        steerability: At the chosen scale.
+        low: Lower end of the interval.
+        high: Upper end.
+        over_scales: Mean over all scales.
+        marked: Whether to set the bar off.
     """
-    figure = Figure(figsize=(7.6, 1.0 + 0.24 * len(arms)))
+
+    name: str
+    steerability: float
+    low: float
+    high: float
+    over_scales: float
+    marked: bool
+
+
+def method_bars(bars: Sequence[Bar], title: str) -> bytes:
+    """Draws one bar per way to learn directions, and the mean over all scales as a dot."""
+    figure = Figure(figsize=(7.6, 1.0 + 0.22 * len(bars)))
     axes = figure.add_subplot()
-    values = np.array([[value, low, high] for _, value, low, high, _ in arms]).T
-    at = np.arange(len(arms))[::-1]
-    errors = np.clip([values[0] - values[1], values[2] - values[0]], 0, None)
+    values = np.array([[bar.steerability, bar.low, bar.high] for bar in bars]).T
+    at = np.arange(len(bars))[::-1]
     axes.barh(
         at,
         values[0],
-        xerr=errors,
-        color=[_COLOR if marked else _MUTED for *_, marked in arms],
+        xerr=np.clip([values[0] - values[1], values[2] - values[0]], 0, None),
+        color=[_COLOR if bar.marked else _MUTED for bar in bars],
         error_kw={"elinewidth": 1, "capsize": 2},
     )
-    axes.set_yticks(at, [name for name, *_ in arms], fontsize=8)
-    axes.set(xlim=(0, 1), xlabel="steerability", title=title)
+    axes.plot([bar.over_scales for bar in bars], at, linestyle="", marker="o", color=_SECOND)
+    axes.set_yticks(at, [bar.name for bar in bars], fontsize=8)
+    axes.set(xlim=(0, 1.02), ylim=(-0.7, len(bars) - 0.3), xlabel="steerability")
+    axes.set_title(title, fontsize=10)
     axes.grid(axis="x", alpha=0.3)
     return _png(figure)
 

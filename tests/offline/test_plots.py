@@ -10,6 +10,7 @@ import pytest
 from matplotlib.image import imread
 
 from offline.plots import (
+    Bar,
     BlockDiagnostics,
     attention_heat_map,
     concept_cosines,
@@ -95,7 +96,7 @@ def test_cosines_are_averaged_over_layers() -> None:
 
 
 def test_bars_of_methods() -> None:
-    arms = [("attention rfm soft", 0.9, 0.8, 1.0, True), ("token-1 rfm hard", 0.4, 0.3, 0.5, False)]
-    assert not same(
-        method_bars(arms, "t"), method_bars([arms[0], ("x", 0.9, 0.8, 1.0, False)], "t")
-    )
+    bars = [Bar("attention", 0.9, 0.8, 1.0, 0.7, True), Bar("token -1", 0.4, 0.3, 0.5, 0.1, False)]
+    drawn = method_bars(bars, "t")
+    assert not same(drawn, method_bars([bars[0], replace(bars[1], over_scales=0.3)], "t"))
+    assert not same(drawn, method_bars([bars[0], replace(bars[1], high=0.6)], "t"))
