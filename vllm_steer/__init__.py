@@ -6,6 +6,7 @@ Importing this package imports neither torch nor vllm; vLLM finds the plugin by 
 from vllm_steer.errors import (
     CompatibilityError,
     ConfigError,
+    EvaluationError,
     ExtractionError,
     PackError,
     RequestError,
@@ -20,6 +21,7 @@ __all__ = [
     "ConfigError",
     "DirectionChoice",
     "DirectionRecord",
+    "EvaluationError",
     "ExtractionError",
     "Manifest",
     "MethodRecord",

@@ -1,4 +1,4 @@
-"""The ``vllm-steer`` command: demo, extract, inspect."""
+"""The ``vllm-steer`` command: demo, extract, sweep, card, inspect."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vllm_steer.cli_evaluation import add_card, add_sweep
 from vllm_steer.config import plugin_version
 from vllm_steer.errors import ExtractionError, SteeringError
 from vllm_steer.pack import SteeringPack, load_pack
@@ -33,6 +34,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_extract(commands)
+    add_sweep(commands)
+    add_card(commands)
     inspect = commands.add_parser("inspect", help="verify a steering pack and show what it holds")
     inspect.add_argument("pack", type=Path, help="directory of the pack")
     inspect.add_argument("--json", action="store_true", help="print the manifest instead")
