@@ -6,23 +6,24 @@ estimators and choices of blocks differ afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.metrics import log_loss, mean_squared_error
 from tqdm import tqdm
 
 from offline.capture import Captured, capture
 from offline.demo.concepts import prefix
 from offline.demo.packs import FULL_METHOD
-from offline.estimators import Doubles, RfmOptions, Rows, fit_direction, pearson, split_point
+from offline.enrichment import PermutationTest
+from offline.estimators import FitOptions, fit_direction
 from offline.labels import choose_tokens, fixed_tokens, hard_labels, interleave, soft_labels
-from offline.models import load_model, model_identity
+from offline.models import load_config, load_model, model_identity
 from offline.prompts import count_candidates, render_prompt
+from offline.rfm import RfmOptions
+from offline.rows import Rows
 from vllm_steer.pack import DirectionRecord, MethodRecord, ModelIdentity, SteeringPack, write_pack
 
 ATTENTION = "attention"
@@ -37,9 +38,8 @@ ESTIMATORS: tuple[tuple[str, str], ...] = (
 )
 """Estimator and labels. The last three fit 0 and 1 whatever the labels are."""
 
-_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-_INVERSE_PENALTIES = (1000.0, 10.0, 1.0, 0.1)
 _BATCH = 64
+_PERMUTATIONS = 999
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Arm:
         token: ``attention``, or a fixed negative index.
         estimator: Name of the estimator.
         labels: ``soft`` or ``hard``.
-        blocks: ``all``, or ``top 2``, ``bottom 2`` by attention to the prefix.
+        blocks: ``all``, or ``top 2``, ``bottom 2`` by enrichment, then by attention to the prefix.
         published: Whether the estimator is as its authors run it: the RFM with their settings and
             not the demo model's, ridge and logistic regression on raw rows.
     """
@@ -102,17 +102,20 @@ def see(
     model_path: Path, concepts: Sequence[str], positives: Sequence[str], negatives: Sequence[str]
 ) -> Seen:
     """Runs every prompt of every concept once."""
-    model, tokenizer = load_model(model_path, "float32", "cpu")
+    config, tokenizer = load_config(model_path)
+    model = load_model(model_path, "float32", "cpu")
     candidates = count_candidates(tokenizer)
 
     def run(statements: Sequence[str], wanted: str) -> Captured:
         prompts = [render_prompt(tokenizer, statement, wanted) for statement in statements]
-        return capture(model, prompts, candidates=candidates, batch_size=_BATCH)
+        longest = max(len(prompt.token_ids) for prompt in prompts)
+        test = PermutationTest(_PERMUTATIONS, 0, longest) if wanted else None
+        return capture(model, prompts, candidates=candidates, batch_size=_BATCH, permutations=test)
 
     prefixed = {
         concept: run(positives, prefix(concept)) for concept in tqdm(concepts, desc="prompts")
     }
-    identity = model_identity(model_path, model, tokenizer)
+    identity = model_identity(model_path, config, tokenizer)
     return Seen(identity, prefixed, run(negatives, ""), candidates)
 
 
@@ -131,7 +134,10 @@ def _write(seen: Seen, arm: Arm, path: Path, seed: int) -> SteeringPack:
         )
         layers = _blocks(seen, arm, captured, tokens)
         vectors[concept] = np.stack(
-            [_fit(rows, arm, seed) for rows in _rows(seen, captured, arm, tokens, layers)]
+            [
+                fit_direction(arm.estimator, rows, _options(arm, seed)).vector
+                for rows in _rows(seen, captured, arm, tokens, layers)
+            ]
         )
         records.append(
             DirectionRecord(
@@ -161,12 +167,18 @@ def _write(seen: Seen, arm: Arm, path: Path, seed: int) -> SteeringPack:
 
 
 def _blocks(seen: Seen, arm: Arm, captured: Captured, tokens: NDArray[np.int64]) -> list[int]:
-    """Returns the blocks that an arm steers, ranked by the chosen token's attention to the prefix."""
+    """Returns the blocks that an arm steers, ranked at the chosen token.
+
+    Several blocks may have the same enrichment; attention to the prefix then decides.
+    """
     if arm.blocks == "all":
         return seen.layers
     end, count = arm.blocks.split()
-    score = soft_labels(captured.attention, tokens).mean(axis=0)
-    ranked = sorted(seen.layers, key=lambda layer: -score[layer])
+    if captured.enrichment is None:
+        raise ValueError("the prefixed prompts were captured without a permutation test")
+    score = captured.enrichment.score[np.arange(len(tokens)), tokens]
+    attention = soft_labels(captured.attention, tokens).mean(axis=0)
+    ranked = sorted(seen.layers, key=lambda layer: (-score[layer], -attention[layer]))
     return sorted(ranked[: int(count)] if end == "top" else ranked[-int(count) :])
 
 
@@ -187,67 +199,14 @@ def _rows(
     ]
 
 
-def _fit(rows: Rows, arm: Arm, seed: int) -> NDArray[np.float32]:
-    if arm.estimator in _LINEAR:
-        hidden = rows.hidden.astype(np.float64)
-        states = hidden if arm.published or arm.estimator == "pca" else _centred_unit_rows(hidden)
-        return _oriented(_LINEAR[arm.estimator](states, rows), rows)
-    demo = RfmOptions(
-        ridge=FULL_METHOD.rfm_ridge,
-        center_gradients=FULL_METHOD.rfm_center_gradients,
-        iterations=FULL_METHOD.rfm_iterations,
-        bandwidths=FULL_METHOD.rfm_bandwidths,
+def _options(arm: Arm, seed: int) -> FitOptions:
+    if arm.published:
+        return FitOptions(seed, compat=True)
+    method = FULL_METHOD
+    rfm = RfmOptions(
+        ridge=method.rfm_ridge,
+        center_gradients=method.rfm_center_gradients,
+        iterations=method.rfm_iterations,
+        bandwidths=method.rfm_bandwidths,
     )
-    return fit_direction(arm.estimator, rows, seed, RfmOptions() if arm.published else demo).vector
-
-
-def _centred_unit_rows(hidden: Doubles) -> Doubles:
-    unit = hidden / np.linalg.norm(hidden, axis=1, keepdims=True)
-    centred: Doubles = unit - unit[: split_point(len(unit))].mean(axis=0)
-    return centred
-
-
-def _ridge(states: Doubles, rows: Rows) -> Doubles:
-    """Least squares without intercept; the penalty by validation error."""
-    train = split_point(len(states))
-    labels = rows.labels.astype(np.float64)
-    fits = [
-        Ridge(alpha=alpha, fit_intercept=False).fit(states[:train], labels[:train])
-        for alpha in _RIDGES
-    ]
-    errors = [mean_squared_error(labels[train:], fit.predict(states[train:])) for fit in fits]
-    return np.asarray(fits[int(np.argmin(errors))].coef_)
-
-
-def _logistic(states: Doubles, rows: Rows) -> Doubles:
-    """Logistic regression without intercept; the penalty by validation log-loss."""
-    train = split_point(len(states))
-    fits = [
-        LogisticRegression(C=c, solver="liblinear", fit_intercept=False, tol=1e-3).fit(
-            states[:train], rows.positive[:train]
-        )
-        for c in _INVERSE_PENALTIES
-    ]
-    losses = [log_loss(rows.positive[train:], fit.predict_proba(states[train:])) for fit in fits]
-    return np.asarray(fits[int(np.argmin(losses))].coef_[0])
-
-
-def _pca(states: Doubles, rows: Rows) -> Doubles:
-    """First principal axis of the uncentred differences of pairs, prefixed less unprefixed."""
-    train = split_point(len(states))
-    hidden, positive = states[:train], rows.positive[:train]
-    pairs = min(positive.sum(), (~positive).sum())
-    axes: Doubles = np.linalg.svd(hidden[positive][:pairs] - hidden[~positive][:pairs])[2]
-    return axes[0]
-
-
-_LINEAR: Mapping[str, Callable[[Doubles, Rows], Doubles]] = {
-    "ridge": _ridge,
-    "logistic": _logistic,
-    "pca": _pca,
-}
-
-
-def _oriented(vector: Doubles, rows: Rows) -> NDArray[np.float32]:
-    sign = np.sign(pearson(rows.hidden.astype(np.float64) @ vector, rows.labels))
-    return (sign * vector / np.linalg.norm(vector)).astype(np.float32)
+    return FitOptions(seed, rfm=rfm)

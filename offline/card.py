@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from offline.figures import FIGURES_FILE, read_figures
 from offline.files import write_atomically
 from offline.plots import (
     BlockDiagnostics,
@@ -51,6 +52,14 @@ def write_card(
     file = pack.path / CARD_FILE
     write_atomically(file, _text(pack, sweep, captions))
     return file
+
+
+def diagnostics_of(pack: Path) -> BlockDiagnostics | None:
+    """Returns what the extraction of a pack saw; None where no figures lie beside the pack."""
+    if not (pack / FIGURES_FILE).exists():
+        return None
+    seen = read_figures(pack).arrays
+    return BlockDiagnostics.of_concepts(seen["attention_max"], seen.get("enrichment"))
 
 
 def _of_pack(sweep: SweepResult, pack: SteeringPack) -> SweepResult:

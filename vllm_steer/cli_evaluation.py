@@ -130,11 +130,11 @@ def _sweep(args: argparse.Namespace) -> None:
 
 def _card(args: argparse.Namespace) -> None:
     with _extras("offline,plots"):
-        from offline.card import write_card
+        from offline.card import diagnostics_of, write_card
     from offline.results import read_result
 
     sweep = read_result(args.sweep) if args.sweep else None
-    written = write_card(load_pack(args.pack), sweep)
+    written = write_card(load_pack(args.pack), sweep, diagnostics_of(args.pack))
     sys.stdout.write(f"{written}\n")
 
 

@@ -117,3 +117,12 @@ def test_ungraded_answers_stand_in_the_table() -> None:
     assert "0.75 [0.38, 0.75] (20), 2 ungraded" in text
     assert "failed on 2 answers" in text
     assert "- the reply does not end in a grade" in text
+
+
+def test_the_card_of_an_extracted_pack_shows_what_was_seen(
+    packs: list[SteeringPack], tmp_path: Path
+) -> None:
+    path = tmp_path / "pack"
+    shutil.copytree(packs[0].path, path)
+    assert main(["card", str(path)]) == 0
+    assert pictures(path / "README.md") == {"attention", "enrichment", "cosines"}
