@@ -1,6 +1,8 @@
 """Attention-guided extraction of steering vectors: statements and concepts in, a steering pack out.
 
-``extract.extract_pack`` is the pipeline; the other modules are its stages, in order: ``prompts``,
-``capture``, ``labels``, ``estimators``. The method is that of arXiv 2602.00333; equations named in
-docstrings are that paper's.
+``extract.extract_pack`` is the pipeline; the other modules are its stages, in order: ``inputs``,
+``prompts``, ``capture`` (with ``batches`` and ``attention_rows``), ``enrichment``, ``labels``,
+``estimators`` (with ``rfm`` and ``linear``), ``learning`` for one concept, ``shards`` for many,
+``parts`` and ``figures`` on disk. The method is that of arXiv 2602.00333; equations named in docstrings
+are that paper's.
 """

@@ -1,16 +1,19 @@
 """One forward pass per prompt: block outputs and attention to the prefix at the candidate tokens.
 
-The model runs in Hugging Face's eager attention. Each block's attention matrix is reduced to
-``[batch, candidates]`` by a hook as soon as it exists, so that one matrix lives at a time, whatever
-the number of blocks. Block outputs are taken by hooks too: ``hidden_states[-1]`` of Hugging Face
-has passed the final norm, but steering adds before it.
+Each block's attention is reduced to the candidates' prefix sums by a hook as soon as it exists, and its
+output to the candidates' rows, so that the memory of a pass does not grow with the number of blocks.
+Block outputs are taken by hooks because ``hidden_states[-1]`` of Hugging Face has passed the final norm,
+but steering adds before it.
+
+Hugging Face's eager attention on whole prompts is the reference. Two shortcuts give the same numbers
+faster, and are taken where ``choose_path`` sees them do so on the model at hand.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,9 +23,37 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from offline.attention_rows import UnsupportedAttentionError, only_rows
+from offline.batches import Batch, make_batches, run_shared, shared_length
+from offline.enrichment import Enrichment, PermutationTest
 from offline.models import find_blocks
 from offline.prompts import RenderedPrompt
 from vllm_steer.errors import ExtractionError
+
+
+@dataclass(frozen=True)
+class CapturePath:
+    """How forward passes are computed; the results are the same up to rounding.
+
+    Attributes:
+        rows: Whether attention is computed by a fused kernel, and its weights for the candidates alone.
+        share: Whether the tokens that all prompts begin with run once.
+    """
+
+    rows: bool
+    share: bool
+
+
+REFERENCE = CapturePath(rows=False, share=False)
+# From the fastest to the reference.
+PATHS = (
+    CapturePath(rows=True, share=True),
+    CapturePath(rows=False, share=True),
+    CapturePath(rows=True, share=False),
+    REFERENCE,
+)
+# Largest difference from the reference, relative to the largest value, that is rounding.
+_ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,52 +67,75 @@ class Captured:
             block's before the final norm.
         residual_norms: ``[blocks]``, float64; mean Euclidean norm of the block output over every
             token of every prompt.
+        enrichment: The permutation test's figures, where one was asked for.
     """
 
     attention: NDArray[np.float32]
     hidden: NDArray[np.float32]
     residual_norms: NDArray[np.float64]
+    enrichment: Enrichment | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class _Batch:
-    """Right-padded prompts, on the model's device.
-
-    Attributes:
-        token_ids: ``[batch, length]``, int64.
-        real: ``[batch, length]``, bool; False on padding.
-        prefix: ``[batch, length]``, float32; 1 on prefix tokens.
-        candidates: ``[batch, candidates]``, int64; positions of the last real tokens.
-    """
-
-    token_ids: Tensor
-    real: Tensor
-    prefix: Tensor
-    candidates: Tensor
-
-
-@dataclass(eq=False)
 class _Recorder:
-    """What the hooks write during one forward pass: one entry per block."""
+    """What the hooks reduce and keep of one call of ``capture``."""
 
-    batch: _Batch
-    attention: dict[int, Tensor] = field(default_factory=dict)
-    hidden: dict[int, Tensor] = field(default_factory=dict)
-    norm_sums: dict[int, Tensor] = field(default_factory=dict)
+    def __init__(
+        self, captured: Captured, path: CapturePath, permutations: PermutationTest | None
+    ) -> None:
+        self._captured, self._path, self._test = captured, path, permutations
+        self._norms: dict[int, float] = {}
+        self._seen: set[int] = set()
+
+    def begin(self, batch: Batch) -> None:
+        self._batch, self._prefix = batch, batch.prefix
+        self._rows = torch.arange(len(batch.token_ids), device=batch.token_ids.device)[:, None]
+        self._subsets = self._test.draw(batch) if self._test else None
+        self._seen.clear()
 
     def see_attention(self, block: int, weights: Tensor) -> None:
-        """Reduces weights ``[batch, heads, length, length]`` to the candidates' prefix sums."""
-        rows = torch.arange(len(weights), device=weights.device)[:, None]
-        chosen = weights[rows, :, self.batch.candidates].float()
-        to_prefix = (chosen * self.batch.prefix[:, None, None, :]).sum(dim=-1)
-        self.attention[block] = to_prefix.mean(dim=-1)
+        """Reduces weights ``[batch, heads, queries or N, keys]`` to the candidates' prefix sums."""
+        batch = self._batch
+        if not self._path.rows:
+            weights = weights[self._rows, :, batch.candidates].transpose(1, 2)
+        weights = weights.float()
+        to_prefix = (weights * self._prefix[:, None, None, :]).sum(dim=-1)
+        mean = to_prefix.mean(dim=1).cpu().numpy()
+        self._captured.attention[list(batch.indices), block] = mean
+        if self._test and self._subsets is not None:
+            self._test.see(block, weights, to_prefix, self._subsets)
+        self._seen.add(block)
 
     def see_output(self, block: int, output: Tensor) -> None:
         """Keeps the candidates of a block output ``[batch, length, hidden_size]``."""
-        rows = torch.arange(len(output), device=output.device)[:, None]
-        self.hidden[block] = output[rows, self.batch.candidates].float()
+        batch = self._batch
+        chosen = output[self._rows, batch.candidates].float().cpu().numpy()
+        self._captured.hidden[list(batch.indices), block] = chosen
         norms = torch.linalg.vector_norm(output.float(), dim=-1)
-        self.norm_sums[block] = norms[self.batch.real].sum(dtype=torch.float64)
+        self._add_norms(block, float(norms[batch.real].sum(dtype=torch.float64)))
+
+    def see_final(self, output: Tensor) -> None:
+        """Keeps the candidates of the final norm's output in place of the last block's."""
+        chosen = output[self._rows, self._batch.candidates].float().cpu().numpy()
+        self._captured.hidden[list(self._batch.indices), -1] = chosen
+
+    def see_shared(self, block: int, output: Tensor, prompts: int) -> None:
+        """Counts the shared tokens' norms, ``[1, shared, hidden_size]``, once for every prompt."""
+        norms = torch.linalg.vector_norm(output.float(), dim=-1)
+        self._add_norms(block, prompts * float(norms.sum(dtype=torch.float64)))
+
+    def finish(self, blocks: int) -> None:
+        missing = sorted(set(range(blocks)) - self._seen)
+        if missing:
+            raise ExtractionError(
+                f"blocks {missing} gave no attention weights; load the model with "
+                f"attn_implementation='eager' (blocks without attention cannot be used)"
+            )
+
+    def norm_sums(self, blocks: int) -> NDArray[np.float64]:
+        return np.array([self._norms[block] for block in range(blocks)])
+
+    def _add_norms(self, block: int, value: float) -> None:
+        self._norms[block] = self._norms.get(block, 0.0) + value
 
 
 def capture(
@@ -90,6 +144,9 @@ def capture(
     *,
     candidates: int,
     batch_size: int,
+    path: CapturePath = REFERENCE,
+    permutations: PermutationTest | None = None,
+    final_norm: bool = False,
     progress: str | None = None,
 ) -> Captured:
     """Runs every prompt once and keeps what the method needs of it.
@@ -102,108 +159,135 @@ def capture(
         prompts: Rendered prompts; at least one, each of at least ``candidates`` tokens.
         candidates: Number of last tokens to keep, N.
         batch_size: Prompts per forward pass.
+        path: How to compute; see ``choose_path``.
+        permutations: Collects the enrichment test of prefixed prompts; None for no test.
+        final_norm: Whether the last block's state is taken after the final norm.
         progress: Text beside the progress bar; None for no bar.
 
     Raises:
         ExtractionError: The model's blocks or attention weights cannot be found, or a block output
             is not finite.
+        UnsupportedAttentionError: The path takes rows, and the model's attention has none.
     """
     config = model.config.get_text_config()
     blocks = find_blocks(model, config.num_hidden_layers)
     shape = (len(prompts), len(blocks), candidates)
-    attention = np.zeros(shape, dtype=np.float32)
-    hidden = np.zeros((*shape, config.hidden_size), dtype=np.float32)
-    norm_sums = np.zeros(len(blocks))
+    captured = Captured(
+        attention=np.zeros(shape, dtype=np.float32),
+        hidden=np.zeros((*shape, config.hidden_size), dtype=np.float32),
+        residual_norms=np.zeros(len(blocks)),
+    )
+    recorder = _Recorder(captured, path, permutations)
+    common = shared_length(prompts, candidates)
+    shared = common if path.share else 0
     model.train(False)
-    by_length = np.argsort([len(prompt.token_ids) for prompt in prompts], kind="stable")
-    with tqdm(
-        total=len(prompts), desc=progress, unit="prompt", disable=progress is None, leave=False
-    ) as bar:
-        for start in range(0, len(prompts), batch_size):
-            chosen = by_length[start : start + batch_size]
-            batch = _pad([prompts[index] for index in chosen], candidates, model.device)
-            recorder = _run(model, blocks, batch)
-            attention[chosen] = _stack(recorder.attention)
-            hidden[chosen] = _stack(recorder.hidden)
-            norm_sums += [float(recorder.norm_sums[block]) for block in range(len(blocks))]
-            bar.update(len(chosen))
-    _check_finite(hidden)
+    with (
+        torch.inference_mode(),
+        tqdm(
+            total=len(prompts), desc=progress, unit="prompt", disable=progress is None, leave=False
+        ) as bar,
+    ):
+        cache = None
+        if shared:
+            with _hooked(blocks, lambda at, out: recorder.see_shared(at, out, len(prompts)), None):
+                cache = run_shared(model, prompts[0].token_ids[:shared])
+        for batch in make_batches(prompts, candidates, batch_size, shared, model.device):
+            recorder.begin(batch)
+            rows = only_rows(model, batch.candidates, shared) if path.rows else nullcontext()
+            with rows, _hooked(blocks, recorder.see_output, recorder.see_attention):
+                # The backbone alone: logits over the vocabulary would be computed for nothing.
+                output = model.base_model(
+                    input_ids=batch.token_ids,
+                    attention_mask=batch.attention_mask,
+                    past_key_values=cache,
+                    use_cache=cache is not None,
+                )
+            recorder.finish(len(blocks))
+            if final_norm:
+                recorder.see_final(output.last_hidden_state)
+            bar.update(len(batch.indices))
+    _check_finite(captured.hidden)
     tokens = sum(len(prompt.token_ids) for prompt in prompts)
-    return Captured(attention, hidden, norm_sums / tokens)
+    captured.residual_norms[:] = recorder.norm_sums(len(blocks)) / tokens
+    return Captured(
+        captured.attention,
+        captured.hidden,
+        captured.residual_norms,
+        permutations.result() if permutations else None,
+    )
 
 
-def _pad(prompts: Sequence[RenderedPrompt], candidates: int, device: torch.device) -> _Batch:
-    lengths = torch.tensor([len(prompt.token_ids) for prompt in prompts])
-    if int(lengths.min()) < candidates:
-        raise ExtractionError(
-            f"a prompt has {int(lengths.min())} tokens, fewer than the {candidates} candidates"
-        )
-    shape = (len(prompts), int(lengths.max()))
-    token_ids = torch.zeros(shape, dtype=torch.int64)
-    prefix = torch.zeros(shape)
-    for row, prompt in enumerate(prompts):
-        token_ids[row, : len(prompt.token_ids)] = torch.tensor(prompt.token_ids)
-        prefix[row, slice(*prompt.prefix_span)] = 1.0
-    real = torch.arange(shape[1]) < lengths[:, None]
-    last = lengths[:, None] + torch.arange(-candidates, 0)
-    return _Batch(token_ids.to(device), real.to(device), prefix.to(device), last.to(device))
+def choose_path(
+    model: PreTrainedModel, prompts: Sequence[RenderedPrompt], candidates: int
+) -> CapturePath:
+    """Returns the fastest path that gives the reference's numbers for this model.
+
+    Args:
+        model: The model.
+        prompts: A few prompts like those to come, of different lengths and with a prefix.
+        candidates: Number of last tokens to keep, N.
+    """
+    size = len(prompts)
+    expected = capture(model, prompts, candidates=candidates, batch_size=size)
+    for path in PATHS[:-1]:
+        try:
+            found = capture(model, prompts, candidates=candidates, batch_size=size, path=path)
+        # Families fail in their own ways at what they do not support.
+        except (UnsupportedAttentionError, ExtractionError, AttributeError, KeyError,
+                NotImplementedError, RuntimeError, TypeError, ValueError):  # fmt: skip
+            continue
+        if _equal(found, expected, _ROUNDING[model.dtype]):
+            return path
+    return REFERENCE
 
 
-def _run(model: PreTrainedModel, blocks: nn.ModuleList, batch: _Batch) -> _Recorder:
-    recorder = _Recorder(batch)
-    # The backbone alone: logits over the vocabulary would be computed for nothing.
-    with torch.inference_mode(), _hooked(blocks, recorder):
-        model.base_model(
-            input_ids=batch.token_ids, attention_mask=batch.real.long(), use_cache=False
-        )
-    missing = [block for block in range(len(blocks)) if block not in recorder.attention]
-    if missing:
-        raise ExtractionError(
-            f"blocks {missing} gave no attention weights; load the model with "
-            f"attn_implementation='eager' (blocks without attention cannot be used)"
-        )
-    return recorder
+def _equal(found: Captured, expected: Captured, rounding: float) -> bool:
+    pairs = [(found.attention, expected.attention)]
+    # Block by block: the last blocks' states are larger than the first ones'.
+    pairs += [
+        (found.hidden[:, block], expected.hidden[:, block])
+        for block in range(expected.hidden.shape[1])
+    ]
+    return all(
+        np.isfinite(ours).all() and np.abs(ours - theirs).max() <= rounding * np.abs(theirs).max()
+        for ours, theirs in pairs
+    )
 
 
 @contextmanager
-def _hooked(blocks: nn.ModuleList, recorder: _Recorder) -> Iterator[None]:
+def _hooked(blocks: nn.ModuleList, see_output: Any, see_attention: Any | None) -> Iterator[None]:
     """Registers the hooks of every block and takes them off again."""
     handles = []
     try:
         for index, block in enumerate(blocks):
-            handles.append(block.register_forward_hook(_output_hook(index, recorder)))
-            handles += [
-                child.register_forward_hook(_attention_hook(index, recorder))
-                for child in block.children()
-            ]
+            handles.append(block.register_forward_hook(_output_hook(index, see_output)))
+            if see_attention is not None:
+                handles += [
+                    child.register_forward_hook(_attention_hook(index, see_attention))
+                    for child in block.children()
+                ]
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _output_hook(block: int, recorder: _Recorder) -> Any:
+def _output_hook(block: int, see: Any) -> Any:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        recorder.see_output(block, output[0] if isinstance(output, tuple) else output)
+        see(block, output[0] if isinstance(output, tuple) else output)
 
     return hook
 
 
-def _attention_hook(block: int, recorder: _Recorder) -> Any:
-    length = recorder.batch.token_ids.shape[1]
-
+def _attention_hook(block: int, see: Any) -> Any:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        # Eager attention modules return (output, weights); no other child of a block does.
+        # Attention modules return (output, weights); no other child of a block returns 4 dimensions.
         if isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor):
             weights = output[1]
-            if weights.dim() == 4 and weights.shape[-2:] == (length, length):
-                recorder.see_attention(block, weights)
+            if weights.dim() == 4:
+                see(block, weights)
 
     return hook
-
-
-def _stack(by_block: dict[int, Tensor]) -> NDArray[np.float32]:
-    return torch.stack([by_block[block] for block in range(len(by_block))], dim=1).cpu().numpy()
 
 
 def _check_finite(hidden: NDArray[np.float32]) -> None:

@@ -1,149 +1,43 @@
 """The pipeline: a model, concepts and statements in, a steering pack out.
 
-Prefixed prompts run once per concept; unprefixed prompts run once and are shared by all concepts.
-One pass keeps attention and hidden states of all candidate tokens, and the token of each block is
-chosen afterwards. The training positives are the prompts that tokens are chosen on, where the
-authors choose on another mixture of statements: no prompt is run for the choice alone.
+Finished concepts are kept on disk until the pack is written, so that an extraction that was killed
+goes on where it was; see ``offline.parts``. A concept that fails is reported and left out.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
-from typing import Any
 
 import numpy as np
-from joblib import Parallel, delayed, parallel_config
-from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from offline.capture import Captured, capture
-from offline.estimators import Direction, RfmOptions, Rows, fit_direction
-from offline.labels import choose_tokens, fixed_tokens, hard_labels, interleave, soft_labels
-from offline.models import load_model, model_identity
-from offline.prompts import RenderedPrompt, count_candidates, render_prompt
+from offline.figures import Figures, write_figures
+from offline.labels import fixed_tokens
+from offline.learning import Learned, Plan
+from offline.models import load_config, model_identity
+from offline.parts import Parts, library_versions
+from offline.prompts import count_candidates
 from offline.settings import ExtractionSettings
+from offline.shards import Shards, learn_all
 from vllm_steer.errors import ExtractionError, choices
 from vllm_steer.pack import (
     DirectionRecord,
     MethodRecord,
     PackName,
     SteeringPack,
+    load_pack,
     write_pack,
 )
 
-__all__ = ["ExtractionSettings", "extract_pack"]
+__all__ = ["ExtractionSettings", "Shards", "extract_pack"]
 
-_LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "xrfm")
+logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, eq=False)
-class _Extractor:
-    """A loaded model with the settings resolved for it."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    settings: ExtractionSettings
-    layers: list[int]
-    candidates: int
-
-    @classmethod
-    def load(
-        cls, model_path: str | os.PathLike[str], settings: ExtractionSettings, device: str | None
-    ) -> _Extractor:
-        model, tokenizer = load_model(model_path, settings.dtype, device)
-        blocks = model.config.get_text_config().num_hidden_layers
-        layers = sorted(set(range(1, blocks) if settings.layers is None else settings.layers))
-        if not layers or layers[-1] >= blocks:
-            raise ExtractionError(f"layers {layers} asked for; the model has 0 to {blocks - 1}")
-        candidates = settings.candidate_tokens or count_candidates(tokenizer)
-        if settings.token != "attention":
-            fixed_tokens(settings.token, blocks, candidates)
-        return cls(model, tokenizer, settings, layers, candidates)
-
-    def render(self, statements: Sequence[str], prefix: str = "") -> list[RenderedPrompt]:
-        return [render_prompt(self.tokenizer, statement, prefix) for statement in statements]
-
-    def run(self, prompts: Sequence[RenderedPrompt], name: str) -> Captured:
-        return capture(
-            self.model,
-            prompts,
-            candidates=self.candidates,
-            batch_size=self.settings.batch_size,
-            progress=name,
-        )
-
-    def tokens(self, captured: Captured) -> NDArray[np.int64]:
-        """Returns the token of every block, ``[blocks]``, from a concept's prefixed prompts."""
-        if self.settings.token == "attention":
-            return choose_tokens(captured.attention)
-        return fixed_tokens(self.settings.token, *captured.attention.shape[1:])
-
-    def rows(
-        self, concept: str, prefixed: Captured, unprefixed: Captured, tokens: NDArray[np.int64]
-    ) -> list[Rows]:
-        """Returns the rows of every layer, in training order."""
-        sides = (prefixed, unprefixed)
-        order, positive = interleave(len(prefixed.hidden), len(unprefixed.hidden))
-        soft = np.concatenate([soft_labels(side.attention, tokens) for side in sides])[order]
-        rows = []
-        for layer in self.layers:
-            hidden = np.concatenate([side.hidden[:, layer, tokens[layer]] for side in sides])[order]
-            labels = soft[:, layer] if self.settings.labels == "soft" else hard_labels(positive)
-            rows.append(Rows(f"concept {concept!r}, block {layer}", hidden, labels, positive))
-        return rows
-
-    def metrics(
-        self, prefixed: Captured, tokens: NDArray[np.int64], found: Sequence[Direction]
-    ) -> dict[str, Any]:
-        """Returns a direction's figures; each list has one entry per layer."""
-        attention = soft_labels(prefixed.attention, tokens)[:, self.layers]
-        keys = found[0].choice
-        return {
-            "token": tokens[self.layers].tolist(),
-            "attention_mean": attention.mean(axis=0).tolist(),
-            "attention_max": attention.max(axis=0).tolist(),
-            "validation_r": [direction.validation_r for direction in found],
-            **{key: [direction.choice[key] for direction in found] for key in keys},
-        }
-
-    def method(self, data_sha256: str) -> MethodRecord:
-        """Returns how the directions were learned."""
-        resolved = {"layers": self.layers, "candidate_tokens": self.candidates}
-        return MethodRecord(
-            name="attention_guided" if self.settings.token == "attention" else "fixed_token",
-            settings={
-                **self.settings.model_dump(mode="json", exclude={"seed"}),
-                **resolved,
-                "device": self.model.device.type,
-            },
-            libraries={library: version(library) for library in _LIBRARIES},
-            seed=self.settings.seed,
-            data_sha256=data_sha256,
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class _Learned:
-    """What a pack is written from.
-
-    Attributes:
-        vectors: Concept to ``[layers, hidden_size]``, float32.
-        metrics: Concept to figures.
-        residual_norms: Mean residual norm of every block.
-        data_sha256: Digest of the prompts, in the order they ran.
-    """
-
-    vectors: dict[str, NDArray[np.float32]]
-    metrics: dict[str, dict[str, Any]]
-    residual_norms: list[float]
-    data_sha256: str
+_HERE = Shards()
 
 
 def extract_pack(
@@ -158,11 +52,12 @@ def extract_pack(
     out_dir: str | os.PathLike[str],
     workers: int = 1,
     device: str | None = None,
+    shards: Shards = _HERE,
 ) -> SteeringPack:
     """Extracts one direction per concept and writes them as a steering pack.
 
-    Tokens are chosen on the training positives alone (selection restricted to the training
-    positives), a deviation from the authors, who choose on both statement sets.
+    The same call after a kill goes on with the concepts that were not finished. Figures of all blocks
+    and tokens are written beside the pack; see ``offline.figures``.
 
     Args:
         model_path: Checkpoint directory or Hugging Face model id.
@@ -176,68 +71,136 @@ def extract_pack(
         out_dir: Directory of the pack.
         workers: Processes that fit directions; the result does not depend on it.
         device: Device of the model; None for CUDA where there is one, else CPU.
+        shards: Where concepts are learned; the result does not depend on it.
 
     Returns:
         The pack, read back from disk.
 
     Raises:
-        ExtractionError: The arguments do not fit the model or each other, or a concept's fit
-            failed; the message names the concept and the block.
+        ExtractionError: The arguments do not fit the model or each other, or a concept failed; the
+            message names the concept and the block. A pack of the other concepts has been written
+            then, and the same call tries the failed ones again.
         PackError: The pack cannot be written.
     """
+    config, tokenizer = load_config(model_path)
+    text = config.get_text_config()
     positives = _taken(positive_statements, settings.positive_count, "positive")
     negatives = _taken(negative_statements, settings.negative_count, "negative")
-    extractor = _Extractor.load(model_path, settings, device)
+    if settings.paired:
+        positives = negatives = [*positives, *negatives]
+    layers = _layers(settings, text.num_hidden_layers)
     # Names and scales are checked before hours are spent on them.
-    records = _records(pack_name, concepts, extractor.layers, default_scales, safe_scales)
-    learned = _learn(extractor, concepts, positives, negatives, workers)
-    return write_pack(
+    records = _records(pack_name, concepts, layers, default_scales, safe_scales)
+    plan = Plan(
+        model_path=str(model_path),
+        settings=settings,
+        layers=tuple(layers),
+        candidates=settings.candidate_tokens or count_candidates(tokenizer),
+        positives=tuple(positives),
+        negatives=tuple(negatives),
+        probe=concepts[0][1],
+        device=device,
+        workers=workers,
+    )
+    if settings.token != "attention":
+        fixed_tokens(settings.token, text.num_hidden_layers, plan.candidates)
+    identity = model_identity(model_path, config, tokenizer)
+    parts = Parts(out_dir, plan, identity.model_dump())
+    learned, failures = _learn(plan, concepts, parts, shards)
+    if not learned:
+        raise ExtractionError(_failure_text(failures, len(concepts)))
+    pack = write_pack(
         out_dir,
         name=pack_name,
-        model=model_identity(model_path, extractor.model, extractor.tokenizer),
+        model=identity,
         directions=[
-            record.model_copy(update={"metrics": learned.metrics[record.name]})
+            record.model_copy(
+                update={
+                    "layers": learned[record.name].layers,
+                    "metrics": learned[record.name].metrics,
+                }
+            )
             for record in records
+            if record.name in learned
         ],
-        vectors=learned.vectors,
-        method=extractor.method(learned.data_sha256),
-        residual_norms=dict(enumerate(learned.residual_norms)),
+        vectors={name: concept.vectors for name, concept in learned.items()},
+        method=_method(plan, learned),
+        residual_norms=dict(enumerate(next(iter(learned.values())).residual_norms)),
     )
+    write_figures(pack.path, _figures(learned))
+    if failures:
+        raise ExtractionError(
+            f"{_failure_text(failures, len(concepts))}; {pack.path} holds the others, and the same "
+            f"command tries these again"
+        )
+    parts.remove(list(concepts))
+    return load_pack(pack.path)
 
 
 def _learn(
-    extractor: _Extractor,
-    concepts: Sequence[tuple[str, str]],
-    positives: Sequence[str],
-    negatives: Sequence[str],
-    workers: int,
-) -> _Learned:
-    """Runs every prompt, concept after concept, and fits the blocks of each side by side."""
-    settings, fit = extractor.settings, delayed(fit_direction)
-    options = RfmOptions(
-        ridge=settings.rfm_ridge,
-        center_gradients=settings.rfm_center_gradients,
-        iterations=settings.rfm_iterations,
-        bandwidths=settings.rfm_bandwidths,
+    plan: Plan, concepts: Sequence[tuple[str, str]], parts: Parts, shards: Shards
+) -> tuple[dict[str, Learned], dict[str, str]]:
+    """Returns what each concept gave, in the order of the concepts, and why the others failed."""
+    results: dict[str, Learned] = {}
+    failures: dict[str, str] = {}
+    for name, prefix in concepts:
+        if (part := parts.load(name, prefix)) is not None:
+            results[name] = part
+    left = [(name, prefix) for name, prefix in concepts if name not in results]
+    if results:
+        logger.info("%d of %d concepts were finished before", len(results), len(concepts))
+    with tqdm(
+        total=len(concepts), initial=len(results), desc="concepts", unit="concept"
+    ) as progress:
+        for index, result in learn_all(plan, left, shards):
+            name, prefix = left[index]
+            if isinstance(result, Learned):
+                parts.save(name, prefix, result)
+                results[name] = result
+            else:
+                logger.error("concept %r failed and is left out: %s", name, result)
+                failures[name] = result
+            progress.update()
+    return {name: results[name] for name, _ in concepts if name in results}, failures
+
+
+def _failure_text(failures: Mapping[str, str], total: int) -> str:
+    shown = "; ".join(failures[name] for name in list(failures)[:5])
+    return f"{len(failures)} of {total} concepts failed: {shown}"
+
+
+def _layers(settings: ExtractionSettings, blocks: int) -> list[int]:
+    layers = sorted(set(range(1, blocks) if settings.layers is None else settings.layers))
+    if not layers or layers[-1] >= blocks:
+        raise ExtractionError(f"layers {layers} asked for; the model has 0 to {blocks - 1}")
+    return layers
+
+
+def _method(plan: Plan, learned: Mapping[str, Learned]) -> MethodRecord:
+    """Returns how the directions were learned."""
+    settings = plan.settings
+    digest = hashlib.sha256()
+    for concept in learned.values():
+        digest.update(bytes.fromhex(concept.prompts_sha256))
+    resolved = {"layers": list(plan.layers), "candidate_tokens": plan.candidates}
+    device = next(iter(learned.values())).device
+    return MethodRecord(
+        name="attention_guided" if settings.token == "attention" else "fixed_token",
+        settings={
+            **settings.model_dump(mode="json", exclude={"seed"}),
+            **resolved,
+            "device": device,
+        },
+        libraries=library_versions(),
+        seed=settings.seed,
+        data_sha256=digest.hexdigest(),
     )
-    prompts = extractor.render(negatives)
-    digest = hashlib.sha256(_content(prompts))
-    unprefixed = extractor.run(prompts, "unprefixed prompts")
-    vectors, metrics = {}, {}
-    with parallel_config("loky", inner_max_num_threads=1), Parallel(n_jobs=workers) as parallel:
-        for name, prefix in tqdm(concepts, desc="concepts", unit="concept"):
-            prompts = extractor.render(positives, prefix)
-            digest.update(_content(prompts))
-            prefixed = extractor.run(prompts, name)
-            tokens = extractor.tokens(prefixed)
-            rows = extractor.rows(name, prefixed, unprefixed, tokens)
-            found = parallel(
-                fit(settings.estimator, block, settings.seed, options) for block in rows
-            )
-            vectors[name] = np.stack([direction.vector for direction in found])
-            metrics[name] = extractor.metrics(prefixed, tokens, found)
-    norms = unprefixed.residual_norms.tolist()
-    return _Learned(vectors, metrics, norms, digest.hexdigest())
+
+
+def _figures(learned: Mapping[str, Learned]) -> Figures:
+    keys = next(iter(learned.values())).figures
+    arrays = {key: np.stack([concept.figures[key] for concept in learned.values()]) for key in keys}
+    return Figures(list(learned), arrays)
 
 
 def _taken(statements: Sequence[str], count: int | None, side: str) -> list[str]:
@@ -288,8 +251,3 @@ def _scale(scales: Mapping[str, float] | float, name: str, kind: str) -> float:
     if name not in scales:
         raise ExtractionError(f"concept {name!r} has no {kind} scale; {choices(name, scales)}")
     return float(scales[name])
-
-
-def _content(prompts: Sequence[RenderedPrompt]) -> bytes:
-    """Returns the prompts in a form without ambiguous ends, for the data digest."""
-    return json.dumps([prompt.text for prompt in prompts]).encode()

@@ -6,7 +6,7 @@ head-mean attention of each candidate token to the prefix.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,17 +17,20 @@ Floats = NDArray[np.float32]
 _Float = TypeVar("_Float", bound=np.floating[Any])
 
 
-def choose_tokens(attention: Floats) -> NDArray[np.int64]:
+def choose_tokens(
+    attention: Floats, statistic: Literal["max", "mean"] = "max"
+) -> NDArray[np.int64]:
     """Returns the token of each block that attends most to the prefix (Eq. 3).
 
     Args:
         attention: ``[prompts, blocks, candidates]``, float32, of prefixed prompts only.
+        statistic: What is taken over prompts: the maximum, as in Eq. 3, or the mean.
 
     Returns:
-        ``[blocks]``, negative token indices in ``[-candidates, -1]``. The maximum is taken over
-        prompts, not the mean; the earlier token wins a tie.
+        ``[blocks]``, negative token indices in ``[-candidates, -1]``; the earlier token wins a tie.
     """
-    tokens: NDArray[np.int64] = attention.max(axis=0).argmax(axis=-1) - attention.shape[-1]
+    over_prompts = attention.max(axis=0) if statistic == "max" else attention.mean(axis=0)
+    tokens: NDArray[np.int64] = over_prompts.argmax(axis=-1) - attention.shape[-1]
     return tokens
 
 

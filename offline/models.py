@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -19,9 +21,26 @@ from vllm_steer.errors import ExtractionError
 from vllm_steer.pack import ModelIdentity
 
 
+def load_config(
+    model_path: str | os.PathLike[str],
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """Loads a model's configuration and tokenizer alone.
+
+    Raises:
+        ExtractionError: There is no such model, or it cannot be loaded.
+    """
+    try:
+        return (
+            AutoConfig.from_pretrained(model_path),
+            AutoTokenizer.from_pretrained(model_path),
+        )
+    except (OSError, ValueError) as error:
+        raise ExtractionError(f"cannot load a model from {str(model_path)!r}: {error}") from error
+
+
 def load_model(
     model_path: str | os.PathLike[str], dtype: str, device: str | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+) -> PreTrainedModel:
     """Loads a model in eager attention, the only one that hands out its attention weights.
 
     Args:
@@ -34,13 +53,12 @@ def load_model(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path)
         model = AutoModelForCausalLM.from_pretrained(
             model_path, dtype=getattr(torch, dtype), attn_implementation="eager"
         )
     except (OSError, ValueError) as error:
         raise ExtractionError(f"cannot load a model from {str(model_path)!r}: {error}") from error
-    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]  # untyped decorator
+    return model.to(device).eval()  # type: ignore[arg-type]  # untyped decorator
 
 
 def find_blocks(model: nn.Module, count: int) -> nn.ModuleList:
@@ -70,16 +88,16 @@ def find_blocks(model: nn.Module, count: int) -> nn.ModuleList:
 
 def model_identity(
     model_path: str | os.PathLike[str],
-    model: PreTrainedModel,
+    config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
 ) -> ModelIdentity:
     """Returns what a pack says of its model; of a local path only its last part."""
-    config, text = model.config, model.config.get_text_config()
+    text = config.get_text_config()
     template = tokenizer.chat_template
     local = Path(model_path)
     return ModelIdentity(
         name=local.resolve().name if local.exists() else str(model_path),
-        architecture=(config.architectures or [type(model).__name__])[0],
+        architecture=(config.architectures or [config.model_type])[0],
         model_type=config.model_type,
         hidden_size=text.hidden_size,
         num_layers=text.num_hidden_layers,

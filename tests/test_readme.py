@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.methods import matrix
 from offline.demo.server import Server
 from offline.demo.statements import statements
 from vllm_steer.pack import SteeringPack, load_pack
@@ -83,6 +85,23 @@ def test_extract_and_inspect(model: Path, tmp_path: Path) -> None:
     assert pack.manifest.method.name == "attention_guided"
     assert pack.manifest.method.settings["labels"] == "soft"
     assert pack.manifest.method.settings["estimator"] == "rfm"
+
+
+@pytest.mark.engine
+def test_sweep_and_card(model: Path, packs: list[SteeringPack], tmp_path: Path) -> None:
+    shutil.copytree(packs[0].path.parent, tmp_path / "packs")
+    engine = '{"enforce_eager": true, "max_model_len": 512, "kv_cache_memory_bytes": 268435456}'
+    command = block("bash", "vllm-steer sweep").replace("MODEL", str(model))
+    command = command.replace("--judge keywords", f"--judge keywords --engine '{engine}'")
+    shown = run(["bash", "-ec", command], tmp_path)
+    assert "| fears | 2 |" in shown
+    assert (tmp_path / "packs" / "fears" / "README.md").exists()
+    assert (tmp_path / "packs" / "fears" / "pictures" / "scales.png").exists()
+
+
+def test_the_tables_of_methods_are_those_of_the_results() -> None:
+    report = json.loads((ROOT / "benchmarks" / "results" / "methods.json").read_text())
+    assert matrix(report) in TEXT
 
 
 def test_the_files_that_the_readme_names_exist() -> None:

@@ -7,6 +7,7 @@ from vllm_steer.client import steer
 from vllm_steer.errors import (
     CompatibilityError,
     ConfigError,
+    EvaluationError,
     ExtractionError,
     PackError,
     RequestError,
@@ -21,6 +22,7 @@ __all__ = [
     "ConfigError",
     "DirectionChoice",
     "DirectionRecord",
+    "EvaluationError",
     "ExtractionError",
     "Manifest",
     "MethodRecord",

@@ -1,4 +1,4 @@
-"""The ``vllm-steer`` command: demo, extract, inspect."""
+"""The ``vllm-steer`` command: demo, extract, sweep, card, inspect."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vllm_steer.cli_evaluation import add_card, add_sweep
 from vllm_steer.config import plugin_version
 from vllm_steer.errors import ExtractionError, SteeringError
 from vllm_steer.pack import SteeringPack, load_pack
@@ -33,6 +34,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_extract(commands)
+    add_sweep(commands)
+    add_card(commands)
     inspect = commands.add_parser("inspect", help="verify a steering pack and show what it holds")
     inspect.add_argument("pack", type=Path, help="directory of the pack")
     inspect.add_argument("--json", action="store_true", help="print the manifest instead")
@@ -61,10 +64,23 @@ def _add_extract(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     extract.add_argument("--model", required=True, help="checkpoint directory or hub id")
     extract.add_argument("--name", required=True, help="name of the pack, as requests will give it")
     extract.add_argument("--out", type=Path, required=True, help="directory of the pack")
-    extract.add_argument(
-        "--concepts", type=Path, required=True, metavar="FILE", help="concepts, one per line"
+    source = extract.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--concepts",
+        type=Path,
+        metavar="FILE",
+        help="concepts, one per line; with --class or --prefix",
     )
-    kind = extract.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--prefixes", type=Path, metavar="FILE", help="lines of 'name: whole prefix'"
+    )
+    source.add_argument(
+        "--lists",
+        type=Path,
+        metavar="DIR",
+        help="a concept list for each class (fears.txt, ...), and statements_0.txt, statements_1.txt",
+    )
+    kind = extract.add_mutually_exclusive_group()
     kind.add_argument(
         "--class", dest="concept_class", help="fears, moods, experts, personas, places"
     )
@@ -72,53 +88,60 @@ def _add_extract(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     extract.add_argument(
         "--positive",
         type=Path,
-        required=True,
         metavar="FILE",
-        help="statements asked with the prefix, one per line",
+        help="statements asked with the prefix (default: those of --lists, or the project's own)",
     )
     extract.add_argument(
-        "--negative",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="statements asked without it, one per line",
+        "--negative", type=Path, metavar="FILE", help="statements asked without it (likewise)"
     )
     extract.add_argument("--scale", type=float, required=True, help="default scale (ε) of requests")
     extract.add_argument(
         "--safe-scale", type=float, help="largest fluent |scale| (default: that of --scale)"
     )
-    extract.add_argument("--estimator", choices=("rfm", "mean_difference"), default="rfm")
-    extract.add_argument("--labels", choices=("soft", "hard"), default="soft")
-    extract.add_argument(
-        "--rfm-ridge",
-        type=float,
-        default=1e-3,
-        help="ridge of the RFM (default: the authors' 1e-3)",
-    )
-    extract.add_argument(
-        "--rfm-uncentered",
-        action="store_true",
-        help="leave the RFM's gradients uncentred, for prompts that lie far apart",
-    )
-    extract.add_argument(
-        "--rfm-iterations",
-        type=int,
-        default=9,
-        help="iterations of the RFM of which the best is taken (default: 9)",
-    )
-    extract.add_argument(
-        "--rfm-bandwidths",
-        type=float,
-        nargs="+",
-        metavar="L",
-        default=(1.0, 10.0, 100.0),
-        help="bandwidths of the RFM's kernel of which the best is taken (default: 1 10 100)",
-    )
-    extract.add_argument("--seed", type=int, default=0)
     extract.add_argument(
         "--workers", type=int, default=_cores(), help="processes that learn vectors"
     )
+    extract.add_argument("--device", help="device of the model (default: cuda where there is one)")
+    extract.add_argument(
+        "--shards", type=int, default=0, metavar="N", help="Ray workers, each with the whole model"
+    )
+    extract.add_argument("--ray-address", help="a running Ray cluster (default: one started here)")
+    extract.add_argument("--gpus", type=float, help="GPUs of each shard")
+    _add_settings(extract)
     extract.set_defaults(run=_extract)
+
+
+def _add_settings(extract: argparse.ArgumentParser) -> None:
+    """Adds the settings that have a flag; those left out keep the file's value or the default."""
+    extract.add_argument(
+        "--settings", type=Path, metavar="FILE", help="JSON of any extraction settings"
+    )
+    group = extract.add_argument_group("settings", argument_default=argparse.SUPPRESS)
+    group.add_argument(
+        "--estimator", choices=("rfm", "ridge", "logistic", "pca", "mean_difference")
+    )
+    group.add_argument("--labels", choices=("soft", "hard"))
+    group.add_argument("--token", type=_token, help="attention, or a fixed one such as -1")
+    group.add_argument("--token-statistic", choices=("max", "mean"), help="over prompts")
+    group.add_argument("--block-choice", choices=("all", "top_k", "bottom_k", "threshold"))
+    group.add_argument("--block-count", type=int, metavar="K", help="of top_k and bottom_k")
+    group.add_argument("--block-threshold", type=float, metavar="E", help="of the enrichment score")
+    group.add_argument("--permutations", type=int, help="of the enrichment test; 0 for no test")
+    group.add_argument("--paired", action="store_true", help="ask every statement both ways")
+    group.add_argument("--compat", action="store_true", help="choose as the authors' code does")
+    group.add_argument("--batch-size", type=int)
+    group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    group.add_argument("--seed", type=int)
+    group.add_argument("--rfm-ridge", type=float, help="the authors': 1e-3")
+    group.add_argument(
+        "--rfm-uncentered",
+        dest="rfm_center_gradients",
+        action="store_false",
+        help="leave the RFM's gradients uncentred, for prompts that lie far apart",
+    )
+    group.add_argument("--rfm-iterations", type=int, help="the best is taken of so many")
+    group.add_argument("--rfm-bandwidths", type=float, nargs="+", metavar="L", help="likewise")
+    group.set_defaults(setting_names=tuple(action.dest for action in group._group_actions))
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -129,42 +152,40 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _extract(args: argparse.Namespace) -> None:
-    from offline.extract import extract_pack
-    from offline.prompts import prefix_for
-    from offline.settings import ExtractionSettings
+    from offline import inputs
+    from offline.extract import Shards, extract_pack
 
-    if args.prefix is not None and "{concept}" not in args.prefix:
-        raise ExtractionError("--prefix must hold {concept}, such as 'Speak like {concept}.'")
-    concepts = [
-        (
-            concept,
-            prefix_for(args.concept_class, concept)
-            if args.prefix is None
-            else args.prefix.replace("{concept}", concept),
-        )
-        for concept in _lines(args.concepts)
-    ]
+    if args.prefixes is not None:
+        concepts = inputs.whole_prefixes(args.prefixes)
+    elif args.lists is not None:
+        concepts = inputs.listed_concepts(args.lists)
+    elif args.prefix is not None:
+        concepts = inputs.template_concepts(args.concepts, args.prefix)
+    elif args.concept_class is not None:
+        concepts = inputs.class_concepts(args.concepts, args.concept_class)
+    else:
+        raise ExtractionError("--concepts needs --class, or --prefix with {concept} in it")
+    given = {name: getattr(args, name) for name in args.setting_names if hasattr(args, name)}
+    positives, negatives = inputs.statement_sides(args.positive, args.negative, args.lists)
     pack = extract_pack(
         args.model,
         args.name,
         concepts,
-        _lines(args.positive),
-        _lines(args.negative),
-        ExtractionSettings(
-            estimator=args.estimator,
-            labels=args.labels,
-            seed=args.seed,
-            rfm_ridge=args.rfm_ridge,
-            rfm_center_gradients=not args.rfm_uncentered,
-            rfm_iterations=args.rfm_iterations,
-            rfm_bandwidths=tuple(args.rfm_bandwidths),
-        ),
+        positives,
+        negatives,
+        inputs.read_settings(args.settings, given),
         args.scale,
         abs(args.scale) if args.safe_scale is None else args.safe_scale,
         args.out,
         workers=args.workers,
+        device=args.device,
+        shards=Shards(args.shards, args.ray_address, args.gpus),
     )
     sys.stdout.write(_summary(pack))
+
+
+def _token(text: str) -> str | int:
+    return text if text == "attention" else int(text)
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -194,15 +215,6 @@ def _summary(pack: SteeringPack) -> str:
             f"{pack.digests[name][:12]}  {', '.join(map(str, record.layers))}"
         )
     return "\n".join(lines) + "\n"
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        return [
-            line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()
-        ]
-    except OSError as error:
-        raise ExtractionError(f"cannot read {file}: {error.strerror}") from error
 
 
 def _cores() -> int:

@@ -9,7 +9,8 @@
     │   └── NotAllowedError
     ├── ConfigError          the engine was asked to start with an unusable steering configuration
     ├── CompatibilityError   this vLLM, model or engine feature cannot be steered correctly
-    └── ExtractionError      a steering vector could not be learned
+    ├── ExtractionError      a steering vector could not be learned
+    └── EvaluationError      steered answers could not be generated, judged or reported
 
 Importing this module imports neither torch nor vllm.
 """
@@ -74,6 +75,10 @@ class CompatibilityError(SteeringError, RuntimeError):
 
 class ExtractionError(SteeringError):
     """A steering vector could not be learned from the data given."""
+
+
+class EvaluationError(SteeringError):
+    """Steered answers could not be generated, judged or reported as asked."""
 
 
 def choices(wanted: str, available: Iterable[str], limit: int = 8) -> str:

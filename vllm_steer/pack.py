@@ -49,6 +49,7 @@ __all__ = [
     "SteeringPack",
     "direction_digest",
     "load_pack",
+    "replace_file",
     "write_pack",
 ]
 
@@ -153,8 +154,8 @@ def write_pack(
         raise PackError(f"pack {name!r} cannot be written: {explain_faults(error)}") from error
     _checked_vectors(root, manifest, data)
     root.mkdir(parents=True, exist_ok=True)
-    _replace(root / VECTORS_FILE, data)
-    _replace(root / MANIFEST_FILE, (manifest.model_dump_json(indent=2) + "\n").encode())
+    replace_file(root / VECTORS_FILE, data)
+    replace_file(root / MANIFEST_FILE, (manifest.model_dump_json(indent=2) + "\n").encode())
     return load_pack(root)
 
 
@@ -235,7 +236,8 @@ def _read(file: Path, limit: int) -> bytes:
     return data
 
 
-def _replace(file: Path, data: bytes) -> None:
+def replace_file(file: Path, data: bytes) -> None:
+    """Writes a file atomically: at any moment its whole old or its whole new content is there."""
     with tempfile.NamedTemporaryFile(
         dir=file.parent, prefix=f".{file.name}.", delete=False
     ) as stream:

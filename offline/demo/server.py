@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,12 +55,34 @@ def serve(model: Path, packs: Sequence[Path], log: Path, *extra: str) -> Iterato
     Raises:
         RuntimeError: The server ended or did not answer in time; the message holds its last words.
     """
-    port = _free_port()
+    port = free_port()
     command = [*serve_command(model, packs, port), *extra]
+    with running(command, port, log) as server:
+        yield server
+
+
+@contextmanager
+def running(
+    command: Sequence[str], port: int, log: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[Server]:
+    """Runs a ``vllm serve`` command until the block ends.
+
+    Args:
+        command: The command, with ``vllm`` for the executable beside this Python.
+        port: The port that it names.
+        log: File for what the server prints.
+        environment: Environment variables beside this process's.
+
+    Raises:
+        RuntimeError: The server ended or did not answer in time; the message holds its last words.
+    """
     executable = str(Path(sys.executable).with_name(command[0]))
     with log.open("w") as stream:
         process = subprocess.Popen(
-            [executable, *command[1:]], stdout=stream, stderr=subprocess.STDOUT
+            [executable, *command[1:]],
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env=os.environ | dict(environment or {}),
         )
         try:
             _wait(process, f"http://127.0.0.1:{port}/health", log)
@@ -101,7 +124,8 @@ def _tail(log: Path, lines: int = 15) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Returns a port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

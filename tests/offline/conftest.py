@@ -30,6 +30,7 @@ SPECIAL = {
     "chatml": ["<|im_start|>", "<|im_end|>"],
     "gemma": ["<bos>", "<start_of_turn>", "<end_of_turn>"],
     "mistral": ["<s>", "[INST]", "[/INST]"],
+    "sentencepiece": ["<s>", "</s>"],
 }
 TEMPLATES = {
     "llama3": (
@@ -52,6 +53,10 @@ TEMPLATES = {
     "mistral": (
         "{{ '<s>' }}{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST]' }}{% endfor %}"
     ),
+    "sentencepiece": (
+        "{% for m in messages %}{{ '<s>' + m.role + ': ' + m.content + '</s>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<s>assistant:' }}{% endif %}"
+    ),
 }
 # What the tokenizers learn their merges from; "What" and role names must become one token each.
 TEXT = [
@@ -71,9 +76,12 @@ def _one_thread() -> Iterator[None]:
 
 def _build_tokenizer(family: str) -> PreTrainedTokenizerFast:
     special = [AddedToken(token, special=True, normalized=False) for token in SPECIAL[family]]
-    if family in ("gemma", "mistral"):  # SentencePiece: spaces become part of the text
+    if family in ("gemma", "mistral", "sentencepiece"):  # spaces become part of the text
         core = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
-        core.normalizer = normalizers.Replace(" ", "▁")
+        spaces: list[normalizers.Normalizer] = [normalizers.Replace(" ", "▁")]
+        if family == "sentencepiece":  # the dummy space before each piece of text
+            spaces.insert(0, normalizers.Prepend("▁"))
+        core.normalizer = normalizers.Sequence(spaces)
         core.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
         core.decoder = decoders.Replace("▁", " ")
         alphabet = sorted(
@@ -99,7 +107,7 @@ def _build_tokenizer(family: str) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def make_tokenizer() -> Callable[[str], PreTrainedTokenizerFast]:
-    """Tokenizer of a family: llama3, chatml, gemma or mistral."""
+    """Tokenizer of a family: a key of ``TEMPLATES``."""
     built: dict[str, PreTrainedTokenizerFast] = {}
 
     def make(family: str) -> PreTrainedTokenizerFast:

@@ -10,12 +10,16 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
+    LlamaConfig,
     MixtralConfig,
+    Qwen3Config,
 )
 
-from offline.capture import capture
+from offline.capture import PATHS, REFERENCE, CapturePath, capture, choose_path
 from offline.models import find_blocks
 from offline.prompts import RenderedPrompt, render_prompt
 from vllm_steer.errors import ExtractionError
@@ -67,6 +71,85 @@ SMALL = {
     "initializer_range": 0.3,
     "pad_token_id": 0,
 }
+
+
+WINDOWED = {"sliding_window": 8, "num_key_value_heads": 2, "head_dim": 8}
+WHOLE, ROWS = CapturePath(rows=False, share=True), CapturePath(rows=True, share=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "fastest"),
+    [
+        (LlamaConfig(**SMALL, num_key_value_heads=2), ROWS),
+        (Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=8), ROWS),
+        (Gemma3TextConfig(**SMALL, **WINDOWED, layer_types=["sliding_attention", "full_attention",
+                                                            "sliding_attention"]), ROWS),
+        (MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=3), ROWS),
+        (GPTNeoXConfig(**SMALL), ROWS),
+        (GPT2Config(vocab_size=100, n_embd=32, n_layer=3, n_head=4), ROWS),
+        # Soft-capped weights and attention sinks are those of eager attention alone.
+        (Gemma2Config(**SMALL, **WINDOWED), WHOLE),
+        (GptOssConfig(**SMALL, **WINDOWED, num_local_experts=3, num_experts_per_tok=2), WHOLE),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)  # fmt: skip
+def test_shortcuts_equal_eager_attention_on_whole_prompts(config, fastest):
+    """Or are not taken: the model decides, and the probe finds out."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    rng = np.random.default_rng(0)
+    beginning = tuple(rng.integers(3, 100, 9).tolist())
+    prompts = [
+        RenderedPrompt("", beginning + tuple(rng.integers(3, 100, length).tolist()), (2, 6))
+        for length in (7, 12, 9, 14)
+    ]
+    alone = capture(model, prompts, candidates=CANDIDATES, batch_size=1, path=REFERENCE)
+    path = choose_path(model, prompts[:3], CANDIDATES)
+    assert path == fastest
+    taken = capture(model, prompts, candidates=CANDIDATES, batch_size=3, path=path)
+    assert model.config._attn_implementation == "eager"
+    np.testing.assert_allclose(taken.attention, alone.attention, atol=2e-6)
+    scale = np.abs(alone.hidden).max(axis=(0, 2, 3), keepdims=True)
+    np.testing.assert_allclose(taken.hidden / scale, alone.hidden / scale, atol=5e-6)
+    np.testing.assert_allclose(taken.residual_norms, alone.residual_norms, rtol=1e-5)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_every_path_gives_the_same_for_prompts_with_and_without_much_in_common(
+    tiny_model, chatml, prompts, path
+):
+    # Of the candidates themselves nothing may be taken as shared.
+    same = [render_prompt(chatml, "rain is good.", PREFIX)] * 3
+    for given in (prompts, same, prompts[:1]):
+        expected = capture(tiny_model, given, candidates=CANDIDATES, batch_size=1)
+        found = capture(tiny_model, given, candidates=CANDIDATES, batch_size=2, path=path)
+        np.testing.assert_allclose(found.attention, expected.attention, atol=1e-6)
+        scale = np.abs(expected.hidden).max()
+        np.testing.assert_allclose(found.hidden / scale, expected.hidden / scale, atol=2e-6)
+
+
+def test_a_shortcut_that_is_wrong_is_not_taken(tiny_llama, chatml, monkeypatch):
+    few = [render_prompt(chatml, text, PREFIX) for text in ("no.", "rain is good.")]
+    assert choose_path(tiny_llama, few, CANDIDATES) == ROWS
+    only = tiny_llama.model.layers[1].self_attn
+    monkeypatch.setattr(only, "scaling", only.scaling * 1.01)
+    monkeypatch.setattr("offline.attention_rows._UNSUPPORTED", ("scaling",))
+    assert choose_path(tiny_llama, few, CANDIDATES) == ROWS
+    monkeypatch.setattr("offline.attention_rows._UNSUPPORTED", ("dropout",))
+    assert choose_path(tiny_llama, few, CANDIDATES) == WHOLE
+    monkeypatch.setattr("offline.capture._ROUNDING", {torch.float32: -1.0})
+    assert choose_path(tiny_llama, few, CANDIDATES) == REFERENCE
+
+
+def test_the_final_norm_is_applied_where_asked_for(tiny_llama, prompts):
+    plain, normed = (
+        capture(tiny_llama, prompts, candidates=CANDIDATES, batch_size=2, final_norm=wanted).hidden
+        for wanted in (False, True)
+    )
+    np.testing.assert_array_equal(plain[:, :-1], normed[:, :-1])
+    with torch.inference_mode():
+        expected = tiny_llama.model.norm(torch.from_numpy(plain[:, -1]))
+    np.testing.assert_allclose(normed[:, -1], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -4,19 +4,22 @@ import numpy as np
 import pytest
 import torch
 
-from offline.estimators import (
-    AUTHORS,
-    Rows,
-    agop_matrices,
-    fit_direction,
-    pearson,
-    split_point,
-    top_eigenvector,
-)
+from offline.estimators import FitOptions, fit_direction
 from offline.labels import interleave, min_max
+from offline.rfm import (
+    AUTHORS,
+    RfmOptions,
+    agop_matrices,
+    gram_eigenvectors,
+    rfm,
+    top_eigenvector,
+    xrfm_eigenvectors,
+)
+from offline.rows import Rows, centred_unit_rows, pearson, split_point, unit_rows
 from vllm_steer.errors import ExtractionError
 
-ESTIMATORS = ["rfm", "mean_difference"]
+ESTIMATORS = ["rfm", "ridge", "pca", "mean_difference"]
+SOLVERS = ["xrfm", "gram"]
 
 
 def make_rows(pairs: int = 60, size: int = 16, signal: float = 3.0, seed: int = 0) -> Rows:
@@ -97,56 +100,106 @@ def test_matrices_equal_the_dense_definition(bandwidth):
         assert ours.argmax() % 13 == 0  # the largest entry of a Gram matrix is on its diagonal
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_rfm_equals_the_dense_definition(seed):
+def test_rfm_equals_the_dense_definition(seed, solver):
     rows = make_rows(pairs=40, size=12, signal=1.0, seed=seed)
-    found = fit_direction("rfm", rows, seed=0)
+    found = fit_direction("rfm", rows, FitOptions(rfm=RfmOptions(solver=solver)))
     vector, r = dense_rfm(rows)
     # The fit is in float32, this definition in float64.
     assert found.validation_r == pytest.approx(r, abs=2e-4)
     assert abs(found.vector @ vector) > 0.9999
 
 
+@pytest.mark.parametrize("center", [True, False])
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("bandwidth", AUTHORS.bandwidths)
+def test_gram_form_gives_the_eigenvectors_of_every_iteration(bandwidth, normalise, center):
+    """Where the gap to the second eigenvalue is wide enough to tell them apart."""
+    rows = make_rows(pairs=50, size=150, signal=1.0)
+    train = split_point(len(rows.labels))
+    states = centred_unit_rows(rows.hidden, train)
+    states = unit_rows(states) if normalise else states
+    labels = min_max(rows.labels.astype(np.float64))
+    options = RfmOptions(center_gradients=center)
+    given = (states, labels, train, bandwidth, options)
+    matrices = [matrix.numpy() for matrix in agop_matrices(*given)]
+    compared = 0
+    for vector, matrix in zip(gram_eigenvectors(*given, seed=0), matrices, strict=True):
+        second, first = np.linalg.eigvalsh(matrix)[-2:]
+        if second / first < 0.9:
+            compared += 1
+            assert abs(vector @ top_eigenvector(matrix, seed=0)) > 0.9999
+        assert vector @ matrix @ vector == pytest.approx(first, rel=2e-4)
+    assert compared >= 3
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_solvers_choose_the_same_direction(seed):
+    rows = make_rows(pairs=60, size=200, signal=1.5, seed=seed)
+    ours, theirs = (rfm(rows, seed=0, options=RfmOptions(solver=solver)) for solver in SOLVERS)
+    assert abs(ours.vector @ theirs.vector) > 0.9999
+    assert ours.validation_r == pytest.approx(theirs.validation_r, abs=5e-4)
+    assert ours.choice == theirs.choice
+
+
+def test_the_faster_solver_is_chosen_by_the_hidden_size(monkeypatch):
+    used = []
+    for name, function in (("gram", gram_eigenvectors), ("xrfm", xrfm_eigenvectors)):
+
+        def watched(*args, name=name, function=function):
+            used.append(name)
+            return function(*args)
+
+        monkeypatch.setattr(f"offline.rfm.{name}_eigenvectors", watched)
+    for size in (16, 600):
+        rfm(make_rows(pairs=20, size=size), seed=0, options=RfmOptions(bandwidths=(10.0,)))
+    assert used == ["xrfm"] * 2 + ["gram"] * 2
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_planted_direction_is_found(estimator):
-    found = fit_direction(estimator, make_rows(pairs=200, size=64), seed=0)
-    assert found.vector[0] > 0.9
+    found = fit_direction(estimator, make_rows(pairs=200, size=64))
+    assert found.vector[0] > (0.85 if estimator == "ridge" else 0.9)
     assert found.validation_r > 0.8
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_vectors_are_unit_and_point_towards_the_concept(estimator):
     rows = make_rows()
-    found = fit_direction(estimator, rows, seed=0)
+    found = fit_direction(estimator, rows)
     assert found.vector.dtype == np.float32
     assert np.linalg.norm(found.vector) == pytest.approx(1, abs=1e-5)
     assert pearson(rows.hidden @ found.vector, rows.labels) > 0
 
 
-@pytest.mark.parametrize(("estimator", "bound"), [("rfm", -0.85), ("mean_difference", -0.999999)])
+@pytest.mark.parametrize(
+    ("estimator", "bound"),
+    [("rfm", -0.85), ("ridge", -0.999999), ("pca", -0.999999), ("mean_difference", -0.999999)],
+)
 def test_flipped_labels_flip_the_vector(estimator, bound):
     rows = make_rows(signal=10.0)
     hard = rows.positive.astype(np.float32)
-    found = fit_direction(estimator, Rows("rows", rows.hidden, hard, rows.positive), seed=0)
-    flipped = fit_direction(estimator, Rows("rows", rows.hidden, 1 - hard, ~rows.positive), seed=0)
+    found = fit_direction(estimator, Rows("rows", rows.hidden, hard, rows.positive))
+    flipped = fit_direction(estimator, Rows("rows", rows.hidden, 1 - hard, ~rows.positive))
     # RFM has no intercept, so flipped labels are another regression of the same separation.
     assert found.vector @ flipped.vector < bound
 
 
 def test_sign_follows_these_labels_whatever_the_eigenvector_was(monkeypatch):
     rows = make_rows()
-    straight = fit_direction("rfm", rows, seed=0)
+    straight = fit_direction("rfm", rows)
     monkeypatch.setattr(
-        "offline.estimators.top_eigenvector", lambda matrix, seed: -top_eigenvector(matrix, seed)
+        "offline.rfm.top_eigenvector", lambda matrix, seed: -top_eigenvector(matrix, seed)
     )
-    np.testing.assert_array_equal(fit_direction("rfm", rows, seed=0).vector, straight.vector)
+    np.testing.assert_array_equal(fit_direction("rfm", rows).vector, straight.vector)
 
 
 def test_scale_and_offset_of_labels_do_not_matter_to_rfm():
     rows = make_rows()
     scaled = Rows("rows", rows.hidden, rows.labels * 7 + 3, rows.positive)
-    found = fit_direction("rfm", rows, seed=0)
-    assert fit_direction("rfm", scaled, seed=0).vector @ found.vector > 1 - 1e-5
+    found = fit_direction("rfm", rows)
+    assert fit_direction("rfm", scaled).vector @ found.vector > 1 - 1e-5
 
 
 def test_scale_of_a_row_does_not_matter_to_rfm_but_to_the_mean():
@@ -155,7 +208,7 @@ def test_scale_of_a_row_does_not_matter_to_rfm_but_to_the_mean():
     scaled = Rows("rows", rows.hidden * factor, rows.labels, rows.positive)
 
     def cosine(estimator: str) -> float:
-        found = [fit_direction(estimator, given, seed=0).vector for given in (rows, scaled)]
+        found = [fit_direction(estimator, given).vector for given in (rows, scaled)]
         return float(found[0] @ found[1])
 
     assert cosine("rfm") > 1 - 1e-5
@@ -166,8 +219,8 @@ def test_permuted_coordinates_permute_the_vector():
     rows = make_rows()
     order = np.random.default_rng(1).permutation(rows.hidden.shape[1])
     permuted = Rows("rows", rows.hidden[:, order], rows.labels, rows.positive)
-    found = fit_direction("rfm", rows, seed=0).vector
-    assert fit_direction("rfm", permuted, seed=0).vector @ found[order] > 1 - 1e-6
+    found = fit_direction("rfm", rows).vector
+    assert fit_direction("rfm", permuted).vector @ found[order] > 1 - 1e-6
 
 
 def test_order_of_training_rows_and_a_common_offset_do_not_matter_to_the_matrices():
@@ -186,7 +239,7 @@ def test_mean_difference_is_that_of_the_training_rows():
     train = split_point(len(rows.labels))
     hidden, positive = rows.hidden[:train], rows.positive[:train]
     expected = hidden[positive].mean(0) - hidden[~positive].mean(0)
-    found = fit_direction("mean_difference", rows, seed=0)
+    found = fit_direction("mean_difference", rows)
     np.testing.assert_allclose(found.vector, expected / np.linalg.norm(expected), atol=1e-6)
 
 
@@ -203,15 +256,64 @@ def test_top_eigenvector_is_that_of_the_whole_decomposition(size):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_fits_repeat_exactly_whatever_the_threads(estimator):
     rows = make_rows(pairs=100, size=48)
-    first = fit_direction(estimator, rows, seed=3)
+    first = fit_direction(estimator, rows, FitOptions(seed=3))
     torch.set_num_threads(2)
     try:
-        second = fit_direction(estimator, rows, seed=3)
+        second = fit_direction(estimator, rows, FitOptions(seed=3))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
     np.testing.assert_array_equal(first.vector, second.vector)
     assert (first.validation_r, first.choice) == (second.validation_r, second.choice)
+
+
+def test_ridge_is_the_primal_solution_of_the_best_strength():
+    rows = make_rows(pairs=40, size=150, signal=1.0)
+    train = split_point(len(rows.labels))
+    x, y = centred_unit_rows(rows.hidden, train), rows.labels.astype(np.float64)
+    y = y - y[:train].mean()
+    errors, solutions = [], []
+    for strength in (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0):
+        primal = np.linalg.solve(
+            x[:train].T @ x[:train] + strength * np.eye(150), x[:train].T @ y[:train]
+        )
+        solutions.append(primal / np.linalg.norm(primal))
+        errors.append(np.square(x[train:] @ primal - y[train:]).mean())
+    found = fit_direction("ridge", rows)
+    np.testing.assert_allclose(found.vector, solutions[int(np.argmin(errors))], atol=1e-4)
+
+
+def test_compat_leaves_rows_raw_and_has_no_intercept():
+    rows = make_rows(pairs=40, size=30)
+    train = split_point(len(rows.labels))
+    x, y = rows.hidden[:train].astype(np.float64), rows.labels[:train].astype(np.float64)
+    found = fit_direction("ridge", rows, FitOptions(compat=True))
+    primal = np.linalg.solve(x.T @ x + found.choice["ridge"] * np.eye(30), x.T @ y)
+    np.testing.assert_allclose(found.vector, primal / np.linalg.norm(primal), atol=1e-5)
+    assert found.vector @ fit_direction("ridge", rows).vector < 0.999
+
+
+@pytest.mark.parametrize("compat", [False, True])
+def test_logistic_separates_the_prompts_and_wants_hard_labels(compat):
+    rows = make_rows(pairs=100, size=30)
+    hard = Rows("rows", rows.hidden, rows.positive.astype(np.float32), rows.positive)
+    found = fit_direction("logistic", hard, FitOptions(compat=compat))
+    assert found.vector[0] > 0.8
+    assert found.choice["inverse_strength"] in (1000.0, 10.0, 1.0, 0.1)
+    assert np.linalg.norm(found.vector) == pytest.approx(1, abs=1e-5)
+    with pytest.raises(ExtractionError, match="rows: logistic regression needs hard labels"):
+        fit_direction("logistic", rows)
+
+
+def test_pca_is_the_uncentred_axis_of_paired_differences_whatever_their_signs():
+    rows = make_rows(pairs=40, size=20)
+    train = split_point(len(rows.labels))
+    hidden, positive = rows.hidden[:train].astype(np.float64), rows.positive[:train]
+    differences = hidden[positive] - hidden[~positive]
+    signs = np.random.default_rng(1).choice([-1, 1], len(differences))[:, None]
+    found = fit_direction("pca", rows).vector
+    for given in (differences, signs * differences):
+        assert abs(found @ np.linalg.svd(given)[2][0]) == pytest.approx(1, abs=1e-6)
 
 
 def test_rows_that_hold_no_direction_are_refused():
@@ -225,11 +327,9 @@ def test_rows_that_hold_no_direction_are_refused():
     }
     for message, given in cases.items():
         with pytest.raises(ExtractionError, match=f"^rows: .*{message}"):
-            fit_direction("mean_difference", given, seed=0)
+            fit_direction("mean_difference", given)
     with pytest.raises(ExtractionError, match="no RFM configuration"):
-        fit_direction(
-            "rfm", Rows("rows", np.ones_like(rows.hidden), rows.labels, rows.positive), seed=0
-        )
+        fit_direction("rfm", Rows("rows", np.ones_like(rows.hidden), rows.labels, rows.positive))
 
 
 def test_pearson_is_numpys():

@@ -19,6 +19,7 @@ def test_token_follows_the_maximum_over_prompts_not_the_mean():
     attention = np.array([[[0.1, 0.5, 0.0]], [[0.1, 0.5, 0.9]]], dtype=np.float32)
     assert attention.mean(axis=0).argmax() == 1
     assert choose_tokens(attention).tolist() == [-1]
+    assert choose_tokens(attention, "mean").tolist() == [-2]
 
 
 def test_earliest_token_wins_a_tie():

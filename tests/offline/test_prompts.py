@@ -14,7 +14,7 @@ from vllm_steer.errors import ExtractionError
 
 PREFIX = "Personify someone who is terrified of enclosed spaces."
 STATEMENT = "rain is good."
-FAMILIES = ["llama3", "chatml", "gemma", "mistral"]
+FAMILIES = ["llama3", "chatml", "gemma", "mistral", "sentencepiece"]
 
 
 def span_text(tokenizer, prompt) -> str:
@@ -23,7 +23,8 @@ def span_text(tokenizer, prompt) -> str:
 
 
 @pytest.mark.parametrize(
-    ("family", "count"), [("llama3", 5), ("chatml", 4), ("gemma", 4), ("mistral", 1)]
+    ("family", "count"),
+    [("llama3", 5), ("chatml", 4), ("gemma", 4), ("mistral", 1), ("sentencepiece", 4)],
 )
 def test_candidates_are_the_generation_prompt_and_one_token_before(make_tokenizer, family, count):
     tokenizer = make_tokenizer(family)
@@ -34,6 +35,7 @@ def test_candidates_are_the_generation_prompt_and_one_token_before(make_tokenize
         "chatml": "\n<|im_start|>assistant\n",
         "gemma": "\n<start_of_turn>model\n",
         "mistral": "[/INST]",
+        "sentencepiece": "</s><s> assistant:",
     }[family]
     assert tokenizer.decode(tail) == expected
 
@@ -46,7 +48,8 @@ def test_span_holds_the_prefix_and_its_separator_but_not_the_question(make_token
     assert span_text(tokenizer, prompt).strip() == PREFIX
     assert tokenizer.decode(prompt.token_ids[end:]).startswith((" What are", "What are"))
     before = tokenizer.decode(prompt.token_ids[:start])
-    assert before.strip() == prompt.text[: prompt.text.index(PREFIX)].strip()
+    # SentencePiece decodes the space that it puts before each piece of text too.
+    assert before.replace(" ", "") == prompt.text[: prompt.text.index(PREFIX)].replace(" ", "")
 
 
 def test_span_ends_with_the_lone_space_where_the_tokenizer_makes_one(make_tokenizer):

@@ -1,0 +1,122 @@
+"""The arms that every benchmark compares, and the work that all of them get.
+
+An arm is an engine and the steering of each request of a batch. Engines differ in what is
+installed; the arms of one engine differ in what requests ask for alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.models import PACK_NAME
+
+PLAIN = "plain"
+CONTROL = "control"
+PLUGIN = "plugin"
+DIRECTIONS = 8
+# Directions that one request of the distinct arm combines.
+COMBINED = 3
+STRONG = 50.0
+WORKLOADS = ("decode-heavy", "prefill-heavy")
+
+ExtraArgs = dict[str, Any] | None
+# Number of requests and a source of randomness to the extra arguments of each request.
+Steering = Callable[[int, random.Random], list[ExtraArgs]]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A batch of requests, all sent at once.
+
+    Attributes:
+        name: Name in reports.
+        requests: Number of requests; all run at the same time.
+        prompt: Tokens of each prompt.
+        answer: Tokens generated for each.
+    """
+
+    name: str
+    requests: int
+    prompt: int
+    answer: int
+
+    def prompts(self, vocabulary: int, rng: random.Random) -> list[list[int]]:
+        """New random prompts, so that no prefix cache has seen them."""
+        return [
+            [rng.randrange(3, vocabulary) for _ in range(self.prompt)] for _ in range(self.requests)
+        ]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to serve a workload.
+
+    Attributes:
+        name: Name in reports; of the ratios but for plain vLLM.
+        engine: Name of the engine.
+        steering: What the requests ask for.
+    """
+
+    name: str
+    engine: str
+    steering: Steering
+
+
+def unsteered(count: int, rng: random.Random) -> list[ExtraArgs]:
+    """No request is steered."""
+    return [None] * count
+
+
+def steered_one(count: int, rng: random.Random) -> list[ExtraArgs]:
+    """Every request by the same direction at all layers."""
+    return [_ask([(0, 1.0)])] * count
+
+
+def steered_half(count: int, rng: random.Random) -> list[ExtraArgs]:
+    """Every other request, by one of the directions."""
+    return [_ask([(index % DIRECTIONS, 1.0)]) if index % 2 else None for index in range(count)]
+
+
+def steered_distinct(count: int, rng: random.Random) -> list[ExtraArgs]:
+    """Every request by a combination of its own, at scales that no request had before.
+
+    So each row of the bank is summed and uploaded within the time that is measured.
+    """
+    return [
+        _ask([(d, rng.uniform(0.5, 1.5)) for d in rng.sample(range(DIRECTIONS), COMBINED)])
+        for _ in range(count)
+    ]
+
+
+def strongly_steered(count: int, rng: random.Random) -> list[ExtraArgs]:
+    """By a vector that no answer can ignore, to see that steering happens at all."""
+    return [_ask([(0, STRONG)])] * count
+
+
+PLUGIN_ARMS = (
+    Arm("idle", PLUGIN, unsteered),
+    Arm("steered_half", PLUGIN, steered_half),
+    Arm("steered_one", PLUGIN, steered_one),
+    Arm("steered_distinct", PLUGIN, steered_distinct),
+)
+
+
+def workloads(requests: int, scale: float = 1.0) -> tuple[Workload, Workload]:
+    """A decode-heavy and a prefill-heavy workload; the first is the main one.
+
+    Args:
+        requests: Requests of each.
+        scale: Factor of the tokens of each.
+    """
+    return (
+        Workload(WORKLOADS[0], requests, 16, max(2, round(128 * scale))),
+        Workload(WORKLOADS[1], requests, max(16, round(256 * scale)), 4),
+    )
+
+
+def _ask(terms: Sequence[tuple[int, float]]) -> dict[str, Any]:
+    directions = [{"name": f"{PACK_NAME}/d{d}", "scale": scale} for d, scale in terms]
+    return {"steering": {"directions": directions, "positions": "all"}}

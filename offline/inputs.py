@@ -1,0 +1,149 @@
+"""Concepts and statements from plain text files: one per line, blank lines and outer space ignored."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from offline.demo.statements import statements
+from offline.prompts import PREFIX_TEMPLATES, prefix_for
+from offline.settings import ExtractionSettings
+from vllm_steer.errors import ExtractionError
+
+Concepts = list[tuple[str, str]]
+
+# Files of a directory of concept lists, and the class whose prefix their concepts take.
+CLASS_FILES: Mapping[str, str] = {
+    **{f"{name}.txt": name for name in PREFIX_TEMPLATES},
+    "personalities.txt": "experts",
+}
+STATEMENT_FILES = ("statements_0.txt", "statements_1.txt")
+
+
+def read_lines(file: Path) -> list[str]:
+    """Returns the lines of a text file that hold anything, stripped.
+
+    Raises:
+        ExtractionError: The file cannot be read as UTF-8 text.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExtractionError(f"cannot read {file}: {error}") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def class_concepts(file: Path, concept_class: str) -> Concepts:
+    """Returns the concepts of a file, each with the prefix of its class."""
+    return [(concept, prefix_for(concept_class, concept)) for concept in read_lines(file)]
+
+
+def template_concepts(file: Path, template: str) -> Concepts:
+    """Returns the concepts of a file with a prefix template of one's own.
+
+    Args:
+        file: Concepts.
+        template: The prefix, ``{concept}`` in the concept's place.
+
+    Raises:
+        ExtractionError: The template has no place for the concept.
+    """
+    if "{concept}" not in template:
+        raise ExtractionError(
+            "--prefix must hold {concept}, such as 'Speak like {concept}.'; give whole prefixes by "
+            "--prefixes"
+        )
+    return [(concept, template.replace("{concept}", concept)) for concept in read_lines(file)]
+
+
+def whole_prefixes(file: Path) -> Concepts:
+    """Returns concepts that bring their whole prefix: lines of ``name: prefix``.
+
+    Raises:
+        ExtractionError: A line has no name or no prefix.
+    """
+    concepts = []
+    for line in read_lines(file):
+        name, _, prefix = line.partition(":")
+        if not name.strip() or not prefix.strip():
+            raise ExtractionError(f"{file}: a line must be 'name: whole prefix', not {line!r}")
+        concepts.append((name.strip(), prefix.strip()))
+    return concepts
+
+
+def listed_concepts(directory: Path) -> Concepts:
+    """Returns the concepts of a directory with one list for each class, sorted within each.
+
+    A concept that stands in several classes is named ``concept (class)``.
+
+    Args:
+        directory: Holds any of ``fears.txt``, ``moods.txt``, ``experts.txt`` or
+            ``personalities.txt``, ``personas.txt`` and ``places.txt``.
+
+    Raises:
+        ExtractionError: There is no such list in it.
+    """
+    found = [
+        (concept, concept_class)
+        for file, concept_class in CLASS_FILES.items()
+        if (directory / file).is_file()
+        for concept in sorted(set(read_lines(directory / file)))
+    ]
+    if not found:
+        raise ExtractionError(
+            f"no concept lists in {directory}; it must hold one of {', '.join(CLASS_FILES)}"
+        )
+    times = Counter(concept for concept, _ in found)
+    return [
+        (
+            concept if times[concept] == 1 else f"{concept} ({concept_class})",
+            prefix_for(concept_class, concept),
+        )
+        for concept, concept_class in found
+    ]
+
+
+def statement_sides(
+    positive: Path | None, negative: Path | None, directory: Path | None
+) -> tuple[list[str], list[str]]:
+    """Returns the statements of the prefixed and of the unprefixed prompts.
+
+    Args:
+        positive: File of the former; None for ``statements_0.txt`` of the directory, or, where that
+            is missing too, half of the project's own statements.
+        negative: Likewise, ``statements_1.txt`` and the other half.
+        directory: Directory of concept lists, if one was given.
+    """
+    own = [statement.text for statement in statements("extract")]
+    halves = own[: len(own) // 2], own[len(own) // 2 :]
+    sides = []
+    for given, file, half in zip((positive, negative), STATEMENT_FILES, halves, strict=True):
+        listed = directory / file if directory and (directory / file).is_file() else None
+        chosen = given or listed
+        sides.append(read_lines(chosen) if chosen else half)
+    return sides[0], sides[1]
+
+
+def read_settings(file: Path | None, given: Mapping[str, Any]) -> ExtractionSettings:
+    """Returns the settings of a JSON file, those given besides in their place.
+
+    Raises:
+        ExtractionError: A setting is unknown or has no such value; the message names it.
+    """
+    try:
+        base = ExtractionSettings()
+        if file is not None:
+            base = ExtractionSettings.model_validate_json(file.read_bytes())
+        return ExtractionSettings.model_validate({**base.model_dump(exclude_unset=True), **given})
+    except OSError as error:
+        raise ExtractionError(f"cannot read {file}: {error.strerror}") from error
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg']}"
+            for fault in error.errors()[:5]
+        )
+        raise ExtractionError(f"settings cannot be used: {faults}") from error

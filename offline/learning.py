@@ -1,0 +1,267 @@
+"""One concept: its prompts run once, tokens and blocks are chosen, and a direction is fitted per block.
+
+Prefixed prompts run once per concept; unprefixed prompts run once and are shared by all concepts. One
+pass keeps attention and hidden states of all candidate tokens, and the token of each block is chosen
+afterwards. The training positives are the prompts that tokens are chosen on, so that no prompt is run
+for the choice alone; under ``compat`` the authors' mixture of both sets of statements is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from joblib import Parallel, delayed
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from offline.capture import REFERENCE, Captured, CapturePath, capture, choose_path
+from offline.enrichment import PermutationTest, choose_blocks
+from offline.estimators import FitOptions, fit_direction
+from offline.labels import choose_tokens, fixed_tokens, hard_labels, interleave, soft_labels
+from offline.models import load_model
+from offline.prompts import RenderedPrompt, render_prompt
+from offline.rfm import RfmOptions
+from offline.rows import Direction, Rows
+from offline.settings import ExtractionSettings
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is extracted, resolved for a model; enough for any process to learn any concept.
+
+    Attributes:
+        model_path: Checkpoint directory or Hugging Face model id.
+        settings: How to extract.
+        layers: Blocks to learn directions for, or to choose among, ascending.
+        candidates: Number of candidate tokens, N.
+        positives: Statements of the prefixed prompts.
+        negatives: Statements of the unprefixed prompts.
+        probe: A prefix like those to come, to try the model with.
+        device: Device of the model; None for CUDA where there is one, else CPU.
+        workers: Processes that fit directions.
+    """
+
+    model_path: str
+    settings: ExtractionSettings
+    layers: tuple[int, ...]
+    candidates: int
+    positives: tuple[str, ...]
+    negatives: tuple[str, ...]
+    probe: str
+    device: str | None
+    workers: int
+
+
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """What one concept gave.
+
+    Attributes:
+        layers: Blocks that have a direction, ascending.
+        vectors: ``[layers, hidden_size]``, float32, unit rows.
+        metrics: Figures for the manifest; each list has one entry per layer.
+        figures: Figures of every block and candidate token, ``[blocks, candidates]``, float32:
+            ``attention_mean`` and ``attention_max`` over prompts, and where the enrichment was tested
+            ``enrichment``, ``enrichment_p``, ``enrichment_q`` and ``enriched_heads``.
+        residual_norms: Mean residual norm of every block on the unprefixed prompts.
+        prompts_sha256: Digest of the unprefixed and the concept's own prompts.
+        device: Type of the device that the model ran on.
+    """
+
+    layers: list[int]
+    vectors: Floats
+    metrics: dict[str, Any]
+    figures: dict[str, Floats]
+    residual_norms: list[float]
+    prompts_sha256: str
+    device: str
+
+
+class ConceptLearner:
+    """A loaded model with the unprefixed prompts' states."""
+
+    def __init__(self, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Loads the model and runs the unprefixed prompts.
+
+        Args:
+            plan: What to extract.
+            tokenizer: The model's tokenizer.
+
+        Raises:
+            ExtractionError: The model cannot be loaded or hooked, or a prompt cannot be rendered.
+        """
+        self._plan, self._tokenizer = plan, tokenizer
+        settings = plan.settings
+        self._model: PreTrainedModel = load_model(plan.model_path, settings.dtype, plan.device)
+        self._path = self._fastest() if settings.attention == "auto" else REFERENCE
+        prompts = self._render(plan.negatives)
+        self._digest = hashlib.sha256(_content(prompts))
+        self._unprefixed = self._capture(prompts, "unprefixed prompts", None)
+
+    def learn(self, name: str, prefix: str, parallel: Parallel) -> Learned:
+        """Learns one concept.
+
+        Args:
+            name: Name of the concept.
+            prefix: What makes the model take it on.
+            parallel: Runs the fits of the blocks.
+
+        Raises:
+            ExtractionError: A prompt cannot be rendered, or a fit failed; the message names the
+                concept and the block.
+        """
+        settings = self._plan.settings
+        mixed = _authors_mixture(self._plan) if settings.compat else []
+        prompts = self._render([*self._plan.positives, *mixed], prefix)
+        test = None
+        if settings.permutations:
+            longest = max(len(prompt.token_ids) for prompt in prompts)
+            test = PermutationTest(settings.permutations, settings.seed, longest)
+        prefixed = self._capture(prompts, name, test)
+        tokens = self._tokens(prefixed)
+        layers = self._layers(prefixed, tokens)
+        found: list[Direction] = parallel(
+            delayed(fit_direction)(settings.estimator, rows, _fit_options(settings))
+            for rows in self._rows(name, prefixed, tokens, layers)
+        )
+        digest = self._digest.copy()
+        digest.update(_content(prompts))
+        return Learned(
+            layers=layers,
+            vectors=np.stack([direction.vector for direction in found]),
+            metrics=self._metrics(prefixed, tokens, layers, found),
+            figures=_figures(prefixed),
+            residual_norms=self._unprefixed.residual_norms.tolist(),
+            prompts_sha256=digest.hexdigest(),
+            device=self._model.device.type,
+        )
+
+    def _render(self, statements: Sequence[str], prefix: str = "") -> list[RenderedPrompt]:
+        return [render_prompt(self._tokenizer, statement, prefix) for statement in statements]
+
+    def _fastest(self) -> CapturePath:
+        statements = sorted(self._plan.positives, key=len)
+        few = [statements[0], statements[len(statements) // 2], statements[-1]]
+        return choose_path(self._model, self._render(few, self._plan.probe), self._plan.candidates)
+
+    def _capture(
+        self, prompts: Sequence[RenderedPrompt], name: str, test: PermutationTest | None
+    ) -> Captured:
+        return capture(
+            self._model,
+            prompts,
+            candidates=self._plan.candidates,
+            batch_size=self._plan.settings.batch_size,
+            path=self._path,
+            permutations=test,
+            final_norm=self._plan.settings.compat,
+            progress=name,
+        )
+
+    def _tokens(self, prefixed: Captured) -> NDArray[np.int64]:
+        """Returns the token of every block, ``[blocks]``."""
+        settings, attention = self._plan.settings, prefixed.attention
+        if settings.token != "attention":
+            return fixed_tokens(settings.token, *attention.shape[1:])
+        if settings.compat:
+            positives = len(self._plan.positives)
+            attention = np.concatenate([attention[:positives:2], attention[positives:]])
+        return choose_tokens(attention, settings.token_statistic)
+
+    def _layers(self, prefixed: Captured, tokens: NDArray[np.int64]) -> list[int]:
+        settings, layers = self._plan.settings, list(self._plan.layers)
+        if prefixed.enrichment is None:
+            return layers
+        score = prefixed.enrichment.score[np.arange(len(tokens)), tokens]
+        return choose_blocks(
+            score, layers, settings.block_choice, settings.block_count, settings.block_threshold
+        )
+
+    def _rows(
+        self, name: str, prefixed: Captured, tokens: NDArray[np.int64], layers: Sequence[int]
+    ) -> list[Rows]:
+        """Returns the rows of every layer, in training order."""
+        count, plain = len(self._plan.positives), self._unprefixed
+        order, positive = interleave(count, len(plain.hidden))
+        rows = []
+        for layer in layers:
+            at = (layer, tokens[layer])
+            hidden = np.concatenate([prefixed.hidden[:count, *at], plain.hidden[:, *at]])
+            soft = np.concatenate([prefixed.attention[:count, *at], plain.attention[:, *at]])
+            labels = soft[order] if self._plan.settings.labels == "soft" else hard_labels(positive)
+            rows.append(Rows(f"concept {name!r}, block {layer}", hidden[order], labels, positive))
+        return rows
+
+    def _metrics(
+        self,
+        prefixed: Captured,
+        tokens: NDArray[np.int64],
+        layers: Sequence[int],
+        found: Sequence[Direction],
+    ) -> dict[str, Any]:
+        """Returns a direction's figures; each list has one entry per layer."""
+        attention = soft_labels(prefixed.attention, tokens)[:, layers]
+        metrics = {
+            "token": tokens[layers].tolist(),
+            "attention_mean": attention.mean(axis=0).tolist(),
+            "attention_max": attention.max(axis=0).tolist(),
+            "validation_r": [direction.validation_r for direction in found],
+        }
+        if enrichment := prefixed.enrichment:
+            chosen = (list(layers), tokens[layers])
+            metrics["enrichment"] = enrichment.score[chosen].tolist()
+            metrics["enrichment_p"] = enrichment.p_values[chosen].tolist()
+            metrics["enrichment_q"] = enrichment.q_values[chosen].tolist()
+        for key in found[0].choice:
+            metrics[key] = [direction.choice[key] for direction in found]
+        return metrics
+
+
+def _figures(prefixed: Captured) -> dict[str, Floats]:
+    figures = {
+        "attention_mean": prefixed.attention.mean(axis=0),
+        "attention_max": prefixed.attention.max(axis=0),
+    }
+    if enrichment := prefixed.enrichment:
+        figures |= {
+            "enrichment": enrichment.score.astype(np.float32),
+            "enrichment_p": enrichment.p_values.astype(np.float32),
+            "enrichment_q": enrichment.q_values.astype(np.float32),
+            "enriched_heads": enrichment.enriched_heads.astype(np.float32),
+        }
+    return figures
+
+
+def _authors_mixture(plan: Plan) -> list[str]:
+    """Returns what the authors choose tokens on beside every other training positive.
+
+    They ask every other of all statements, those of the prefixed prompts before the others, with
+    the prefix.
+    """
+    return list(plan.negatives[len(plan.positives) % 2 :: 2])
+
+
+def _fit_options(settings: ExtractionSettings) -> FitOptions:
+    return FitOptions(
+        seed=settings.seed,
+        compat=settings.compat,
+        rfm=RfmOptions(
+            ridge=settings.rfm_ridge,
+            center_gradients=settings.rfm_center_gradients,
+            iterations=settings.rfm_iterations,
+            bandwidths=settings.rfm_bandwidths,
+            solver=settings.rfm_solver,
+        ),
+    )
+
+
+def _content(prompts: Sequence[RenderedPrompt]) -> bytes:
+    """Returns the prompts in a form without ambiguous ends, for the data digest."""
+    return json.dumps([prompt.text for prompt in prompts]).encode()

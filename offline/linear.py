@@ -1,0 +1,121 @@
+"""The estimators that the paper compares with: ridge, logistic, PCA and the difference of means.
+
+Ridge and logistic regression see rows of unit norm centred by the training mean, as the recursive
+feature machine does. Under ``compat`` they see raw rows and have no intercept, as in the authors' code.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from sklearn.decomposition import TruncatedSVD
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import log_loss, mean_squared_error
+
+from offline.rows import Direction, Doubles, Rows, centred_unit_rows, pearson, split_point
+from vllm_steer.errors import ExtractionError
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+INVERSE_STRENGTHS = (1000.0, 10.0, 1.0, 0.1)
+
+
+def ridge(rows: Rows, compat: bool) -> Direction:
+    """Coefficients of a ridge regression of the labels, of λ with the least validation error.
+
+    scikit-learn solves the dual problem where the hidden size exceeds the number of rows.
+
+    Args:
+        rows: The rows of one block; soft or hard labels.
+        compat: See the module.
+    """
+    train = split_point(len(rows.labels))
+    states = _states(rows, train, compat)
+    labels = rows.labels.astype(np.float64)
+    fits = []
+    for strength in RIDGES:
+        model = Ridge(alpha=strength, fit_intercept=not compat, solver="cholesky")
+        model.fit(states[:train], labels[:train])
+        error = mean_squared_error(labels[train:], model.predict(states[train:]))
+        fits.append((error, strength, model.coef_))
+    _, strength, coefficients = min(fits, key=lambda fit: fit[0])
+    return _direction(coefficients, states, rows, train, {"ridge": strength})
+
+
+def logistic(rows: Rows, seed: int, compat: bool) -> Direction:
+    """Coefficients of a logistic regression of prefixed against unprefixed prompts.
+
+    The strength of least validation log-loss is taken; labels must be hard.
+
+    Args:
+        rows: The rows of one block.
+        seed: Seed of the solver.
+        compat: See the module.
+
+    Raises:
+        ExtractionError: The labels are soft.
+    """
+    if not np.array_equal(rows.labels, rows.positive):
+        raise ExtractionError("logistic regression needs hard labels; set labels to 'hard'")
+    train = split_point(len(rows.labels))
+    states = _states(rows, train, compat)
+    fits = []
+    for strength in INVERSE_STRENGTHS:
+        model = LogisticRegression(
+            C=strength,
+            fit_intercept=False,
+            solver="liblinear",
+            tol=1e-3,
+            max_iter=1000,
+            random_state=seed,
+        )
+        model.fit(states[:train], rows.positive[:train])
+        loss = log_loss(
+            rows.positive[train:], model.predict_proba(states[train:])[:, 1], labels=[False, True]
+        )
+        fits.append((loss, strength, model.coef_[0]))
+    _, strength, coefficients = min(fits, key=lambda fit: fit[0])
+    return _direction(coefficients, states, rows, train, {"inverse_strength": strength})
+
+
+def pca(rows: Rows, seed: int) -> Direction:
+    """First principal axis of the differences between prefixed and unprefixed prompts, uncentred.
+
+    Raw training rows are paired in their order; an unpaired rest is left out.
+
+    Args:
+        rows: The rows of one block.
+        seed: Seed of the iterative solver's start.
+    """
+    train = split_point(len(rows.labels))
+    hidden, positive = rows.hidden[:train].astype(np.float64), rows.positive[:train]
+    pairs = min(int(positive.sum()), int((~positive).sum()))
+    differences = hidden[positive][:pairs] - hidden[~positive][:pairs]
+    if not differences.any():
+        raise ExtractionError("prefixed and unprefixed prompts have the same hidden states")
+    svd = TruncatedSVD(n_components=1, algorithm="arpack", random_state=seed).fit(differences)
+    return _direction(svd.components_[0], rows.hidden.astype(np.float64), rows, train, {})
+
+
+def mean_difference(rows: Rows) -> Direction:
+    """Difference of the raw training rows' means with and without prefix."""
+    train = split_point(len(rows.labels))
+    hidden, positive = rows.hidden.astype(np.float64), rows.positive[:train]
+    difference = hidden[:train][positive].mean(axis=0) - hidden[:train][~positive].mean(axis=0)
+    if not difference.any():
+        raise ExtractionError("prefixed and unprefixed prompts have the same mean hidden state")
+    return _direction(difference, hidden, rows, train, {})
+
+
+def _states(rows: Rows, train: int, compat: bool) -> Doubles:
+    return rows.hidden.astype(np.float64) if compat else centred_unit_rows(rows.hidden, train)
+
+
+def _direction(
+    vector: Doubles, states: Doubles, rows: Rows, train: int, choice: dict[str, float]
+) -> Direction:
+    """Returns the vector at unit norm, with its correlation on the validation rows."""
+    norm = np.linalg.norm(vector)
+    if not norm > 0:
+        raise ExtractionError("the fitted coefficients are zero or not finite")
+    unit = vector / norm
+    r = abs(pearson(states[train:] @ unit, rows.labels[train:]))
+    return Direction(unit.astype(np.float32), r, choice)

@@ -1,0 +1,150 @@
+"""The benchmarks run to their end at the smallest sizes, and write what their readers rely on."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.equality import compare_greedy
+from benchmarks.interleave import ratio_to, rounds
+from benchmarks.models import SHAPES, prepare_model
+
+ROOT = Path(__file__).parents[2]
+RATIOS = ("idle", "steered_half", "steered_one", "steered_distinct")
+
+
+def bench(name: str, out: Path, *options: str) -> dict[str, Any]:
+    """Runs a benchmark as its users do; returns its results."""
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--json", str(out)]
+    _run([*command, *options])
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
+
+
+def _run(command: list[str]) -> str:
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    return tmp_path_factory.mktemp("work")
+
+
+def test_every_round_has_every_arm_in_an_order_of_its_own() -> None:
+    seen: list[str] = []
+
+    def measure(name: str, rng: random.Random) -> float:
+        seen.append(name)
+        return rng.random()
+
+    results = rounds(["a", "b", "c"], measure, 8, seed=0, after_each=lambda: None)
+    assert all(set(one) == {"a", "b", "c"} for one in results)
+    orders = {tuple(seen[start : start + 3]) for start in range(0, len(seen), 3)}
+    assert len(orders) > 1
+
+
+def test_ratio_is_formed_within_rounds() -> None:
+    # The machine slows down tenfold, and the arm is always a tenth slower than the mean of two.
+    figures = [{"x": 1.0 * v, "y": 1.2 * v, "arm": 0.99 * v} for v in (1.0, 0.5, 0.1)]
+    ratio = ratio_to(["x", "y"], "arm", figures)
+    assert ratio.low == pytest.approx(0.9)
+    assert ratio.high == pytest.approx(0.9)
+
+
+def test_a_tie_is_no_difference_and_a_real_one_is() -> None:
+    expected = [([4, 5], [{4: -0.1, 7: -3.0}, {5: -0.70, 6: -0.71}])]
+    assert compare_greedy(expected, expected, 0.001)["passed"]
+    tie = [([4, 6], [{4: -0.1, 7: -3.0}, {6: -0.70, 5: -0.71}])]
+    assert compare_greedy(tie, expected, 0.05)["passed"]
+    assert not compare_greedy(tie, expected, 0.001)["passed"]
+    other = [([4, 9], [{4: -0.1, 7: -3.0}, {9: -0.1, 5: -3.0}])]
+    assert not compare_greedy(other, expected, 0.05)["passed"]
+
+
+def test_the_models_are_as_large_as_they_are_called(tmp_path: Path) -> None:
+    wanted = {"100m": (1e8, 1.4e8), "1.5b": (1.4e9, 1.7e9), "8b": (7.5e9, 8.5e9)}
+    for name, (low, high) in wanted.items():
+        assert name in SHAPES
+        assert low <= prepare_model(name, tmp_path).parameters <= high
+
+
+def test_overhead(tmp_path: Path) -> None:
+    sizes = ("--requests", "8", "--directions", "1", "2", "--layers", "4", "--calls", "20")
+    found = bench("overhead", tmp_path / "overhead.json", *sizes)
+    assert [case["directions"] for case in found["microseconds"]] == [1, 2]
+    for case in found["microseconds"]:
+        for key in ("idle_step", "half_steered_step", "steered_step", "arrival_step", "admission"):
+            assert case[key] > 0
+    assert found["commit"]
+
+
+@pytest.mark.engine
+def test_throughput(tmp_path: Path, work: Path) -> None:
+    sizes = ("--requests", "4", "--tokens", "0.1", "--repetitions", "1", "--eager", "--no-control")
+    out = tmp_path / "throughput.json"
+    found = bench("throughput", out, *sizes, "--no-rivals", "--work", str(work))
+    assert set(found["ratios"]) == set(RATIOS)
+    assert all(set(ratio) == {"median", "low", "high"} for ratio in found["ratios"].values())
+    assert found["checks"]["plugin"].startswith("steers")
+    assert found["ratios"] == found["workloads"]["decode-heavy"]["ratios"]
+    assert out.with_suffix(".png").stat().st_size > 0
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_throughput_says_of_a_rival_that_it_does_not_steer(tmp_path: Path, work: Path) -> None:
+    sizes = ("--requests", "4", "--tokens", "0.1", "--repetitions", "1", "--eager")
+    found = bench("throughput", tmp_path / "rivals.json", *sizes, "--work", str(work))
+    assert "returns unsteered tokens" in found["not_measured"]["hotwire"]
+    assert "hotwire_one" not in found["ratios"]
+    assert {"vllm-lens", "EasySteer"} <= set(found["not_measured"])
+    assert "control" in found["ratios"]
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_serve(tmp_path: Path, work: Path) -> None:
+    sizes = ("--requests", "4", "--rate", "20", "--repetitions", "1", "--eager")
+    found = bench("serve", tmp_path / "serve.json", *sizes, "--work", str(work))
+    assert set(RATIOS) <= set(found["ttft_ratios"])
+    assert set(RATIOS) <= set(found["tpot_ratios"])
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_serve_with_many_directions(tmp_path: Path, work: Path) -> None:
+    sizes = ("--requests", "4", "--repetitions", "1", "--eager", "--directions", "16")
+    found = bench("serve", tmp_path / "serve.json", *sizes, "--work", str(work))
+    assert found["ttft_ratio"]["median"] > 0
+    assert set(found["start_seconds"]) == {"1 direction", "16 directions"}
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_gpu_on_a_cpu(tmp_path: Path, work: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu"]
+    sizes = ["--shapes", "tiny", "--runners", "v1", "--batches", "2", "--answer", "16"]
+    folders = ["--work", str(work), "--results", str(tmp_path)]
+    _run([*command, *sizes, *folders, "--repetitions", "1", "--no-rivals"])
+    found = json.loads((tmp_path / "cpu-tiny-v1.json").read_text())
+    assert found["equality"]["passed"]
+    assert found["profiles"]["plain"]["operators"] > 0
+    assert abs(found["extra_kernels_per_layer"]["idle"]) < 1

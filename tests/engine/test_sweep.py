@@ -1,0 +1,290 @@
+"""``vllm-steer sweep`` on the real engine, held against Hugging Face with hooks.
+
+One engine answers for all tests of this file, in a process of its own; whatever else they run is
+read from the answers that it left.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from offline.demo.corpus import user_text
+from offline.demo.evaluate import DemoModel, Trial
+from offline.demo.statements import statements
+from offline.generation import Answer, Generator, Request
+from offline.questions import given_questions
+from offline.results import SweepResult, read_result
+from offline.sweep import Subject, subject_of
+from vllm_steer.cli import main
+from vllm_steer.errors import EvaluationError
+from vllm_steer.pack import SteeringPack
+
+pytestmark = pytest.mark.engine
+
+# Weak, right, and far too strong.
+SCALES = (3.0, 8.0, 60.0)
+MAX_TOKENS = 48
+TUNING = [statement.text for statement in statements("tune")[:2]]
+HELDOUT = [statement.text for statement in statements("heldout")[:3]]
+ENGINE = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 256,
+    "kv_cache_memory_bytes": 2**27,
+}
+
+
+@dataclass(frozen=True)
+class Swept:
+    """A finished sweep.
+
+    Attributes:
+        folder: Where it stands.
+        command: Arguments of ``vllm-steer`` that made it.
+        printed: What it printed, after the engine's own log.
+    """
+
+    folder: Path
+    command: list[str]
+    printed: str
+
+    @property
+    def result(self) -> SweepResult:
+        return read_result(self.folder / "sweep.json")
+
+    def again(self, judge: str, out: str = "again") -> list[str]:
+        """The command with another judge, for another directory with the same answers."""
+        copy = self.folder.with_name(out)
+        copy.mkdir(exist_ok=True)
+        if not (copy / "answers").exists():
+            (copy / "answers").symlink_to(self.folder / "answers")
+        changed = {"demo": judge, str(self.folder): str(copy)}
+        return [changed.get(argument, argument) for argument in self.command]
+
+
+@pytest.fixture(scope="module")
+def swept(
+    model: Path, packs: list[SteeringPack], tmp_path_factory: pytest.TempPathFactory
+) -> Swept:
+    root = tmp_path_factory.mktemp("sweep")
+    (root / "tune.txt").write_text("\n".join(TUNING) + "\n")
+    (root / "heldout.txt").write_text("\n\n".join(HELDOUT))
+    command = ["sweep", *(str(pack.path) for pack in packs), "--model", str(model)]
+    command += ["--out", str(root / "first"), "--scales", *map(str, SCALES)]
+    command += ["--max-tokens", str(MAX_TOKENS), "--engine", json.dumps(ENGINE)]
+    command += ["--tuning-questions", str(root / "tune.txt")]
+    command += ["--questions", str(root / "heldout.txt"), "--statements", "--judge", "demo"]
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_steer.cli", *command], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "answers: 100%" in done.stderr
+    return Swept(root / "first", command, done.stdout)
+
+
+@pytest.fixture
+def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever generates fails."""
+
+    def generate(*args: Any) -> None:
+        raise AssertionError("an engine was started")
+
+    monkeypatch.setattr(Generator, "_generate", generate)
+
+
+@pytest.fixture
+def answers(swept: Swept, model: Path, packs: list[SteeringPack], no_engine: None) -> list[Answer]:
+    """What the engine answered, in the order of the requests of all subjects."""
+    generator = Generator(model, packs, MAX_TOKENS, swept.folder / "answers", ENGINE)
+    return generator.answer([r for subject in subjects(packs) for r in subject.requests()])
+
+
+def subjects(packs: list[SteeringPack]) -> list[Subject]:
+    questions = given_questions(TUNING, HELDOUT, statements=True)
+    return [subject_of(pack, questions, scales=SCALES) for pack in packs]
+
+
+def test_answers_are_those_of_hugging_face_with_hooks(
+    answers: list[Answer], model: Path, packs: list[SteeringPack]
+) -> None:
+    trials = []
+    for pack in packs:
+        trials += [Trial(text) for text in (*TUNING, *HELDOUT)]
+        trials += [
+            Trial(text, concept, direction=pack.vectors[concept], scale=scale)
+            for scale in SCALES
+            for concept in pack.directions
+            for text in (*TUNING, *HELDOUT)
+        ]
+    verdicts = DemoModel(model).judge(trials, "Hugging Face")
+    assert [answer.text for answer in answers] == [verdict.answer for verdict in verdicts]
+    assert {trial.concept for trial in trials} > {None}
+
+
+def test_figures_are_those_of_the_answers(
+    swept: Swept, answers: list[Answer], packs: list[SteeringPack]
+) -> None:
+    """Counted here by hand from the order of the requests."""
+    result = swept.result
+    assert [found.name for found in result.classes] == [*(pack.name for pack in packs), "all"]
+    for found in result.classes[:-1]:
+        assert found.scale == 8.0
+        assert found.unsteered.steerability == 0.0
+        assert found.heldout[0].figures.steerability == 0.0
+        assert found.single.steerability is not None
+        assert found.single.steerability >= 0.5
+        assert found.heldout[2].figures.steerability < found.single.steerability
+        assert (found.single.answers, found.single.judge_errors) == (2 * len(HELDOUT), 0)
+    words = [answer.text.split() for answer in answers[5:15]]
+    assert all("reasons" in part or "details" in part for part in words), "ε = 3 is too weak"
+
+
+def test_perplexity_is_that_of_the_unsteered_model(answers: list[Answer], model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    questions = [*TUNING, *HELDOUT]
+    # Of the first pack: unsteered answers, and those at the second scale for its two concepts.
+    for index in (*range(5), *range(15, 25)):
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": user_text(questions[index % 5])}],
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+        given = tokenizer(answers[index].text, add_special_tokens=False)["input_ids"]
+        given += [tokenizer.eos_token_id] if answers[index].finished else []
+        with torch.inference_mode():
+            logs = plain(torch.tensor([prompt + given])).logits[0].log_softmax(-1)
+        at = torch.arange(len(prompt) - 1, len(prompt) + len(given) - 1)
+        expected = (-logs[at, torch.tensor(given)].mean()).exp()
+        assert answers[index].perplexity == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_perplexity_rises_with_the_scale(swept: Swept) -> None:
+    for found in swept.result.classes[:-1]:
+        weak, right, strong = (point.figures.perplexity for point in found.heldout)
+        assert weak is not None
+        assert right is not None
+        assert strong is not None
+        assert weak < right < strong
+        assert found.unsteered.perplexity == pytest.approx(weak, rel=0.05)
+
+
+def test_a_finished_sweep_goes_on_without_an_engine(swept: Swept, no_engine: None) -> None:
+    before = (swept.folder / "sweep.json").read_bytes()
+    (swept.folder / "sweep.json").unlink()
+    assert main(swept.command) == 0
+    assert (swept.folder / "sweep.json").read_bytes() == before
+    assert swept.printed.endswith((swept.folder / "sweep.md").read_text())
+
+
+def test_another_judge_grades_the_same_answers(
+    swept: Swept, no_engine: None, tmp_path: Path, packs: list[SteeringPack]
+) -> None:
+    keywords = tmp_path / "keywords.txt"
+    lines = [f"{name}: zebra, xylophone" for pack in packs for name in pack.directions]
+    keywords.write_text("\n".join(["spiders: webs, fangs", *lines[1:]]))
+    command = [*swept.again("keywords"), "--keywords", str(keywords), "--least", "2"]
+    assert main(command) == 0
+    result = read_result(swept.folder.with_name("again") / "sweep.json")
+    assert result.judge == "keywords, at least 2"
+    assert result.classes[0].by_concept["spiders"] == 1.0
+    assert result.classes[1].single.steerability == 0.0
+
+
+def test_a_judge_that_grades_nothing_ends_the_sweep_and_says_why(
+    swept: Swept, no_engine: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = swept.again("llm", "silent")
+    judge = ["--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "m", "--retries", "0"]
+    assert main([*command, *judge]) == 1
+    shown = capsys.readouterr().err
+    assert "fears: the judge graded none of the 12 answers to tuning questions" in shown
+    assert "APIConnectionError" in shown
+    assert not (swept.folder.with_name("silent") / "sweep.json").exists()
+
+
+def test_other_requests_are_generated_anew(swept: Swept, no_engine: None) -> None:
+    changed = ["5.0" if argument == "8.0" else argument for argument in swept.command]
+    with pytest.raises(AssertionError, match="an engine was started"):
+        main(changed)
+
+
+def test_another_checkpoint_in_the_same_place_is_asked_anew(
+    swept: Swept, model: Path, packs: list[SteeringPack], no_engine: None, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(model, tmp_path / "model")
+    requests = [r for subject in subjects(packs) for r in subject.requests()]
+    generator = Generator(copy, packs, MAX_TOKENS, tmp_path / "answers", ENGINE)
+    (tmp_path / "answers").mkdir()
+    stored = generator._file(requests)
+    assert stored is not None
+    shutil.copy(next((swept.folder / "answers").iterdir()), stored)
+    assert len(generator.answer(requests)) == len(requests)
+    (copy / "model.safetensors").touch()
+    with pytest.raises(AssertionError, match="an engine was started"):
+        generator.answer(requests)
+
+
+def test_damaged_answers_are_refused(
+    swept: Swept, model: Path, packs: list[SteeringPack], no_engine: None, tmp_path: Path
+) -> None:
+    (file,) = (swept.folder / "answers").iterdir()
+    (tmp_path / file.name).write_text(file.read_text()[:-200])
+    requests = [r for subject in subjects(packs) for r in subject.requests()]
+    with pytest.raises(EvaluationError, match="is damaged .* delete it"):
+        Generator(model, packs, MAX_TOKENS, tmp_path, ENGINE).answer(requests)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--scales", "0"], "none of them 0"),
+        (["--concepts", "spider"], "did you mean 'spiders'"),
+        (["--judge", "llm"], "needs --judge-url"),
+        (["--questions", "nowhere.txt"], "cannot read nowhere.txt"),
+    ],
+)
+def test_faulty_commands_are_refused_before_an_engine_starts(
+    swept: Swept,
+    no_engine: None,
+    change: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([*swept.command, *change]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_the_concepts_asked_for_alone(swept: Swept, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Request] = []
+
+    def generate(self: Generator, requests: list[Request]) -> list[Answer]:
+        seen.extend(requests)
+        return [Answer("", False, None) for _ in requests]
+
+    monkeypatch.setattr(Generator, "_generate", generate)
+    command = [*swept.again("demo", "chosen"), "--concepts", "heights", "--layers", "2", "4"]
+    assert main(command) == 0
+    steered = [request for request in seen if request.direction]
+    assert {request.direction for request in steered} == {"fears/heights"}
+    assert {request.layers for request in steered} == {(2, 4)}
+    assert len(steered) == len(SCALES) * (len(TUNING) + len(HELDOUT))
+    assert len(seen) - len(steered) == len(TUNING) + len(HELDOUT)
+
+
+def test_a_scale_is_never_chosen_on_what_is_reported(
+    swept: Swept, no_engine: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = swept.command.index("--tuning-questions")
+    assert main(swept.command[:at] + swept.command[at + 2 :]) == 1
+    assert "are given together" in capsys.readouterr().err

@@ -1,0 +1,223 @@
+"""The ``sweep`` and ``card`` commands of ``vllm-steer``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_steer.errors import EvaluationError, choices
+from vllm_steer.pack import SteeringPack, load_pack
+
+if TYPE_CHECKING:
+    from offline.judges import Judge
+    from offline.questions import QuestionSet
+
+API_KEY_VARIABLE = "OPENAI_API_KEY"
+
+
+def add_sweep(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds ``vllm-steer sweep``."""
+    sweep = commands.add_parser(
+        "sweep", help="measure how well packs steer, over scales: steerability and fluency"
+    )
+    sweep.add_argument("packs", nargs="+", type=Path, metavar="PACK", help="directory of a pack")
+    sweep.add_argument("--model", required=True, help="checkpoint directory or hub id")
+    sweep.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="directory of sweep.json, sweep.md and the answers; a run that was ended goes on there",
+    )
+    sweep.add_argument(
+        "--scales", type=float, nargs="+", metavar="E", help="default: around the default scales"
+    )
+    sweep.add_argument("--concepts", nargs="+", metavar="NAME", help="directions (default: all)")
+    sweep.add_argument("--layers", type=int, nargs="+", metavar="K", help="default: all of them")
+    sweep.add_argument("--max-tokens", type=int, default=50, help="longest answer (default: 50)")
+    sweep.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
+    sweep.add_argument(
+        "--engine",
+        type=_object,
+        default={},
+        metavar="JSON",
+        help="""more arguments of vllm.LLM, such as '{"dtype": "bfloat16"}'""",
+    )
+    _add_questions(sweep)
+    _add_judge(sweep)
+    sweep.set_defaults(run=_sweep)
+
+
+def _add_questions(sweep: argparse.ArgumentParser) -> None:
+    asked = sweep.add_argument_group("questions (default: the project's own for the class)")
+    asked.add_argument(
+        "--class",
+        dest="concept_class",
+        help="fears, moods, experts, personas, places or general (default: the pack's name)",
+    )
+    asked.add_argument(
+        "--tuning-questions", type=Path, metavar="FILE", help="to choose the scale on, one per line"
+    )
+    asked.add_argument("--questions", type=Path, metavar="FILE", help="to report on, one per line")
+    asked.add_argument(
+        "--statements",
+        action="store_true",
+        help="the lines are statements, asked about as in extraction",
+    )
+
+
+def _add_judge(sweep: argparse.ArgumentParser) -> None:
+    judge = sweep.add_argument_group("judge")
+    judge.add_argument(
+        "--judge", choices=("llm", "keywords", "demo"), required=True, help="demo: the demo model's"
+    )
+    judge.add_argument(
+        "--keywords", type=Path, metavar="FILE", help="'concept: word, word' (default: the names)"
+    )
+    judge.add_argument("--least", type=int, default=1, help="keywords that must occur (default: 1)")
+    judge.add_argument("--judge-url", help="endpoint with OpenAI's API, ending in /v1")
+    judge.add_argument("--judge-model", help="model of that endpoint")
+    judge.add_argument("--judge-mode", choices=("graded", "yes-no"), default="graded")
+    judge.add_argument(
+        "--rubric",
+        type=Path,
+        metavar="FILE",
+        help="what to judge by, {concept} in the concept's place (default: the project's own); the "
+        f"endpoint's key is read from {API_KEY_VARIABLE}",
+    )
+    judge.add_argument("--concurrency", type=int, default=16, help="judge's requests at once")
+    judge.add_argument("--retries", type=int, default=4, help="tries more of a failed request")
+
+
+def add_card(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds ``vllm-steer card``."""
+    card = commands.add_parser("card", help="write a pack's README.md with pictures")
+    card.add_argument("pack", type=Path, help="directory of the pack")
+    card.add_argument("--sweep", type=Path, metavar="FILE", help="sweep.json to show")
+    card.set_defaults(run=_card)
+
+
+def _sweep(args: argparse.Namespace) -> None:
+    with _extras("offline"):
+        from offline.sweep import class_of, run_sweep, subject_of
+    from offline.generation import generating
+    from offline.results import markdown, write_result
+
+    packs = [load_pack(path) for path in args.packs]
+    subjects = [
+        subject_of(
+            pack,
+            _questions(args, args.concept_class or class_of(pack)),
+            args.concept_class,
+            args.scales,
+            concepts,
+            args.layers,
+        )
+        for pack, concepts in _concepts(args.concepts, packs)
+    ]
+    judge = _judge(args, packs)
+    store = args.out / "answers"
+    with generating(args.model, packs, args.max_tokens, store, args.engine) as generator:
+        result = run_sweep(generator, subjects, judge, args.seed)
+    write_result(args.out, result)
+    sys.stdout.write(markdown(result))
+
+
+def _card(args: argparse.Namespace) -> None:
+    with _extras("offline,plots"):
+        from offline.card import diagnostics_of, write_card
+    from offline.results import read_result
+
+    sweep = read_result(args.sweep) if args.sweep else None
+    written = write_card(load_pack(args.pack), sweep, diagnostics_of(args.pack))
+    sys.stdout.write(f"{written}\n")
+
+
+def _concepts(
+    wanted: list[str] | None, packs: list[SteeringPack]
+) -> list[tuple[SteeringPack, list[str]]]:
+    """Returns the packs that have some of the wanted directions, each with those that it has."""
+    known = [name for pack in packs for name in pack.directions]
+    for name in wanted or ():
+        if name not in known:
+            raise EvaluationError(f"no pack has a direction {name!r}; {choices(name, known)}")
+    chosen = [
+        (pack, [name for name in pack.directions if wanted is None or name in wanted])
+        for pack in packs
+    ]
+    return [(pack, names) for pack, names in chosen if names]
+
+
+def _questions(args: argparse.Namespace, concept_class: str) -> QuestionSet:
+    from offline.questions import given_questions, own_questions
+
+    files = (args.tuning_questions, args.questions)
+    if files == (None, None) and not args.statements:
+        return own_questions(concept_class)
+    if None in files:
+        raise EvaluationError(
+            "--tuning-questions and --questions are given together: a scale chosen on the questions "
+            "that are reported would look better than it is"
+        )
+    return given_questions(_lines(files[0]), _lines(files[1]), args.statements)
+
+
+def _judge(args: argparse.Namespace, packs: list[SteeringPack]) -> Judge:
+    from offline.judges import DemoJudge, KeywordJudge
+
+    if args.judge == "demo":
+        return DemoJudge()
+    if args.judge == "keywords":
+        if args.keywords is not None:
+            return KeywordJudge.of_lines(_lines(args.keywords), args.least)
+        return KeywordJudge.of_names([name for pack in packs for name in pack.directions])
+    if not args.judge_url or not args.judge_model:
+        raise EvaluationError("--judge llm needs --judge-url and --judge-model")
+    with _extras("cpu"):
+        from offline.llm_judge import LlmJudge
+    from offline.questions import GENERAL
+    from offline.rubrics import RUBRICS
+
+    return LlmJudge(
+        args.judge_url,
+        args.judge_model,
+        os.environ.get(API_KEY_VARIABLE, "none"),
+        args.judge_mode,
+        rubrics=RUBRICS if args.rubric is None else {GENERAL: _text(args.rubric)},
+        concurrency=args.concurrency,
+        retries=args.retries,
+    )
+
+
+@contextmanager
+def _extras(names: str) -> Iterator[None]:
+    """Imports that the package alone does not satisfy."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise EvaluationError(
+            f"{error.name} is not installed; pip install 'vllm-steer[{names}]'"
+        ) from error
+
+
+def _object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
+    return value
+
+
+def _lines(file: Path) -> list[str]:
+    return [line.strip() for line in _text(file).splitlines() if line.strip()]
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"cannot read {file}: {error}") from error
