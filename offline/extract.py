@@ -115,7 +115,7 @@ class _Extractor:
 
     def method(self, data_sha256: str) -> MethodRecord:
         """Returns how the directions were learned."""
-        resolved = {"layers": self.layers, "candidate_tokens": self.candidates}
+        resolved: dict[str, Any] = {"layers": self.layers, "candidate_tokens": self.candidates}
         return MethodRecord(
             name="attention_guided" if self.settings.token == "attention" else "fixed_token",
             settings={
@@ -194,7 +194,7 @@ def extract_pack(
     return write_pack(
         out_dir,
         name=pack_name,
-        model=model_identity(model_path, extractor.model, extractor.tokenizer),
+        model=model_identity(model_path, extractor.model.config, extractor.tokenizer),
         directions=[
             record.model_copy(update={"metrics": learned.metrics[record.name]})
             for record in records

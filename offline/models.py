@@ -11,6 +11,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -70,16 +71,16 @@ def find_blocks(model: nn.Module, count: int) -> nn.ModuleList:
 
 def model_identity(
     model_path: str | os.PathLike[str],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> ModelIdentity:
     """Returns what a pack says of its model; of a local path only its last part."""
-    config, text = model.config, model.config.get_text_config()
-    template = tokenizer.chat_template
+    text = config.get_text_config()
+    template = None if tokenizer is None else tokenizer.chat_template
     local = Path(model_path)
     return ModelIdentity(
         name=local.resolve().name if local.exists() else str(model_path),
-        architecture=(config.architectures or [type(model).__name__])[0],
+        architecture=(config.architectures or [type(config).__name__])[0],
         model_type=config.model_type,
         hidden_size=text.hidden_size,
         num_layers=text.num_hidden_layers,

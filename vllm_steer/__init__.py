@@ -6,6 +6,7 @@ Importing this package imports neither torch nor vllm; vLLM finds the plugin by 
 from vllm_steer.errors import (
     CompatibilityError,
     ConfigError,
+    ConversionError,
     ExtractionError,
     PackError,
     RequestError,
@@ -18,6 +19,7 @@ from vllm_steer.request import DirectionChoice, SteeringRequest
 __all__ = [
     "CompatibilityError",
     "ConfigError",
+    "ConversionError",
     "DirectionChoice",
     "DirectionRecord",
     "ExtractionError",

@@ -5,7 +5,8 @@
     ├── RequestError         a request's steering is malformed or names what does not exist
     ├── ConfigError          the engine was asked to start with an unusable steering configuration
     ├── CompatibilityError   this vLLM, model or engine feature cannot be steered correctly
-    └── ExtractionError      a steering vector could not be learned
+    ├── ExtractionError      a steering vector could not be learned
+    └── ConversionError      a vector file of another tool cannot be read or written
 
 Importing this module imports neither torch nor vllm.
 """
@@ -41,6 +42,10 @@ class CompatibilityError(SteeringError, RuntimeError):
 
 class ExtractionError(SteeringError):
     """A steering vector could not be learned from the data given."""
+
+
+class ConversionError(SteeringError):
+    """A vector file of another tool cannot be read, or a pack cannot be written in its format."""
 
 
 def choices(wanted: str, available: Iterable[str], limit: int = 8) -> str:

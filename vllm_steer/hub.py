@@ -110,9 +110,13 @@ def _fetch(repo: str, revision: str) -> Path:
     try:
         info = hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
         sizes = {file.rfilename: file.size for file in info.siblings or []}
-        commit = str(info.sha)
         _check_sizes(f"{repo}@{revision}", sizes)
-        folder = hub.snapshot_download(repo, revision=commit, allow_patterns=list(_FILES))
+        # By its name, not by its commit: only so does the cache keep what the name stood for.
+        folder = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=list(_FILES)))
+        if folder.name != info.sha:
+            raise PackError(
+                f"steering pack {repo}@{revision}: moved to another commit while it was fetched; try again"
+            )
     except PackError:
         raise
     # Releases of huggingface_hub raise the errors of three different HTTP libraries.
@@ -122,7 +126,7 @@ def _fetch(repo: str, revision: str) -> Path:
             f"is no directory {repo!r} here; check the name, the revision, the network and HF_TOKEN, or "
             f"give ./{repo} for a directory"
         ) from error
-    return Path(folder)
+    return folder
 
 
 def _cached(hub: Any, repo: str, revision: str) -> Path | None:

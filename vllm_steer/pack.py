@@ -109,7 +109,7 @@ def direction_digest(layers: Sequence[int], vector: np.ndarray) -> str:
         vector: Array of shape ``[len(layers), hidden_size]``.
     """
     digest = hashlib.sha256(json.dumps([list(layers), list(vector.shape)]).encode())
-    digest.update(np.ascontiguousarray(vector, dtype="<f4").reshape(-1))
+    digest.update(np.ascontiguousarray(vector, dtype="<f4").reshape(-1).data)
     return digest.hexdigest()
 
 

@@ -131,7 +131,7 @@ def _shown(shape: Any) -> str:
 def _read(stream: Readable, count: int, digest: Any) -> NDArray[np.uint8]:
     """Reads ``count`` bytes, each piece hashed while it is in the processor's cache."""
     data = np.empty(count, dtype=np.uint8)
-    view, done = memoryview(data), 0
+    view, done = data.data, 0
     while done < count:
         got = stream.readinto(view[done : done + _PIECE])
         if not got:

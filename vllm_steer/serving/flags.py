@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from vllm_steer.config import (
@@ -15,10 +15,14 @@ from vllm_steer.config import (
     parse_config,
     plugin_version,
 )
-from vllm_steer.errors import ConfigError
+from vllm_steer.errors import ConfigError, PackError
+from vllm_steer.hub import hub_snapshot, resolve_pack
 from vllm_steer.model import model_shape
 from vllm_steer.registry import PackRegistry
 from vllm_steer.serving.compatibility import refuse_unsupported
+
+# Under vLLM's own logger, so that its configuration applies.
+logger = logging.getLogger("vllm.steer")
 
 
 def add_flags(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -30,7 +34,7 @@ def add_flags(original: Callable[..., Any]) -> Callable[..., Any]:
             title="SteeringConfig",
             # vLLM's short help shows a group's description alone, so the flags stand in it.
             description="Per-request steering of the residual stream (vllm-steer): "
-            "--enable-steering, --steering-packs DIR ..., --steering-rows N.",
+            "--enable-steering, --steering-packs PACK ..., --steering-rows N.",
         )
         group.add_argument(
             "--enable-steering",
@@ -41,9 +45,9 @@ def add_flags(original: Callable[..., Any]) -> Callable[..., Any]:
         group.add_argument(
             "--steering-packs",
             nargs="+",
-            metavar="DIR",
+            metavar="PACK",
             default=None,
-            help="Directories of the steering packs to load.",
+            help="Steering packs to load: directories, or hub repositories as owner/name or owner/name@revision.",
         )
         group.add_argument(
             "--steering-rows",
@@ -77,17 +81,49 @@ def _move_flags(args: argparse.Namespace) -> None:
     if not getattr(args, "enable_steering", False):
         if packs is not None or rows is not None:
             raise ConfigError("--steering-packs and --steering-rows need --enable-steering")
+        _move_hub_packs(args)
         return
     if not packs:
-        raise ConfigError("--enable-steering needs --steering-packs DIR [DIR ...]")
+        raise ConfigError("--enable-steering needs --steering-packs PACK [PACK ...]")
     given = getattr(args, "additional_config", None) or {}
     if CONFIG_KEY in given:
         raise ConfigError(
             f"give steering by flags or in --additional-config {CONFIG_KEY!r}, not both"
         )
-    config: dict[str, Any] = {"packs": packs} | ({} if rows is None else {"rows": rows})
+    config: dict[str, Any] = {"packs": _resolve_packs(packs, "--steering-packs")} | (
+        {} if rows is None else {"rows": rows}
+    )
     args.additional_config = {**given, CONFIG_KEY: config}
     args.enable_steering, args.steering_packs, args.steering_rows = False, None, None
+
+
+def _move_hub_packs(args: argparse.Namespace) -> None:
+    """Resolves the packs in ``--additional-config``: several API servers must not each ask the hub."""
+    given = getattr(args, "additional_config", None)
+    if not isinstance(given, dict) or CONFIG_KEY not in given:
+        return
+    config = parse_config(given[CONFIG_KEY])
+    packs = _resolve_packs(config.packs, f"additional_config.{CONFIG_KEY}.packs")
+    args.additional_config = {**given, CONFIG_KEY: {**given[CONFIG_KEY], "packs": packs}}
+
+
+def _resolve_packs(sources: Iterable[str], field: str) -> list[str]:
+    """Returns the absolute directory of each pack; what is on the hub is fetched and named in the log.
+
+    Args:
+        sources: Directories or hub repositories.
+        field: What the user wrote them in, for messages.
+    """
+    paths = []
+    for source in sources:
+        try:
+            path = resolve_pack(source)
+        except PackError as error:
+            raise PackError(f"{field}: {error}") from error
+        paths.append(str(path))
+        if (snapshot := hub_snapshot(path)) is not None:
+            logger.info("Steering pack %s is %s.", source, snapshot)
+    return paths
 
 
 def resolve_config(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -111,7 +147,7 @@ def resolve_config(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _resolve(config: SteeringConfig, vllm_config: Any) -> ResolvedConfig:
-    packs = [os.path.abspath(os.path.expanduser(path)) for path in config.packs]
+    packs = _resolve_packs(config.packs, f"additional_config.{CONFIG_KEY}.packs")
     registry = PackRegistry.load(packs)
     registry.check_model(**model_shape(vllm_config.model_config))
     max_num_seqs = vllm_config.scheduler_config.max_num_seqs
