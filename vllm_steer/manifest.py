@@ -29,7 +29,7 @@ VECTORS_FILE: Final = "steering_vectors.safetensors"
 MAX_MANIFEST_BYTES: Final = 32 * 2**20
 MAX_MANIFEST_VALUES: Final = 1_000_000
 MAX_VECTORS_BYTES: Final = 8 * 2**30
-MAX_DIRECTIONS: Final = 100_000
+MAX_DIRECTIONS: Final = 20_000
 MAX_LAYERS: Final = 10_000
 MAX_HIDDEN_SIZE: Final = 2**20
 # Keeps scale x vector far from float32's infinity, whatever norms a manifest claims.

@@ -194,13 +194,14 @@ def load_pack(path: str | os.PathLike[str]) -> SteeringPack:
             f"no steering pack at {str(path)!r}: that is not a directory; give the directory that "
             f"holds {MANIFEST_FILE}"
         )
-    content = read_manifest(root, MAX_MANIFEST_BYTES)
+    content, stamp = read_manifest(root, MAX_MANIFEST_BYTES)
     for _ in range(_ATTEMPTS):
         try:
             return _load(root, content)
         except PackError:
-            before, content = content, read_manifest(root, MAX_MANIFEST_BYTES)
-            if content == before:
+            before = stamp
+            content, stamp = read_manifest(root, MAX_MANIFEST_BYTES)
+            if stamp == before:
                 raise
     raise PackError(f"{root}: replaced again and again while it was read; load it when it is still")
 

@@ -58,18 +58,19 @@ def opened(root: Path, name: str) -> Iterator[tuple[FileIO, int]]:
         raise
     except OSError as error:
         raise PackError(f"{file}: cannot be read ({error.strerror})") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise PackError(f"{file}: not a regular file; a steering pack holds plain files")
     with FileIO(descriptor) as stream:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise PackError(f"{file}: not a regular file; a steering pack holds plain files")
         try:
             yield stream, status.st_size
         except OSError as error:
             raise PackError(f"{file}: cannot be read ({error.strerror})") from error
 
 
-def read_manifest(root: Path, limit: int) -> bytes:
-    """Returns the bytes of a pack's manifest.
+def read_manifest(root: Path, limit: int) -> tuple[bytes, tuple[int, ...]]:
+    """Returns the bytes of a pack's manifest, and a stamp that differs after any replacement.
 
     Args:
         root: Directory of the pack.
@@ -82,6 +83,7 @@ def read_manifest(root: Path, limit: int) -> bytes:
     try:
         with opened(root, MANIFEST_FILE) as (stream, size):
             data = stream.read(limit + 1) if size <= limit else b""
+            status = os.fstat(stream.fileno())
     except FileNotFoundError as error:
         raise PackError(
             f"{file}: cannot be read ({error.strerror}); a steering pack holds {MANIFEST_FILE} and "
@@ -89,7 +91,7 @@ def read_manifest(root: Path, limit: int) -> bytes:
         ) from error
     if size > limit or len(data) > limit:
         raise PackError(f"{file}: larger than the {limit} bytes that it may have")
-    return data
+    return data, (status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def replace_pack(root: Path, manifest: bytes, vectors: bytes, sha256: str) -> None:

@@ -149,7 +149,7 @@ def _identity(model_path: str | os.PathLike[str]) -> ModelIdentity:
         config = AutoConfig.from_pretrained(model_path)
     except (OSError, ValueError) as error:
         raise ConversionError(
-            f"--model: no configuration at {str(model_path)!r}: {error}"
+            f"--model: no configuration at {str(model_path)!r}: {' '.join(str(error).split())}"
         ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_path)
@@ -194,7 +194,7 @@ def _measure_norms(model_path: str | os.PathLike[str]) -> dict[int, float]:
         measured = capture(model, prompts, candidates=1, batch_size=8).residual_norms
     except ExtractionError as error:
         raise ConversionError(
-            f"residual norms cannot be measured with {str(model_path)!r}: {error}; give them with "
+            f"residual norms cannot be measured with the model: {' '.join(str(error).split())}; give them with "
             f"--residual-norms, as a JSON file of layer to norm or as a pack of the same model"
         ) from error
     return dict(enumerate(measured.tolist()))
