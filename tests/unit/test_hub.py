@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -26,12 +27,12 @@ def hub() -> Iterator[Hub]:
 
 
 @pytest.fixture
-def cli(hub: Hub, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs ``vllm-steer`` in a process of its own: huggingface_hub reads its environment once."""
+def python(hub: Hub, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs Python in a process of its own: huggingface_hub reads its environment once."""
 
     def run(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "vllm_steer.cli", *args],
+            [sys.executable, *args],
             env={
                 **os.environ,
                 "HF_ENDPOINT": hub.url,
@@ -49,6 +50,13 @@ def cli(hub: Hub, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[s
         )
 
     return run
+
+
+@pytest.fixture
+def cli(
+    python: Callable[..., subprocess.CompletedProcess[str]],
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    return lambda *args, **environment: python("-m", "vllm_steer.cli", *args, **environment)
 
 
 def content(pack: SteeringPack) -> dict[str, bytes]:
@@ -102,6 +110,47 @@ def test_what_is_on_disk_wins(
     done = cli("inspect", REPO)
     assert f"verified: {tmp_path / REPO}" in done.stdout
     assert hub.requests == []
+
+
+# What ``vllm serve`` does with its arguments, and what another API server does with the same ones.
+SERVE = """
+import argparse, json, sys
+from vllm_steer.serving.flags import add_flags, read_flags
+
+parser = add_flags(lambda parser: parser)(argparse.ArgumentParser())
+parser.add_argument("--additional-config", type=json.loads)
+args = parser.parse_args()
+again = read_flags(lambda cls, args: args)
+for _ in range(2):
+    again(object, args)
+    sys.stdout.write(args.additional_config["steering"]["packs"][0] + "\\n")
+"""
+
+
+@pytest.mark.parametrize("flags", [True, False])
+def test_processes_of_a_server_get_one_path(
+    flags: bool, hub: Hub, python: Callable[..., subprocess.CompletedProcess[str]],
+    fears: SteeringPack,
+) -> None:  # fmt: skip
+    commit = hub.push(REPO, "v1", content(fears))
+    source = f"{REPO}@v1"
+    given = (
+        ["--enable-steering", "--steering-packs", source]
+        if flags
+        else ["--additional-config", json.dumps({"steering": {"packs": [source]}})]
+    )
+    done = python("-c", SERVE, *given)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first == second
+    assert os.path.isabs(first)
+    assert first.endswith(f"snapshots/{commit}")
+    assert load_pack(first).digests == fears.digests
+    assert sum("/revision/" in request for request in hub.requests) <= 2
+
+    done = python("-c", SERVE, *given, HF_HUB_OFFLINE="1", HF_HOME="/nowhere")
+    field = "--steering-packs" if flags else "additional_config.steering.packs"
+    assert f"PackError: {field}: steering pack {source}: not in the cache" in done.stderr
 
 
 @pytest.mark.parametrize(
