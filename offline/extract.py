@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -182,7 +183,7 @@ def _method(plan: Plan, learned: Mapping[str, Learned]) -> MethodRecord:
     digest = hashlib.sha256()
     for concept in learned.values():
         digest.update(bytes.fromhex(concept.prompts_sha256))
-    resolved = {"layers": list(plan.layers), "candidate_tokens": plan.candidates}
+    resolved: dict[str, Any] = {"layers": list(plan.layers), "candidate_tokens": plan.candidates}
     device = next(iter(learned.values())).device
     return MethodRecord(
         name="attention_guided" if settings.token == "attention" else "fixed_token",

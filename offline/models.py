@@ -89,11 +89,11 @@ def find_blocks(model: nn.Module, count: int) -> nn.ModuleList:
 def model_identity(
     model_path: str | os.PathLike[str],
     config: PreTrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> ModelIdentity:
     """Returns what a pack says of its model; of a local path only its last part."""
     text = config.get_text_config()
-    template = tokenizer.chat_template
+    template = None if tokenizer is None else tokenizer.chat_template
     local = Path(model_path)
     return ModelIdentity(
         name=local.resolve().name if local.exists() else str(model_path),

@@ -10,9 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from benchmarks.methods import matrix
+from offline.convert.gguf_file import write_gguf
 from offline.demo.server import Server
 from offline.demo.statements import statements
 from vllm_steer.pack import SteeringPack, load_pack
@@ -102,6 +105,19 @@ def test_sweep_and_card(model: Path, packs: list[SteeringPack], tmp_path: Path) 
 def test_the_tables_of_methods_are_those_of_the_results() -> None:
     report = json.loads((ROOT / "benchmarks" / "results" / "methods.json").read_text())
     assert matrix(report) in TEXT
+
+
+def test_convert(model: Path, tmp_path: Path) -> None:
+    width = json.loads((model / "config.json").read_text())["hidden_size"]
+    write_gguf(
+        tmp_path / "happy.gguf", {2: np.ones(width, np.float32)}, model_type="llama", name="x"
+    )
+    torch.save({2: torch.ones(width), 3: torch.ones(width)}, tmp_path / "calm.pt")
+    command = block("bash", "vllm-steer convert").replace("MODEL", str(model))
+    shown = run(["bash", "-ec", command], tmp_path)
+    assert "steering pack 'moods', verified" in shown
+    assert "--control-vector-scaled happy.gguf:1" in shown
+    assert list(load_pack(tmp_path / "packs" / "moods").directions) == ["happy", "calm"]
 
 
 def test_the_files_that_the_readme_names_exist() -> None:

@@ -7,6 +7,7 @@ from vllm_steer.client import steer
 from vllm_steer.errors import (
     CompatibilityError,
     ConfigError,
+    ConversionError,
     EvaluationError,
     ExtractionError,
     PackError,
@@ -20,6 +21,7 @@ from vllm_steer.request import DirectionChoice, SteeringRequest
 __all__ = [
     "CompatibilityError",
     "ConfigError",
+    "ConversionError",
     "DirectionChoice",
     "DirectionRecord",
     "EvaluationError",

@@ -1,4 +1,4 @@
-"""The ``vllm-steer`` command: demo, extract, sweep, card, inspect."""
+"""The ``vllm-steer`` command: demo, extract, sweep, card, inspect, convert."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from pathlib import Path
 
 from vllm_steer.cli_evaluation import add_card, add_sweep
 from vllm_steer.config import plugin_version
-from vllm_steer.errors import ExtractionError, SteeringError
-from vllm_steer.pack import SteeringPack, load_pack
+from vllm_steer.errors import ConversionError, ExtractionError, SteeringError
+from vllm_steer.pack import SteeringPack, load_pack, resolve_pack
+
+_PACK_HELP = "directory of the pack, or owner/name or owner/name@revision on the hub"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,9 +39,10 @@ def _parser() -> argparse.ArgumentParser:
     add_sweep(commands)
     add_card(commands)
     inspect = commands.add_parser("inspect", help="verify a steering pack and show what it holds")
-    inspect.add_argument("pack", type=Path, help="directory of the pack")
+    inspect.add_argument("pack", help=_PACK_HELP)
     inspect.add_argument("--json", action="store_true", help="print the manifest instead")
     inspect.set_defaults(run=_inspect)
+    _add_convert(commands)
     return parser
 
 
@@ -144,6 +147,54 @@ def _add_settings(extract: argparse.ArgumentParser) -> None:
     group.set_defaults(setting_names=tuple(action.dest for action in group._group_actions))
 
 
+def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    convert = commands.add_parser(
+        "convert", help="vectors of llama.cpp, repeng, EasySteer and PyTorch from and to packs"
+    )
+    ways = convert.add_subparsers(required=True, metavar="WAY")
+    into = ways.add_parser(
+        "import",
+        help="vector files to a pack",
+        description="Writes a pack from GGUF control vectors and torch.save files of tensors. direction.N of "
+        "a control vector is layer N: the output of decoder block N, counted from 0.",
+    )
+    into.add_argument(
+        "files", nargs="+", metavar="NAME=FILE", help="name of a direction and its .gguf or .pt"
+    )
+    into.add_argument("--model", required=True, help="checkpoint directory or hub id of its model")
+    into.add_argument("--name", required=True, help="name of the pack, as requests will give it")
+    into.add_argument("--out", type=Path, required=True, help="directory of the pack")
+    into.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="default scale (ε): llama.cpp's strength, repeng's coefficient (default: 1)",
+    )
+    into.add_argument(
+        "--safe-scale", type=float, help="largest fluent |scale| (default: that of --scale)"
+    )
+    into.add_argument(
+        "--layers",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="keep these layers; for tensors without layers, the layers of their rows",
+    )
+    into.add_argument(
+        "--residual-norms",
+        metavar="PATH",
+        help="JSON file of layer to mean residual norm, or a pack of the same model (default: measured "
+        "by running --model)",
+    )
+    into.set_defaults(run=_import)
+    out = ways.add_parser("export", help="a pack's direction to a GGUF control vector")
+    out.add_argument("pack", help=_PACK_HELP)
+    out.add_argument("direction", help="name of the direction")
+    out.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .gguf to write")
+    out.add_argument("--layers", type=int, nargs="+", metavar="K", help="write only these layers")
+    out.set_defaults(run=_export)
+
+
 def _demo(args: argparse.Namespace) -> None:
     from offline.demo.run import run_demo
 
@@ -188,8 +239,44 @@ def _token(text: str) -> str | int:
     return text if text == "attention" else int(text)
 
 
+def _import(args: argparse.Namespace) -> None:
+    from offline.convert.packs import import_pack
+
+    sources: dict[str, str] = {}
+    for item in args.files:
+        name, equals, file = item.partition("=")
+        if not equals or not name or name in sources:
+            raise ConversionError(
+                f"{item!r} must be NAME=FILE, such as happy=happy.gguf, each name once"
+            )
+        sources[name] = file
+    pack = import_pack(
+        sources,
+        name=args.name,
+        model_path=args.model,
+        out_dir=args.out,
+        scale=args.scale,
+        safe_scale=abs(args.scale) if args.safe_scale is None else args.safe_scale,
+        layers=None if args.layers is None else sorted(set(args.layers)),
+        residual_norms=args.residual_norms,
+    )
+    sys.stdout.write(_summary(pack))
+
+
+def _export(args: argparse.Namespace) -> None:
+    from offline.convert.packs import export_direction
+
+    pack = load_pack(resolve_pack(args.pack))
+    export_direction(pack, args.direction, args.out, args.layers)
+    scale = pack.directions[args.direction].default_scale
+    sys.stdout.write(
+        f"{args.out}: {pack.name}/{args.direction}, unscaled; the pack's default scale is "
+        f"--control-vector-scaled {args.out}:{scale:g} in llama.cpp\n"
+    )
+
+
 def _inspect(args: argparse.Namespace) -> None:
-    pack = load_pack(args.pack)
+    pack = load_pack(resolve_pack(args.pack))
     if args.json:
         sys.stdout.write(json.dumps(pack.manifest.model_dump(), indent=2) + "\n")
     else:
@@ -200,7 +287,7 @@ def _summary(pack: SteeringPack) -> str:
     manifest = pack.manifest
     model = manifest.model
     lines = [
-        f"steering pack {pack.name!r}, verified: {pack.path}",
+        f"steering pack {pack.name!r}, verified: {pack.origin}",
         f"model      {model.name} ({model.architecture}, {model.model_type}), "
         f"hidden size {model.hidden_size}, {model.num_layers} layers",
         f"method     {manifest.method.name}, seed {manifest.method.seed}, "

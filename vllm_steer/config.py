@@ -25,7 +25,8 @@ class SteeringConfig(BaseModel):
     """What a user gives, by flag or in ``additional_config["steering"]``.
 
     Attributes:
-        packs: Directories of the steering packs to load.
+        packs: The steering packs to load: directories, or hub repositories as ``owner/name`` or
+            ``owner/name@revision``.
         rows: Rows of the bank: distinct combinations of directions that one step can hold, and
             one of zeros. Each of ``max_num_seqs`` requests is promised an equal share. None takes
             two for each, enough for one sum in the prompt and another in the answer.

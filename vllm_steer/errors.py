@@ -10,7 +10,8 @@
     ├── ConfigError          the engine was asked to start with an unusable steering configuration
     ├── CompatibilityError   this vLLM, model or engine feature cannot be steered correctly
     ├── ExtractionError      a steering vector could not be learned
-    └── EvaluationError      steered answers could not be generated, judged or reported
+    ├── EvaluationError      steered answers could not be generated, judged or reported
+    └── ConversionError      a vector file of another tool cannot be read or written
 
 Importing this module imports neither torch nor vllm.
 """
@@ -79,6 +80,10 @@ class ExtractionError(SteeringError):
 
 class EvaluationError(SteeringError):
     """Steered answers could not be generated, judged or reported as asked."""
+
+
+class ConversionError(SteeringError):
+    """A vector file of another tool cannot be read, or a pack cannot be written in its format."""
 
 
 def choices(wanted: str, available: Iterable[str], limit: int = 8) -> str:

@@ -6,22 +6,58 @@ Importing this module imports neither torch nor vllm.
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
+
+from vllm_steer.strict_json import parse_json
 
 SCHEMA_VERSION: Final = 1
+MANIFEST_FILE: Final = "steering_config.json"
 VECTORS_FILE: Final = "steering_vectors.safetensors"
+
+# What a pack may hold, so that none takes more than its due of a server's memory and time: 10,000
+# directions at 32 layers fit, and what the extraction writes beside 3,000.
+MAX_MANIFEST_BYTES: Final = 32 * 2**20
+MAX_MANIFEST_VALUES: Final = 1_000_000
+MAX_VECTORS_BYTES: Final = 8 * 2**30
+MAX_DIRECTIONS: Final = 20_000
+MAX_LAYERS: Final = 10_000
+MAX_HIDDEN_SIZE: Final = 2**20
+# Keeps scale x vector far from float32's infinity, whatever norms a manifest claims.
+MAX_MAGNITUDE: Final = 1e9
+
+
+def _no_path(name: str) -> str:
+    if name in (".", "..") or "\\" in name:
+        raise ValueError("must not be . or .. and must not hold a backslash")
+    return name
+
 
 PositionChoice = Literal["all", "prompt", "generated", "last_prompt"]
 PackName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")]
 # A direction is named in requests as pack/direction, and as direction:scale in the flat form.
 DirectionName = Annotated[
-    str, Field(pattern=r"^[^\s/:\x00-\x1f](?:[^/:\x00-\x1f]{0,126}[^\s/:\x00-\x1f])?$")
+    str,
+    Field(
+        pattern=r"^[^\s/:\x00-\x1f\x7f-\x9f](?:[^/:\x00-\x1f\x7f-\x9f]{0,126}[^\s/:\x00-\x1f\x7f-\x9f])?$"
+    ),
+    AfterValidator(_no_path),
 ]
+# Shown on terminals, where control characters are commands.
+Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]{0,1024}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-LayerIndex = Annotated[int, Field(ge=0)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+LayerIndex = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
+Scale = Annotated[float, Field(ge=-MAX_MAGNITUDE, le=MAX_MAGNITUDE)]
+Positive = Annotated[float, Field(gt=0, le=MAX_MAGNITUDE)]
 
 
 class _Record(BaseModel):
@@ -40,11 +76,11 @@ class ModelIdentity(_Record):
         chat_template_sha256: Digest of the tokenizer's chat template, None when it has none.
     """
 
-    name: str
-    architecture: str
-    model_type: str
-    hidden_size: int = Field(gt=0)
-    num_layers: int = Field(gt=0)
+    name: Line
+    architecture: Line
+    model_type: Line
+    hidden_size: int = Field(gt=0, le=MAX_HIDDEN_SIZE)
+    num_layers: int = Field(gt=0, le=MAX_LAYERS)
     chat_template_sha256: Sha256 | None
 
 
@@ -59,10 +95,10 @@ class MethodRecord(_Record):
         data_sha256: Digest of the prompts.
     """
 
-    name: str
-    settings: dict[str, Any]
-    libraries: dict[str, str]
-    seed: int
+    name: Line
+    settings: dict[str, JsonValue]
+    libraries: dict[str, Line]
+    seed: int = Field(ge=-(2**63), lt=2**64)
     data_sha256: Sha256
 
 
@@ -81,10 +117,10 @@ class DirectionRecord(_Record):
 
     name: DirectionName
     layers: list[LayerIndex] = Field(min_length=1)
-    default_scale: Finite
-    safe_scale: Annotated[Finite, Field(gt=0)]
+    default_scale: Scale
+    safe_scale: Positive
     positions: PositionChoice
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, JsonValue] = {}
 
     @model_validator(mode="after")
     def _ascending(self) -> DirectionRecord:
@@ -98,7 +134,7 @@ class TensorFile(_Record):
 
     file: Literal["steering_vectors.safetensors"]
     sha256: Sha256
-    size: int = Field(gt=0)
+    size: int = Field(gt=0, le=MAX_VECTORS_BYTES)
 
 
 class Manifest(_Record):
@@ -122,11 +158,9 @@ class Manifest(_Record):
     model: ModelIdentity
     layer_convention: Literal["block_output_0_based"]
     hook_point: Literal["residual_stream_after_block"]
-    directions: list[DirectionRecord] = Field(min_length=1, max_length=100_000)
+    directions: list[DirectionRecord] = Field(min_length=1, max_length=MAX_DIRECTIONS)
     method: MethodRecord
-    residual_norms: dict[
-        Annotated[str, Field(pattern=r"^[0-9]{1,5}$")], Annotated[Finite, Field(gt=0)]
-    ]
+    residual_norms: dict[Annotated[str, Field(pattern=r"^[0-9]{1,5}$")], Positive]
     tensors: TensorFile
 
     @model_validator(mode="after")
@@ -149,6 +183,21 @@ class Manifest(_Record):
                     f"residual_norms lacks layers {unmeasured} of direction {direction.name!r}"
                 )
         return self
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """Returns the manifest in a file's bytes.
+
+    Args:
+        data: The bytes, at most ``MAX_MANIFEST_BYTES``.
+
+    Raises:
+        ValueError: It is malformed; the message names each field and its fault.
+    """
+    try:
+        return Manifest.model_validate(parse_json(data, MAX_MANIFEST_VALUES))
+    except ValidationError as error:
+        raise ValueError(explain_faults(error)) from error
 
 
 def explain_faults(error: ValidationError) -> str:

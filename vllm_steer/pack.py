@@ -15,20 +15,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from vllm_steer.errors import PackError
+from vllm_steer.hub import hub_snapshot, resolve_pack
 from vllm_steer.manifest import (
+    MANIFEST_FILE,
+    MAX_MANIFEST_BYTES,
     SCHEMA_VERSION,
     VECTORS_FILE,
     DirectionRecord,
@@ -38,9 +39,20 @@ from vllm_steer.manifest import (
     PackName,
     TensorFile,
     explain_faults,
+    parse_manifest,
 )
+from vllm_steer.pack_files import (
+    opened,
+    read_manifest,
+    replace_file,
+    replace_pack,
+    staged_name,
+)
+from vllm_steer.tensor_file import read_tensors
 
 __all__ = [
+    "MANIFEST_FILE",
+    "VECTORS_FILE",
     "DirectionRecord",
     "Manifest",
     "MethodRecord",
@@ -50,12 +62,12 @@ __all__ = [
     "direction_digest",
     "load_pack",
     "replace_file",
+    "resolve_pack",
     "write_pack",
 ]
 
-MANIFEST_FILE = "steering_config.json"
-MAX_MANIFEST_BYTES = 64 * 2**20
-MAX_VECTORS_BYTES = 8 * 2**30
+# How often a pack that is replaced while it is read is read again.
+_ATTEMPTS = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +88,11 @@ class SteeringPack:
     def name(self) -> str:
         """Name of the pack, as requests give it."""
         return self.manifest.name
+
+    @property
+    def origin(self) -> str:
+        """Where it came from: ``owner/name@commit`` for a pack of the hub, else its directory."""
+        return str(hub_snapshot(Path(os.path.realpath(self.path))) or self.path)
 
     @cached_property
     def directions(self) -> dict[str, DirectionRecord]:
@@ -99,7 +116,7 @@ def direction_digest(layers: Sequence[int], vector: np.ndarray) -> str:
         vector: Array of shape ``[len(layers), hidden_size]``.
     """
     digest = hashlib.sha256(json.dumps([list(layers), list(vector.shape)]).encode())
-    digest.update(np.ascontiguousarray(vector, dtype="<f4").tobytes())
+    digest.update(np.ascontiguousarray(vector, dtype="<f4").reshape(-1).data)
     return digest.hexdigest()
 
 
@@ -115,8 +132,8 @@ def write_pack(
 ) -> SteeringPack:
     """Writes a pack and reads it back, so that what was written is known to load.
 
-    Each file is replaced atomically, the manifest last; a pack torn by a crash in between fails its
-    digest check and is refused.
+    The directory holds the old pack or the new one at every moment, also if this process is killed
+    or the power goes; whatever else is in it stays.
 
     Args:
         path: Directory of the pack; made if missing.
@@ -128,12 +145,12 @@ def write_pack(
         residual_norms: Mean residual norm by layer.
 
     Raises:
-        PackError: Something does not fit together.
+        PackError: Something does not fit together, or the directory cannot be written.
     """
     root = Path(path)
-    data = save_safetensors(
-        {key: np.ascontiguousarray(value, dtype=np.float32) for key, value in vectors.items()}
-    )
+    arrays = {key: np.ascontiguousarray(value, dtype="<f4") for key, value in vectors.items()}
+    data = save_safetensors(arrays)
+    digest = hashlib.sha256(data).hexdigest()
     try:
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -146,21 +163,30 @@ def write_pack(
             residual_norms={
                 str(layer): float(norm) for layer, norm in sorted(residual_norms.items())
             },
-            tensors=TensorFile(
-                file=VECTORS_FILE, sha256=hashlib.sha256(data).hexdigest(), size=len(data)
-            ),
+            tensors=TensorFile(file=VECTORS_FILE, sha256=digest, size=len(data)),
         )
+        written = (manifest.model_dump_json(indent=2) + "\n").encode()
+        if len(written) > MAX_MANIFEST_BYTES:
+            raise PackError(f"pack {name!r} cannot be written: its manifest is too large")
+        parse_manifest(written)
     except ValidationError as error:
         raise PackError(f"pack {name!r} cannot be written: {explain_faults(error)}") from error
-    _checked_vectors(root, manifest, data)
-    root.mkdir(parents=True, exist_ok=True)
-    replace_file(root / VECTORS_FILE, data)
-    replace_file(root / MANIFEST_FILE, (manifest.model_dump_json(indent=2) + "\n").encode())
+    except ValueError as error:
+        raise PackError(f"pack {name!r} cannot be written: {error}") from error
+    wanted = _shapes(manifest)
+    if {key: array.shape for key, array in arrays.items()} != wanted:
+        raise PackError(
+            f"pack {name!r} cannot be written: the shapes of its vectors are not those of its directions"
+        )
+    _check_values(root / VECTORS_FILE, arrays)
+    replace_pack(root, written, data, digest)
     return load_pack(root)
 
 
 def load_pack(path: str | os.PathLike[str]) -> SteeringPack:
     """Reads a pack and verifies every statement that its manifest makes.
+
+    A pack that is replaced meanwhile is read as it was or as it is, never as a mixture.
 
     Args:
         path: Directory of the pack.
@@ -175,78 +201,75 @@ def load_pack(path: str | os.PathLike[str]) -> SteeringPack:
             f"no steering pack at {str(path)!r}: that is not a directory; give the directory that "
             f"holds {MANIFEST_FILE}"
         )
-    try:
-        manifest = Manifest.model_validate_json(_read(root / MANIFEST_FILE, MAX_MANIFEST_BYTES))
-    except ValidationError as error:
-        raise PackError(f"{root / MANIFEST_FILE}: {explain_faults(error)}") from error
-    data = _read(root / VECTORS_FILE, min(manifest.tensors.size, MAX_VECTORS_BYTES))
-    if hashlib.sha256(data).hexdigest() != manifest.tensors.sha256:
-        raise PackError(
-            f"{root / VECTORS_FILE}: sha256 differs from the manifest's, so the file is damaged or not "
-            f"the one that was extracted; copy the pack again or extract it anew"
-        )
-    return SteeringPack(root, manifest, _checked_vectors(root, manifest, data))
+    content, stamp = read_manifest(root, MAX_MANIFEST_BYTES)
+    for _ in range(_ATTEMPTS):
+        try:
+            return _load(root, content)
+        except PackError:
+            before = stamp
+            content, stamp = read_manifest(root, MAX_MANIFEST_BYTES)
+            if stamp == before:
+                raise
+    raise PackError(f"{root}: replaced again and again while it was read; load it when it is still")
 
 
-def _checked_vectors(root: Path, manifest: Manifest, data: bytes) -> dict[str, np.ndarray]:
-    """Returns the tensors in ``data`` after checking them against the manifest."""
-    file = root / VECTORS_FILE
+def _load(root: Path, content: bytes) -> SteeringPack:
+    """Returns the pack whose manifest has this content."""
     try:
-        vectors: dict[str, np.ndarray] = load_safetensors(data)
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise PackError(f"{file}: not a readable safetensors file ({error})") from error
-    named = {direction.name for direction in manifest.directions}
-    if named != set(vectors):
-        missing, extra = sorted(named - set(vectors)), sorted(set(vectors) - named)
+        manifest = parse_manifest(content)
+    except ValueError as error:
+        raise PackError(f"{root / MANIFEST_FILE}: {error}") from error
+    try:
+        vectors = _read_vectors(root, staged_name(manifest.tensors.sha256), manifest)
+    except FileNotFoundError:
+        try:
+            vectors = _read_vectors(root, VECTORS_FILE, manifest)
+        except FileNotFoundError as error:
+            raise PackError(
+                f"{root / VECTORS_FILE}: cannot be read ({error.strerror}); a steering pack holds "
+                f"{MANIFEST_FILE} and {VECTORS_FILE}"
+            ) from error
+    return SteeringPack(root, manifest, vectors)
+
+
+def _read_vectors(root: Path, name: str, manifest: Manifest) -> dict[str, NDArray[np.float32]]:
+    """Returns the tensors of a file after checking them against the manifest."""
+    file, claimed = root / name, manifest.tensors
+    with opened(root, name) as (stream, size):
+        if size != claimed.size:
+            raise PackError(
+                f"{file}: {'truncated' if size < claimed.size else 'larger than the manifest says'}: "
+                f"it has {size} bytes, the manifest says {claimed.size}; copy the pack again"
+            )
+        try:
+            vectors, digest = read_tensors(stream, size, _shapes(manifest))
+        except ValueError as error:
+            raise PackError(f"{file}: {error}") from error
+    if digest != claimed.sha256:
         raise PackError(
-            f"{file}: tensors must be the manifest's directions; missing {missing[:5]}, "
-            f"not in the manifest {extra[:5]}"
+            f"{file}: sha256 differs from the manifest's, so the file is damaged or not the one that "
+            f"was extracted; copy the pack again or extract it anew"
         )
-    for direction in manifest.directions:
-        vector, shape = vectors[direction.name], (len(direction.layers), manifest.model.hidden_size)
-        if vector.dtype != np.float32 or vector.shape != shape:
-            raise PackError(
-                f"{file}: direction {direction.name!r} is {vector.dtype} of shape {vector.shape}; the "
-                f"manifest wants float32 of shape {shape}"
-            )
-        if not np.isfinite(vector).all():
-            raise PackError(
-                f"{file}: direction {direction.name!r} has NaN or Inf; every value must be finite"
-            )
-        if not vector.any(axis=1).all():
-            raise PackError(
-                f"{file}: direction {direction.name!r} is zero at a layer, where it could never steer; "
-                f"leave that layer out"
-            )
-        vector.flags.writeable = False
+    _check_values(file, vectors)
     return vectors
 
 
-def _read(file: Path, limit: int) -> bytes:
-    try:
-        with file.open("rb") as stream:
-            data = stream.read(limit + 1)
-    except OSError as error:
-        raise PackError(
-            f"{file}: cannot be read ({error.strerror}); a steering pack holds {MANIFEST_FILE} and "
-            f"{VECTORS_FILE}"
-        ) from error
-    if len(data) > limit:
-        raise PackError(f"{file}: larger than the {limit} bytes that it may have")
-    return data
+def _shapes(manifest: Manifest) -> dict[str, tuple[int, int]]:
+    width = manifest.model.hidden_size
+    return {direction.name: (len(direction.layers), width) for direction in manifest.directions}
 
 
-def replace_file(file: Path, data: bytes) -> None:
-    """Writes a file atomically: at any moment its whole old or its whole new content is there."""
-    with tempfile.NamedTemporaryFile(
-        dir=file.parent, prefix=f".{file.name}.", delete=False
-    ) as stream:
-        try:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-            os.chmod(stream.name, 0o644)
-            os.replace(stream.name, file)
-        except BaseException:
-            os.unlink(stream.name)
-            raise
+def _check_values(file: Path, vectors: Mapping[str, NDArray[np.float32]]) -> None:
+    """Raises PackError where a value is NaN or Inf or a row is zero."""
+    for name, vector in vectors.items():
+        # NaN is passed on by both, and no temporary array of the vectors' size is made.
+        low, high = vector.min(axis=1), vector.max(axis=1)
+        if not (np.isfinite(low) & np.isfinite(high)).all():
+            raise PackError(
+                f"{file}: direction {name!r} has NaN or Inf; every value must be finite"
+            )
+        if not ((low != 0) | (high != 0)).all():
+            raise PackError(
+                f"{file}: direction {name!r} is zero at a layer, where it could never steer; "
+                f"leave that layer out"
+            )

@@ -35,18 +35,18 @@ def register() -> None:
     versions.check()
     from vllm_steer.engine import intake, runtime
     from vllm_steer.engine.prefix_cache import steered_extra_keys
-    from vllm_steer.serving import admission, flags, guard, outcome
+    from vllm_steer.serving import admission, configure, entry, flags, guard, outcome
 
     seams.patch(seams.ADD_CLI_ARGS, flags.add_flags)
     seams.patch(seams.FROM_CLI_ARGS, flags.read_flags)
-    seams.patch(seams.CREATE_ENGINE_CONFIG, flags.resolve_config)
+    seams.patch(seams.CREATE_ENGINE_CONFIG, configure.resolve_config)
     seams.patch(seams.INPUT_PROCESSOR_INIT, admission.remember_engine)
-    seams.patch(seams.PROCESS_INPUTS, admission.plan_inputs)
+    seams.patch(seams.PROCESS_INPUTS, entry.plan_inputs)
     for seam in seams.TO_SAMPLING_PARAMS:
-        seams.patch(seam, admission.check_sampling)
+        seams.patch(seam, entry.check_sampling)
     for seam in seams.TO_BEAM_SEARCH_PARAMS:
-        seams.patch(seam, admission.refuse_beam_search)
-    seams.patch(seams.EXTRACT_PROMPT_LEN, admission.remember_prompt_len)
+        seams.patch(seam, entry.refuse_beam_search)
+    seams.patch(seams.EXTRACT_PROMPT_LEN, entry.remember_prompt_len)
     seams.patch(seams.GENERATE, outcome.follow)
     seams.patch(seams.SERVE_ROUTERS, guard.add_guard)
     seams.patch(seams.EXTRA_HASH_KEYS, steered_extra_keys)

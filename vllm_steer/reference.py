@@ -13,6 +13,13 @@ from typing import Any
 from pydantic import BaseModel
 
 from vllm_steer.manifest import (
+    MAX_DIRECTIONS,
+    MAX_HIDDEN_SIZE,
+    MAX_LAYERS,
+    MAX_MAGNITUDE,
+    MAX_MANIFEST_BYTES,
+    MAX_MANIFEST_VALUES,
+    MAX_VECTORS_BYTES,
     DirectionRecord,
     Manifest,
     MethodRecord,
@@ -22,6 +29,16 @@ from vllm_steer.manifest import (
 from vllm_steer.request import DirectionChoice, SteeringRequest
 from vllm_steer.serving.flags import add_flags
 from vllm_steer.versions import OVERRIDE, OVERRIDE_MEANING, SUPPORTED
+
+_LIMITS = {
+    "bytes of the manifest": MAX_MANIFEST_BYTES,
+    "values in the manifest": MAX_MANIFEST_VALUES,
+    "directions": MAX_DIRECTIONS,
+    "layers of the model": MAX_LAYERS,
+    "hidden size": MAX_HIDDEN_SIZE,
+    "bytes of the tensor file": MAX_VECTORS_BYTES,
+    "scales and residual norms": int(MAX_MAGNITUDE),
+}
 
 
 def render() -> str:
@@ -47,6 +64,11 @@ def render() -> str:
             _model(model)
             for model in (Manifest, ModelIdentity, DirectionRecord, MethodRecord, TensorFile)
         ),
+        "### Limits",
+        "A pack beyond them is refused before its vectors are read. Refused too: keys given twice, NaN and "
+        "Inf, and files that are links out of the pack.",
+        "| of | at most |\n|---|---|\n"
+        + "\n".join(f"| {what} | {limit:,} |" for what, limit in _LIMITS.items()),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -81,7 +81,7 @@ def test_refused_configurations(
     [
         (["--steering-packs", "x"], "needs --enable-steering"),
         (["--steering-rows", "8"], "needs --enable-steering"),
-        (["--enable-steering"], "needs --steering-packs DIR"),
+        (["--enable-steering"], "needs --steering-packs PACK"),
     ],
 )
 def test_flags_that_do_not_go_together(flags: list[str], message: str) -> None:

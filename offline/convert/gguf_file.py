@@ -1,0 +1,200 @@
+"""Control vectors of llama.cpp, repeng and EasySteer: GGUF files with tensors ``direction.N``.
+
+What N means, from the sources of the three:
+
+- llama.cpp loads ``direction.N`` as layer N, and adds it to the residual stream at the end of block N,
+  counted from 0 (``common_control_vector_load_one``, ``llama_adapter_cvec::apply``, and ``build_cvec``
+  before ``l_out``). It refuses N = 0.
+- repeng names its tensors by the index of the wrapped block, from 0, and adds to that block's output
+  (``ControlModule``, ``ControlVector.export_gguf``).
+- EasySteer names them by the index of the decoder layer, from 0, and may hold layer 0.
+
+So ``direction.N`` is layer N of a pack: the output of decoder block N, 0-based, and no number changes
+on the way. Scales agree as well: all of them add strength x vector, with the vector as stored, which
+is ε·v. The file holds no strength; llama.cpp takes 1 unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offline.convert.vectors import (
+    MAX_LAYERS,
+    MAX_WIDTH,
+    VectorFile,
+    check_fit,
+    checked,
+    file_digest,
+)
+from vllm_steer.errors import ConversionError
+from vllm_steer.pack import ModelIdentity
+
+MAGIC: Final = b"GGUF"
+MAX_FIELDS: Final = 10_000
+MAX_ARRAY: Final = 4_096
+MAX_STRING: Final = 65_536
+_ARCHITECTURES: Final = ("controlvector", "steervector")
+_DIRECTION: Final = re.compile(r"direction\.(0|[1-9][0-9]{0,3})")
+# Bytes of a value by its type in GGUF; strings (8) and arrays (9) tell their own length.
+_SCALARS: Final = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_STRING: Final = 8
+_ARRAY: Final = 9
+
+
+def read_gguf(file: Path, model: ModelIdentity) -> VectorFile:
+    """Reads a control vector.
+
+    Args:
+        file: The GGUF file.
+        model: The model that it is for.
+
+    Raises:
+        ConversionError: It is no control vector, damaged, or for another model; the message says
+            where.
+    """
+    from gguf import GGUFReader
+
+    digest = file_digest(file)
+    _check_header(file)
+    try:
+        reader = GGUFReader(file)
+        architecture = reader.get_field("general.architecture")
+        found = architecture.contents() if architecture else None
+        hint = reader.get_field(f"{found}.model_hint")
+        model_hint = hint.contents() if hint else None
+        tensors = [(tensor.name, tensor.data) for tensor in reader.tensors]
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+        raise ConversionError(f"{file}: not a readable GGUF file ({error})") from error
+    if found not in _ARCHITECTURES:
+        raise ConversionError(
+            f"{file}: general.architecture is {found!r}; a control vector has 'controlvector'"
+        )
+    rows = {}
+    for name, data in tensors:
+        match = _DIRECTION.fullmatch(name)
+        if not match:
+            raise ConversionError(
+                f"{file}: has a tensor {name[:80]!r}; a control vector has direction.0 to "
+                f"direction.{MAX_LAYERS - 1} alone"
+            )
+        if data.ndim != 1 or data.dtype not in (np.float16, np.float32, np.float64):
+            raise ConversionError(
+                f"{file}: {name} is {data.dtype} of {data.ndim} dimensions; it must be a float32 vector"
+            )
+        rows[int(match[1])] = data
+    if not rows:
+        raise ConversionError(f"{file}: has no tensor direction.N")
+    check_fit(file, rows, (len(row) for row in rows.values()), model)
+    return VectorFile(
+        "gguf", digest, checked(file, rows), model_hint if isinstance(model_hint, str) else None
+    )
+
+
+def write_gguf(
+    file: Path, vectors: Mapping[int, NDArray[np.float32]], *, model_type: str, name: str
+) -> None:
+    """Writes a control vector as llama.cpp and repeng read it; the file appears as a whole or not.
+
+    Args:
+        file: Where to.
+        vectors: Layer to float32 ``[hidden_size]``.
+        model_type: What ``controlvector.model_hint`` says.
+        name: What ``general.name`` says.
+
+    Raises:
+        ConversionError: Layer 0 is among the layers, or the file cannot be written.
+    """
+    from gguf import GGUFWriter
+
+    if 0 in vectors:
+        raise ConversionError(
+            f"{name} has a vector at layer 0, and llama.cpp refuses a control vector with direction.0; "
+            f"leave it out with --layers {' '.join(map(str, [k for k in vectors if k]))}"
+        )
+    try:
+        with tempfile.TemporaryDirectory(dir=file.absolute().parent, prefix=".gguf.") as folder:
+            draft = Path(folder) / "draft.gguf"
+            writer = GGUFWriter(draft, "controlvector")
+            writer.add_string("general.name", name)
+            writer.add_string("controlvector.model_hint", model_type)
+            writer.add_uint32("controlvector.layer_count", len(vectors))
+            for layer, vector in sorted(vectors.items()):
+                writer.add_tensor(f"direction.{layer}", np.array(vector, dtype=np.float32))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            os.replace(draft, file)
+    except OSError as error:
+        raise ConversionError(f"{file}: cannot be written ({error.strerror})") from error
+
+
+def _check_header(file: Path) -> None:
+    """Walks the header, so that no length in it leads the library beyond the file or into a long loop."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            if stream.read(4) != MAGIC:
+                raise ValueError("it does not begin with GGUF")
+            version, tensors, fields = struct.unpack("<IQQ", _take(stream, 20))
+            if version not in (2, 3):
+                raise ValueError(f"version {version} is neither 2 nor 3 in little endian")
+            if tensors > MAX_LAYERS or fields > MAX_FIELDS:
+                raise ValueError(f"it claims {tensors} tensors and {fields} fields")
+            for _ in range(fields):
+                _string(stream)
+                _value(stream, _number(stream, "<I"))
+            for _ in range(tensors):
+                _string(stream)
+                dimensions = _number(stream, "<I")
+                if dimensions != 1:
+                    raise ValueError(f"a tensor has {dimensions} dimensions where a vector has 1")
+                width, _, offset = struct.unpack("<QIQ", _take(stream, 20))
+                if width > MAX_WIDTH or offset + width > size:
+                    raise ValueError("a tensor is larger than the file")
+    except (ValueError, struct.error) as error:
+        raise ConversionError(f"{file}: not a readable GGUF file ({error})") from error
+
+
+def _value(stream: BinaryIO, kind: int) -> None:
+    if kind == _STRING:
+        _string(stream)
+    elif kind == _ARRAY:
+        element, count = struct.unpack("<IQ", _take(stream, 12))
+        if count > MAX_ARRAY or element == _ARRAY:
+            raise ValueError(
+                f"an array claims {count} elements; a control vector has no such array"
+            )
+        for _ in range(count):
+            _value(stream, element)
+    elif kind in _SCALARS:
+        _take(stream, _SCALARS[kind])
+    else:
+        raise ValueError(f"a value has the unknown type {kind}")
+
+
+def _string(stream: BinaryIO) -> None:
+    length = _number(stream, "<Q")
+    if length > MAX_STRING:
+        raise ValueError(f"a string claims {length} bytes")
+    _take(stream, length)
+
+
+def _number(stream: BinaryIO, form: str) -> int:
+    return int(struct.unpack(form, _take(stream, struct.calcsize(form)))[0])
+
+
+def _take(stream: BinaryIO, count: int) -> bytes:
+    data = stream.read(count)
+    if len(data) < count:
+        raise ValueError("it is truncated")
+    return data

@@ -1,0 +1,242 @@
+"""Vector files of other tools to steering packs, and a pack's direction to a control vector.
+
+A pack says of which model it is and how long its residual stream is at every layer, because doses are
+limited by that. Other formats say neither, so both are taken from the model: its configuration, and one
+run of a few plain statements through it. Where only the configuration is at hand, the norms are given:
+as a file, or by a pack of the same model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
+from transformers import AutoConfig, AutoTokenizer
+
+from offline.capture import capture
+from offline.convert.gguf_file import MAGIC, read_gguf, write_gguf
+from offline.convert.torch_file import read_torch
+from offline.convert.vectors import VectorFile
+from offline.demo.statements import statements
+from offline.models import load_config, load_model, model_identity
+from offline.prompts import render_prompt
+from vllm_steer.errors import ConversionError, ExtractionError, choices
+from vllm_steer.pack import (
+    DirectionRecord,
+    MethodRecord,
+    ModelIdentity,
+    SteeringPack,
+    load_pack,
+    write_pack,
+)
+
+NORM_STATEMENTS: Final = 32
+_MAX_NORMS_BYTES: Final = 2**20
+
+
+def import_pack(
+    sources: Mapping[str, str | os.PathLike[str]],
+    *,
+    name: str,
+    model_path: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    scale: float,
+    safe_scale: float,
+    layers: Sequence[int] | None = None,
+    residual_norms: str | os.PathLike[str] | None = None,
+) -> SteeringPack:
+    """Writes a pack with one direction for each vector file.
+
+    Args:
+        sources: Name of each direction to its file, GGUF or PyTorch, told by content.
+        name: Name of the pack.
+        model_path: Checkpoint directory or Hugging Face id of the model that the vectors are for.
+        out_dir: Directory of the pack.
+        scale: Default scale (ε): the strength of llama.cpp, the coefficient of repeng.
+        safe_scale: Largest |scale| known to leave the text fluent.
+        layers: Keep only these layers; for files that name no layers, the layers of their rows.
+        residual_norms: A JSON file of layer to mean residual norm, or a pack of the same model; None
+            to measure them.
+
+    Returns:
+        The pack, read back from disk.
+
+    Raises:
+        ConversionError: A file is not what it should be, or does not fit the model.
+        PackError: The pack cannot be written.
+    """
+    model = _identity(model_path)
+    files = {
+        key: _selected(Path(source), _read(Path(source), layers, model), layers)
+        for key, source in sources.items()
+    }
+    try:
+        records = [
+            DirectionRecord(
+                name=key,
+                layers=list(file.vectors),
+                default_scale=scale,
+                safe_scale=safe_scale,
+                positions="all",
+                metrics={} if file.model_hint is None else {"model_hint": file.model_hint},
+            )
+            for key, file in files.items()
+        ]
+    except ValidationError as error:
+        faults = "; ".join(f"{fault['input']!r}: {fault['msg']}" for fault in error.errors())
+        raise ConversionError(f"pack {name!r} cannot be written: {faults}") from error
+    norms = (
+        _measure_norms(model_path)
+        if residual_norms is None
+        else _given_norms(residual_norms, model)
+    )
+    return write_pack(
+        out_dir,
+        name=name,
+        model=model,
+        directions=records,
+        vectors={key: _stack(file) for key, file in files.items()},
+        method=_method(files, residual_norms is None),
+        residual_norms=norms,
+    )
+
+
+def export_direction(
+    pack: SteeringPack,
+    direction: str,
+    out: str | os.PathLike[str],
+    layers: Sequence[int] | None = None,
+) -> None:
+    """Writes a direction as a GGUF control vector, unscaled.
+
+    Args:
+        pack: The pack.
+        direction: Name of the direction.
+        out: The file to write.
+        layers: Write only these layers; None for all.
+
+    Raises:
+        ConversionError: There is no such direction or layer, layer 0 is among the layers, or the file
+            cannot be written.
+    """
+    if direction not in pack.directions:
+        raise ConversionError(
+            f"steering pack {pack.name!r} has no direction {direction!r}; "
+            f"{choices(direction, pack.directions)}"
+        )
+    held = dict(zip(pack.directions[direction].layers, pack.vectors[direction], strict=True))
+    if missing := sorted(set(layers or ()) - held.keys()):
+        raise ConversionError(
+            f"direction {direction!r} has no layers {missing}; it has {sorted(held)}"
+        )
+    write_gguf(
+        Path(out),
+        {layer: row for layer, row in held.items() if layers is None or layer in layers},
+        model_type=pack.manifest.model.model_type,
+        name=f"{pack.name}/{direction}",
+    )
+
+
+def _identity(model_path: str | os.PathLike[str]) -> ModelIdentity:
+    try:
+        config = AutoConfig.from_pretrained(model_path)
+    except (OSError, ValueError) as error:
+        raise ConversionError(
+            f"--model: no configuration at {str(model_path)!r}: {' '.join(str(error).split())}"
+        ) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+    except (OSError, ValueError):
+        tokenizer = None
+    return model_identity(model_path, config, tokenizer)
+
+
+def _read(file: Path, layers: Sequence[int] | None, model: ModelIdentity) -> VectorFile:
+    try:
+        with file.open("rb") as stream:
+            magic = stream.read(len(MAGIC))
+    except OSError as error:
+        raise ConversionError(f"{file}: cannot be read ({error.strerror})") from error
+    return read_gguf(file, model) if magic == MAGIC else read_torch(file, layers, model)
+
+
+def _selected(file: Path, found: VectorFile, layers: Sequence[int] | None) -> VectorFile:
+    if layers is None:
+        return found
+    if missing := sorted(set(layers) - found.vectors.keys()):
+        raise ConversionError(
+            f"{file}: has no vector at layers {missing}; it has {[*found.vectors]}"
+        )
+    kept = {layer: row for layer, row in found.vectors.items() if layer in layers}
+    return VectorFile(found.format, found.sha256, kept, found.model_hint)
+
+
+def _stack(file: VectorFile) -> NDArray[np.float32]:
+    """Float32 ``[layers, hidden_size]``."""
+    return np.stack(list(file.vectors.values()))
+
+
+def _measure_norms(model_path: str | os.PathLike[str]) -> dict[int, float]:
+    """Returns the mean norm of each block's output over plain statements, as extraction measures it."""
+    try:
+        _, tokenizer = load_config(model_path)
+        model = load_model(model_path, "float32", None)
+        prompts = [
+            render_prompt(tokenizer, statement.text)
+            for statement in statements("extract")[:NORM_STATEMENTS]
+        ]
+        measured = capture(model, prompts, candidates=1, batch_size=8).residual_norms
+    except ExtractionError as error:
+        raise ConversionError(
+            f"residual norms cannot be measured with the model: {' '.join(str(error).split())}; give them with "
+            f"--residual-norms, as a JSON file of layer to norm or as a pack of the same model"
+        ) from error
+    return dict(enumerate(measured.tolist()))
+
+
+def _given_norms(source: str | os.PathLike[str], model: ModelIdentity) -> dict[int, float]:
+    path = Path(source)
+    if path.is_dir():
+        pack = load_pack(path)
+        other = pack.manifest.model
+        if (other.hidden_size, other.num_layers) != (model.hidden_size, model.num_layers):
+            raise ConversionError(
+                f"--residual-norms: steering pack {pack.name!r} is of a model with hidden size "
+                f"{other.hidden_size} and {other.num_layers} layers; this one has {model.hidden_size} and "
+                f"{model.num_layers}"
+            )
+        return {int(layer): norm for layer, norm in pack.manifest.residual_norms.items()}
+    try:
+        if path.stat().st_size > _MAX_NORMS_BYTES:
+            raise ConversionError(f"--residual-norms: {path} is too large")
+        return TypeAdapter(dict[int, float]).validate_json(path.read_bytes())
+    except OSError as error:
+        raise ConversionError(f"--residual-norms: {path}: {error.strerror}") from error
+    except ValidationError as error:
+        raise ConversionError(
+            f"--residual-norms: {path}: {error.errors()[0]['msg']}; it must be a JSON object of layer to "
+            f'norm, such as {{"0": 11.5, "1": 12.25}}'
+        ) from error
+
+
+def _method(files: Mapping[str, VectorFile], measured: bool) -> MethodRecord:
+    digest = hashlib.sha256("".join(file.sha256 for file in files.values()).encode())
+    return MethodRecord(
+        name="imported",
+        settings={
+            "files": {
+                key: {"format": file.format, "sha256": file.sha256} for key, file in files.items()
+            },
+            "residual_norms": "measured" if measured else "given",
+        },
+        libraries={library: version(library) for library in ("torch", "transformers")},
+        seed=0,
+        data_sha256=digest.hexdigest(),
+    )

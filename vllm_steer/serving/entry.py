@@ -1,0 +1,125 @@
+"""Where vLLM's requests pass: their steering becomes a plan before a response starts.
+
+Two steps. When an OpenAI-style request becomes sampling parameters, its steering is admitted, so that
+a mistake is answered before a response starts, streaming or not. When the engine's input is made, the
+plan goes into it; that is also the check for requests that come from ``LLM`` or any other way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+
+from vllm_steer.request import FLAT_KEYS, PLAN_KEY, REQUEST_KEY, looks_like_steering
+from vllm_steer.serving.admission import Admission, AdmittedPlan, current_admission
+from vllm_steer.serving.exchange import current_exchange
+
+# Set by vLLM's serving code just before it makes a request's sampling parameters.
+_prompt_len: ContextVar[int | None] = ContextVar("_prompt_len", default=None)
+
+
+def plan_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``InputProcessor.process_inputs`` to put the plan into the engine's request."""
+
+    def process_inputs(
+        self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        admission: Admission = self._vllm_steer_admission
+        extra_args = getattr(params, "extra_args", None) or {}
+        plan = extra_args.get(PLAN_KEY)
+        wanted = plan.request if isinstance(plan, AdmittedPlan) else admission.parse(extra_args)
+        if wanted is not None and kwargs.get("resumable"):
+            raise VLLMValidationError(
+                "steering does not support resumable sessions, whose outputs become prompt; send the whole prompt",
+                parameter=REQUEST_KEY,
+            )
+        request = original(self, request_id, prompt, params, *args, **kwargs)
+        if wanted is not None or REQUEST_KEY in extra_args:
+            embeds = request.prompt_embeds
+            prompt_len = len(request.prompt_token_ids) if embeds is None else embeds.shape[0]
+            if wanted is not None and (plan is None or plan.receipt.prompt_len != prompt_len):
+                plan = admission.admit(wanted, prompt_len)
+            # A new dict: vLLM's copies of the parameters share the caller's.
+            request.sampling_params.extra_args = {
+                key: value
+                for key, value in extra_args.items()
+                if key not in (REQUEST_KEY, PLAN_KEY, *FLAT_KEYS)
+            } | ({PLAN_KEY: list(plan)} if plan else {})
+        return request
+
+    return process_inputs
+
+
+def check_sampling(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``to_sampling_params`` of an OpenAI-style request model."""
+
+    def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+        params = original(self, *args, **kwargs)
+        extra_args = dict(params.extra_args or {})
+        extra_args = _with_top_level(extra_args, self)
+        admission = current_admission()
+        if admission is None:
+            return params
+        exchange = current_exchange.get()
+        alias = exchange.alias if exchange is not None else None
+        request = alias or admission.parse(extra_args) or admission.default(extra_args)
+        if request is not None:
+            prompt_len = _prompt_len.get()
+            if prompt_len is None:
+                # Routes that only render a prompt for another server.
+                raise VLLMValidationError(
+                    "this route does not generate and cannot be steered; send the steering to the route that does",
+                    parameter=REQUEST_KEY,
+                )
+            key = exchange.key_digest if exchange is not None else None
+            plan = admission.admit(request, prompt_len, params.n, key)
+            if exchange is not None:
+                exchange.receipts.append(plan.receipt)
+                admission.hold(plan.receipt)
+            params.extra_args = extra_args | {PLAN_KEY: plan}
+        return params
+
+    return to_sampling_params
+
+
+def remember_prompt_len(original: Callable[..., int]) -> Callable[..., int]:
+    """Wraps ``_extract_prompt_len``: the request's model does not know its prompt's length."""
+
+    def _extract_prompt_len(self: Any, prompt: Any) -> int:
+        length = original(self, prompt)
+        _prompt_len.set(length)
+        return length
+
+    return _extract_prompt_len
+
+
+def refuse_beam_search(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``to_beam_search_params``: vLLM's beam search drops a request's extra arguments."""
+
+    def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(
+            looks_like_steering(key) for key in _with_top_level(dict(self.vllm_xargs or {}), self)
+        ):
+            raise VLLMValidationError(
+                "steering does not support beam search; leave out use_beam_search or the steering",
+                parameter=REQUEST_KEY,
+            )
+        return original(self, *args, **kwargs)
+
+    return to_beam_search_params
+
+
+def _with_top_level(extra_args: dict[str, Any], request: Any) -> dict[str, Any]:
+    """Adds the steering keys that stand beside ``model`` and ``prompt`` in the request's body."""
+    for key, value in (request.model_extra or {}).items():
+        if looks_like_steering(key):
+            if key in extra_args:
+                raise VLLMValidationError(
+                    f"{key!r} stands both in the request and in vllm_xargs; send it once",
+                    parameter=key,
+                )
+            extra_args[key] = value
+    return extra_args
