@@ -15,6 +15,15 @@ from vllm_steer.resolve import SteeringPlan, Term, count_steered
 HEADER = "x-steering"
 # Proxies refuse long headers; the body has everything.
 MAX_HEADER = 2048
+RECEIPT_FIELDS = {
+    "directions": "Each direction's `name`, `scale`, `layers` and content `digest`, as carried out.",
+    "positions": "Ranges of absolute token positions, `start` to before `end` (null: to the end), each with the "
+    "indices of the directions that are summed there.",
+    "dose": "Largest relative dose: Σ&#124;ε&#124;·‖v‖ over the mean norm of the residual stream.",
+    "clamped_by": "Factor that the server multiplied all scales by; 1 when it kept them.",
+    "tokens_steered": "Tokens that went through the model at steered positions, of prompt and answers; the last "
+    "token of an answer does not.",
+}
 
 
 @dataclass(eq=False)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -26,8 +27,11 @@ from vllm_steer.manifest import (
     ModelIdentity,
     TensorFile,
 )
+from vllm_steer.policy import Policy
+from vllm_steer.receipt import HEADER, RECEIPT_FIELDS
 from vllm_steer.request import DirectionChoice, SteeringRequest
 from vllm_steer.serving.flags import add_flags
+from vllm_steer.serving.packs_api import ROUTES
 from vllm_steer.versions import OVERRIDE, OVERRIDE_MEANING, SUPPORTED
 
 _LIMITS = {
@@ -56,8 +60,25 @@ def render() -> str:
         "The field `steering` of `/v1/completions`, `/v1/chat/completions` and `/v1/responses`, as an "
         'object; `vllm_xargs.steering`, as its JSON text; `SamplingParams.extra_args["steering"]`, '
         'as either. The flat form: `steer`, a list of `"name:scale"` or `"name"`, with '
-        "`steer_layers` and `steer_positions` beside it.",
+        '`steer_layers` and `steer_positions` beside it. `"steering": "none"` leaves out a server\'s default.',
         *(_model(model) for model in (SteeringRequest, DirectionChoice)),
+        "### JSON schema",
+        f"```json\n{json.dumps(SteeringRequest.model_json_schema(), indent=1, ensure_ascii=False)}\n```",
+        "## Receipts",
+        "A response to a steered request has `steering`, a list with a receipt for each prompt, and the header "
+        f"`{HEADER}` with names and scales. In a stream the chunk that ends an answer has the receipt, and with "
+        "`/v1/responses` the last event's response.",
+        "| field | meaning |\n|---|---|\n"
+        + "\n".join(f"| `{field}` | {meaning} |" for field, meaning in RECEIPT_FIELDS.items()),
+        "## Policy",
+        "`--steering-policy FILE`, a JSON object. A request for the model `SERVED:ALIAS` is steered by the alias.",
+        _model(Policy),
+        "## Routes",
+        "| route | answer |\n|---|---|\n"
+        + "\n".join(f"| `{route}` | {meaning} |" for route, meaning in ROUTES.items()),
+        "## Metrics",
+        "On `/metrics`; `vllm_steer/serving/grafana.json` is a Grafana dashboard of them.",
+        "| metric | type | meaning |\n|---|---|---|\n" + "\n".join(_metrics()),
         "## Steering packs",
         "`steering_config.json`; layer k is the output of decoder block k, counted from 0.",
         *(
@@ -71,6 +92,19 @@ def render() -> str:
         + "\n".join(f"| {what} | {limit:,} |" for what, limit in _LIMITS.items()),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _metrics() -> list[str]:
+    from prometheus_client.metrics import MetricWrapperBase
+
+    from vllm_steer.serving import metrics
+
+    kept = [metric for metric in vars(metrics).values() if isinstance(metric, MetricWrapperBase)]
+    families = [family for metric in kept for family in metric.collect()]
+    return [
+        f"| `{family.name}{'_total' if family.type == 'counter' else ''}` | {family.type} | {family.documentation} |"
+        for family in families
+    ]
 
 
 def _flags(add: Callable[..., Any]) -> str:

@@ -17,6 +17,14 @@ from vllm_steer.serving.runtime import PackDesk
 from vllm_steer.store import PackStore
 
 PREFIX = "/v1/steering/"
+ROUTES = {
+    "GET /v1/steering/packs": "The packs and directions that requests can name, with content digests.",
+    "POST /v1/steering/packs": 'Loads the pack `{"name": NAME}` from a directory of that name in a root, or loads it '
+    "again. Requests under way keep the content that they began with.",
+    "DELETE /v1/steering/packs/NAME": "Unloads a pack; 409 while a request, an alias or the default needs it.",
+    "PUT /v1/steering/aliases/ALIAS": "Lets `SERVED:ALIAS` stand for the steering in the body.",
+    "DELETE /v1/steering/aliases/ALIAS": "Ends an alias.",
+}
 _DESK = "_vllm_steer_desk"
 
 
