@@ -1,0 +1,190 @@
+"""Packs and aliases that change while the server answers."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from openai import AsyncOpenAI, BadRequestError, OpenAI
+
+from offline.demo.corpus import user_text
+from offline.demo.server import SERVED_NAME, Server, serve
+from offline.demo.statements import statements
+from vllm_steer.pack import SteeringPack, load_pack, write_pack
+
+pytestmark = pytest.mark.server
+# Long enough to fill blocks of the prefix cache.
+TEXT = " ".join(user_text(statement.text) for statement in statements("heldout")[:6])
+MOOD: dict[str, Any] = {"directions": [{"name": "late/cheerful", "scale": 9.0}]}
+TOKENS = 16
+
+
+def write_variant(pack: SteeringPack, path: Path, name: str, sign: float) -> SteeringPack:
+    """Writes a pack of the same directions, all turned round when the sign is negative."""
+    return write_pack(
+        path,
+        name=name,
+        model=pack.manifest.model,
+        directions=pack.manifest.directions,
+        vectors={key: np.float32(sign) * vector for key, vector in pack.vectors.items()},
+        method=pack.manifest.method,
+        residual_norms={int(k): norm for k, norm in pack.manifest.residual_norms.items()},
+    )
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("roots")
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, packs: list[SteeringPack], root: Path) -> Iterator[Server]:
+    paths = [pack.path for pack in packs]
+    options = ["--steering-pack-roots", str(root), "--enable-prefix-caching"]
+    with serve(model, paths, root / "log", "--enforce-eager", *options) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> OpenAI:
+    return OpenAI(base_url=server.url, api_key="none", max_retries=0)
+
+
+def load(server: Server, name: str) -> httpx.Response:
+    return httpx.post(f"{server.url}/steering/packs", json={"name": name}, timeout=60)
+
+
+def unload(server: Server, name: str) -> httpx.Response:
+    return httpx.delete(f"{server.url}/steering/packs/{name}", timeout=60)
+
+
+def ask(client: OpenAI, steering: dict[str, Any] | None) -> Any:
+    return client.completions.create(
+        model=SERVED_NAME,
+        prompt=TEXT,
+        max_tokens=TOKENS,
+        temperature=0.0,
+        logprobs=1,
+        extra_body={"ignore_eos": True} | ({"steering": steering} if steering else {}),
+    )
+
+
+def logprobs(response: Any) -> list[float]:
+    return response.choices[0].logprobs.token_logprobs
+
+
+def test_reload_under_the_same_name(
+    server: Server, client: OpenAI, packs: list[SteeringPack], root: Path
+) -> None:
+    """Other content is used at once, and finds no blocks of the old one in the prefix cache."""
+    moods = next(pack for pack in packs if pack.name == "moods")
+    with pytest.raises(BadRequestError, match="no steering pack 'late' is loaded"):
+        ask(client, MOOD)
+    write_variant(moods, root / "late", "late", 1.0)
+    assert load(server, "late").status_code == 200
+    first = ask(client, MOOD)
+    same = {"directions": [{"name": "moods/cheerful", "scale": 9.0}]}
+    assert logprobs(first) == pytest.approx(logprobs(ask(client, same)), abs=1e-4)
+
+    turned = write_variant(moods, root / "late", "late", -1.0)
+    answer = load(server, "late").json()
+    assert answer["sha256"] == turned.manifest.tensors.sha256
+    second = ask(client, MOOD)
+    opposite = {"directions": [{"name": "moods/cheerful", "scale": -9.0}]}
+    assert logprobs(second) == pytest.approx(logprobs(ask(client, opposite)), abs=1e-4)
+    assert logprobs(second) != pytest.approx(logprobs(first), abs=1e-2)
+    (receipt,) = second.model_extra["steering"]
+    assert receipt["directions"][0]["digest"] == turned.digests["cheerful"]
+
+    assert unload(server, "late").status_code == 200
+    with pytest.raises(BadRequestError, match="no steering pack 'late' is loaded"):
+        ask(client, MOOD)
+
+
+def test_requests_under_way_keep_what_they_began_with(
+    server: Server, client: OpenAI, packs: list[SteeringPack], root: Path
+) -> None:
+    moods = next(pack for pack in packs if pack.name == "moods")
+    write_variant(moods, root / "late", "late", 1.0)
+    assert load(server, "late").status_code == 200
+    body = {"ignore_eos": True, "steering": MOOD}
+
+    def stream_of(many: AsyncOpenAI) -> Any:
+        return many.completions.create(
+            model=SERVED_NAME,
+            prompt=TEXT[:200],
+            max_tokens=200,
+            temperature=0.0,
+            stream=True,
+            extra_body=body,
+        )
+
+    async def text_of(stream: Any) -> str:
+        return "".join([chunk.choices[0].text async for chunk in stream])
+
+    async def run() -> tuple[str, str, str, int]:
+        async with AsyncOpenAI(base_url=server.url, api_key="none", max_retries=0) as many:
+            expected = await text_of(await stream_of(many))
+            under_way = await stream_of(many)
+            in_use = await asyncio.to_thread(unload, server, "late")
+            write_variant(moods, root / "late", "late", -1.0)
+            reloaded = await asyncio.to_thread(load, server, "late")
+            assert reloaded.status_code == 200
+            after = await stream_of(many)
+            return expected, await text_of(under_way), await text_of(after), in_use.status_code
+
+    expected, under_way, after, status = asyncio.run(run())
+    assert status == 409
+    assert under_way == expected
+    assert after != expected
+    assert unload(server, "late").status_code == 200
+
+
+def test_refused_loads(server: Server, packs: list[SteeringPack], root: Path) -> None:
+    outside = root.parent / "outside"
+    write_variant(packs[0], outside, "outside", 1.0)
+    (root / "outside").symlink_to(outside)
+    write_variant(packs[0], root / "renamed", "other", 1.0)
+    shutil.copytree(packs[0].path, root / "torn")
+    with (root / "torn" / "steering_vectors.safetensors").open("ab") as stream:
+        stream.write(b"x")
+    refused = {
+        "outside": "lies outside the roots",
+        "renamed": "is named 'other'",
+        "torn": "torn",
+        "nowhere": "no directory 'nowhere'",
+        "../outside": "name",
+        "": "name",
+    }
+    for name, message in refused.items():
+        answer = load(server, name)
+        assert answer.status_code == 400, name
+        assert message in answer.json()["error"]["message"], name
+    assert httpx.post(f"{server.url}/steering/packs", content=b"{").status_code == 400
+    assert unload(server, "nobody").status_code == 400
+    names = [pack["name"] for pack in httpx.get(f"{server.url}/steering/packs").json()["packs"]]
+    assert names == [pack.name for pack in packs]
+    load_pack(packs[0].path)
+
+
+def test_aliases_at_run_time(server: Server, client: OpenAI) -> None:
+    url = f"{server.url}/steering/aliases"
+    steering = {"directions": [{"name": "moods/gloomy", "scale": 6.0}]}
+    assert httpx.put(f"{url}/gloomy", json=steering).status_code == 200
+    name = f"{SERVED_NAME}:gloomy"
+    assert name in [card.id for card in client.models.list().data]
+    aliased = client.completions.create(model=name, prompt=TEXT, max_tokens=4, temperature=0.0)
+    assert aliased.model_extra["steering"][0]["directions"][0]["name"] == "moods/gloomy"
+    assert unload(server, "moods").status_code == 409
+    assert httpx.delete(f"{url}/gloomy").status_code == 200
+    assert httpx.delete(f"{url}/gloomy").status_code == 400
+    assert httpx.put(f"{url}/bad name", json=steering).status_code == 400
+    unknown = {"directions": [{"name": "moods/nobody"}]}
+    assert httpx.put(f"{url}/x", json=unknown).status_code == 400
+    assert httpx.put(f"{server.url}/steering/other", json={}).status_code == 404
