@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from tests.conftest import engine_arguments
 from tests.engine.cases import CASES
 from tests.engine_process import EngineProcess
 from tests.reference import Reference, assert_equals_hooks
+from vllm_steer.pack import SteeringPack
 
 pytestmark = pytest.mark.engine
 TOKENS = 16
@@ -29,3 +32,11 @@ def test_parallel_equals_hooks(
 ) -> None:
     outputs = start(kind).generate(prompts, list(CASES.values()), TOKENS)
     assert_equals_hooks(reference, prompts, CASES.values(), outputs, TOKENS)
+
+
+@pytest.mark.feature("Ray executor", "not on CPU: refused by vLLM itself")
+def test_vllm_has_no_ray_executor_for_cpu(model: Path, packs: list[SteeringPack]) -> None:
+    """Should a later vLLM have one, this fails and the tests above have to run on it."""
+    arguments = engine_arguments(model, packs, "tp2-ray-eager")
+    with pytest.raises(RuntimeError, match="platform cpu does not support ray"):
+        EngineProcess(arguments, {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
