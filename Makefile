@@ -10,7 +10,7 @@ OLDEST_TORCH := torch==2.11.0
 OLDEST_VENV := .venv-oldest
 OLDEST_BIN := $(OLDEST_VENV)/bin
 
-.PHONY: setup demo test test-slow test-oldest check-versions architectures compatibility lint format model clean
+.PHONY: setup demo test test-slow test-oldest check-versions architectures compatibility benchmarks lint format model clean
 
 ## setup: build .venv with vLLM for CPU and everything that the project needs
 setup: $(VENV)/ready
@@ -66,6 +66,14 @@ compatibility: setup
 	rm -f tests/compatibility.json
 	$(BIN)/python -m pytest -m feature --record-features
 	$(BIN)/python -m tests.compatibility
+
+## benchmarks: speed and overhead, on a machine that does nothing else; about an hour
+benchmarks: setup
+	$(BIN)/python -m benchmarks.overhead --json benchmarks/results/overhead.json
+	$(BIN)/python -m benchmarks.throughput --starts 3 --json benchmarks/results/throughput-demo.json
+	$(BIN)/python -m benchmarks.throughput --model 100m --requests 16 --tokens 0.5 --starts 3 --json benchmarks/results/throughput-100m.json
+	$(BIN)/python -m benchmarks.serve --json benchmarks/results/serve.json
+	$(BIN)/python -m benchmarks.serve --directions 512 --starts 3 --json benchmarks/results/serve-512.json
 
 ## lint: ruff and mypy
 lint: setup
