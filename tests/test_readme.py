@@ -19,6 +19,7 @@ from offline.convert.gguf_file import write_gguf
 from offline.demo.server import Server
 from offline.demo.statements import statements
 from vllm_steer.pack import SteeringPack, load_pack
+from vllm_steer.policy import Policy
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -48,7 +49,9 @@ def run(command: list[str], cwd: Path) -> str:
 
 @pytest.mark.server
 def test_openai_client(server: Server, tmp_path: Path) -> None:
-    code = block("python", "OpenAI(").replace("http://localhost:8000/v1", server.url)
+    code = block("python", "chat.completions.create(").replace(
+        "http://localhost:8000/v1", server.url
+    )
     shown = run(
         [sys.executable, "-c", code + "\nprint(response.choices[0].message.content)"], tmp_path
     )
@@ -57,9 +60,30 @@ def test_openai_client(server: Server, tmp_path: Path) -> None:
 
 @pytest.mark.server
 def test_curl(server: Server, tmp_path: Path) -> None:
-    command = block("bash", "curl").replace("http://localhost:8000/v1", server.url)
+    command = block("bash", "/v1/completions").replace("http://localhost:8000/v1", server.url)
     answer = json.loads(run(["bash", "-c", command], tmp_path))
     assert answer["choices"][0]["text"]
+
+
+@pytest.mark.server
+def test_steer_helper_and_receipt(server: Server, tmp_path: Path) -> None:
+    code = block("python", "import steer").replace("http://localhost:8000/v1", server.url)
+    assert int(run([sys.executable, "-c", code], tmp_path)) > 0
+
+
+@pytest.mark.server
+def test_routes_of_packs(server: Server, tmp_path: Path) -> None:
+    commands = block("bash", "/v1/steering/packs").replace("http://localhost:8000/v1", server.url)
+    listed, *changes = (run(["bash", "-c", c], tmp_path) for c in commands.strip().splitlines())
+    assert json.loads(listed)["packs"]
+    # This server was started without the flag.
+    assert all("--steering-pack-roots" in answer for answer in changes)
+
+
+def test_policy() -> None:
+    policy = Policy.model_validate_json(block("json", '"aliases"'))
+    assert policy.default is not None
+    assert set(Policy.model_fields) == policy.model_fields_set
 
 
 @pytest.mark.engine

@@ -103,4 +103,4 @@ def test_steering_is_refused_where_the_engine_was_started_without(model: Path) -
     request = admission.parse(extra_args)
     assert request is not None
     with pytest.raises(VLLMValidationError, match="start it with --enable-steering"):
-        admission.plan(request, extra_args, prompt_len=3)
+        admission.admit(request, prompt_len=3)
