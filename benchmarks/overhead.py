@@ -29,9 +29,10 @@ from tests.random_pack import write_random_pack  # noqa: E402
 from vllm_steer.config import GRAPH_REVISION, ResolvedConfig, plugin_version  # noqa: E402
 from vllm_steer.engine.intake import check_plan  # noqa: E402
 from vllm_steer.pack import ModelIdentity, load_pack  # noqa: E402
-from vllm_steer.registry import PackRegistry, configured_registry  # noqa: E402
+from vllm_steer.registry import PackRegistry  # noqa: E402
 from vllm_steer.request import PLAN_KEY, parse  # noqa: E402
 from vllm_steer.resolve import check_sums, resolve  # noqa: E402
+from vllm_steer.store import configured_store  # noqa: E402
 
 HIDDEN = 256
 PROMPT = 200
@@ -68,12 +69,13 @@ class Bench:
             packs=[str(pack)],
             rows=2 * requests + 1,
             sums_per_request=2,
+            gated=False,
             layers=list(range(layers)),
             digests=[load_pack(pack).manifest.tensors.sha256],
             version=plugin_version(),
             graph_revision=GRAPH_REVISION,
         )
-        self.registry = configured_registry(self.config)
+        self.store = configured_store(self.config)
         model = torch.nn.Module()
         model.layers = torch.nn.ModuleList(torch.nn.Identity() for _ in range(layers))
         self.steering = WorkerSteering(
@@ -102,10 +104,10 @@ class Bench:
         request = parse(extra_args)
         if request is None:
             raise RuntimeError("the request asks for no steering")
-        plan = resolve(request, self.registry, PROMPT, MAX_LEN)
+        plan = resolve(request, self.store.registry, PROMPT, MAX_LEN)
         check_sums(plan, self.config.sums_per_request)
         payload = plan.to_payload()
-        check_plan(payload, self.config, self.registry)
+        check_plan(payload, self.config, self.store)
         return payload
 
     def arrive(self, number: int, payload: list[Any] | None) -> None:
