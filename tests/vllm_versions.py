@@ -33,6 +33,8 @@ USED = (
     Seam("vllm.exceptions", "VLLMValidationError.__init__", ("self", "message", "parameter")),
     Seam("vllm.config", "set_current_vllm_config", ("vllm_config",)),
     Seam("vllm.logger", "init_logger", ("name",)),
+    Seam("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc", ("self", "method")),
+    Seam("vllm.v1.engine.core_client", "AsyncMPClient.call_utility_async", ("self", "method")),
 )
 
 # What is patched, and modules of which at least one must call it: a patch that nobody calls is silent.
@@ -54,6 +56,9 @@ CALLS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("_extract_prompt_len", (f"{OPENAI}.chat_completion.serving",)),
     ("_extract_prompt_len", (f"{OPENAI}.chat_completion.batch_serving",)),
     ("_extract_prompt_len", (f"{OPENAI}.responses.serving",)),
+    ("generate", (f"{OPENAI}.completion.serving",)),
+    ("generate", (f"{OPENAI}.chat_completion.serving",)),
+    ("generate", (f"{OPENAI}.responses.serving", f"{OPENAI}.responses.context")),
     ("preprocess_add_request", ("vllm.v1.engine.core",)),
     ("_handle_request_preproc_error", ("vllm.v1.engine.core",)),
     ("to_beam_search_params", (f"{OPENAI}.completion.serving",)),
@@ -88,7 +93,7 @@ FIELDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "ParallelConfig",
         (
             "prefill_context_parallel_size", "enable_dbo", "use_ubatching",
-            "use_sequence_parallel_moe",
+            "use_sequence_parallel_moe", "_api_process_count",
         ),
     ),
     ("vllm.config", "CacheConfig", ("kv_sharing_fast_prefill",)),
@@ -105,7 +110,7 @@ FIELDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
             "get_total_num_hidden_layers",
         ),
     ),
-    ("vllm.sampling_params", "SamplingParams", ("extra_args",)),
+    ("vllm.sampling_params", "SamplingParams", ("extra_args", "output_kind", "n")),
     (f"{OPENAI}.completion.protocol", "CompletionRequest", ("vllm_xargs",)),
     (f"{OPENAI}.chat_completion.protocol", "ChatCompletionRequest", ("vllm_xargs",)),
     (f"{OPENAI}.responses.protocol", "ResponsesRequest", ("vllm_xargs",)),
@@ -114,7 +119,7 @@ FIELDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "EngineCoreRequest",
         ("prompt_token_ids", "prompt_embeds", "sampling_params"),
     ),
-    ("vllm.v1.engine.core", "EngineCore", ("vllm_config",)),
+    ("vllm.v1.engine.core", "EngineCore", ("vllm_config", "model_executor")),
     ("vllm.v1.request", "Request", ("sampling_params",)),
     (
         "vllm.v1.core.sched.output",
