@@ -14,6 +14,8 @@ import json
 import re
 from typing import Any
 
+from vllm.v1.engine.exceptions import EngineDeadError
+
 from vllm_steer.receipt import HEADER
 from vllm_steer.request import REQUEST_KEY
 from vllm_steer.serving import metrics
@@ -202,8 +204,8 @@ async def _measure_planning(engine: Any) -> None:
     """Asks the workers how long planning took since the last scrape."""
     try:
         times = await asyncio.wait_for(engine.collective_rpc(TIMES), _SCRAPE_SECONDS)
-    except TimeoutError:
-        # The engine is in a long step; the gauge keeps its last value.
+    except (TimeoutError, EngineDeadError):
+        # In a long step, or gone, which other metrics tell; the gauge keeps its last value.
         return
     steps, seconds = (sum(values) for values in zip(*times, strict=True))
     if steps:
