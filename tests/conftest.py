@@ -25,6 +25,8 @@ from vllm_steer.pack import SteeringPack
 # Enough to learn real directions in seconds; how well they steer is measured in benchmarks/.
 FEW = FULL_METHOD.model_copy(update={"positive_count": 40, "negative_count": 40})
 PLAIN = {"VLLM_PLUGINS": ""}
+# Each holds one to two gigabytes.
+MOST_ENGINES = 4
 V2 = {
     "TRITON_INTERPRET": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "1",
@@ -83,16 +85,20 @@ def reference(model: Path, packs: list[SteeringPack]) -> Reference:
 
 @pytest.fixture(scope="session")
 def start(model: Path, packs: list[SteeringPack]) -> Iterator[Callable[..., EngineProcess]]:
-    """Starts engines on demand, each kind once, and ends them with the session."""
+    """Starts engines on demand; the few that were used last stay, the others are ended."""
     running: dict[str, EngineProcess] = {}
 
     def engine(kind: str) -> EngineProcess:
         if kind not in running:
+            while len(running) >= MOST_ENGINES:
+                running.pop(next(iter(running))).close()
             running[kind] = EngineProcess(
                 engine_arguments(model, packs, kind),
                 environment(kind),
                 forked=bool(FORKED & set(kind.split("-"))),
             )
+        # The last one used is the last to go.
+        running[kind] = running.pop(kind)
         return running[kind]
 
     yield engine
