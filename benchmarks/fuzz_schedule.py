@@ -28,12 +28,12 @@ from tqdm import tqdm
 from offline.demo import demo_model_path
 from offline.demo.corpus import user_text
 from offline.demo.statements import statements
-from vllm_steer.pack import ModelIdentity, load_pack
+from vllm_steer.pack import load_pack
 
 # The plain form is the tests' own. Behind all else, so that a plugin found earlier is the one tested.
 sys.path.append(str(Path(__file__).parents[1]))
 from tests.engine_process import pretend_triton_backend  # noqa: E402
-from tests.random_pack import write_random_pack  # noqa: E402
+from tests.random_pack import checkpoint_identity, write_random_pack  # noqa: E402
 from tests.reference import Reference  # noqa: E402
 
 TOLERANCE = 1e-4
@@ -96,15 +96,7 @@ class Report:
 
 def random_pack(path: Path, model: Path) -> None:
     """Writes a pack of random directions at all layers of the demo model."""
-    config = json.loads((model / "config.json").read_text())
-    identity = ModelIdentity(
-        name="demo",
-        architecture=config["architectures"][0],
-        model_type=config["model_type"],
-        hidden_size=config["hidden_size"],
-        num_layers=config["num_hidden_layers"],
-        chat_template_sha256=None,
-    )
+    identity = checkpoint_identity(model)
     names = [f"d{number}" for number in range(DIRECTIONS)]
     write_random_pack(
         path,

@@ -13,7 +13,7 @@ from typing import Any
 from zlib import crc32
 
 from offline.demo import demo_model_path
-from tests.random_pack import write_random_pack
+from tests.random_pack import checkpoint_identity, write_random_pack
 from vllm_steer.pack import ModelIdentity, SteeringPack
 
 RANDOM_LOAD_FORMAT = "benchmark_random"
@@ -84,16 +84,13 @@ def prepare_model(name: str, folder: Path) -> BenchModel:
     else:
         path = Path(name)
     config = json.loads((path / "config.json").read_text())
-    identity = ModelIdentity(
-        name=path.name,
-        architecture=config["architectures"][0],
-        model_type=config["model_type"],
-        hidden_size=config["hidden_size"],
-        num_layers=config["num_hidden_layers"],
-        chat_template_sha256=None,
-    )
     return BenchModel(
-        name, path, load_format, _count_parameters(config), identity, config["vocab_size"]
+        name,
+        path,
+        load_format,
+        _count_parameters(config),
+        checkpoint_identity(path),
+        config["vocab_size"],
     )
 
 

@@ -25,10 +25,10 @@ from tqdm import tqdm
 # Behind all else, so that a plugin found earlier is the one measured.
 sys.path.append(str(Path(__file__).parents[1]))
 from benchmarks import report  # noqa: E402
-from tests.random_pack import write_random_pack  # noqa: E402
+from tests.random_pack import random_identity, write_random_pack  # noqa: E402
 from vllm_steer.config import GRAPH_REVISION, ResolvedConfig, plugin_version  # noqa: E402
 from vllm_steer.engine.intake import check_plan  # noqa: E402
-from vllm_steer.pack import ModelIdentity, load_pack  # noqa: E402
+from vllm_steer.pack import load_pack  # noqa: E402
 from vllm_steer.registry import PackRegistry  # noqa: E402
 from vllm_steer.request import PLAN_KEY, parse  # noqa: E402
 from vllm_steer.resolve import check_sums, resolve  # noqa: E402
@@ -132,18 +132,10 @@ class _Sampling:
 def write_pack(folder: Path, directions: int, layers: int) -> Path:
     """Writes a random pack, each of its directions at all layers."""
     path = folder / f"{directions}x{layers}"
-    identity = ModelIdentity(
-        name="overhead",
-        architecture="LlamaForCausalLM",
-        model_type="llama",
-        hidden_size=HIDDEN,
-        num_layers=layers,
-        chat_template_sha256=None,
-    )
     write_random_pack(
         path,
         "bench",
-        identity,
+        random_identity(HIDDEN, layers),
         {f"d{number}": range(layers) for number in range(directions)},
         seed=0,
         default_scale=1.0,

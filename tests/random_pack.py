@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +16,36 @@ from vllm_steer.pack import (
     SteeringPack,
     write_pack,
 )
+
+
+def random_identity(hidden_size: int, num_layers: int, name: str = "random") -> ModelIdentity:
+    """A Llama of a shape, which need not exist."""
+    return _identity(name, "LlamaForCausalLM", "llama", hidden_size, num_layers)
+
+
+def checkpoint_identity(path: Path) -> ModelIdentity:
+    """The model of a checkpoint directory, as its configuration describes it."""
+    config = json.loads((path / "config.json").read_text())
+    return _identity(
+        path.name,
+        config["architectures"][0],
+        config["model_type"],
+        config["hidden_size"],
+        config["num_hidden_layers"],
+    )
+
+
+def _identity(
+    name: str, architecture: str, model_type: str, hidden_size: int, num_layers: int
+) -> ModelIdentity:
+    return ModelIdentity(
+        name=name,
+        architecture=architecture,
+        model_type=model_type,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        chat_template_sha256=None,
+    )
 
 
 def write_random_pack(

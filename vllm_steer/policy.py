@@ -48,14 +48,16 @@ class Policy(BaseModel):
     dose_action: Literal["reject", "clamp"] = "reject"
     keys: dict[KeyDigest, list[str]] | None = None
 
+    def steerings(self) -> dict[str, SteeringRequest]:
+        """Returns every steering that the policy holds, by the field that it stands in."""
+        found = {f"aliases.{name}": request for name, request in self.aliases.items()}
+        return found if self.default is None else found | {"default": self.default}
+
     def named(self, registry: PackRegistry, pack: str) -> list[str]:
-        """Returns the parts of the policy that need a pack."""
-        parts = {f"aliases.{name}": request for name, request in self.aliases.items()}
-        if self.default is not None:
-            parts["default"] = self.default
+        """Returns the fields of the policy that need a pack."""
         return [
-            part
-            for part, request in parts.items()
+            field
+            for field, request in self.steerings().items()
             if any(registry.find(choice.name).pack.name == pack for choice in request.directions)
         ]
 

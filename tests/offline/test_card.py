@@ -15,10 +15,10 @@ from offline.card import write_card
 from offline.plots import BlockDiagnostics
 from offline.results import markdown, read_result, write_result
 from tests.offline.results_cases import sweep_result
-from tests.random_pack import write_random_pack
+from tests.random_pack import random_identity, write_random_pack
 from vllm_steer.cli import main
 from vllm_steer.errors import EvaluationError
-from vllm_steer.pack import ModelIdentity, SteeringPack, load_pack
+from vllm_steer.pack import SteeringPack, load_pack
 from vllm_steer.request import parse
 
 
@@ -27,14 +27,7 @@ def pack(tmp_path: Path) -> SteeringPack:
     return write_random_pack(
         tmp_path / "pack",
         "fears",
-        ModelIdentity(
-            name="tiny",
-            architecture="LlamaForCausalLM",
-            model_type="llama",
-            hidden_size=8,
-            num_layers=4,
-            chat_template_sha256=None,
-        ),
+        random_identity(8, 4, "tiny"),
         {"spiders": [1, 2, 3], "it's | odd": [1, 2, 3]},
         seed=0,
         default_scale=8.0,

@@ -23,20 +23,13 @@ from offline.convert.packs import export_direction, import_pack
 from offline.convert.torch_file import read_torch
 from offline.demo import demo_model_path
 from offline.models import find_blocks
-from tests.random_pack import write_random_pack
+from tests.random_pack import random_identity, write_random_pack
 from vllm_steer.cli import main
 from vllm_steer.errors import ConversionError
-from vllm_steer.pack import ModelIdentity, SteeringPack, load_pack
+from vllm_steer.pack import SteeringPack, load_pack
 
 HIDDEN = 16
-MODEL = ModelIdentity(
-    name="random",
-    architecture="LlamaForCausalLM",
-    model_type="llama",
-    hidden_size=HIDDEN,
-    num_layers=4,
-    chat_template_sha256=None,
-)
+MODEL = random_identity(HIDDEN, 4)
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.random_pack import write_random_pack
-from vllm_steer.pack import ModelIdentity, SteeringPack
+from tests.random_pack import random_identity, write_random_pack
+from vllm_steer.pack import SteeringPack
 
 HIDDEN = 16
 LAYERS = 4
@@ -18,18 +18,10 @@ def make_pack(
     path: Path, name: str, directions: dict[str, list[int]], seed: int = 0
 ) -> SteeringPack:
     """Writes a pack with random unit vectors at the layers given by direction."""
-    model = ModelIdentity(
-        name="random",
-        architecture="LlamaForCausalLM",
-        model_type="llama",
-        hidden_size=HIDDEN,
-        num_layers=LAYERS,
-        chat_template_sha256=None,
-    )
     return write_random_pack(
         path,
         name,
-        model,
+        random_identity(HIDDEN, LAYERS),
         directions,
         seed=seed,
         default_scale=2.0,

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load as load_with_library
 
-from tests.random_pack import write_random_pack
+from tests.random_pack import random_identity, write_random_pack
 from tests.unit.conftest import HIDDEN
 from vllm_steer.errors import PackError
 from vllm_steer.manifest import MAX_MANIFEST_BYTES, MAX_MANIFEST_VALUES
-from vllm_steer.pack import MANIFEST_FILE, VECTORS_FILE, ModelIdentity, SteeringPack, load_pack
+from vllm_steer.pack import MANIFEST_FILE, VECTORS_FILE, SteeringPack, load_pack
 from vllm_steer.tensor_file import MAX_HEADER_BYTES
 
 MAX_SECONDS = 2.0
@@ -251,14 +251,10 @@ def test_what_is_no_plain_file(name: str, fears: SteeringPack) -> None:
 
 
 def many(path: Path, count: int) -> SteeringPack:
-    model = ModelIdentity(
-        name="random", architecture="LlamaForCausalLM", model_type="llama", hidden_size=HIDDEN,
-        num_layers=4, chat_template_sha256=None,
-    )  # fmt: skip
     directions = {f"direction {index}": [1, 2, 3] for index in range(count)}
     return write_random_pack(
-        path, "many", model, directions, seed=0, default_scale=1.0, safe_scale=1.0,
-        residual_norm=10.0,
+        path, "many", random_identity(HIDDEN, 4), directions, seed=0, default_scale=1.0,
+        safe_scale=1.0, residual_norm=10.0,
     )  # fmt: skip
 
 

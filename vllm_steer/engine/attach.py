@@ -9,10 +9,11 @@ from vllm.config import set_current_vllm_config
 from vllm_steer import seams
 from vllm_steer.config import ResolvedConfig, resolved_config
 from vllm_steer.engine import runner_v1, runner_v2
-from vllm_steer.engine.runtime import TIMES, install_in_worker
+from vllm_steer.engine.runtime import install_in_worker
 from vllm_steer.engine.selftest import run_self_test
 from vllm_steer.engine.worker import WorkerSteering, logger
 from vllm_steer.model import model_shape
+from vllm_steer.rpc import TIMES
 
 
 def attach_to_worker(worker: Any) -> None:

@@ -25,7 +25,7 @@ def check_intake(original: Callable[..., Any]) -> Callable[..., Any]:
         params = request.sampling_params
         payload = (params.extra_args or {}).get(PLAN_KEY) if params is not None else None
         if payload is not None:
-            config = _config(self)
+            config = core_config(self)
             if config is None:
                 raise RequestError("a steered request reached an engine without steering")
             check_plan(payload, config, configured_store(config))
@@ -34,8 +34,8 @@ def check_intake(original: Callable[..., Any]) -> Callable[..., Any]:
     return preprocess_add_request
 
 
-def _config(engine: Any) -> ResolvedConfig | None:
-    """The steering configuration of an ``EngineCore``, read once."""
+def core_config(engine: Any) -> ResolvedConfig | None:
+    """The steering configuration of an ``EngineCore``, read once; None when steering is off."""
     if not hasattr(engine, _CONFIG):
         setattr(engine, _CONFIG, resolved_config(engine.vllm_config.additional_config))
     config: ResolvedConfig | None = getattr(engine, _CONFIG)

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_steer.config import ResolvedConfig, resolved_config
+from vllm_steer.config import ResolvedConfig
+from vllm_steer.engine.intake import core_config
 from vllm_steer.errors import ConfigError
+from vllm_steer.rpc import FORGET, LOAD
 from vllm_steer.store import configured_store, load_checked
-
-LOAD = "vllm_steer_load"
-FORGET = "vllm_steer_forget"
-TIMES = "vllm_steer_times"
 
 
 def install(engine_core: type) -> None:
@@ -57,7 +55,7 @@ def _forget(config: ResolvedConfig, digests: list[str], names: list[str]) -> Non
 
 
 def _config(engine_core: Any) -> ResolvedConfig:
-    config = resolved_config(engine_core.vllm_config.additional_config)
+    config = core_config(engine_core)
     if config is None:
         raise ConfigError("this engine was started without steering")
     return config

@@ -107,11 +107,7 @@ def _policy_path(config: SteeringConfig, registry: PackRegistry) -> str | None:
     if config.policy is None:
         return None
     path = os.path.abspath(os.path.expanduser(config.policy))
-    policy = load_policy(path)
-    named = {f"aliases.{name}": request for name, request in policy.aliases.items()}
-    if policy.default is not None:
-        named["default"] = policy.default
-    for where, request in named.items():
+    for where, request in load_policy(path).steerings().items():
         for index, choice in enumerate(request.directions):
             try:
                 registry.find(choice.name)

@@ -18,6 +18,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_steer.receipt import HEADER
 from vllm_steer.request import REQUEST_KEY
+from vllm_steer.rpc import TIMES
 from vllm_steer.serving import metrics
 from vllm_steer.serving.admission import Admission, current_admission
 from vllm_steer.serving.asgi import (
@@ -36,8 +37,7 @@ from vllm_steer.serving.exchange import Exchange, current_exchange
 from vllm_steer.serving.packs_api import PREFIX, answer
 
 _END = re.compile(rb'"finish_reason":\s*"|"type":\s*"response\.(completed|incomplete)"')
-# Method of the workers (``engine/runtime.py``), and how long a scrape waits for them.
-TIMES = "vllm_steer_times"
+# How long a scrape waits for the workers.
 _SCRAPE_SECONDS = 2.0
 
 

@@ -18,13 +18,12 @@ from vllm_steer.manifest import PackName, explain_faults
 from vllm_steer.pack import SteeringPack, load_pack
 from vllm_steer.policy import AliasName
 from vllm_steer.request import SteeringRequest
+from vllm_steer.rpc import FORGET, LOAD
 from vllm_steer.serving import metrics
 from vllm_steer.serving.admission import Admission
 from vllm_steer.store import PackStore
 
 logger = init_logger("vllm.steer")
-
-LOAD, FORGET = "vllm_steer_load", "vllm_steer_forget"
 
 
 class LoadRequest(BaseModel):

@@ -1,0 +1,9 @@
+"""Methods that the front end calls in the engine core and in its workers, by name.
+
+The front desk and the workshop know each other by these names alone. Importing this module imports
+neither torch nor vllm.
+"""
+
+LOAD = "vllm_steer_load"
+FORGET = "vllm_steer_forget"
+TIMES = "vllm_steer_times"
