@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from vllm_steer.forms import OPS, FormChoice, Gate
 from vllm_steer.manifest import (
     MAX_DIRECTIONS,
     MAX_HIDDEN_SIZE,
@@ -61,7 +62,13 @@ def render() -> str:
         'object; `vllm_xargs.steering`, as its JSON text; `SamplingParams.extra_args["steering"]`, '
         'as either. The flat form: `steer`, a list of `"name:scale"` or `"name"`, with '
         '`steer_layers` and `steer_positions` beside it. `"steering": "none"` leaves out a server\'s default.',
-        *(_model(model) for model in (SteeringRequest, DirectionChoice)),
+        *(_model(model) for model in (SteeringRequest, DirectionChoice, Gate)),
+        "### Forms",
+        "What a direction `a` does to the residual stream h of a token; `â` is `a` at length 1, ε the scale. All but "
+        "`add` need a server started with `--steering-ops affine`. Directions that meet at a layer and position all "
+        "read the stream as the block returned it, and their changes are summed.",
+        "| op | change |\n|---|---|\n"
+        + "\n".join(f"| `{op}` | {text} |" for op, text in OPS.items()),
         "### JSON schema",
         f"```json\n{json.dumps(SteeringRequest.model_json_schema(), indent=1, ensure_ascii=False)}\n```",
         "## Receipts",
@@ -83,7 +90,14 @@ def render() -> str:
         "`steering_config.json`; layer k is the output of decoder block k, counted from 0.",
         *(
             _model(model)
-            for model in (Manifest, ModelIdentity, DirectionRecord, MethodRecord, TensorFile)
+            for model in (
+                Manifest,
+                ModelIdentity,
+                DirectionRecord,
+                FormChoice,
+                MethodRecord,
+                TensorFile,
+            )  # fmt: skip
         ),
         "### Limits",
         "A pack beyond them is refused before its vectors are read. Refused too: keys given twice, NaN and "
@@ -119,7 +133,10 @@ def _flags(add: Callable[..., Any]) -> str:
 
 def _model(model: type[BaseModel]) -> str:
     schema = model.model_json_schema()
-    meanings = _meanings(model.__doc__ or "")
+    meanings: dict[str, str] = {}
+    for owner in reversed(model.__mro__):
+        if issubclass(owner, BaseModel):
+            meanings |= _meanings(owner.__doc__ or "")
     required = schema.get("required", [])
     rows = [
         f"| `{name}` | {_type(field)} | {'yes' if name in required else 'no'} | {meanings.get(name, '')} |"

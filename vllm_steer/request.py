@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_steer.errors import RequestError, choices
+from vllm_steer.forms import FormChoice, Gate
 from vllm_steer.manifest import LayerIndex
 from vllm_steer.positions import Positions, parse_slice
 
@@ -30,12 +31,12 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class DirectionChoice(_Strict):
+class DirectionChoice(FormChoice):
     """One direction that a request asks for.
 
     Attributes:
         name: ``pack/direction``, or ``direction`` where only one loaded pack has it.
-        scale: ε, the factor of the vector; None takes the direction's default.
+        scale: ε, the factor of the vector, or what the op says; None takes the direction's default.
         layers: Layers to steer, 0-based block outputs; None takes the request's, else all of the
             direction's.
         positions: Token positions to steer; None takes the request's, else the direction's.
@@ -166,7 +167,9 @@ def _explain(error: ValidationError) -> str:
     for fault in error.errors(include_url=False)[:5]:
         where = ".".join([REQUEST_KEY, *map(str, fault["loc"])])
         if fault["type"] == "extra_forbidden":
-            model = DirectionChoice if "directions" in fault["loc"] else SteeringRequest
+            model: type[BaseModel] = SteeringRequest
+            if "directions" in fault["loc"]:
+                model = Gate if "gate" in fault["loc"] else DirectionChoice
             faults.append(
                 f"{where}: unknown key; {choices(str(fault['loc'][-1]), model.model_fields)}"
             )

@@ -11,7 +11,7 @@ import torch
 
 from vllm_steer.engine.bank import SteeringBank
 from vllm_steer.engine.plan import StepPlan, StepPlanner
-from vllm_steer.resolve import Segment, SteeringPlan, Term
+from vllm_steer.steering_plan import Segment, SteeringPlan, Term
 
 # Request, absolute position of its first token in the step, number of tokens.
 Span = tuple[str, int, int]

@@ -1,4 +1,4 @@
-"""The persistent device tensors: vectors by layer and row, and the row of each token.
+"""The persistent device tensors: what each row changes at each layer, and the row of each token.
 
 Both are allocated once, before memory profiling, compilation and graph capture; afterwards only
 their contents change. Row 0 (``rows.ZERO_ROW``) is zeros, is never written, and is what padding
@@ -8,9 +8,12 @@ and unsteered tokens read.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import numpy as np
 import torch
+
+from vllm_steer.engine.row_values import RowValues
 
 
 class SteeringBank:
@@ -20,7 +23,13 @@ class SteeringBank:
         layers: Hooked layers, ascending.
         index: Layer to its index in ``vectors``.
         vectors: ``[len(layers), num_rows, hidden_size]``, model dtype.
+        left: ``[len(layers), num_rows, rank, hidden_size]``, model dtype.
+        readers: ``[len(layers), num_rows, 2 * rank, hidden_size]``, model dtype.
+        numbers: ``[len(layers), num_rows, 3, rank]``, float32.
+        restore: ``[len(layers), num_rows]``, float32.
         rows: ``[max_num_tokens]`` int32, the row of each token of the step.
+        rank: Components of the affine form.
+        hidden_size: Width of the residual stream.
     """
 
     def __init__(
@@ -31,12 +40,31 @@ class SteeringBank:
         max_num_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
+        rank: int = 0,
     ) -> None:
+        """Allocates the bank.
+
+        Args:
+            layers: Hooked layers.
+            num_rows: Rows, the zero row among them.
+            hidden_size: Width of the residual stream.
+            max_num_tokens: Most tokens that a step can hold.
+            dtype: Model dtype.
+            device: Device of the model.
+            rank: Components of the affine form; 0 where rows are only added.
+        """
         self.layers = tuple(layers)
         self.index = {layer: position for position, layer in enumerate(self.layers)}
-        self.vectors = torch.zeros(
-            len(self.layers), num_rows, hidden_size, dtype=dtype, device=device
-        )
+
+        def make(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.zeros(len(self.layers), num_rows, *shape, dtype=dtype, device=device)
+
+        self.rank, self.hidden_size = rank, hidden_size
+        self.vectors = make(hidden_size)
+        self.left = make(rank, hidden_size)
+        self.readers = make(2 * rank, hidden_size)
+        self.numbers = make(3, rank, dtype=torch.float32)
+        self.restore = make(dtype=torch.float32) if rank else make(0)
         self.rows = torch.zeros(max_num_tokens, dtype=torch.int32, device=device)
         # Tokens from here on have row 0.
         self._written = 0
@@ -46,18 +74,26 @@ class SteeringBank:
     @property
     def num_bytes(self) -> int:
         """Bytes of device memory held."""
-        return self.vectors.nbytes + self.rows.nbytes
+        return self.rows.nbytes + sum(tensor.nbytes for tensor in self._tensors.values())
 
-    def write_row(self, row: int, values: np.ndarray) -> None:
-        """Replaces the vectors of a row at every layer, without waiting for the device.
+    @property
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """By the names that ``RowValues`` has for them."""
+        names = [field.name for field in fields(RowValues)]
+        return {name: tensor for name in names if (tensor := getattr(self, name)).numel()}
+
+    def write_row(self, row: int, values: RowValues) -> None:
+        """Replaces the values of a row at every layer, without waiting for the device.
 
         Args:
             row: Row to write, at least 1.
-            values: Float32 ``[len(layers), hidden_size]``.
+            values: Its values, of the bank's rank.
         """
         if not 0 < row < self.vectors.shape[1]:
             raise IndexError(f"row {row} is not one of 1 to {self.vectors.shape[1] - 1}")
-        self.vectors[:, row].copy_(self._upload(torch.from_numpy(values).to(self.vectors.dtype)))
+        for name, tensor in self._tensors.items():
+            value = torch.from_numpy(getattr(values, name)).to(tensor.dtype)
+            tensor[:, row].copy_(self._upload(value))
 
     def assign_rows(self, owners: np.ndarray, ranges: np.ndarray, positions: torch.Tensor) -> None:
         """Gives each token of the step the row of the range that its position lies in.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_steer.engine.rows import RowAllocator
-from vllm_steer.resolve import Segment, SteeringPlan
+from vllm_steer.steering_plan import Segment, SteeringPlan
 
 NO_END = np.iinfo(np.int32).max
 # The slot of every unsteered request: its ranges are empty.
