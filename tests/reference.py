@@ -115,6 +115,10 @@ class Reference:
                     if key in choice
                 }
                 moved = apply_form(hidden[0], row, scale, choice, **read)
+                schedule = choice.get("schedule") or (steering or {}).get("schedule")
+                if schedule:
+                    factor = scheduled(schedule, position - prompt_len)
+                    moved = hidden[0] + factor[:, None] * (moved - hidden[0])
                 if "gate" in choice:
                     probe = self._row(choice["gate"]["direction"], layer)[1]
                     fires = hidden[0] @ probe > choice["gate"]["above"]
@@ -169,8 +173,23 @@ def apply_form(
     return rest + torch.outer(length * angle.cos(), unit) + torch.outer(length * angle.sin(), other)
 
 
+def scheduled(schedule: dict[str, Any], passed: torch.Tensor) -> torch.Tensor:
+    """The factor of each token, by how many tokens it comes after the first generated one."""
+    start, end, tokens = schedule["start"], schedule["end"], schedule["tokens"]
+    if schedule.get("shape", "linear") == "linear":
+        values = [start + (end - start) * min(max(g, 0) / tokens, 1.0) for g in passed.tolist()]
+    else:
+        values = [
+            end + (start - end) * 2.718281828459045 ** -(max(g, 0) / tokens)
+            for g in passed.tolist()
+        ]
+    return torch.tensor(values)
+
+
 def steered_positions(
-    choice: str | list[list[int | None]], position: torch.Tensor, prompt_len: int
+    choice: str | dict[str, list[int]] | list[list[int | None]],
+    position: torch.Tensor,
+    prompt_len: int,
 ) -> torch.Tensor:
     """Which of the absolute positions a choice means, as a mask in the shape of ``position``."""
     if isinstance(choice, str):
@@ -180,6 +199,10 @@ def steered_positions(
             "generated": position >= prompt_len,
             "last_prompt": position == prompt_len - 1,
         }[choice]
+    if isinstance(choice, dict):
+        low, high = choice["generated"]
+        end_of = position.max() + 1 if high is None else prompt_len + high
+        return (position >= prompt_len + low) & (position < end_of)
     mask = torch.zeros_like(position, dtype=torch.bool)
     for start, end in choice:
         first = start + prompt_len if start < 0 else start

@@ -26,7 +26,7 @@ def check_limits(plan: SteeringPlan, config: ResolvedConfig) -> None:
     Raises:
         RequestError: It cannot; the message says how the server would have to be started.
     """
-    count = len({segment.key for segment in plan.segments})
+    count = len({segment.row_key for segment in plan.segments})
     if count > config.sums_per_request:
         raise RequestError(
             f"{REQUEST_KEY}.directions: their sum takes {count} different values over the positions, the server has "
@@ -34,6 +34,10 @@ def check_limits(plan: SteeringPlan, config: ResolvedConfig) -> None:
             f"--steering-rows"
         )
     for segment in plan.segments:
+        if segment.schedule is not None and config.ops == "additive":
+            raise RequestError(
+                f"{REQUEST_KEY}.schedule: this server has one strength for all tokens; start it with --steering-ops affine"
+            )
         for layer in sorted({layer for term in segment.terms for layer in term.layers}):
             _check_layer([term for term in segment.terms if layer in term.layers], layer, config)
 

@@ -31,6 +31,7 @@ from vllm_steer.manifest import (
 from vllm_steer.policy import Policy
 from vllm_steer.receipt import HEADER, RECEIPT_FIELDS
 from vllm_steer.request import DirectionChoice, SteeringRequest
+from vllm_steer.schedule import ScheduleChoice
 from vllm_steer.serving.flags import add_flags
 from vllm_steer.serving.packs_api import ROUTES
 from vllm_steer.versions import OVERRIDE, OVERRIDE_MEANING, SUPPORTED
@@ -62,7 +63,7 @@ def render() -> str:
         'object; `vllm_xargs.steering`, as its JSON text; `SamplingParams.extra_args["steering"]`, '
         'as either. The flat form: `steer`, a list of `"name:scale"` or `"name"`, with '
         '`steer_layers` and `steer_positions` beside it. `"steering": "none"` leaves out a server\'s default.',
-        *(_model(model) for model in (SteeringRequest, DirectionChoice, Gate)),
+        *(_model(model) for model in (SteeringRequest, DirectionChoice, Gate, ScheduleChoice)),
         "### Forms",
         "What a direction `a` does to the residual stream h of a token; `â` is `a` at length 1, ε the scale. All but "
         "`add` need a server started with `--steering-ops affine`. Directions that meet at a layer and position all "

@@ -6,6 +6,7 @@ Importing this module imports neither torch nor vllm.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import zip_longest
 
 import numpy as np
@@ -16,8 +17,10 @@ from vllm_steer.forms import LINEAR_OPS, PLANE_OPS, FormChoice
 from vllm_steer.positions import PositionRange, absolute_ranges
 from vllm_steer.registry import LoadedDirection, PackRegistry
 from vllm_steer.request import REQUEST_KEY, DirectionChoice, SteeringRequest
+from vllm_steer.schedule import Schedule
 from vllm_steer.steering_plan import Form, Segment, SteeringPlan, Term
 
+_Span = tuple[Sequence[PositionRange], Term, Schedule | None]
 # Two directions with a smaller angle between them (its sine) span no plane.
 _LEAST_SINE = 1e-3
 
@@ -53,7 +56,7 @@ def resolve(
             owner = where if choice.positions else REQUEST_KEY
             raise RequestError(f"{owner}.positions: {error}") from None
         if not _is_idle(term):
-            spans.append((ranges, term))
+            spans.append((ranges, term, _schedule(where, choice, request, term, prompt_len)))
     return SteeringPlan(tuple(_segments(spans)))
 
 
@@ -73,23 +76,29 @@ def find_all(choice: DirectionChoice, registry: PackRegistry) -> dict[str, Loade
     return found
 
 
-def _segments(spans: Sequence[tuple[Sequence[PositionRange], Term]]) -> list[Segment]:
+def _segments(spans: Sequence[_Span]) -> list[Segment]:
     """Cuts overlapping ranges into disjoint ones; neighbours with equal sums become one."""
-    edges = {edge for ranges, _ in spans for span in ranges for edge in span if edge is not None}
+    edges = {edge for ranges, *_ in spans for span in ranges for edge in span if edge is not None}
     cuts = sorted(edges)
     segments: list[Segment] = []
     for start, end in zip_longest(cuts, cuts[1:]):
-        terms = tuple(
-            sorted(
-                (term for ranges, term in spans if any(_holds(span, start) for span in ranges)),
-                key=lambda term: (term.digest, term.scale, term.layers, repr(term.form)),
-            )
-        )
-        if not terms:
+        here = [span for span in spans if any(_holds(part, start) for part in span[0])]
+        if not here:
             continue
-        if segments and (segments[-1].end, segments[-1].terms) == (start, terms):
-            start = segments.pop().start
-        segments.append(Segment(start, end, terms))
+        schedules = {schedule for _, _, schedule in here}
+        if len(schedules) > 1:
+            raise RequestError(
+                f"{REQUEST_KEY}.schedule: directions that meet at a position need one schedule; give it to the whole "
+                f"request, or keep their positions apart"
+            )
+        order = sorted(
+            (term for _, term, _ in here),
+            key=lambda term: (term.digest, term.scale, term.layers, repr(term.form)),
+        )
+        segment = Segment(start, end, tuple(order), schedules.pop())
+        if segments and segments[-1].end == start and segments[-1].key == segment.key:
+            segment = replace(segment, start=segments.pop().start)
+        segments.append(segment)
     return segments
 
 
@@ -198,6 +207,22 @@ def _check_plane(
                 f"{where}: {direction.full_name!r} and {other.full_name!r} are parallel at layer {layer} and span "
                 f"no plane; name another direction"
             )
+
+
+def _schedule(
+    where: str, choice: DirectionChoice, request: SteeringRequest, term: Term, prompt_len: int
+) -> Schedule | None:
+    chosen = choice.schedule or request.schedule
+    if chosen is None:
+        return None
+    if term.form.op not in LINEAR_OPS or term.form.restore_norm:
+        owner = where if choice.schedule else REQUEST_KEY
+        what = "restore_norm" if term.form.restore_norm else f"op {term.form.op!r}"
+        raise RequestError(
+            f"{owner}.schedule: {what} has no strength that could be scheduled; it may have positions, such as "
+            f'{{"generated": [0, 16]}}'
+        )
+    return Schedule.of(chosen, prompt_len)
 
 
 def _is_idle(term: Term) -> bool:

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from vllm_steer.forms import PLANE_OPS, Op
+from vllm_steer.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -85,17 +86,25 @@ class Segment:
         start: First position.
         end: Position after the last one; None has no end.
         terms: The terms in canonical order, at least one.
+        schedule: Factor of their change over the positions; None is 1 everywhere.
     """
 
     start: int
     end: int | None
     terms: tuple[Term, ...]
+    schedule: Schedule | None = None
+
+    @cached_property
+    def row_key(self) -> str:
+        """Content identity of the terms: equal keys are equal rows, bit for bit."""
+        return _digest([term.identity() for term in self.terms])
 
     @cached_property
     def key(self) -> str:
-        """Content identity of the change: equal keys are equal rows, bit for bit."""
-        content = [term.identity() for term in self.terms]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+        """Content identity of the change: equal keys are equal changes at equal positions."""
+        if self.schedule is None:
+            return self.row_key
+        return _digest([self.row_key, [float(v).hex() for v in self.schedule.to_list()]])
 
 
 @dataclass(frozen=True)
@@ -113,6 +122,7 @@ class SteeringPlan:
         """Returns the plan as plain lists, as it travels in ``SamplingParams.extra_args``."""
         return [
             [segment.start, segment.end, segment.key, [_to_list(t) for t in segment.terms]]
+            + ([segment.schedule.to_list()] if segment.schedule else [])
             for segment in self.segments
         ]
 
@@ -121,8 +131,13 @@ class SteeringPlan:
         """Inverse of :meth:`to_payload`."""
         return cls(
             tuple(
-                Segment(start, end, tuple(_from_list(*term) for term in terms))
-                for start, end, _, terms in payload
+                Segment(
+                    start,
+                    end,
+                    tuple(_from_list(*term) for term in terms),
+                    *(Schedule(*fields) for fields in schedule),
+                )
+                for start, end, _, terms, *schedule in payload
             )
         )
 
@@ -133,6 +148,10 @@ def count_steered(plan: SteeringPlan, num_tokens: int) -> int:
         max(0, (num_tokens if s.end is None else min(s.end, num_tokens)) - s.start)
         for s in plan.segments
     )
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
 def _to_list(term: Term) -> list[Any]:

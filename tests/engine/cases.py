@@ -101,4 +101,27 @@ FORM_CASES: dict[str, dict[str, Any] | None] = {
             {"name": GLOOMY, "scale": -2.0, "positions": "generated"},
         ]
     },
+    "ramp": {
+        "directions": [{"name": SPIDERS, "scale": 12.0}],
+        "schedule": {"start": 0.0, "end": 1.0, "tokens": 10},
+    },
+    "decay of two": {
+        "directions": [{"name": CHEERFUL, "scale": 9.0}, {"name": GLOOMY, "op": "ablate"}],
+        "schedule": {"start": 1.0, "end": 0.2, "tokens": 6, "shape": "exponential"},
+    },
+    "first tokens of the answer": {
+        "directions": [{"name": GLOOMY, "scale": 9.0}],
+        "positions": {"generated": [0, 7]},
+    },
+    "ramp after a constant prompt": {
+        "directions": [
+            {"name": HEIGHTS, "scale": 5.0, "positions": "prompt"},
+            {
+                "name": HEIGHTS,
+                "scale": 9.0,
+                "positions": "generated",
+                "schedule": {"start": 1.0, "end": -1.0, "tokens": 12},
+            },
+        ]
+    },
 }

@@ -19,6 +19,7 @@ LEFT_BUFFER = "_steering_left"
 READERS_BUFFER = "_steering_readers"
 NUMBERS_BUFFER = "_steering_numbers"
 RESTORE_BUFFER = "_steering_restore"
+FACTORS_BUFFER = "_steering_factors"
 # Blocks that return a second tensor of the same shape which nobody reads: hidden is the whole stream.
 UNREAD_RESIDUALS = (
     "Cohere2MoeDecoderLayer",
@@ -46,6 +47,7 @@ def register(block: nn.Module, bank: SteeringBank, layer: int) -> None:
     block.register_buffer(READERS_BUFFER, bank.readers[at], persistent=False)
     block.register_buffer(NUMBERS_BUFFER, bank.numbers[at], persistent=False)
     block.register_buffer(RESTORE_BUFFER, bank.restore[at], persistent=False)
+    block.register_buffer(FACTORS_BUFFER, bank.factors, persistent=False)
 
 
 def residual_of(block: nn.Module, output: Any) -> torch.Tensor | None:
@@ -56,6 +58,12 @@ def residual_of(block: nn.Module, output: Any) -> torch.Tensor | None:
         return None
     residual: torch.Tensor = output[1]
     return residual
+
+
+def factors_of(block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """The factor of each token's change, float32 ``[num_tokens]``."""
+    factors: torch.Tensor = getattr(block, FACTORS_BUFFER)
+    return factors[: hidden.shape[-2]]
 
 
 def affine_change(block: nn.Module, stream: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

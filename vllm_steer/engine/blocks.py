@@ -102,6 +102,7 @@ def _steer_affinely(block: nn.Module, args: Any, output: Any) -> Any:
     residual = affine.residual_of(block, output)
     stream = hidden.float() if residual is None else hidden.float() + residual.float()
     change = vectors[rows].float() + affine.affine_change(block, stream, rows)
+    change = change * affine.factors_of(block, hidden).unsqueeze(-1)
     change = affine.restored(block, stream, change, rows)
     steered = (hidden.float() + change).to(hidden.dtype)
     return (steered, *output[1:]) if isinstance(output, tuple) else steered

@@ -57,7 +57,7 @@ def check_plan(payload: Any, config: ResolvedConfig, store: PackStore) -> None:
     try:
         plan = SteeringPlan.from_payload(payload)
         keys = [segment.key for segment in plan.segments]
-        stated = [key for _, _, key, _ in payload]
+        stated = [key for _, _, key, *_ in payload]
     except (TypeError, ValueError, AttributeError) as error:
         raise RequestError(f"the steering plan is malformed: {error}") from error
     if keys != stated:

@@ -138,12 +138,7 @@ class WorkerSteering:
         step = self._planner.plan(request_ids, starts, lengths)
         for row, segment in step.new:
             self.bank.write_row(row, self._values(segment))
-        if step.rows is not None:
-            self.bank.set_rows(step.rows)
-        elif step.owners is not None and step.ranges is not None:
-            self.bank.assign_rows(step.owners, step.ranges, positions[: len(step.owners)])
-        else:
-            self.bank.clear_rows()
+        self.bank.apply(step, positions)
         self._steps += 1
         self._seconds += time.perf_counter() - started
 

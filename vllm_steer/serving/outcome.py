@@ -114,7 +114,8 @@ async def _followed(
         gate: The gate of its engine.
         adds_up: Whether each output holds the tokens since the one before, or all of them.
     """
-    receipt, keys = plan.receipt, {key for _, _, key, _ in plan}
+    receipt = plan.receipt
+    keys = {segment.row_key for segment in receipt.plan.segments}
     answered = receipt.answered
     outcome = "error"
     metrics.ACTIVE.inc()
