@@ -177,12 +177,27 @@ class Admission:
         return scaled(plan, limit / dose), limit, limit / dose
 
 
+def refusal(message: str) -> VLLMValidationError:
+    """Counts a request that is refused for its form.
+
+    Returns:
+        The error to raise, which becomes HTTP 400.
+    """
+    count_refusal()
+    return VLLMValidationError(message, parameter=REQUEST_KEY)
+
+
+def count_refusal(reason: str = RequestError.reason) -> None:
+    """Counts a request that is refused for its steering."""
+    metrics.REJECTED.labels(reason).inc()
+
+
 @contextmanager
 def _as_http_400() -> Iterator[None]:
     try:
         yield
     except RequestError as error:
-        metrics.REJECTED.labels(error.reason).inc()
+        count_refusal(error.reason)
         raise VLLMValidationError(str(error), parameter=REQUEST_KEY) from error
 
 
