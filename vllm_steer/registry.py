@@ -118,6 +118,17 @@ class PackRegistry:
             )
         return candidates[0]
 
+    def names(self, wanted: Iterable[str]) -> dict[str, str]:
+        """Returns ``pack/direction`` by content digest for the names that a request gives.
+
+        Two packs may hold the same content; the one that was asked for is named.
+
+        Raises:
+            UnknownDirectionError: There is no such direction, or more than one.
+        """
+        found = map(self.find, wanted)
+        return {direction.digest: direction.full_name for direction in found}
+
     def has(self, digest: str) -> bool:
         """Whether a loaded direction has this content."""
         return digest in self._by_digest

@@ -68,6 +68,11 @@ def logprobs(response: Any) -> list[float]:
     return response.choices[0].logprobs.token_logprobs
 
 
+def named(response: Any) -> list[str]:
+    (receipt,) = response.model_extra["steering"]
+    return [direction["name"] for direction in receipt["directions"]]
+
+
 def test_a_pack_of_the_start_is_replaced_on_disk_before_the_first_request(
     client: OpenAI, packs: list[SteeringPack], root: Path
 ) -> None:
@@ -89,8 +94,11 @@ def test_reload_under_the_same_name(
     write_variant(moods, root / "late", "late", 1.0)
     assert load(server, "late").status_code == 200
     first = ask(client, MOOD)
-    same = {"directions": [{"name": "moods/cheerful", "scale": 9.0}]}
-    assert logprobs(first) == pytest.approx(logprobs(ask(client, same)), abs=1e-4)
+    same = ask(client, {"directions": [{"name": "moods/cheerful", "scale": 9.0}]})
+    assert logprobs(first) == pytest.approx(logprobs(same), abs=1e-4)
+    # Two packs of one content; the receipt names the one that was asked for.
+    assert named(first) == ["late/cheerful"]
+    assert named(same) == ["moods/cheerful"]
 
     turned = write_variant(moods, root / "late", "late", -1.0)
     answer = load(server, "late").json()

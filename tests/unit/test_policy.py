@@ -83,7 +83,7 @@ def test_count_of_steered_tokens(
     registry = PackRegistry([pack_at("p", {"a": [0]})])
     plan = plan_of(registry, directions=[{"name": "a"}], positions=positions)
     assert count_steered(plan, 15) == count
-    receipt = Receipt.of(plan, registry, 10, 2, 0.2, 1.0)
+    receipt = Receipt.of(plan, registry.names(["a"]), 10, 2, 0.2, 1.0)
     receipt.answered.update({0: 6, 1: 6})
     assert receipt.tokens_steered(0) == count
     assert receipt.tokens_steered() == 2 * count
@@ -93,7 +93,7 @@ def test_headers_stay_short(pack_at: Callable[..., SteeringPack]) -> None:
     names = [f"a rather long name of a direction {number}" for number in range(64)]
     registry = PackRegistry([pack_at("p", dict.fromkeys(names, [0]))])
     plan = plan_of(registry, directions=[{"name": name} for name in names])
-    header = Receipt.of(plan, registry, 10, 1, 1.0, 1.0).to_header()
+    header = Receipt.of(plan, registry.names(names), 10, 1, 1.0, 1.0).to_header()
     assert len(header) <= MAX_HEADER
     assert header.endswith(", ...")
     assert header.isascii()

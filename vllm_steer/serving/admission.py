@@ -143,7 +143,8 @@ class Admission:
             plan = resolve(request, registry, prompt_len, self._max_len)
             check_sums(plan, self.config.sums_per_request)
             plan, dose, factor = self._limit_dose(plan, registry)
-        receipt = Receipt.of(plan, registry, prompt_len, num_choices, dose, factor)
+            names = registry.names(choice.name for choice in request.directions)
+        receipt = Receipt.of(plan, names, prompt_len, num_choices, dose, factor)
         return AdmittedPlan(plan, request, receipt)
 
     def _check_allowed(
