@@ -2,8 +2,9 @@
 
     python -m benchmarks.fuzz_http --requests 10000 --json FILE
 
-Every body is wrong by construction, on all three routes, streaming and not; good requests in between
-must get the tokens that they got before. Seeds replay.
+Of every two bodies one has a fault that was thought of, the other a value of ``steering`` that
+Hypothesis made of the request's JSON schema; on all three routes, streaming and not. Good requests in
+between must get the tokens that they got before. Seeds replay.
 """
 
 from __future__ import annotations
@@ -22,16 +23,21 @@ from typing import Any
 
 import httpx
 import psutil
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as hypothesis_seed
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).parents[1]))
+from benchmarks import report  # noqa: E402
+from benchmarks.fuzz_values import content_of, fault_of, mutated  # noqa: E402
 from offline.demo import demo_model_path  # noqa: E402
 from offline.demo.concepts import CONCEPTS  # noqa: E402
 from offline.demo.packs import FULL_METHOD, extract_demo_packs  # noqa: E402
 from offline.demo.server import SERVED_NAME, Server, serve  # noqa: E402
 
 ROUTES = ("/completions", "/chat/completions", "/responses")
-GOOD = {"directions": [{"name": "fears/spiders", "scale": 9.0}]}
+NAMES = ("fears/spiders", "fears/heights")
+GOOD = {"directions": [{"name": NAMES[0], "scale": 9.0}]}
 _PARALLEL = 16
 _WARM_UP = 0.1
 _JUNK = (
@@ -148,6 +154,7 @@ FAULTS: tuple[Callable[[random.Random], Fault], ...] = (
         },
     ),
     lambda r: ("misspelt", {r.choice(["sterring", "steering_", "Steering", "steer_layer"]): GOOD}),
+    lambda r: ("misspelt beyond UTF-8", {r.choice(["steer\ud800", "\udfffsteering"]): GOOD}),
     lambda r: ("both forms", {"steering": GOOD, "steer": ["fears/spiders:3"]}),
     lambda r: ("twice", {"steering": GOOD, "vllm_xargs": {"steering": json.dumps(GOOD)}}),
     lambda r: ("internal key", {"vllm_xargs": {"_vllm_steer_plan": [[0, None, "x", []]]}}),
@@ -161,11 +168,13 @@ class Outcome:
     Attributes:
         requests: Malformed requests sent.
         statuses: Count of each status.
+        values: Requests whose steering Hypothesis made.
         not_4xx: Malformed requests that were answered otherwise, or whose message names no field.
         wrong: Good requests in between whose answer changed.
     """
 
     requests: int = 0
+    values: int = 0
     statuses: Counter[int] = field(default_factory=Counter)
     not_4xx: list[dict[str, Any]] = field(default_factory=list)
     wrong: int = 0
@@ -228,30 +237,73 @@ async def attack(server: Server, count: int, seed: int, outcome: Outcome) -> Non
     bar.close()
 
 
+def send_value(
+    http: httpx.Client, value: Any, rng: random.Random, outcome: Outcome
+) -> dict[str, Any] | None:
+    """Sends a value of ``steering``, right or wrong; returns what is wrong with the answer."""
+    route = rng.choice(ROUTES)
+    response = http.post(
+        route,
+        content=content_of(body_of(rng, route) | {"steering": value}),
+        headers={"content-type": "application/json"},
+    )
+    outcome.statuses[response.status_code] += 1
+    outcome.values += 1
+    what = fault_of(value, response.status_code, response.text)
+    if not what:
+        return None
+    fault = {"route": route, "fault": what, "status": response.status_code}
+    return fault | {"answer": response.text[:300], "body": ascii(value)[:300]}
+
+
+def attack_values(server: Server, count: int, seed: int, outcome: Outcome) -> None:
+    """Sends ``count`` values of ``steering`` that Hypothesis made, one after the other."""
+    rng, bar = random.Random(seed), tqdm(total=count, desc="values", unit="request")
+    with httpx.Client(base_url=server.url, timeout=60) as http:
+
+        @hypothesis_seed(seed)
+        @settings(
+            max_examples=count,
+            deadline=None,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(mutated(NAMES))
+        def send(value: Any) -> None:
+            fault = send_value(http, value, rng, outcome)
+            if fault is not None:
+                outcome.not_4xx.append(fault)
+            bar.update()
+
+        send()
+    bar.close()
+
+
 def memory(server: Server) -> int:
     """Resident bytes of the server's processes."""
-    port = int(server.url.split(":")[2].split("/")[0])
-    owners = [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if str(port) in (process.info["cmdline"] or ())
-    ]
-    family = {p.pid: p for owner in owners for p in (owner, *owner.children(recursive=True))}
-    return sum(process.memory_info().rss for process in family.values())
+    owner = psutil.Process(server.pid)
+    family = (owner, *owner.children(recursive=True))
+    return sum(process.memory_info().rss for process in family)
 
 
 def run(packs: Sequence[Path], folder: Path, count: int, seed: int) -> dict[str, Any]:
     """Starts a server and attacks it."""
     outcome = Outcome()
     with serve(demo_model_path(), packs, folder / "log", "--enforce-eager") as server:
-        warm = max(1, round(count * _WARM_UP))
+        values = count // 2
+        made = count - values
+        warm, warm_values = max(1, round(made * _WARM_UP)), max(1, round(values * _WARM_UP))
         asyncio.run(attack(server, warm, seed, outcome))
+        attack_values(server, warm_values, seed, outcome)
         before = memory(server)
-        asyncio.run(attack(server, count - warm, seed + 1, outcome))
+        attack_values(server, values - warm_values, seed + 1, outcome)
+        asyncio.run(attack(server, made - warm, seed + 1, outcome))
         after = memory(server)
         alive = httpx.get(server.url.removesuffix("/v1") + "/health").status_code == 200
     return {
-        "requests": outcome.requests,
+        "requests": outcome.requests + outcome.values,
+        "values": outcome.values,
         "not_4xx": len(outcome.not_4xx),
         "alive": alive,
         "rss_growth": after / before - 1,
@@ -270,13 +322,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, required=True, help="file for the results")
     args = parser.parse_args()
+    environment = report.environment()
     few = FULL_METHOD.model_copy(update={"positive_count": 20, "negative_count": 20})
     with tempfile.TemporaryDirectory() as folder:
         packs = extract_demo_packs(Path(folder), {"fears": list(CONCEPTS["fears"])[:2]}, few)
         result = run([pack.path for pack in packs], Path(folder), args.requests, args.seed)
-    args.json.write_text(json.dumps(result, indent=2) + "\n")
+    report.write_json(args.json, environment | result)
     shown = {key: value for key, value in result.items() if key != "faults"}
-    sys.stdout.write(json.dumps(shown, indent=2) + "\n")
+    report.show([json.dumps(shown, indent=2)])
     raise SystemExit(bool(result["not_4xx"] or result["wrong_good_answers"] or not result["alive"]))
 
 

@@ -1,4 +1,4 @@
-"""Steering packs with random unit vectors, for models and tests that learn none."""
+"""Steering packs that nobody learned: random unit vectors, and other packs by a factor."""
 
 from __future__ import annotations
 
@@ -99,4 +99,17 @@ def write_random_pack(
             data_sha256=hashlib.sha256(b"").hexdigest(),
         ),
         residual_norms=dict.fromkeys(range(model.num_layers), residual_norm),
+    )
+
+
+def write_variant(pack: SteeringPack, path: Path, name: str, factor: float) -> SteeringPack:
+    """Writes a pack of the same directions, each vector multiplied by ``factor``."""
+    return write_pack(
+        path,
+        name=name,
+        model=pack.manifest.model,
+        directions=pack.manifest.directions,
+        vectors={key: np.float32(factor) * vector for key, vector in pack.vectors.items()},
+        method=pack.manifest.method,
+        residual_norms={int(k): norm for k, norm in pack.manifest.residual_norms.items()},
     )

@@ -60,6 +60,7 @@ CALLS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("generate", (f"{OPENAI}.chat_completion.serving",)),
     ("generate", (f"{OPENAI}.responses.serving", f"{OPENAI}.responses.context")),
     ("preprocess_add_request", ("vllm.v1.engine.core",)),
+    ("_initialize_kv_caches", ("vllm.v1.engine.core",)),
     ("_handle_request_preproc_error", ("vllm.v1.engine.core",)),
     ("to_beam_search_params", (f"{OPENAI}.completion.serving",)),
     ("to_beam_search_params", (f"{OPENAI}.chat_completion.serving",)),

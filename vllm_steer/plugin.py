@@ -50,6 +50,7 @@ def register() -> None:
     seams.patch(seams.GENERATE, outcome.follow)
     seams.patch(seams.SERVE_ROUTERS, guard.add_guard)
     seams.patch(seams.EXTRA_HASH_KEYS, steered_extra_keys)
+    seams.patch(seams.INITIALIZE_KV_CACHES, intake.read_packs)
     seams.patch(seams.PREPROCESS_ADD_REQUEST, intake.check_intake)
     runtime.install(seams.PREPROCESS_ADD_REQUEST.resolve()[0])
     seams.patch(seams.INIT_DEVICE, _attach)

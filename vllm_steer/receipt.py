@@ -5,11 +5,11 @@ Importing this module imports neither torch nor vllm.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
-from vllm_steer.registry import PackRegistry
 from vllm_steer.steering_plan import ADDITION, SteeringPlan, Term, count_steered
 
 HEADER = "x-steering"
@@ -53,15 +53,15 @@ class Receipt:
     def of(
         cls,
         plan: SteeringPlan,
-        registry: PackRegistry,
+        names: Mapping[str, str],
         prompt_len: int,
         num_choices: int,
         dose: float,
         clamped: float,
     ) -> Receipt:
-        """Makes the receipt of a plan, with the names that its directions have now."""
-        names = {digest: registry.by_digest(digest).full_name for digest in plan.digests}
-        return cls(plan, names, prompt_len, num_choices, dose, clamped)
+        """Makes the receipt of a plan; ``names`` has those of its directions, by digest."""
+        kept = {digest: name for digest, name in names.items() if digest in plan.digests}
+        return cls(plan, kept, prompt_len, num_choices, dose, clamped)
 
     def tokens_steered(self, choice: int | None = None) -> int:
         """Tokens that went through the model at steered positions.

@@ -76,6 +76,20 @@ def find_all(choice: DirectionChoice, registry: PackRegistry) -> dict[str, Loade
     return found
 
 
+def content_names(
+    request: SteeringRequest, plan: SteeringPlan, registry: PackRegistry
+) -> dict[str, str]:
+    """Returns ``pack/direction`` by content digest for all that a plan needs.
+
+    Two packs may hold the same content; the one that was asked for is named.
+    """
+    names = {digest: registry.by_digest(digest).full_name for digest in plan.digests}
+    for choice in request.directions:
+        asked = find_all(choice, registry).values()
+        names |= {direction.digest: direction.full_name for direction in asked}
+    return names
+
+
 def _segments(spans: Sequence[_Span]) -> list[Segment]:
     """Cuts overlapping ranges into disjoint ones; neighbours with equal sums become one."""
     edges = {edge for ranges, *_ in spans for span in ranges for edge in span if edge is not None}

@@ -101,6 +101,10 @@ GENERATE = Seam(
 PREPROCESS_ADD_REQUEST = Seam(
     "vllm.v1.engine.core", "EngineCore.preprocess_add_request", ("self", "request")
 )
+# Called at the start, after the plugins are loaded.
+INITIALIZE_KV_CACHES = Seam(
+    "vllm.v1.engine.core", "EngineCore._initialize_kv_caches", ("self", "vllm_config")
+)
 EXTRA_HASH_KEYS = Seam(
     "vllm.v1.core.kv_cache_utils",
     "_gen_prompt_embeds_extra_hash_keys",

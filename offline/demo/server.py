@@ -27,10 +27,12 @@ class Server:
     Attributes:
         url: Base URL of its OpenAI-style API, ending in ``/v1``.
         log: File that holds what it printed.
+        pid: Process id of ``vllm serve``; the engine's processes are its children.
     """
 
     url: str
     log: Path
+    pid: int
 
 
 def serve_command(model: Path, packs: Sequence[Path], port: int) -> list[str]:
@@ -86,7 +88,7 @@ def running(
         )
         try:
             _wait(process, f"http://127.0.0.1:{port}/health", log)
-            yield Server(f"http://127.0.0.1:{port}/v1", log)
+            yield Server(f"http://127.0.0.1:{port}/v1", log, process.pid)
         finally:
             process.terminate()
             try:

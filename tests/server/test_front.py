@@ -69,8 +69,12 @@ def test_a_model_name_stands_for_a_steering(client: OpenAI) -> None:
     assert text_of(aliased) == text_of(chat(client, TEXTS[0], steering=CALM))
     assert text_of(aliased) != text_of(chat(client, TEXTS[0]))
     assert aliased.model_extra["steering"][0]["directions"][0]["name"] == "moods/cheerful"
-    with pytest.raises(BadRequestError, match="is steered by its name"):
-        chat(client, TEXTS[0], model=names[1], steering=CALM)
+    flat = {"steer": ["fears/spiders:3"]}
+    for beside in ({"steering": CALM}, flat, {"vllm_xargs": flat}, {"steering": "none"}):
+        with pytest.raises(BadRequestError, match="is steered by its name"):
+            chat(client, TEXTS[0], model=names[1], **beside)
+    with pytest.raises(BadRequestError, match="does not support beam search"):
+        chat(client, TEXTS[0], model=names[1], use_beam_search=True, n=2)
     with pytest.raises(Exception, match="does not exist"):
         chat(client, TEXTS[0], model=f"{SERVED_NAME}:unknown")
 
@@ -222,6 +226,18 @@ def test_metrics_add_up(server: Server, client: OpenAI) -> None:
     chat(client, TEXTS[0])
     with pytest.raises(BadRequestError):
         chat(client, TEXTS[0], steering={"directions": [{"name": "moods/nobody"}]})
+    # Refused before anything else is looked at, each in a place of its own.
+    twice = {"steering": CALM, "vllm_xargs": {"steering": json.dumps(CALM)}}
+    for model, body in (
+        (SERVED_NAME, twice),
+        (SERVED_NAME, {"steering": CALM, "use_beam_search": True, "n": 2}),
+        (f"{SERVED_NAME}:cheerful", {"steering": CALM}),
+    ):
+        with pytest.raises(BadRequestError):
+            chat(client, TEXTS[0], model=model, **body)
+    said = [{"role": "user", "content": TEXTS[0]}]
+    dropped = {"model": SERVED_NAME, "messages": said, "max_tokens": 4, "steering": CALM}
+    assert httpx.post(f"{server.url}/messages", json=dropped).status_code == 400
     after = metrics(server)
 
     def grown(name: str) -> float:
@@ -229,6 +245,7 @@ def test_metrics_add_up(server: Server, client: OpenAI) -> None:
 
     assert grown('steering:requests_total{outcome="finished"}') == 3
     assert grown('steering:rejected_total{reason="unknown_direction"}') == 1
+    assert grown('steering:rejected_total{reason="malformed"}') == 4
     tokens = sum(r.model_extra["steering"][0]["tokens_steered"] for r in steered)
     assert grown("steering:steered_tokens_total") == tokens
     assert grown("steering:dose_count") == 3

@@ -9,33 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 from openai import AsyncOpenAI, BadRequestError, OpenAI
 
 from offline.demo.corpus import user_text
 from offline.demo.server import SERVED_NAME, Server, serve
 from offline.demo.statements import statements
-from vllm_steer.pack import SteeringPack, load_pack, write_pack
+from tests.random_pack import write_variant
+from vllm_steer.pack import SteeringPack, load_pack
 
 pytestmark = pytest.mark.server
 # Long enough to fill blocks of the prefix cache.
 TEXT = " ".join(user_text(statement.text) for statement in statements("heldout")[:6])
 MOOD: dict[str, Any] = {"directions": [{"name": "late/cheerful", "scale": 9.0}]}
 TOKENS = 16
-
-
-def write_variant(pack: SteeringPack, path: Path, name: str, sign: float) -> SteeringPack:
-    """Writes a pack of the same directions, all turned round when the sign is negative."""
-    return write_pack(
-        path,
-        name=name,
-        model=pack.manifest.model,
-        directions=pack.manifest.directions,
-        vectors={key: np.float32(sign) * vector for key, vector in pack.vectors.items()},
-        method=pack.manifest.method,
-        residual_norms={int(k): norm for k, norm in pack.manifest.residual_norms.items()},
-    )
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +32,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(model: Path, packs: list[SteeringPack], root: Path) -> Iterator[Server]:
-    paths = [pack.path for pack in packs]
+    moods = next(pack for pack in packs if pack.name == "moods")
+    early = write_variant(moods, root / "early", "early", 0.5)
+    paths = [pack.path for pack in (*packs, early)]
     options = ["--steering-pack-roots", str(root), "--enable-prefix-caching"]
     with serve(model, paths, root / "log", "--enforce-eager", *options) as running:
         yield running
@@ -79,6 +68,22 @@ def logprobs(response: Any) -> list[float]:
     return response.choices[0].logprobs.token_logprobs
 
 
+def named(response: Any) -> list[str]:
+    (receipt,) = response.model_extra["steering"]
+    return [direction["name"] for direction in receipt["directions"]]
+
+
+def test_a_pack_of_the_start_is_replaced_on_disk_before_the_first_request(
+    client: OpenAI, packs: list[SteeringPack], root: Path
+) -> None:
+    """Stands before all tests that steer: what the processes read is what was there at the start."""
+    moods = next(pack for pack in packs if pack.name == "moods")
+    write_variant(moods, root / "early", "early", -0.5)
+    found = ask(client, {"directions": [{"name": "early/cheerful", "scale": 18.0}]})
+    same = {"directions": [{"name": "moods/cheerful", "scale": 9.0}]}
+    assert logprobs(found) == pytest.approx(logprobs(ask(client, same)), abs=1e-4)
+
+
 def test_reload_under_the_same_name(
     server: Server, client: OpenAI, packs: list[SteeringPack], root: Path
 ) -> None:
@@ -89,8 +94,11 @@ def test_reload_under_the_same_name(
     write_variant(moods, root / "late", "late", 1.0)
     assert load(server, "late").status_code == 200
     first = ask(client, MOOD)
-    same = {"directions": [{"name": "moods/cheerful", "scale": 9.0}]}
-    assert logprobs(first) == pytest.approx(logprobs(ask(client, same)), abs=1e-4)
+    same = ask(client, {"directions": [{"name": "moods/cheerful", "scale": 9.0}]})
+    assert logprobs(first) == pytest.approx(logprobs(same), abs=1e-4)
+    # Two packs of one content; the receipt names the one that was asked for.
+    assert named(first) == ["late/cheerful"]
+    assert named(same) == ["moods/cheerful"]
 
     turned = write_variant(moods, root / "late", "late", -1.0)
     answer = load(server, "late").json()
@@ -169,7 +177,7 @@ def test_refused_loads(server: Server, packs: list[SteeringPack], root: Path) ->
     assert httpx.post(f"{server.url}/steering/packs", content=b"{").status_code == 400
     assert unload(server, "nobody").status_code == 400
     names = [pack["name"] for pack in httpx.get(f"{server.url}/steering/packs").json()["packs"]]
-    assert names == [pack.name for pack in packs]
+    assert names == [*(pack.name for pack in packs), "early"]
     load_pack(packs[0].path)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,10 @@ def test_dose_is_the_largest_over_layers_and_positions(
     assert relative_dose(nothing, registry) == 0.0
 
 
+def names_of(registry: PackRegistry, names: Sequence[str]) -> dict[str, str]:
+    return {registry.find(name).digest: registry.find(name).full_name for name in names}
+
+
 @pytest.mark.parametrize(
     ("positions", "count"),
     [("all", 15), ("prompt", 10), ("generated", 5), ([[-2, None]], 7), ([[0, 3], [12, 99]], 6)],
@@ -85,7 +89,7 @@ def test_count_of_steered_tokens(
     registry = PackRegistry([pack_at("p", {"a": [0]})])
     plan = plan_of(registry, directions=[{"name": "a"}], positions=positions)
     assert count_steered(plan, 15) == count
-    receipt = Receipt.of(plan, registry, 10, 2, 0.2, 1.0)
+    receipt = Receipt.of(plan, names_of(registry, ["a"]), 10, 2, 0.2, 1.0)
     receipt.answered.update({0: 6, 1: 6})
     assert receipt.tokens_steered(0) == count
     assert receipt.tokens_steered() == 2 * count
@@ -95,7 +99,7 @@ def test_headers_stay_short(pack_at: Callable[..., SteeringPack]) -> None:
     names = [f"a rather long name of a direction {number}" for number in range(64)]
     registry = PackRegistry([pack_at("p", dict.fromkeys(names, [0]))])
     plan = plan_of(registry, directions=[{"name": name} for name in names])
-    header = Receipt.of(plan, registry, 10, 1, 1.0, 1.0).to_header()
+    header = Receipt.of(plan, names_of(registry, names), 10, 1, 1.0, 1.0).to_header()
     assert len(header) <= MAX_HEADER
     assert header.endswith(", ...")
     assert header.isascii()

@@ -6,7 +6,10 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from benchmarks.fuzz_values import ANY_JSON, mutated, refused_by_pydantic
 from vllm_steer.errors import RequestError
 from vllm_steer.request import DirectionChoice, SteeringRequest, parse
 
@@ -139,3 +142,27 @@ def test_flat_positions_are_slices() -> None:
     assert name.positions == "last_prompt"
     with pytest.raises(RequestError, match='a list of "start:end"'):
         parse({"steer": ["a"], "steer_positions": ["4"]})
+
+
+@settings(deadline=None, database=None, max_examples=500)
+@given(mutated(["fears/spiders"]))
+def test_any_value_in_any_place_is_understood_or_refused(value: Any) -> None:
+    """Never another exception, and the message can be sent."""
+    if refused_by_pydantic(value):
+        with pytest.raises(RequestError, match="^steering") as caught:
+            parse({"steering": value})
+        str(caught.value).encode()
+    else:
+        found = parse({"steering": value})
+        assert (found is None) == (value is None or value == "none")
+
+
+@settings(deadline=None, database=None, max_examples=500)
+@given(st.sampled_from(["steer", "steer_layers", "steer_positions"]), ANY_JSON)
+def test_any_value_of_the_flat_form_is_understood_or_refused(key: str, value: Any) -> None:
+    try:
+        found = parse({"steer": ["fears/spiders:3"]} | {key: value})
+    except RequestError as error:
+        str(error).encode()
+    else:
+        assert isinstance(found, SteeringRequest)

@@ -19,6 +19,22 @@ from vllm_steer.store import PackStore, configured_store
 _CONFIG = "_vllm_steer_config"
 
 
+def read_packs(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``EngineCore._initialize_kv_caches`` to read the packs at the start.
+
+    The core may be a process of its own, and a pack on disk may be another one when the first
+    request comes.
+    """
+
+    def _initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
+        config = resolved_config(vllm_config.additional_config)
+        if config is not None:
+            configured_store(config)
+        return original(self, vllm_config)
+
+    return _initialize_kv_caches
+
+
 def check_intake(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps ``EngineCore.preprocess_add_request``, whose errors fail the one request."""
 

@@ -36,8 +36,10 @@ def install_in_worker(worker: Any, config: ResolvedConfig) -> None:
 
 
 def _core_load(self: Any, path: str, sha256: str) -> None:
-    configured_store(_config(self)).add(load_checked(path, sha256))
+    pack = load_checked(path, sha256)
     self.model_executor.collective_rpc(LOAD, args=(path, sha256))
+    # Last, so that what a worker refuses is not kept here.
+    configured_store(_config(self)).add(pack)
 
 
 def _core_forget(self: Any, digests: list[str], names: list[str]) -> None:

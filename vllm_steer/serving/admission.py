@@ -30,7 +30,7 @@ from vllm_steer.request import (
     SteeringRequest,
     parse,
 )
-from vllm_steer.resolve import resolve
+from vllm_steer.resolve import content_names, resolve
 from vllm_steer.serving import metrics
 from vllm_steer.steering_plan import SteeringPlan
 from vllm_steer.store import configured_store
@@ -146,7 +146,8 @@ class Admission:
             plan = resolve(request, registry, prompt_len, self._max_len)
             check_limits(plan, self.config)
             plan, dose, factor = self._limit_dose(plan, registry)
-        receipt = Receipt.of(plan, registry, prompt_len, num_choices, dose, factor)
+            names = content_names(request, plan, registry)
+        receipt = Receipt.of(plan, names, prompt_len, num_choices, dose, factor)
         return AdmittedPlan(plan, request, receipt)
 
     def _check_allowed(
@@ -189,12 +190,27 @@ class Admission:
         return weaker, limit, limit / dose
 
 
+def refusal(message: str) -> VLLMValidationError:
+    """Counts a request that is refused for its form.
+
+    Returns:
+        The error to raise, which becomes HTTP 400.
+    """
+    count_refusal()
+    return VLLMValidationError(message, parameter=REQUEST_KEY)
+
+
+def count_refusal(reason: str = RequestError.reason) -> None:
+    """Counts a request that is refused for its steering."""
+    metrics.REJECTED.labels(reason).inc()
+
+
 @contextmanager
 def _as_http_400() -> Iterator[None]:
     try:
         yield
     except RequestError as error:
-        metrics.REJECTED.labels(error.reason).inc()
+        count_refusal(error.reason)
         raise VLLMValidationError(str(error), parameter=REQUEST_KEY) from error
 
 

@@ -11,10 +11,14 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
-from vllm.exceptions import VLLMValidationError
-
-from vllm_steer.request import FLAT_KEYS, PLAN_KEY, REQUEST_KEY, looks_like_steering
-from vllm_steer.serving.admission import Admission, AdmittedPlan, current_admission
+from vllm_steer.request import (
+    FLAT_KEYS,
+    PLAN_KEY,
+    REQUEST_KEY,
+    SteeringRequest,
+    looks_like_steering,
+)
+from vllm_steer.serving.admission import Admission, AdmittedPlan, current_admission, refusal
 from vllm_steer.serving.exchange import current_exchange
 
 # Set by vLLM's serving code just before it makes a request's sampling parameters.
@@ -32,9 +36,8 @@ def plan_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
         plan = extra_args.get(PLAN_KEY)
         wanted = plan.request if isinstance(plan, AdmittedPlan) else admission.parse(extra_args)
         if wanted is not None and kwargs.get("resumable"):
-            raise VLLMValidationError(
-                "steering does not support resumable sessions, whose outputs become prompt; send the whole prompt",
-                parameter=REQUEST_KEY,
+            raise refusal(
+                "steering does not support resumable sessions, whose outputs become prompt; send the whole prompt"
             )
         request = original(self, request_id, prompt, params, *args, **kwargs)
         if wanted is not None or REQUEST_KEY in extra_args:
@@ -63,16 +66,13 @@ def check_sampling(original: Callable[..., Any]) -> Callable[..., Any]:
         admission = current_admission()
         if admission is None:
             return params
-        exchange = current_exchange.get()
-        alias = exchange.alias if exchange is not None else None
-        request = alias or admission.parse(extra_args) or admission.default(extra_args)
+        request, exchange = _wanted(admission, extra_args), current_exchange.get()
         if request is not None:
             prompt_len = _prompt_len.get()
             if prompt_len is None:
                 # Routes that only render a prompt for another server.
-                raise VLLMValidationError(
-                    "this route does not generate and cannot be steered; send the steering to the route that does",
-                    parameter=REQUEST_KEY,
+                raise refusal(
+                    "this route does not generate and cannot be steered; send the steering to the route that does"
                 )
             key = exchange.key_digest if exchange is not None else None
             plan = admission.admit(request, prompt_len, params.n, key)
@@ -100,16 +100,32 @@ def refuse_beam_search(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps ``to_beam_search_params``: vLLM's beam search drops a request's extra arguments."""
 
     def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(
-            looks_like_steering(key) for key in _with_top_level(dict(self.vllm_xargs or {}), self)
-        ):
-            raise VLLMValidationError(
-                "steering does not support beam search; leave out use_beam_search or the steering",
-                parameter=REQUEST_KEY,
+        extra_args = _with_top_level(dict(self.vllm_xargs or {}), self)
+        admission = current_admission()
+        if admission is not None and _wanted(admission, extra_args) is not None:
+            raise refusal(
+                "steering does not support beam search; leave out use_beam_search or the steering"
             )
         return original(self, *args, **kwargs)
 
     return to_beam_search_params
+
+
+def _wanted(admission: Admission, extra_args: dict[str, Any]) -> SteeringRequest | None:
+    """What a request is to be steered by: its model's name, what it asks for, or the default.
+
+    Raises:
+        VLLMValidationError: It asks for steering beside its name's, or in a malformed way.
+    """
+    exchange = current_exchange.get()
+    if exchange is None or exchange.alias is None:
+        return admission.parse(extra_args) or admission.default(extra_args)
+    asked = [k for k, v in extra_args.items() if v is not None and looks_like_steering(k)]
+    if asked:
+        raise refusal(
+            f"model {exchange.model!r} is steered by its name; leave out {asked[0]!r} or the alias"
+        )
+    return exchange.alias
 
 
 def _with_top_level(extra_args: dict[str, Any], request: Any) -> dict[str, Any]:
@@ -117,9 +133,6 @@ def _with_top_level(extra_args: dict[str, Any], request: Any) -> dict[str, Any]:
     for key, value in (request.model_extra or {}).items():
         if looks_like_steering(key):
             if key in extra_args:
-                raise VLLMValidationError(
-                    f"{key!r} stands both in the request and in vllm_xargs; send it once",
-                    parameter=key,
-                )
+                raise refusal(f"{key!r} stands both in the request and in vllm_xargs; send it once")
             extra_args[key] = value
     return extra_args

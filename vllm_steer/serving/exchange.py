@@ -20,11 +20,13 @@ class Exchange:
 
     Attributes:
         key_digest: SHA-256 of its API key in hexadecimal, None without one.
+        model: The model's name as the client gave it, None when it stands for no steering.
         alias: Steering that the model's name stands for.
         receipts: One for each steered prompt, in the order of the prompts.
     """
 
     key_digest: str | None = None
+    model: str | None = None
     alias: SteeringRequest | None = None
     receipts: list[Receipt] = field(default_factory=list)
 

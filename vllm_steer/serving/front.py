@@ -31,7 +31,6 @@ from vllm_steer.serving.asgi import (
     read_body,
     replay,
     route_of,
-    send_error,
 )
 from vllm_steer.serving.exchange import Exchange, current_exchange
 from vllm_steer.serving.packs_api import PREFIX, answer
@@ -77,10 +76,7 @@ class SteeringFront:
             if fields is not None and isinstance(name, str):
                 served, _, alias = name.rpartition(":")
                 if served and alias in admission.policy.aliases and not _serves(scope, name):
-                    if fields.get(REQUEST_KEY) is not None:
-                        message = f"model {name!r} is steered by its name; leave out {REQUEST_KEY!r} or the alias"
-                        await send_error(send, message, REQUEST_KEY)
-                        return
+                    exchange.model = name
                     exchange.alias = admission.policy.aliases[alias]
                     body = json.dumps(fields | {"model": served}).encode()
                     messages = [{"type": "http.request", "body": body}]

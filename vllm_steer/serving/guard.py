@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, get_type_hints
 
 from vllm_steer.request import looks_like_steering
+from vllm_steer.serving.admission import count_refusal
 from vllm_steer.serving.asgi import (
     STEERED_ROUTES,
     App,
@@ -90,6 +91,7 @@ def _serves(route: Any, scope: Message) -> bool:
 
 
 async def _refuse(send: Send, field: str, route: str) -> None:
+    count_refusal()
     message = (
         f"{route} does not take the field {field!r}, which would be ignored; steer on "
         f"{', '.join(STEERED_ROUTES)}, or through vllm_xargs where the route has it"

@@ -8,12 +8,11 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
-from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 
-from vllm_steer.request import PLAN_KEY, REQUEST_KEY
+from vllm_steer.request import PLAN_KEY
 from vllm_steer.serving import metrics
-from vllm_steer.serving.admission import Admission, AdmittedPlan
+from vllm_steer.serving.admission import Admission, AdmittedPlan, refusal
 
 _GATE = "_vllm_steer_gate"
 
@@ -83,9 +82,8 @@ def _plan(engine: Any, prompt: Any, sampling_params: Any) -> AdmittedPlan | None
         return None
     tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
     if tokens is None:
-        raise VLLMValidationError(
-            "this route takes prompts that cannot be steered; send the prompt as text or token ids",
-            parameter=REQUEST_KEY,
+        raise refusal(
+            "this route takes prompts that cannot be steered; send the prompt as text or token ids"
         )
     plan = admission.admit(wanted, len(tokens), sampling_params.n)
     sampling_params.extra_args = extra_args | {PLAN_KEY: plan}
