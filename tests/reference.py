@@ -1,137 +1,16 @@
-"""The plain form that the engine is held against: Hugging Face with forward hooks adding ε·v.
-
-No cache, no batch, no compilation: every token is computed anew from the whole sequence, and the
-vector is added to the output of each block at the positions asked for.
-"""
+"""The engine's outputs held against Hugging Face with forward hooks that add ε·v."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM
 
-from offline.models import find_blocks
+from offline.reference import Reference
 from tests.engine_process import Output
-from vllm_steer.pack import SteeringPack
 
 TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A greedy answer: its tokens, and log-probabilities ``[tokens, vocabulary]`` for each."""
-
-    tokens: list[int]
-    logprobs: np.ndarray
-
-
-class Reference:
-    """A Hugging Face model in float32 that steers by hooks."""
-
-    def __init__(self, model: Path, packs: Sequence[SteeringPack]) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(
-            # The plain form of attention: others leave out soft-capping.
-            model,
-            dtype=torch.float32,
-            attn_implementation="eager",
-        ).eval()
-        self._blocks = find_blocks(
-            self._model, self._model.config.get_text_config().num_hidden_layers
-        )
-        self._packs = {pack.name: pack for pack in packs}
-        self._answers: dict[str, Answer] = {}
-
-    def generate(
-        self, prompt: Sequence[int], steering: dict[str, Any] | None, count: int
-    ) -> Answer:
-        """Generates ``count`` tokens greedily; answers are kept, since many tests share them."""
-        key = repr((list(prompt), steering, count))
-        if key not in self._answers:
-            self._answers[key] = self._generate(prompt, steering, count)
-        return self._answers[key]
-
-    @torch.no_grad()
-    def score(
-        self, prompt: Sequence[int], tokens: Sequence[int], steering: dict[str, Any] | None
-    ) -> np.ndarray:
-        """Log-probabilities ``[prompt + tokens, vocabulary]`` of the token after each position."""
-        ids = torch.tensor([[*prompt, *tokens]])
-        with self._steered(steering, len(prompt)):
-            logprobs: np.ndarray = (
-                self._model(ids, use_cache=False).logits[0].log_softmax(-1).numpy()
-            )
-        return logprobs
-
-    @torch.no_grad()
-    def _generate(
-        self, prompt: Sequence[int], steering: dict[str, Any] | None, count: int
-    ) -> Answer:
-        tokens, logprobs = list(prompt), []
-        with self._steered(steering, len(prompt)):
-            for _ in range(count):
-                logits = self._model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
-                logprobs.append(logits.log_softmax(-1).numpy())
-                tokens.append(int(logits.argmax()))
-        return Answer(tokens[len(prompt) :], np.stack(logprobs))
-
-    @contextmanager
-    def _steered(self, steering: dict[str, Any] | None, prompt_len: int) -> Iterator[None]:
-        hooks = [
-            block.register_forward_hook(self._hook(layer, steering, prompt_len))
-            for layer, block in enumerate(self._blocks)
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _hook(self, layer: int, steering: dict[str, Any] | None, prompt_len: int) -> Any:
-        def add(_block: Any, _args: Any, output: Any) -> Any:
-            hidden = output[0] if isinstance(output, tuple) else output
-            position = torch.arange(hidden.shape[1])
-            delta = torch.zeros_like(hidden)
-            for choice in (steering or {}).get("directions", ()):
-                pack, _, name = choice["name"].partition("/")
-                record = self._packs[pack].directions[name]
-                layers = choice.get("layers") or (steering or {}).get("layers") or record.layers
-                if layer not in layers:
-                    continue
-                where = (
-                    choice.get("positions") or (steering or {}).get("positions") or record.positions
-                )
-                mask = steered_positions(where, position, prompt_len)
-                row = self._packs[pack].vectors[name][record.layers.index(layer)]
-                delta[0, mask] += choice.get("scale", record.default_scale) * torch.tensor(row)
-            steered = hidden + delta
-            return (steered, *output[1:]) if isinstance(output, tuple) else steered
-
-        return add
-
-
-def steered_positions(
-    choice: str | list[list[int | None]], position: torch.Tensor, prompt_len: int
-) -> torch.Tensor:
-    """Which of the absolute positions a choice means, as a mask in the shape of ``position``."""
-    if isinstance(choice, str):
-        return {
-            "all": position >= 0,
-            "prompt": position < prompt_len,
-            "generated": position >= prompt_len,
-            "last_prompt": position == prompt_len - 1,
-        }[choice]
-    mask = torch.zeros_like(position, dtype=torch.bool)
-    for start, end in choice:
-        first = start + prompt_len if start < 0 else start
-        last = prompt_len + 10**6 if end is None else end + prompt_len if end < 0 else end
-        mask |= (first <= position) & (position < last)
-    return mask
 
 
 def assert_equals_hooks(
