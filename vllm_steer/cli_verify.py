@@ -79,10 +79,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> Report:
-    from tqdm import tqdm
-
     from offline.questions import DEFAULTS
-    from offline.reference import scoring_process
 
     plan = Plan(
         model=args.model,
@@ -93,6 +90,10 @@ def _report(args: argparse.Namespace) -> Report:
         overhead=not args.quick,
         least_ratio=args.min_ratio,
     )
+    from tqdm import tqdm
+
+    from offline.reference import scoring_process
+
     with tqdm(total=plan.steps, unit="step", leave=False) as bar:
 
         def step(name: str) -> None:

@@ -181,6 +181,7 @@ class EngineProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._connection.close()
+        self._log.close()
 
     def _ask(self, command: str, *arguments: Any) -> Any:
         self._process.send_signal(signal.SIGCONT)
