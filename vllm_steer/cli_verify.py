@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from vllm_steer.cli_evaluation import json_object
-from vllm_steer.errors import SteeringError
+from vllm_steer.errors import ConfigError, SteeringError
 from vllm_steer.pack import load_pack, resolve_pack
 from vllm_steer.verify.report import COULD_NOT_RUN, Report
 from vllm_steer.verify.run import Plan, verify
@@ -68,19 +71,32 @@ def add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _verify(args: argparse.Namespace) -> int:
     try:
-        report = _report(args)
+        with _ending_engines():
+            report = _report(args)
+        sys.stdout.write(report.page())
         if args.json is not None:
             args.json.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
     except (SteeringError, OSError) as error:
         sys.stderr.write(f"vllm-steer: {error}\n")
         return COULD_NOT_RUN
-    sys.stdout.write(report.page())
     return report.exit_status
+
+
+@contextmanager
+def _ending_engines() -> Iterator[None]:
+    """Within it SIGTERM ends the engines as well, as an interrupt does."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _report(args: argparse.Namespace) -> Report:
     from offline.questions import DEFAULTS
 
+    if args.quick and args.min_ratio is not None:
+        raise ConfigError("--min-ratio needs the overhead, which --quick leaves out")
     plan = Plan(
         model=args.model,
         packs=tuple(load_pack(resolve_pack(pack)) for pack in args.packs),
@@ -94,7 +110,8 @@ def _report(args: argparse.Namespace) -> Report:
 
     from offline.reference import scoring_process
 
-    with tqdm(total=plan.steps, unit="step", leave=False) as bar:
+    # No bar where nobody watches.
+    with tqdm(total=plan.steps, unit="step", leave=False, disable=None) as bar:
 
         def step(name: str) -> None:
             bar.set_description_str(name, refresh=False)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.fuzz.builds import MUTATIONS, Mutation
 from tests.test_readme import block
+from vllm_steer.cli import main
 from vllm_steer.pack import SteeringPack
 
 ROOT = Path(__file__).parents[2]
@@ -113,19 +117,26 @@ def test_the_page_says_what_was_verified(passing: Run, packs: list[SteeringPack]
         assert words in passing.page
 
 
-def test_what_cannot_run_has_status_2(tmp_path: Path, model: Path) -> None:
-    command = [sys.executable, "-P", "-m", "vllm_steer.cli", "verify", "--model", str(model)]
-    done = subprocess.run(
-        [*command, "--pack", str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("vllm-steer: ")
-    assert done.stderr.count("\n") == 1
+def test_what_cannot_run_has_status_2(
+    model: Path,
+    packs: list[SteeringPack],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(*options: str) -> str:
+        assert main(["verify", "--model", str(model), *options]) == 2
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert shown.err.startswith("vllm-steer: ")
+        assert shown.err.count("\n") == 1
+        return shown.err
+
+    pack = str(packs[0].path)
+    assert "no steering pack at 'nowhere'" in refused("--pack", "nowhere")
+    assert "--quick leaves out" in refused("--pack", pack, "--quick", "--min-ratio", "0.9")
+    assert "verify sets itself" in refused("--pack", pack, "--engine", '{"additional_config": {}}')
+    monkeypatch.setenv("VLLM_PLUGINS", "another")
+    assert "VLLM_PLUGINS is 'another'" in refused("--pack", pack)
 
 
 @pytest.mark.slow
@@ -161,10 +172,15 @@ NO_ADDITION = Mutation(
     "steered = (hidden.float() + vectors[rows].float()).to(hidden.dtype)",
     "steered = hidden + 0 * vectors[rows]",
 )
+ANOTHERS_STEERING = Mutation(
+    "engine/plan.py",
+    "slots = np.array([slot(request_id, _NO_SLOT) for request_id in self._batch], dtype=np.intp)",
+    "slots = np.array([slot(request_id, 1) for request_id in self._batch], dtype=np.intp)",
+)
 BROKEN = {
     "start": NO_ADDITION,
     "parity": MUTATIONS["positions: the first one of a range is left out"],
-    "isolation": MUTATIONS["isolation: a new combination does not fill its row"],
+    "isolation": ANOTHERS_STEERING,
     "prefix cache": MUTATIONS["prefix cache: blocks are found by token ids alone"],
 }
 
@@ -184,3 +200,23 @@ def test_a_broken_build_fails_the_right_check(
     assert "Traceback" not in run.page + run.errors
     if check == "prefix cache":
         assert run.with_status("failed") == [check]
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_a_run_that_is_ended_ends_its_engines(model: Path, packs: list[SteeringPack]) -> None:
+    given = ["--model", str(model), "--pack", str(packs[0].path), "--engine", json.dumps(ENGINE)]
+    run = subprocess.Popen(
+        [sys.executable, "-P", "-m", "vllm_steer.cli", "verify", *given],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.DEVNULL,
+    )
+    started = psutil.Process(run.pid)
+    deadline = time.monotonic() + 120
+    # The engine's process, and that of the engine core.
+    while len(engines := started.children(recursive=True)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    run.terminate()
+    assert run.wait(120) == 128 + signal.SIGTERM
+    assert len(engines) >= 2
+    assert not any(engine.is_running() for engine in engines)

@@ -15,6 +15,7 @@ from typing import Any
 from vllm_steer import versions
 from vllm_steer.config import CONFIG_KEY
 from vllm_steer.rpc import FACTS
+from vllm_steer.verify.process import ROOM
 
 # From linux/prctl.h: the signal to get when the parent ends.
 PR_SET_PDEATHSIG = 1
@@ -74,6 +75,7 @@ def greedy(count: int, extra_args: Any, **fields: Any) -> Any:
 def describe(llm: Any) -> dict[str, Any]:
     """What an engine runs with."""
     import torch
+    from vllm.platforms import current_platform
 
     config = llm.llm_engine.vllm_config
     compilation = config.compilation_config
@@ -84,7 +86,7 @@ def describe(llm: Any) -> dict[str, Any]:
         "cuda_graphs": getattr(compilation.cudagraph_mode, "name", None),
         "async_scheduling": bool(config.scheduler_config.async_scheduling),
         "dtype": str(config.model_config.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": "cpu" if current_platform.is_cpu() else current_platform.get_device_name(),
         "threads": torch.get_num_threads(),
     }
 
@@ -178,11 +180,10 @@ def _prepare(arguments: dict[str, Any]) -> None:
     """Lets a model of a long context start where there is little memory: the requests are short."""
     from vllm.engine.arg_utils import EngineArgs
 
+    longest = arguments.pop(ROOM)
     if "max_model_len" not in arguments:
-        longest = arguments.pop("longest")
         known = EngineArgs(**arguments).create_model_config().max_model_len
         arguments["max_model_len"] = min(known, longest)
-    arguments.pop("longest", None)
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {

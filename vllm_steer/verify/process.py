@@ -21,6 +21,10 @@ from typing import Any
 from vllm_steer.errors import EngineError
 
 ExtraArgs = dict[str, Any] | None
+# The variable that tells vLLM which plugins to load; without it, all.
+PLUGINS = "VLLM_PLUGINS"
+# An argument beside those of ``LLM``: the longest context to keep room for, where the model's is longer.
+ROOM = "longest_context"
 # Of a start or an answer, in seconds: loading a large model from a slow disk takes long.
 TIMEOUT = 3600
 _STOP_TIMEOUT = 60
@@ -83,7 +87,7 @@ class EngineProcess:
 
         Args:
             name: Name in messages.
-            arguments: Arguments of ``LLM``.
+            arguments: Arguments of ``LLM``, and ``ROOM``.
             environment: Environment variables that differ from this process's.
             child: Module that the process runs.
             path: Folders that only this engine imports from.

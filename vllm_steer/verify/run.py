@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from typing import Any
@@ -29,7 +29,7 @@ from vllm_steer.verify.checks import (
     without_plugin,
 )
 from vllm_steer.verify.compare import Difference, tolerance
-from vllm_steer.verify.process import Answer, EngineProcess
+from vllm_steer.verify.process import PLUGINS, ROOM, Answer, EngineProcess
 from vllm_steer.verify.report import Check, Report, failed, judged, not_checked
 
 START = "start"
@@ -77,7 +77,7 @@ class Plan:
             "max_num_seqs": REQUESTS,
             "enable_prefix_caching": True,
             "seed": 0,
-            "longest": LONGEST,
+            ROOM: LONGEST,
         }
         steering = {CONFIG_KEY: {"packs": [str(pack.path) for pack in self.packs]}}
         return own | dict(self.engine) | more | ({_ARGUMENT: steering} if steered else {})
@@ -108,7 +108,15 @@ def verify(plan: Plan, reference: Reference, step: Step) -> Report:
         plan: What to verify.
         reference: The model that answers are held against.
         step: Told what is done next.
+
+    Raises:
+        ConfigError: vLLM is told to leave the plugin out.
     """
+    named = os.environ.get(PLUGINS)
+    if named is not None and PLUGIN not in named.split(","):
+        raise ConfigError(
+            f"{PLUGINS} is {named!r}; without {PLUGIN} in it vLLM leaves steering out"
+        )
     about = {
         "model": plan.model,
         "packs": [f"{pack.name} ({pack.origin})" for pack in plan.packs],
@@ -198,10 +206,16 @@ def _overhead(plan: Plan, seen: _Seen, step: Step) -> Check:
     vocabulary = sorted({token for case in seen.cases for token in case.prompt})
 
     def check() -> Check:
-        with (
-            _engine(plan, False, step, pausing=True, **fields) as plain,
-            _engine(plan, True, step, pausing=True, **fields) as ours,
-        ):
+        with ExitStack() as stack:
+            try:
+                plain, ours = (
+                    stack.enter_context(_engine(plan, steered, step, pausing=True, **fields))
+                    for steered in (False, True)
+                )
+            except EngineError as error:
+                if plan.least_ratio is not None:
+                    raise
+                return not_checked(speed.OVERHEAD, f"two engines do not start at once: {error}")
             return speed.check_overhead(
                 plain, ours, Directions.of(plan.packs), vocabulary, plan.least_ratio, step
             )
@@ -235,7 +249,7 @@ def _engine(
 ) -> Iterator[EngineProcess]:
     name = "vLLM with steering" if steered else "plain vLLM"
     step(f"starting {name}")
-    environment = {} if steered else {"VLLM_PLUGINS": _other_plugins()}
+    environment = {} if steered else {PLUGINS: _other_plugins()}
     if pausing:
         # One process for front end and engine, so that all of it stops while the other is timed.
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -249,7 +263,7 @@ def _engine(
 
 def _other_plugins() -> str:
     """Names of vLLM's plugins but for this one, among them what brings a kind of device."""
-    given = os.environ.get("VLLM_PLUGINS")
+    given = os.environ.get(PLUGINS)
     names = (
         {
             point.name
