@@ -14,11 +14,13 @@ from tqdm import tqdm
 
 from benchmarks import arms
 from benchmarks.arms import Arm, Workload
-from benchmarks.engine import Engine, EngineError, Timing
-from benchmarks.interleave import Ratio, ratio_to, rounds
+from benchmarks.engine import Engine
 from benchmarks.models import BenchModel, write_pack
 from benchmarks.rivals import NOT_RUN, Rival, install_hotwire
 from benchmarks.steers import check_steers
+from vllm_steer.errors import EngineError
+from vllm_steer.verify.interleave import Ratio, ratio_to, rounds
+from vllm_steer.verify.process import Timing
 
 PLAIN_ARM = Arm(arms.PLAIN, arms.PLAIN, arms.unsteered)
 CONTROL_ARM = Arm(arms.CONTROL, arms.CONTROL, arms.unsteered)

@@ -32,9 +32,9 @@ from vllm_steer.pack import load_pack
 
 # The plain form is the tests' own. Behind all else, so that a plugin found earlier is the one tested.
 sys.path.append(str(Path(__file__).parents[1]))
+from offline.reference import Reference  # noqa: E402
 from tests.engine_process import pretend_triton_backend  # noqa: E402
 from tests.random_pack import checkpoint_identity, write_random_pack  # noqa: E402
-from tests.reference import Reference  # noqa: E402
 
 TOLERANCE = 1e-4
 WORLD_REQUESTS = 125

@@ -15,7 +15,7 @@ from benchmarks.fuzz_schedule import draw_positions
 from offline.demo.corpus import user_text
 from offline.demo.server import SERVED_NAME
 from offline.demo.statements import statements
-from tests.reference import steered_positions
+from offline.reference_forms import steered_positions
 from vllm_steer.pack import SteeringPack
 
 ROUTES = ("/completions", "/chat/completions", "/responses")

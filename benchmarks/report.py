@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine import ROOT
-from benchmarks.interleave import Ratio
+from vllm_steer.verify.interleave import Ratio
 
 
 def environment() -> dict[str, Any]:

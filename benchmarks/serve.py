@@ -28,11 +28,11 @@ from tqdm import tqdm
 sys.path.append(str(Path(__file__).parents[1]))
 from benchmarks import arms, report  # noqa: E402
 from benchmarks.arms import Arm  # noqa: E402
-from benchmarks.interleave import Ratio, ratio_to, rounds  # noqa: E402
 from benchmarks.models import DEMO, SHAPES, WORK, BenchModel, prepare_model, write_pack  # noqa: E402
 from benchmarks.traffic import SERVED_NAME, Latency, Traffic, send  # noqa: E402
 from offline.demo.server import Server, free_port, running  # noqa: E402
 from vllm_steer.pack import load_pack  # noqa: E402
+from vllm_steer.verify.interleave import Ratio, ratio_to, rounds  # noqa: E402
 
 MAX_MODEL_LEN = 512
 PLAIN_ARM = Arm(arms.PLAIN, arms.PLAIN, arms.unsteered)

@@ -16,10 +16,10 @@ from offline.demo.corpus import user_text
 from offline.demo.packs import FULL_METHOD, extract_demo_packs
 from offline.demo.server import Server, serve
 from offline.demo.statements import statements
+from offline.reference import Reference
 from tests.compatibility import FeatureRecorder
 from tests.engine.cases import CASES
 from tests.engine_process import EngineProcess
-from tests.reference import Reference
 from vllm_steer.pack import SteeringPack
 
 # Enough to learn real directions in seconds; how well they steer is measured in benchmarks/.

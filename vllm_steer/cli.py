@@ -1,4 +1,4 @@
-"""The ``vllm-steer`` command: demo, extract, sweep, card, inspect, convert."""
+"""The ``vllm-steer`` command: demo, extract, sweep, card, inspect, convert, verify."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vllm_steer.cli_evaluation import add_card, add_sweep
+from vllm_steer.cli_verify import add_verify
 from vllm_steer.config import plugin_version
 from vllm_steer.errors import ConversionError, ExtractionError, SteeringError
 from vllm_steer.pack import SteeringPack, load_pack, resolve_pack
@@ -21,11 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status; an error is one line on stderr."""
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        status: int | None = args.run(args)
     except SteeringError as error:
         sys.stderr.write(f"vllm-steer: {error}\n")
         return 1
-    return 0
+    return status or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="print the manifest instead")
     inspect.set_defaults(run=_inspect)
     _add_convert(commands)
+    add_verify(commands)
     return parser
 
 

@@ -43,7 +43,7 @@ def add_sweep(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     sweep.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
     sweep.add_argument(
         "--engine",
-        type=_object,
+        type=json_object,
         default={},
         metavar="JSON",
         help="""more arguments of vllm.LLM, such as '{"dtype": "bfloat16"}'""",
@@ -100,6 +100,18 @@ def add_card(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     card.add_argument("pack", type=Path, help="directory of the pack")
     card.add_argument("--sweep", type=Path, metavar="FILE", help="sweep.json to show")
     card.set_defaults(run=_card)
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Reads a JSON object, as the type of an argument.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("not an object")
+    return value
 
 
 def _sweep(args: argparse.Namespace) -> None:
@@ -203,13 +215,6 @@ def _extras(names: str) -> Iterator[None]:
         raise EvaluationError(
             f"{error.name} is not installed; pip install 'vllm-steer[{names}]'"
         ) from error
-
-
-def _object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
-    if not isinstance(value, dict):
-        raise ValueError("not an object")
-    return value
 
 
 def _lines(file: Path) -> list[str]:

@@ -11,6 +11,7 @@
     ├── CompatibilityError   this vLLM, model or engine feature cannot be steered correctly
     ├── ExtractionError      a steering vector could not be learned
     ├── EvaluationError      steered answers could not be generated, judged or reported
+    ├── EngineError          an engine in a process of its own did not start, died or refused
     └── ConversionError      a vector file of another tool cannot be read or written
 
 Importing this module imports neither torch nor vllm.
@@ -80,6 +81,10 @@ class ExtractionError(SteeringError):
 
 class EvaluationError(SteeringError):
     """Steered answers could not be generated, judged or reported as asked."""
+
+
+class EngineError(SteeringError, RuntimeError):
+    """An engine in a process of its own did not start, died, or refused; the message has its words."""
 
 
 class ConversionError(SteeringError):

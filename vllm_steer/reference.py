@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from pydantic import BaseModel
 
+from vllm_steer.cli_verify import add_verify
 from vllm_steer.forms import OPS, FormChoice, Gate
 from vllm_steer.manifest import (
     MAX_DIRECTIONS,
@@ -53,11 +53,15 @@ def render() -> str:
         "# Reference",
         "Written from the code by `python -m vllm_steer.reference > REFERENCE.md`; do not edit.",
         "## Flags of `vllm serve`",
-        _flags(add_flags),
+        _flags(_serving_parser()),
         'In `LLM(...)` the same stands in `additional_config={"steering": {"packs": [...], "rows": ...}}`.',
         "## Environment",
         f"Supported are vLLM {', '.join(SUPPORTED)}.",
         f"| variable | meaning |\n|---|---|\n| `{OVERRIDE}` | {OVERRIDE_MEANING} |",
+        "## `vllm-steer verify`",
+        _flags(_verify_parser()),
+        "Exit status: 0 nothing failed, 1 something failed, 2 nothing could be verified. `--json` holds the facts and, "
+        "for each check, `name`, `status` (`passed`, `failed`, `measured`, `not checked`), `told` and `figures`.",
         "## Requests",
         "The field `steering` of `/v1/completions`, `/v1/chat/completions` and `/v1/responses`, as an "
         'object; `vllm_xargs.steering`, as its JSON text; `SamplingParams.extra_args["steering"]`, '
@@ -122,13 +126,29 @@ def _metrics() -> list[str]:
     ]
 
 
-def _flags(add: Callable[..., Any]) -> str:
+def _serving_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
-    add(lambda parser: parser)(parser)
-    rows = [
-        f"| `{action.option_strings[0]}{f' {action.metavar} ...' if action.metavar else ''}` | {action.help} |"
-        for action in parser._actions
-    ]
+    # The wrapper of ``EngineArgs.add_cli_args``, around one that adds nothing.
+    add_flags(lambda parser: parser)(parser)
+    return parser
+
+
+def _verify_parser() -> argparse.ArgumentParser:
+    commands = argparse.ArgumentParser().add_subparsers()
+    add_verify(commands)
+    return commands.choices["verify"]
+
+
+def _flags(parser: argparse.ArgumentParser) -> str:
+    rows = []
+    for action in parser._actions:
+        if action.dest == "help":
+            continue
+        value = ""
+        if action.nargs != 0:
+            names = "\\|".join(action.choices or ()) or action.metavar or action.dest.upper()
+            value = f" {names} ..." if action.nargs else f" {names}"
+        rows.append(f"| `{action.option_strings[0]}{value}` | {action.help} |")
     return "\n".join(["| flag | meaning |", "|---|---|", *rows])
 
 

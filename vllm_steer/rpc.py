@@ -7,3 +7,4 @@ neither torch nor vllm.
 LOAD = "vllm_steer_load"
 FORGET = "vllm_steer_forget"
 TIMES = "vllm_steer_times"
+FACTS = "vllm_steer_facts"

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from benchmarks.equality import compare_greedy
-from benchmarks.interleave import ratio_to, rounds
 from benchmarks.models import SHAPES, prepare_model
+from vllm_steer.verify.interleave import ratio_to, rounds
 
 ROOT = Path(__file__).parents[2]
 RATIOS = ("idle", "steered_half", "steered_one", "steered_distinct")

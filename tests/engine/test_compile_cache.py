@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from offline.reference import Reference
 from tests.conftest import engine_arguments
 from tests.engine.cases import CASES
 from tests.engine_process import EngineProcess
-from tests.reference import Reference, assert_equals_hooks
+from tests.reference import assert_equals_hooks
 from vllm_steer.pack import SteeringPack
 
 pytestmark = pytest.mark.engine

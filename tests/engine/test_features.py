@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from scipy.special import logsumexp
 from transformers import AutoModelForCausalLM
 
+from offline.reference import Reference
 from tests.engine.cases import CASES, SPIDERS
 from tests.engine_process import EngineProcess, Output
-from tests.reference import TOLERANCE, Reference, assert_equals_hooks
+from tests.reference import TOLERANCE, assert_equals_hooks
 from vllm_steer.pack import SteeringPack
 
 pytestmark = pytest.mark.engine

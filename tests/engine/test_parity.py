@@ -7,9 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from offline.reference import Reference
 from tests.engine.cases import CASES
 from tests.engine_process import EngineProcess, Output
-from tests.reference import TOLERANCE, Reference, assert_equals_hooks
+from tests.reference import TOLERANCE, assert_equals_hooks
 
 pytestmark = pytest.mark.engine
 TOKENS = 24

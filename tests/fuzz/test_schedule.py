@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.fuzz.builds import MUTATIONS
 
 pytestmark = pytest.mark.engine
 ROOT = Path(__file__).parents[2]
@@ -52,61 +52,10 @@ def test_random_schedules_on_model_runner_v2(tmp_path: Path) -> None:
     assert not faults, faults
 
 
-@dataclass(frozen=True)
-class Mutation:
-    """One line of the plugin, changed."""
-
-    file: str
-    line: str
-    becomes: str
-    seed: int = 0
-
-
-MUTATIONS = {
-    "positions: the first one of a range is left out": Mutation(
-        "engine/plan.py",
-        "inside = (columns[_START] <= positions) & (positions < columns[_END])",
-        "inside = (columns[_START] < positions) & (positions < columns[_END])",
-    ),
-    "positions: a preempted request loses its steering": Mutation(
-        "engine/runner_v1.py",
-        "for request_id in scheduler_output.finished_req_ids:",
-        "for request_id in scheduler_output.finished_req_ids | (scheduler_output.preempted_req_ids or set()):",
-    ),
-    "prefix cache: blocks are found by token ids alone": Mutation(
-        "engine/prefix_cache.py",
-        'keys = [*keys, ("steering", f"{key}:{first - start}:{last - start}")]',
-        "keys = [*keys]",
-    ),
-    "prefix cache: where a block is steered does not count": Mutation(
-        "engine/prefix_cache.py",
-        'keys = [*keys, ("steering", f"{key}:{first - start}:{last - start}")]',
-        'keys = [*keys, ("steering", key)]',
-        # A world with room for many cached blocks.
-        seed=5,
-    ),
-    "isolation: rows of the step before stay": Mutation(
-        "engine/bank.py",
-        "if self._known is not None and np.array_equal(rows, self._known):",
-        "if self._known is not None and len(rows) == len(self._known):",
-    ),
-    "isolation: a new combination does not fill its row": Mutation(
-        "engine/worker.py",
-        "for row, segment in step.new:",
-        "for row, segment in step.new[:1]:",
-    ),
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_broken_build_is_noticed(name: str, tmp_path: Path) -> None:
     mutation = MUTATIONS[name]
-    shutil.copytree(ROOT / "vllm_steer", tmp_path / "vllm_steer")
-    file = tmp_path / "vllm_steer" / mutation.file
-    source = file.read_text()
-    assert source.count(mutation.line) == 1
-    file.write_text(source.replace(mutation.line, mutation.becomes))
     options = ("--requests", "80", "--seed", str(mutation.seed))
-    results = fuzz(tmp_path / "out.json", *options, package=tmp_path)
+    results = fuzz(tmp_path / "out.json", *options, package=mutation.build(tmp_path))
     assert results["mismatches"] > 0

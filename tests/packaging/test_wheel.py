@@ -38,5 +38,5 @@ def test_the_wheel_brings_the_plugin(tmp_path: Path) -> None:
     shown = subprocess.run(
         [python.with_name("vllm-steer"), "--help"], check=True, capture_output=True, text=True
     )
-    for command in ("demo", "extract", "inspect"):
+    for command in ("demo", "extract", "inspect", "verify"):
         assert command in shown.stdout

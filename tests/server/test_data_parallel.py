@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from offline.demo.server import SERVED_NAME, serve
+from offline.reference import Reference
 from tests.engine.cases import CASES
-from tests.reference import Reference
 from vllm_steer.pack import SteeringPack
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]

@@ -15,7 +15,7 @@ from vllm_steer.engine.runtime import install_in_worker
 from vllm_steer.engine.selftest import run_self_test
 from vllm_steer.engine.worker import WorkerSteering, logger
 from vllm_steer.model import model_shape
-from vllm_steer.rpc import TIMES
+from vllm_steer.rpc import FACTS, TIMES
 
 
 def attach_to_worker(worker: Any) -> None:
@@ -33,6 +33,7 @@ def attach_to_worker(worker: Any) -> None:
     seams.check_methods(worker, seams.WORKER)
     load_model, warm_up = runner.load_model, worker.compile_or_warm_up_model
     steering: WorkerSteering | None = None
+    self_tested = False
 
     def _load_model(*args: Any, **kwargs: Any) -> Any:
         nonlocal steering
@@ -42,6 +43,7 @@ def attach_to_worker(worker: Any) -> None:
         return result
 
     def _compile_or_warm_up_model(*args: Any, **kwargs: Any) -> Any:
+        nonlocal self_tested
         if steering is None:
             raise RuntimeError("the model was warmed up before it was loaded")
 
@@ -56,6 +58,7 @@ def attach_to_worker(worker: Any) -> None:
         result = warm_up(*args, **kwargs)
         with set_current_vllm_config(worker.vllm_config):
             run_self_test(steering, forward)
+        self_tested = True
         logger.info(
             "Steering self-test passed: each of layers %s changes the output.",
             list(steering.layers),
@@ -67,7 +70,12 @@ def attach_to_worker(worker: Any) -> None:
     def _times() -> tuple[int, float]:
         return steering.take_times() if steering is not None else (0, 0.0)
 
+    def _facts() -> dict[str, Any]:
+        layers = list(steering.layers) if steering is not None else []
+        return {"layers": layers, "self_tested": self_tested}
+
     setattr(worker, TIMES, _times)
+    setattr(worker, FACTS, _facts)
     runner.load_model = _load_model
     worker.compile_or_warm_up_model = _compile_or_warm_up_model
 

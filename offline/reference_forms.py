@@ -1,0 +1,90 @@
+"""What a direction makes of hidden states, each form written out by its own formula.
+
+The plain form of ``vllm_steer.engine.row_values``, and independent of it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+
+def apply_form(
+    hidden: torch.Tensor,
+    vector: torch.Tensor,
+    scale: float,
+    choice: dict[str, Any],
+    plane: torch.Tensor | None = None,
+    read: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Returns hidden states after one direction.
+
+    Args:
+        hidden: Float32 ``[tokens, width]``.
+        vector: The direction, ``[width]``.
+        scale: ε.
+        choice: The direction as a request gives it.
+        plane: Vector of its second direction.
+        read: Vector of the direction that is read.
+
+    Raises:
+        ValueError: The form lacks its second direction.
+    """
+    unit = vector / vector.norm()
+    op = choice.get("op", "add")
+    if op == "add":
+        return hidden + scale * vector
+    if op == "ablate":
+        return hidden - scale * torch.outer(hidden @ unit, unit)
+    if op == "clamp":
+        return hidden - torch.outer(hidden @ unit, unit) + scale * unit
+    if op == "affine" and read is not None:
+        return hidden + torch.outer(scale * (hidden @ read + choice.get("bias", 0.0)), vector)
+    if plane is None:
+        raise ValueError(f"op {op!r} needs a second direction")
+    other = plane - (plane @ unit) * unit
+    other = other / other.norm()
+    x, y = hidden @ unit, hidden @ other
+    rest = hidden - torch.outer(x, unit) - torch.outer(y, other)
+    angle = torch.deg2rad(torch.tensor(float(scale)))
+    if op == "rotate":
+        angle = angle + torch.atan2(y, x)
+    length = torch.hypot(x, y)
+    return rest + torch.outer(length * angle.cos(), unit) + torch.outer(length * angle.sin(), other)
+
+
+def scheduled(schedule: dict[str, Any], passed: torch.Tensor) -> torch.Tensor:
+    """The factor of each token, by how many tokens it comes after the first generated one."""
+    start, end, tokens = schedule["start"], schedule["end"], schedule["tokens"]
+    if schedule.get("shape", "linear") == "linear":
+        values = [start + (end - start) * min(max(g, 0) / tokens, 1.0) for g in passed.tolist()]
+    else:
+        values = [end + (start - end) * math.e ** -(max(g, 0) / tokens) for g in passed.tolist()]
+    return torch.tensor(values, device=passed.device)
+
+
+def steered_positions(
+    choice: str | dict[str, list[int]] | list[Any],
+    position: torch.Tensor,
+    prompt_len: int,
+) -> torch.Tensor:
+    """Which of the absolute positions a choice means, as a mask in the shape of ``position``."""
+    if isinstance(choice, str):
+        return {
+            "all": position >= 0,
+            "prompt": position < prompt_len,
+            "generated": position >= prompt_len,
+            "last_prompt": position == prompt_len - 1,
+        }[choice]
+    if isinstance(choice, dict):
+        low, high = choice["generated"]
+        end_of = position.max() + 1 if high is None else prompt_len + high
+        return (position >= prompt_len + low) & (position < end_of)
+    mask = torch.zeros_like(position, dtype=torch.bool)
+    for start, end in choice:
+        first = start + prompt_len if start < 0 else start
+        last = prompt_len + 10**6 if end is None else end + prompt_len if end < 0 else end
+        mask |= (first <= position) & (position < last)
+    return mask

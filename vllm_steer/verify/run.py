@@ -1,0 +1,292 @@
+"""The run: which engines start when, and what each of them is asked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import distributions
+from typing import Any
+
+from vllm_steer.config import CONFIG_KEY
+from vllm_steer.errors import ConfigError, EngineError, SteeringError
+from vllm_steer.pack import SteeringPack
+from vllm_steer.verify import speed
+from vllm_steer.verify.cases import REQUESTS, Case, Directions, cache_pairs, mixed_batch
+from vllm_steer.verify.checks import (
+    CACHE,
+    ISOLATION,
+    PARITY,
+    Score,
+    Step,
+    alone,
+    ask,
+    check_cache,
+    check_isolation,
+    check_parity,
+    long_prompt,
+    without_plugin,
+)
+from vllm_steer.verify.compare import Difference, tolerance
+from vllm_steer.verify.process import PLUGINS, ROOM, Answer, EngineProcess
+from vllm_steer.verify.report import Check, Report, failed, judged, not_checked
+
+START = "start"
+PLUGIN = "vllm_steer"
+# Longest context that a verified engine keeps room for, unless told; its requests are short.
+LONGEST = 2048
+# What vLLM takes of an accelerator's memory unless told.
+_MEMORY = 0.9
+_ARGUMENT = "additional_config"
+
+# Model, packs and dtype to the reference, which ends with the context.
+Reference = Callable[[str, Sequence[SteeringPack], str], AbstractContextManager[Score]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to verify.
+
+    Attributes:
+        model: Checkpoint directory or hub id.
+        packs: Packs of the model.
+        texts: What prompts are made of.
+        engine: Arguments of ``LLM`` beside the model.
+        parity: Whether to hold the engine against the reference.
+        overhead: Whether to time it.
+        least_ratio: Least ratio of tokens a second to plain vLLM; None demands none.
+    """
+
+    model: str
+    packs: tuple[SteeringPack, ...]
+    texts: tuple[str, ...]
+    engine: Mapping[str, Any]
+    parity: bool = True
+    overhead: bool = True
+    least_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        if _ARGUMENT in self.engine:
+            raise ConfigError(f"{_ARGUMENT} is what verify sets itself; give other arguments")
+
+    def arguments(self, steered: bool, **more: Any) -> dict[str, Any]:
+        """Arguments of ``LLM``, for an engine with steering or for plain vLLM."""
+        own = {
+            "model": self.model,
+            "max_num_seqs": REQUESTS,
+            "enable_prefix_caching": True,
+            "seed": 0,
+            ROOM: LONGEST,
+        }
+        steering = {CONFIG_KEY: {"packs": [str(pack.path) for pack in self.packs]}}
+        return own | dict(self.engine) | more | ({_ARGUMENT: steering} if steered else {})
+
+    @property
+    def steps(self) -> int:
+        """Steps of the progress bar."""
+        pairs = len(cache_pairs(Directions.of(self.packs)))
+        parity = 1 + REQUESTS if self.parity else 0
+        return 4 + REQUESTS + pairs + parity + (2 + speed.steps() if self.overhead else 0)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the steered engine showed."""
+
+    facts: dict[str, Any]
+    cases: list[Case]
+    answers: list[Answer]
+    singles: dict[str, Difference]
+    checks: dict[str, Check]
+
+
+def verify(plan: Plan, reference: Reference, step: Step) -> Report:
+    """Runs all checks.
+
+    Args:
+        plan: What to verify.
+        reference: The model that answers are held against.
+        step: Told what is done next.
+
+    Raises:
+        ConfigError: vLLM is told to leave the plugin out.
+    """
+    named = os.environ.get(PLUGINS)
+    if named is not None and PLUGIN not in named.split(","):
+        raise ConfigError(
+            f"{PLUGINS} is {named!r}; without {PLUGIN} in it vLLM leaves steering out"
+        )
+    about = {
+        "model": plan.model,
+        "packs": [f"{pack.name} ({pack.origin})" for pack in plan.packs],
+    }
+    try:
+        with _engine(plan, True, step) as engine:
+            seen = _ask_steered(plan, engine, step)
+    except EngineError as error:
+        return _not_started(plan, about, str(error), step)
+    checks = seen.checks
+    if seen.answers:
+        checks[ISOLATION] = checks.get(ISOLATION) or _isolation(plan, seen, step)
+        checks[PARITY] = _parity(plan, seen, reference, step)
+    checks[speed.OVERHEAD] = _overhead(plan, seen, step)
+    order = (START, PARITY, ISOLATION, CACHE, speed.OVERHEAD)
+    return Report(about | _shown(seen.facts), [checks[name] for name in order])
+
+
+def _ask_steered(plan: Plan, engine: EngineProcess, step: Step) -> _Seen:
+    """Everything that is asked of the engine with steering, in one life of it."""
+    facts = engine.describe()
+    encoded = engine.encode(plan.texts)
+    cases = mixed_batch(Directions.of(plan.packs), encoded[:REQUESTS])
+    checks = {START: _start(facts)}
+    answers: list[Answer] = []
+    singles: dict[str, Difference] = {}
+    allowed = tolerance(facts["dtype"], facts["device"])
+    try:
+        step("a mixed batch")
+        answers = ask(engine, cases)
+        singles = alone(engine, cases, answers, step)
+    except EngineError as error:
+        checks[ISOLATION] = failed(ISOLATION, str(error))
+        checks.setdefault(PARITY, failed(PARITY, str(error)))
+    if not facts["prefix_cache"]:
+        checks[CACHE] = not_checked(CACHE, "vLLM runs this model without a prefix cache")
+        return _Seen(facts, cases, answers, singles, checks)
+    prompt = long_prompt(encoded, facts["block_size"], facts["max_model_len"] - 2 * REQUESTS)
+    pairs = cache_pairs(Directions.of(plan.packs))
+    checks[CACHE] = _guarded(CACHE, lambda: check_cache(engine, pairs, prompt, allowed, step))
+    return _Seen(facts, cases, answers, singles, checks)
+
+
+def _start(facts: dict[str, Any]) -> Check:
+    faults = []
+    if not facts.get("self_tested"):
+        faults.append("the self-test did not run")
+    if not facts.get("layers"):
+        faults.append("no layer is hooked")
+    told = (
+        f"vLLM {facts['vllm']} is {facts['support']}; it has every patched symbol with the known parameters; the "
+        f"self-test saw each hooked layer change the output."
+    )
+    return judged(START, faults, told, {"support": facts["support"]})
+
+
+def _isolation(plan: Plan, seen: _Seen, step: Step) -> Check:
+    def check() -> Check:
+        with _engine(plan, False, step) as plain:
+            unsteered = without_plugin(plain, seen.cases, seen.answers, step)
+        allowed = tolerance(seen.facts["dtype"], seen.facts["device"])
+        return check_isolation(seen.singles, unsteered, allowed)
+
+    return _guarded(ISOLATION, check)
+
+
+def _parity(plan: Plan, seen: _Seen, reference: Reference, step: Step) -> Check:
+    if not plan.parity:
+        return not_checked(PARITY, "left out by --no-parity: nothing was held against Hugging Face")
+    dtype = seen.facts["dtype"]
+
+    def check() -> Check:
+        step("loading the Hugging Face model")
+        with reference(plan.model, plan.packs, dtype) as score:
+            allowed = tolerance(dtype, seen.facts["device"])
+            return check_parity(seen.cases, seen.answers, score, allowed, dtype, step)
+
+    return _guarded(PARITY, check)
+
+
+def _overhead(plan: Plan, seen: _Seen, step: Step) -> Check:
+    if not plan.overhead:
+        return not_checked(speed.OVERHEAD, "left out by --quick")
+    # Both engines live at once.
+    memory = plan.engine.get("gpu_memory_utilization", _MEMORY) / 2
+    fields: dict[str, Any] = {"gpu_memory_utilization": memory, "enable_prefix_caching": False}
+    vocabulary = sorted({token for case in seen.cases for token in case.prompt})
+
+    def check() -> Check:
+        with ExitStack() as stack:
+            try:
+                plain, ours = (
+                    stack.enter_context(_engine(plan, steered, step, pausing=True, **fields))
+                    for steered in (False, True)
+                )
+            except EngineError as error:
+                if plan.least_ratio is not None:
+                    raise
+                return not_checked(speed.OVERHEAD, f"two engines do not start at once: {error}")
+            return speed.check_overhead(
+                plain, ours, Directions.of(plan.packs), vocabulary, plan.least_ratio, step
+            )
+
+    return _guarded(speed.OVERHEAD, check)
+
+
+def _not_started(plan: Plan, about: dict[str, Any], reason: str, step: Step) -> Report:
+    """Whether steering is to blame, or plain vLLM does not start either."""
+    try:
+        with _engine(plan, False, step) as plain:
+            facts = plain.describe()
+    except EngineError as error:
+        return Report(about, [], f"plain vLLM does not start here either: {error}")
+    others = (PARITY, ISOLATION, CACHE, speed.OVERHEAD)
+    checks = [not_checked(name, "the engine did not start") for name in others]
+    return Report(about | _shown(facts), [failed(START, reason), *checks])
+
+
+def _guarded(name: str, check: Callable[[], Check]) -> Check:
+    """An engine or a reference that dies or refuses is a failed check, with its reason."""
+    try:
+        return check()
+    except SteeringError as error:
+        return failed(name, str(error))
+
+
+@contextmanager
+def _engine(
+    plan: Plan, steered: bool, step: Step, *, pausing: bool = False, **more: Any
+) -> Iterator[EngineProcess]:
+    name = "vLLM with steering" if steered else "plain vLLM"
+    step(f"starting {name}")
+    environment = {} if steered else {PLUGINS: _other_plugins()}
+    if pausing:
+        # One process for front end and engine, so that all of it stops while the other is timed.
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    arguments = plan.arguments(steered, **more)
+    engine = EngineProcess(name, arguments, environment, pausing=pausing)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def _other_plugins() -> str:
+    """Names of vLLM's plugins but for this one, among them what brings a kind of device."""
+    given = os.environ.get(PLUGINS)
+    names = (
+        {
+            point.name
+            for distribution in distributions()
+            for point in distribution.entry_points
+            if point.group.startswith("vllm.")
+        }
+        if given is None
+        else set(given.split(","))
+    )
+    return ",".join(sorted(names - {PLUGIN}))
+
+
+def _shown(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts that the page begins with."""
+    eager = facts["compilation"] in ("NONE", "None", "0")
+    shown = {
+        "versions": facts["versions"],
+        "device": facts["device"],
+        "model runner": facts["model_runner"],
+        "graphs": "eager"
+        if eager
+        else f"compiled ({facts['compilation']}), CUDA graphs {facts['cuda_graphs']}",
+        "dtype": facts["dtype"],
+    }
+    return shown | ({"layers hooked": facts["layers"]} if "layers" in facts else {})

@@ -1,0 +1,82 @@
+"""Tokens a second of plain vLLM, of the plugin idle and with all requests steered, side by side."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Sequence
+
+from vllm_steer.verify.cases import REQUESTS, Directions
+from vllm_steer.verify.interleave import Ratio, ratio_to, rounds
+from vllm_steer.verify.process import EngineProcess, Timing
+from vllm_steer.verify.report import Check, judged
+
+OVERHEAD = "overhead"
+PROMPT, ANSWER = 16, 64
+ROUNDS = 7
+PLAIN, IDLE, STEERED = "plain", "idle", "steered"
+ARMS = (PLAIN, IDLE, STEERED)
+
+
+def check_overhead(
+    plain: EngineProcess,
+    steered: EngineProcess,
+    directions: Directions,
+    vocabulary: Sequence[int],
+    least: float | None,
+    step: Callable[[str], None],
+) -> Check:
+    """Times the arms in rounds, each arm once a round in random order.
+
+    Args:
+        plain: Plain vLLM.
+        steered: An engine with the plugin.
+        directions: What to steer by.
+        vocabulary: Tokens that prompts are drawn from.
+        least: Least median ratio to plain vLLM that passes; None demands none.
+        step: Told what is done next.
+    """
+    steering = {"steering": directions.steer()}
+    asked = {PLAIN: None, IDLE: None, STEERED: steering}
+
+    def run(arm: str, rng: random.Random) -> Timing:
+        step(f"overhead: {arm}")
+        prompts = [rng.choices(vocabulary, k=PROMPT) for _ in range(REQUESTS)]
+        engine = plain if arm == PLAIN else steered
+        return engine.run(prompts, [asked[arm]] * REQUESTS, ANSWER)
+
+    # The first round warms up.
+    rounds(ARMS, run, 1, 1, lambda: None)
+    times = rounds(ARMS, run, ROUNDS, 0, lambda: None)
+    speeds = [{arm: timing.speed for arm, timing in one.items()} for one in times]
+    ratios = {arm: ratio_to([PLAIN], arm, speeds) for arm in (IDLE, STEERED)}
+    medians = {arm: statistics.median(one[arm] for one in speeds) for arm in ARMS}
+    told = (
+        f"tokens a second, {REQUESTS} requests of {PROMPT} + {ANSWER} tokens, median of {ROUNDS} interleaved "
+        f"rounds: {medians[PLAIN]:.0f} plain; {medians[IDLE]:.0f} with the plugin idle, ratio {_shown(ratios[IDLE])}; "
+        f"{medians[STEERED]:.0f} all steered, ratio {_shown(ratios[STEERED])}. In brackets 95 % intervals of these "
+        f"rounds; another start of the same engines may differ by a few percent more."
+    )
+    figures = {
+        "tokens_per_second": medians,
+        "ratios": {arm: ratio.as_dict() for arm, ratio in ratios.items()},
+        "rounds": speeds,
+        "least_ratio": least,
+    }
+    if least is None:
+        return Check(OVERHEAD, "measured", told, figures)
+    faults = [
+        f"ratio of {arm} {ratio.median:.3f} is below --min-ratio {least:g}"
+        for arm, ratio in ratios.items()
+        if not ratio.median >= least
+    ]
+    return judged(OVERHEAD, faults, told, figures)
+
+
+def steps() -> int:
+    """How often ``step`` is called."""
+    return len(ARMS) * (ROUNDS + 1)
+
+
+def _shown(ratio: Ratio) -> str:
+    return f"{ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
