@@ -14,8 +14,9 @@ from tqdm import tqdm
 from benchmarks.load_cases import Case, Terms, terms_of
 from benchmarks.load_clients import Answer, Metrics
 from offline.demo import demo_model_path
+from offline.reference import Reference
 from tests.random_pack import write_variant
-from tests.reference import TOLERANCE, Reference
+from tests.reference import TOLERANCE
 from vllm_steer.pack import SteeringPack
 
 LIVE = "live"

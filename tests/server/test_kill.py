@@ -19,8 +19,8 @@ import psutil
 import pytest
 
 from offline.demo.server import SERVED_NAME, Server, serve
+from offline.reference import Reference
 from tests.random_pack import write_variant
-from tests.reference import Reference
 from vllm_steer.pack import SteeringPack, load_pack
 
 pytestmark = pytest.mark.server
