@@ -16,6 +16,7 @@ from benchmarks.models import PACK_NAME
 PLAIN = "plain"
 CONTROL = "control"
 PLUGIN = "plugin"
+AFFINE = "affine"
 DIRECTIONS = 8
 # Directions that one request of the distinct arm combines.
 COMBINED = 3
@@ -91,6 +92,17 @@ def steered_distinct(count: int, rng: random.Random) -> list[ExtraArgs]:
     ]
 
 
+def rotated_distinct(count: int, rng: random.Random) -> list[ExtraArgs]:
+    """Every request by a rotation of rank 2 at all layers, by an angle that no request had before."""
+    asked = []
+    for _ in range(count):
+        one, other = rng.sample(range(DIRECTIONS), 2)
+        extra = _ask([(one, rng.uniform(1.0, 20.0))])
+        extra["steering"]["directions"][0] |= {"op": "rotate", "plane": f"{PACK_NAME}/d{other}"}
+        asked.append(extra)
+    return asked
+
+
 def strongly_steered(count: int, rng: random.Random) -> list[ExtraArgs]:
     """By a vector that no answer can ignore, to see that steering happens at all."""
     return [_ask([(0, STRONG)])] * count
@@ -101,6 +113,14 @@ PLUGIN_ARMS = (
     Arm("steered_half", PLUGIN, steered_half),
     Arm("steered_one", PLUGIN, steered_one),
     Arm("steered_distinct", PLUGIN, steered_distinct),
+)
+
+
+# An engine started with --steering-ops affine.
+AFFINE_ARMS = (
+    Arm("affine_idle", AFFINE, unsteered),
+    Arm("affine_add_distinct", AFFINE, steered_distinct),
+    Arm("affine_rank2_distinct", AFFINE, rotated_distinct),
 )
 
 

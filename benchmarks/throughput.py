@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="neither torch.compile nor graphs")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--no-rivals", action="store_true", help="the plugin and plain vLLM alone")
+    parser.add_argument("--affine", action="store_true", help="with all affine forms compiled too")
     parser.add_argument("--no-control", action="store_true", help="no second plain engine")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=WORK, help="folder for models, packs, rivals")
@@ -99,6 +100,7 @@ def main() -> None:
             requests=args.requests,
             control=not args.no_control,
             rivals=not args.no_rivals,
+            affine=args.affine,
             seed=args.seed + number,
         ) as running:
             for workload in chosen:
