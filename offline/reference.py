@@ -24,7 +24,7 @@ import transformers
 from numpy.typing import NDArray
 
 from offline.models import find_blocks, load_model
-from offline.reference_forms import apply_form, scheduled, steered_positions
+from offline.reference_forms import apply_form, before_trigger, scheduled, steered_positions
 from vllm_steer.errors import EvaluationError
 from vllm_steer.pack import DirectionRecord, SteeringPack, load_pack
 
@@ -64,6 +64,8 @@ class Reference:
         )
         self._packs = {pack.name: pack for pack in packs}
         self._answers: dict[str, Answer] = {}
+        # Those that the model is reading.
+        self._tokens: list[int] = []
 
     def generate(
         self, prompt: Sequence[int], steering: dict[str, Any] | None, count: int
@@ -79,6 +81,7 @@ class Reference:
         self, prompt: Sequence[int], tokens: Sequence[int], steering: dict[str, Any] | None
     ) -> NDArray[np.float32]:
         """Log-probabilities ``[prompt + tokens, vocabulary]`` of the token after each position."""
+        self._tokens = [*prompt, *tokens]
         with self._steered(steering, len(prompt)):
             return self._logprobs([*prompt, *tokens]).numpy()
 
@@ -89,6 +92,7 @@ class Reference:
         tokens, logprobs = list(prompt), []
         with self._steered(steering, len(prompt)):
             for _ in range(count):
+                self._tokens = tokens
                 last = self._logprobs(tokens)[-1]
                 logprobs.append(last.numpy())
                 tokens.append(int(last.argmax()))
@@ -135,6 +139,9 @@ class Reference:
                 continue
             where = choice.get("positions") or steering.get("positions") or record.positions
             mask = steered_positions(where, position, prompt_len)
+            mask &= before_trigger(
+                steering.get("until_token_ids"), self._tokens, prompt_len, position
+            )
             default = 1.0 if choice.get("op") == "ablate" else record.default_scale
             others = {
                 key: self._vector(choice[key], layer, stream)[1]

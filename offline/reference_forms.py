@@ -6,6 +6,7 @@ The plain form of ``vllm_steer.engine.row_values``, and independent of it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -63,6 +64,16 @@ def scheduled(schedule: dict[str, Any], passed: torch.Tensor) -> torch.Tensor:
     else:
         values = [end + (start - end) * math.e ** -(max(g, 0) / tokens) for g in passed.tolist()]
     return torch.tensor(values, device=passed.device)
+
+
+def before_trigger(
+    triggers: Sequence[int] | None, tokens: Sequence[int], prompt_len: int, position: torch.Tensor
+) -> torch.Tensor:
+    """Which positions come before the first generated trigger or stand at it, as a mask."""
+    for place in range(prompt_len, len(tokens)):
+        if tokens[place] in (triggers or ()):
+            return position <= place
+    return torch.ones_like(position, dtype=torch.bool)
 
 
 def steered_positions(

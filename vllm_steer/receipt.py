@@ -5,7 +5,7 @@ Importing this module imports neither torch nor vllm.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
@@ -39,6 +39,7 @@ class Receipt:
         dose: Largest relative dose, after clamping.
         clamped: Factor that all scales were multiplied by; 1 when the request's own were kept.
         answered: Tokens generated so far by index of the answer; filled while the engine runs.
+        ended: Tokens of each answer up to its trigger, where it has met one.
     """
 
     plan: SteeringPlan
@@ -48,6 +49,7 @@ class Receipt:
     dose: float
     clamped: float
     answered: dict[int, int] = field(default_factory=dict)
+    ended: dict[int, int] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -63,6 +65,21 @@ class Receipt:
         kept = {digest: name for digest, name in names.items() if digest in plan.digests}
         return cls(plan, kept, prompt_len, num_choices, dose, clamped)
 
+    def count(self, choice: int, tokens: Sequence[int], before: int) -> None:
+        """Counts tokens of an answer.
+
+        Args:
+            choice: Index of the answer.
+            tokens: Tokens generated.
+            before: How many it had before them.
+        """
+        self.answered[choice] = before + len(tokens)
+        triggers = self.plan.until.tokens if self.plan.until else ()
+        if choice not in self.ended and triggers:
+            found = (number for number, token in enumerate(tokens) if token in triggers)
+            if (first := next(found, None)) is not None:
+                self.ended[choice] = before + first + 1
+
     def tokens_steered(self, choice: int | None = None) -> int:
         """Tokens that went through the model at steered positions.
 
@@ -73,8 +90,11 @@ class Receipt:
         """
         counts = self.answered if choice is None else {choice: self.answered.get(choice, 0)}
         return sum(
-            count_steered(self.plan, self.prompt_len + max(0, count - 1))
-            for count in counts.values()
+            count_steered(
+                self.plan,
+                self.prompt_len + min(max(0, count - 1), self.ended.get(index, count)),
+            )
+            for index, count in counts.items()
         )
 
     def to_json(self, choice: int | None = None) -> dict[str, Any]:

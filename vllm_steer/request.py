@@ -17,6 +17,7 @@ from vllm_steer.forms import FormChoice, Gate
 from vllm_steer.manifest import LayerIndex
 from vllm_steer.positions import Positions, parse_slice
 from vllm_steer.schedule import ScheduleChoice
+from vllm_steer.until import TokenIds
 
 REQUEST_KEY = "steering"
 FLAT_KEYS = ("steer", "steer_layers", "steer_positions")
@@ -62,12 +63,14 @@ class SteeringRequest(_Strict):
             positions; end is not included and null has no end, negative numbers count from the
             prompt's end. ``{"generated": [start, end]}`` counts from the first generated token.
         schedule: Strength over the generated tokens, for the directions that name none.
+        until_token_ids: Steering ends after the first generated token with one of these ids.
     """
 
     directions: Annotated[list[DirectionChoice], Field(min_length=1, max_length=64)]
     layers: Layers | None = None
     positions: Positions | None = None
     schedule: ScheduleChoice | None = None
+    until_token_ids: TokenIds | None = None
 
 
 def parse(extra_args: Mapping[str, Any] | None) -> SteeringRequest | None:

@@ -19,6 +19,7 @@ from vllm_steer.registry import LoadedDirection, PackRegistry
 from vllm_steer.request import REQUEST_KEY, DirectionChoice, SteeringRequest
 from vllm_steer.schedule import Schedule
 from vllm_steer.steering_plan import Form, Segment, SteeringPlan, Term
+from vllm_steer.until import Until
 
 _Span = tuple[Sequence[PositionRange], Term, Schedule | None]
 # Two directions with a smaller angle between them (its sine) span no plane.
@@ -57,7 +58,9 @@ def resolve(
             raise RequestError(f"{owner}.positions: {error}") from None
         if not _is_idle(term):
             spans.append((ranges, term, _schedule(where, choice, request, term, prompt_len)))
-    return SteeringPlan(tuple(_segments(spans)))
+    triggers = request.until_token_ids
+    until = Until(prompt_len, tuple(triggers)) if triggers else None
+    return SteeringPlan(tuple(replace(segment, until=until) for segment in _segments(spans)))
 
 
 def find_all(choice: DirectionChoice, registry: PackRegistry) -> dict[str, LoadedDirection]:

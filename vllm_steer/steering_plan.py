@@ -15,6 +15,7 @@ from typing import Any
 
 from vllm_steer.forms import PLANE_OPS, Op
 from vllm_steer.schedule import Schedule
+from vllm_steer.until import Until
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,15 @@ class Segment:
         end: Position after the last one; None has no end.
         terms: The terms in canonical order, at least one.
         schedule: Factor of their change over the positions; None is 1 everywhere.
+        until: Generated tokens after which the range ends early. It is no part of the identity:
+            two requests whose ranges end at the same position are equal there.
     """
 
     start: int
     end: int | None
     terms: tuple[Term, ...]
     schedule: Schedule | None = None
+    until: Until | None = None
 
     @cached_property
     def row_key(self) -> str:
@@ -114,6 +118,11 @@ class SteeringPlan:
     segments: tuple[Segment, ...]
 
     @property
+    def until(self) -> Until | None:
+        """The triggers, which all segments share."""
+        return self.segments[0].until if self.segments else None
+
+    @property
     def digests(self) -> set[str]:
         """All contents that it needs."""
         return {d for segment in self.segments for term in segment.terms for d in term.digests}
@@ -121,8 +130,14 @@ class SteeringPlan:
     def to_payload(self) -> list[Any]:
         """Returns the plan as plain lists, as it travels in ``SamplingParams.extra_args``."""
         return [
-            [segment.start, segment.end, segment.key, [_to_list(t) for t in segment.terms]]
-            + ([segment.schedule.to_list()] if segment.schedule else [])
+            [
+                segment.start,
+                segment.end,
+                segment.key,
+                [_to_list(t) for t in segment.terms],
+                segment.schedule and segment.schedule.to_list(),
+                segment.until and segment.until.to_list(),
+            ]
             for segment in self.segments
         ]
 
@@ -135,15 +150,16 @@ class SteeringPlan:
                     start,
                     end,
                     tuple(_from_list(*term) for term in terms),
-                    *(Schedule(*fields) for fields in schedule),
+                    Schedule(*schedule) if schedule else None,
+                    Until(until[0], tuple(until[1])) if until else None,
                 )
-                for start, end, _, terms, *schedule in payload
+                for start, end, _, terms, schedule, until in payload
             )
         )
 
 
 def count_steered(plan: SteeringPlan, num_tokens: int) -> int:
-    """Returns how many of the first ``num_tokens`` positions are steered."""
+    """Returns how many of the first ``num_tokens`` positions are steered, if no trigger is met."""
     return sum(
         max(0, (num_tokens if s.end is None else min(s.end, num_tokens)) - s.start)
         for s in plan.segments

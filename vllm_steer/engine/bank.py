@@ -162,6 +162,10 @@ class SteeringBank:
         self._set(self._upload(torch.from_numpy(rows)))
         self._known = rows
 
+    def forget_known(self) -> None:
+        """Says that the rows were changed on the device, so that the host knows them no more."""
+        self._known = None
+
     def clear_rows(self) -> None:
         """Makes every token read the zero row; free when they already do."""
         self._set_factors(None)

@@ -15,6 +15,7 @@ from vllm_steer.limits import check_limits
 from vllm_steer.request import PLAN_KEY
 from vllm_steer.steering_plan import SteeringPlan
 from vllm_steer.store import PackStore, configured_store
+from vllm_steer.until import MAX_TRIGGERS, Until
 
 _CONFIG = "_vllm_steer_config"
 
@@ -78,6 +79,9 @@ def check_plan(payload: Any, config: ResolvedConfig, store: PackStore) -> None:
         raise RequestError(f"the steering plan is malformed: {error}") from error
     if keys != stated:
         raise RequestError("the steering plan's keys do not belong to its content")
+    if len({segment.until for segment in plan.segments}) > 1:
+        raise RequestError("the steering plan's segments have different triggers")
+    _check_until(plan.until)
     position = 0
     for number, segment in enumerate(plan.segments):
         last = number == len(plan.segments) - 1
@@ -94,3 +98,15 @@ def check_plan(payload: Any, config: ResolvedConfig, store: PackStore) -> None:
                         f"the steering plan names layers {term.layers}; the direction has {known}"
                     )
     check_limits(plan, config)
+
+
+def _check_until(until: Until | None) -> None:
+    """Raises RequestError where a worker could not hold the triggers."""
+    if until is None:
+        return
+    numbers = (until.origin, *until.tokens)
+    fit = all(isinstance(number, int) and 0 <= number < 2**31 for number in numbers)
+    if not fit or not 1 <= len(until.tokens) <= MAX_TRIGGERS:
+        raise RequestError(
+            f"the steering plan's triggers must be 1 to {MAX_TRIGGERS} token ids and a position"
+        )

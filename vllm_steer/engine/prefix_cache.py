@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_steer.request import PLAN_KEY
+from vllm_steer.until import Until, stop_position
 
 ExtraKeys = Callable[[Any, int, int], list[tuple[str, Any]]]
 
@@ -30,8 +31,11 @@ def steered_extra_keys(original: ExtraKeys) -> ExtraKeys:
         keys = original(request, start, end)
         params = request.sampling_params
         payload = (params.extra_args or {}).get(PLAN_KEY) if params is not None else None
-        for low, high, key, *_ in payload or ():
+        for low, high, key, _, _, until in payload or ():
             first, last = max(low, start), end if high is None else min(high, end)
+            if until is not None:
+                stop = stop_position(Until(until[0], tuple(until[1])), request.all_token_ids[:end])
+                last = last if stop is None else min(last, stop + 1)
             if first < last:
                 # vLLM publishes key[1] of each tuple in its cache events, so it stays a string.
                 keys = [*keys, ("steering", f"{key}:{first - start}:{last - start}")]

@@ -40,7 +40,11 @@ def attach(runner: Any, steering: WorkerSteering) -> None:
         # Read here, after _update_states: rows of the batch were reordered and condensed by it.
         batch = runner.input_batch
         steering.prepare_step(
-            batch.req_ids, batch.num_computed_tokens_cpu, num_scheduled_tokens, runner.positions
+            batch.req_ids,
+            batch.num_computed_tokens_cpu,
+            num_scheduled_tokens,
+            runner.positions,
+            runner.input_ids.gpu,
         )
         return result
 

@@ -30,7 +30,8 @@ def attach(runner: Any, steering: WorkerSteering) -> None:
     real_batch = False
 
     def _add_request(req_index: int, new_req_data: Any) -> Any:
-        steering.add_request(new_req_data.req_id, new_req_data.sampling_params)
+        tokens = new_req_data.prefill_token_ids or ()
+        steering.add_request(new_req_data.req_id, new_req_data.sampling_params, tokens)
         return add_request(req_index, new_req_data)
 
     def _remove_request(req_id: str) -> Any:
@@ -45,6 +46,7 @@ def attach(runner: Any, steering: WorkerSteering) -> None:
             input_batch.num_computed_tokens_np,
             input_batch.num_scheduled_tokens,
             input_batch.positions,
+            input_batch.input_ids,
         )
         return preprocess_state(input_batch, *args, **kwargs)
 

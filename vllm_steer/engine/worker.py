@@ -21,6 +21,7 @@ from vllm_steer.engine.bank import SteeringBank
 from vllm_steer.engine.blocks import find_blocks, hook_blocks
 from vllm_steer.engine.plan import StepPlanner
 from vllm_steer.engine.row_values import RowValues, row_values
+from vllm_steer.engine.triggers import TriggerWatch
 from vllm_steer.request import PLAN_KEY
 from vllm_steer.steering_plan import Segment, SteeringPlan
 from vllm_steer.store import configured_store
@@ -84,6 +85,7 @@ class WorkerSteering:
             rank=config.rank if config.ops == "affine" else 0,
         )
         self._planner = StepPlanner(config.rows, starts_are_exact=not speculative)
+        self._watch = TriggerWatch(device)
         self._probing = False
         self._steps, self._seconds = 0, 0.0
         hook_blocks(present, self.bank)
@@ -98,25 +100,32 @@ class WorkerSteering:
             self.bank.num_bytes / 2**20,
         )
 
-    def add_request(self, request_id: str, sampling_params: Any) -> None:
+    def add_request(
+        self, request_id: str, sampling_params: Any, tokens: Sequence[int] = ()
+    ) -> None:
         """Takes a request in, steered or not.
 
         Args:
             request_id: Its id.
             sampling_params: Its ``SamplingParams``, None for pooling requests.
+            tokens: Its tokens so far, where a request that comes again may have generated some.
         """
         payload = (
             (sampling_params.extra_args or {}).get(PLAN_KEY)
             if sampling_params is not None
             else None
         )
-        self._planner.remove(request_id)
+        self.remove_request(request_id)
         if payload:
-            self._planner.add(request_id, SteeringPlan.from_payload(payload))
+            plan = SteeringPlan.from_payload(payload)
+            self._planner.add(request_id, plan)
+            if plan.until is not None:
+                self._watch.add(request_id, plan.until, tokens)
 
     def remove_request(self, request_id: str) -> None:
         """Forgets a request."""
         self._planner.remove(request_id)
+        self._watch.remove(request_id)
 
     def prepare_step(
         self,
@@ -124,6 +133,7 @@ class WorkerSteering:
         starts: np.ndarray,
         lengths: np.ndarray,
         positions: torch.Tensor,
+        tokens: torch.Tensor,
     ) -> None:
         """Makes the bank ready for the tokens of a step, before the model runs.
 
@@ -133,12 +143,15 @@ class WorkerSteering:
                 as the host knows it.
             lengths: int ``[num_requests or more]``, each one's number of tokens.
             positions: Absolute position of each token on the device; may be longer than the step.
+            tokens: Token ids on the device; may be longer than the step.
         """
         started = time.perf_counter()
         step = self._planner.plan(request_ids, starts, lengths)
         for row, segment in step.new:
             self.bank.write_row(row, self._values(segment))
         self.bank.apply(step, positions)
+        if self._watch.apply(request_ids, lengths, positions, tokens, self.bank.rows):
+            self.bank.forget_known()
         self._steps += 1
         self._seconds += time.perf_counter() - started
 

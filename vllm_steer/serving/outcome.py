@@ -128,7 +128,7 @@ async def _followed(
                 async for output in outputs:
                     for answer in output.outputs:
                         before = answered.get(answer.index, 0) if adds_up else 0
-                        answered[answer.index] = before + len(answer.token_ids)
+                        receipt.count(answer.index, answer.token_ids, before)
                     yield output
             outcome = "finished"
         finally:
