@@ -92,6 +92,7 @@ class Bench:
         self._starts = np.full(requests, PROMPT, dtype=np.int32)
         self._lengths = np.ones(requests, dtype=np.int32)
         self._positions = torch.arange(8192)
+        self._tokens = torch.zeros(8192, dtype=torch.int32)
         self._ids = [f"request-{number}" for number in range(requests)]
         self._rng = random.Random(0)
 
@@ -120,7 +121,9 @@ class Bench:
     def step(self) -> None:
         """One decode step of all requests."""
         self._starts += 1
-        self.steering.prepare_step(self._ids, self._starts, self._lengths, self._positions)
+        self.steering.prepare_step(
+            self._ids, self._starts, self._lengths, self._positions, self._tokens
+        )
 
 
 class _Sampling:
