@@ -1,0 +1,87 @@
+"""The affine form reads the true residual stream on every family, or the engine does not start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from offline.reference import Reference
+from tests.architectures.checkpoint import write_checkpoint
+from tests.architectures.families import FAMILIES, VOCABULARY, Family
+from tests.architectures.parity import FIRST, SECOND, TOLERANCE, engine_arguments
+from tests.engine_process import EngineProcess
+
+pytestmark = pytest.mark.engine
+TOKENS = 6
+# One family of each form of block output: hidden states with a residual, with one that nobody reads, alone.
+QUICK = ("Llama", "Cohere", "GPT-2")
+CASES: list[dict[str, Any] | None] = [
+    None,
+    {"directions": [{"name": FIRST, "op": "ablate", "scale": 2.0}]},
+    {"directions": [{"name": FIRST, "op": "rotate", "plane": SECOND, "scale": 90.0}]},
+    {"directions": [{"name": SECOND, "op": "clamp", "scale": 4.0}]},
+    {"directions": [{"name": FIRST, "scale": 6.0, "restore_norm": True}]},
+]
+
+
+def arguments(root: Path) -> dict[str, Any]:
+    given = engine_arguments(root, "eager")
+    given["additional_config"]["steering"]["ops"] = "affine"
+    return given
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, id=name, marks=[pytest.mark.slow] * (name not in QUICK))
+        for name, family in FAMILIES.items()
+    ],
+)
+def test_forms_equal_hooks(family: Family, tmp_path: Path) -> None:
+    pack = write_checkpoint(family, tmp_path)
+    generator = np.random.default_rng(3)
+    prompts = [generator.integers(3, VOCABULARY, 20 + 6 * n).tolist() for n in range(len(CASES))]
+    reference = Reference(tmp_path, [pack])
+    engine = EngineProcess(arguments(tmp_path) | family.engine, forked=True)
+    try:
+        outputs = engine.generate(prompts, CASES, TOKENS)
+    finally:
+        engine.close()
+    for prompt, steering, output in zip(prompts, CASES, outputs, strict=True):
+        expected = reference.generate(prompt, steering, TOKENS)
+        assert output.tokens == expected.tokens, steering
+        assert np.abs(output.logprobs - expected.logprobs).max() < TOLERANCE, steering
+        if steering is not None:
+            plain = reference.generate(prompt, None, TOKENS)
+            assert np.abs(plain.logprobs - expected.logprobs).max() > 100 * TOLERANCE, steering
+
+
+def _read_every_residual() -> None:
+    """A build that does not know which blocks return a residual that nobody reads."""
+    from vllm_steer.engine import affine
+
+    affine.UNREAD_RESIDUALS = ()
+
+
+def _read_no_residual() -> None:
+    """A build that takes hidden states for the whole stream."""
+    from vllm_steer.engine import affine
+
+    affine.UNREAD_RESIDUALS = ("CohereDecoderLayer", "LlamaDecoderLayer")
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"), [("Cohere", _read_every_residual), ("Llama", _read_no_residual)]
+)
+def test_a_stream_that_is_read_wrongly_stops_the_start(
+    name: str, fault: Any, tmp_path: Path
+) -> None:
+    write_checkpoint(FAMILIES[name], tmp_path)
+    with pytest.raises(
+        RuntimeError,
+        match="CompatibilityError: the steering self-test cannot tell the residual stream after layer 0",
+    ):
+        EngineProcess(arguments(tmp_path), prepare=[fault], forked=True)
