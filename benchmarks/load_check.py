@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.load_cases import Case, Terms, terms_of
-from benchmarks.load_clients import Answer, Metrics
+from benchmarks.load_clients import Answer, Metrics, Record
 from offline.demo import demo_model_path
 from offline.reference import Reference
 from tests.random_pack import write_variant
@@ -127,14 +127,13 @@ def _right(plain: Reference, case: Case, tokens: Sequence[int], version: int | N
     return greedy
 
 
-def check_metrics(
-    answers: Sequence[Answer], world: World, before: Metrics, after: Metrics
-) -> list[str]:
+def check_metrics(record: Record, world: World) -> list[str]:
     """Compares the growth of every metric with what was sent; returns what differs, in words."""
+    before, after = record.before, record.after
     expected: Metrics = defaultdict(float)
     terms: dict[int, Terms] = {}
     doses, steered = [], 0
-    for answer in answers:
+    for answer in record.answers:
         case = answer.case
         if case.refused is not None:
             expected["steering:rejected_total", (("reason", case.refused),)] += 1
@@ -167,10 +166,10 @@ def check_metrics(
         for (name, labels), value in expected.items()
         if grown.get((name, labels), 0.0) != value
     ]
-    total = after["steering:dose_sum", ()] - before["steering:dose_sum", ()]
+    total = after.get(("steering:dose_sum", ()), np.nan) - before["steering:dose_sum", ()]
     if not np.isclose(total, sum(doses), rtol=1e-6):
         uneven.append(f"steering:dose_sum: {total} instead of {sum(doses)}")
-    gauges = {("steering:active_requests", ()): 0, ("steering:waiting_requests", ()): 0}
+    gauges: Metrics = {("steering:active_requests", ()): 0, ("steering:waiting_requests", ()): 0}
     gauges |= {
         ("steering:loaded_directions", (("pack", name),)): len(pack.directions)
         for name, pack in world.packs.items()

@@ -60,12 +60,16 @@ class Record:
         reloads: Reloads that the server carried out.
         faults: Reloads that it did not, in words.
         most_waiting: Most requests that were seen waiting for rows.
+        before: Metrics before the first request.
+        after: Metrics when all were done; empty when the server is gone.
     """
 
     answers: list[Answer] = field(default_factory=list)
     reloads: int = 0
     faults: list[str] = field(default_factory=list)
     most_waiting: float = 0.0
+    before: Metrics = field(default_factory=dict)
+    after: Metrics = field(default_factory=dict)
 
 
 async def load(
@@ -93,6 +97,7 @@ async def load(
     limits = httpx.Limits(max_connections=clients + 2, max_keepalive_connections=clients + 2)
     end = time.monotonic() + seconds
     async with httpx.AsyncClient(base_url=server.url, timeout=_TIMEOUT, limits=limits) as http:
+        record.before = await scrape(http)
         with tqdm(total=round(seconds), desc="load", unit="s") as bar:
             await asyncio.gather(
                 _show(bar, record, end),
@@ -102,7 +107,7 @@ async def load(
                     for n in range(clients)
                 ),
             )
-        await _settle(http)
+        record.after = await _settle(http)
     return record
 
 
@@ -163,7 +168,10 @@ async def _ask_on(
     http: httpx.AsyncClient, book: CaseBook, rng: random.Random, record: Record, end: float
 ) -> None:
     while time.monotonic() < end:
-        record.answers.append(await ask(http, book.draw(rng)))
+        answer = await ask(http, book.draw(rng))
+        record.answers.append(answer)
+        if answer.status == 0:
+            return
 
 
 async def _reload(
@@ -177,14 +185,19 @@ async def _reload(
     while time.monotonic() < end:
         number += 1
         pack = await asyncio.to_thread(write, number)
-        response = await http.post("/steering/packs", json={"name": pack.name})
+        try:
+            response = await http.post("/steering/packs", json={"name": pack.name})
+            metrics = await scrape(http)
+        except httpx.HTTPError as error:
+            record.faults.append(f"reload {number}: {error!r}")
+            return
         if response.status_code != 200:
             record.faults.append(f"reload {number}: {response.status_code} {response.text[:300]}")
         elif response.json()["sha256"] != pack.manifest.tensors.sha256:
             record.faults.append(f"reload {number}: another content was loaded")
         else:
             record.reloads += 1
-        waiting = (await scrape(http))["steering:waiting_requests", ()]
+        waiting = metrics["steering:waiting_requests", ()]
         record.most_waiting = max(record.most_waiting, waiting)
         await asyncio.sleep(pause)
 
@@ -196,9 +209,15 @@ async def _show(bar: Any, record: Record, end: float) -> None:
         bar.set_postfix(answers=len(record.answers), reloads=record.reloads)
 
 
-async def _settle(http: httpx.AsyncClient) -> None:
-    """Waits until the server has noticed that all clients are gone."""
+async def _settle(http: httpx.AsyncClient) -> Metrics:
+    """Returns the metrics as soon as the server has noticed that all clients are gone."""
+    metrics: Metrics = {}
     for _ in range(60):
-        if not (await scrape(http))["steering:active_requests", ()]:
-            return
+        try:
+            metrics = await scrape(http)
+        except httpx.HTTPError:
+            return {}
+        if not metrics["steering:active_requests", ()]:
+            break
         await asyncio.sleep(0.5)
+    return metrics

@@ -22,18 +22,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 # Behind all else, so that a plugin found earlier is the one that is loaded.
 sys.path.append(str(Path(__file__).parents[1]))
 from benchmarks import report  # noqa: E402
 from benchmarks.load_cases import STEERINGS, CaseBook  # noqa: E402
 from benchmarks.load_check import World, check_metrics, compare  # noqa: E402
-from benchmarks.load_clients import Metrics, load, scrape  # noqa: E402
+from benchmarks.load_clients import load  # noqa: E402
 from offline.demo import demo_model_path  # noqa: E402
 from offline.demo.concepts import CONCEPTS  # noqa: E402
 from offline.demo.packs import FULL_METHOD, extract_demo_packs  # noqa: E402
-from offline.demo.server import Server, serve  # noqa: E402
+from offline.demo.server import serve  # noqa: E402
 from vllm_steer.pack import SteeringPack  # noqa: E402
 
 # Fewer than the requests that run at once need, so that some wait.
@@ -69,7 +67,6 @@ def run(
     book = CaseBook(tokenizer, list(world.packs.values()), seed)
     started = time.monotonic()
     with serving(world, book, folder) as server:
-        before = asyncio.run(_scrape(server))
         record = asyncio.run(
             load(
                 server,
@@ -81,10 +78,9 @@ def run(
                 seed=seed,
             )
         )
-        after = asyncio.run(_scrape(server))
     elapsed = time.monotonic() - started
     wrong, worst, distinct = compare(record.answers, world)
-    uneven = check_metrics(record.answers, world, before, after)
+    uneven = check_metrics(record, world)
     errors = [answer for answer in record.answers if answer.is_server_error]
     return {
         "requests": len(record.answers),
@@ -122,11 +118,6 @@ def serving(world: World, book: CaseBook, folder: Path) -> Any:
     options += ["--return-tokens-as-token-ids"]
     paths = [pack.path for pack in world.packs.values()]
     return serve(demo_model_path(), paths, folder / "log", *options)
-
-
-async def _scrape(server: Server) -> Metrics:
-    async with httpx.AsyncClient(base_url=server.url) as http:
-        return await scrape(http)
 
 
 def passed(result: Mapping[str, Any]) -> bool:

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import psutil
 import pytest
 
 from offline.demo.server import SERVED_NAME, Server, serve
 from offline.reference import Reference
 from tests.random_pack import write_variant
+from tests.reference import TOLERANCE
 from vllm_steer.pack import SteeringPack, load_pack
 
 pytestmark = pytest.mark.server
@@ -113,6 +115,13 @@ def complete(server: Server, prompt: list[int], steering: dict[str, Any]) -> Any
     return answer.json()
 
 
+def intact(path: Path, versions: list[SteeringPack]) -> SteeringPack:
+    """The pack on disk, which is one of its versions."""
+    found = load_pack(path)
+    assert found.digests in [version.digests for version in versions]
+    return found
+
+
 def check_right(
     server: Server,
     prompt: list[int],
@@ -127,16 +136,20 @@ def check_right(
     assert receipt["directions"][0]["digest"] == live.digests[name]
     (version,) = [version for version in versions if version.digests == live.digests]
     same = {"directions": [{"name": f"{version.name}/{name}", "scale": 9.0}]}
-    tokens = [int(t.removeprefix("token_id:")) for t in steered["choices"][0]["logprobs"]["tokens"]]
+    logprobs = steered["choices"][0]["logprobs"]
+    tokens = [int(token.removeprefix("token_id:")) for token in logprobs["tokens"]]
     assert tokens == reference.generate(prompt, same, TOKENS).tokens
-    assert tokens != reference.generate(prompt, None, TOKENS).tokens
+    places = np.arange(len(prompt) - 1, len(prompt) - 1 + TOKENS), tokens
+    right, plain = (reference.score(prompt, tokens, s)[places] for s in (same, None))
+    assert logprobs["token_logprobs"] == pytest.approx(right.tolist(), abs=TOLERANCE)
+    assert np.abs(right - plain).max() > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(6, marks=pytest.mark.slow)])
 def test_killed_while_it_reloads(
     kills: int, model: Path, packs: list[SteeringPack], prompts: list[list[int]], tmp_path: Path
 ) -> None:
-    """Each start but the first finds what the kill before it left."""
+    """Writers alone are killed first; then each start finds what the kill of all of them left."""
     clock, root = random.Random(kills), tmp_path / "root"
     versions = [
         write_variant(packs[-1], tmp_path / f"version{n}", f"version{n}", factor)
@@ -150,6 +163,13 @@ def test_killed_while_it_reloads(
             check_right(server, prompts[0], live, versions, reference)
             if number == kills:
                 break
+            for _ in range(4):
+                with writing(live.path, versions) as writer:
+                    time.sleep(clock.uniform(0.1, 0.5))
+                    kill_all([writer])
+                left = intact(live.path, versions)
+                answer = httpx.post(f"{server.url}/steering/packs", json={"name": "live"})
+                assert answer.json()["sha256"] == left.manifest.tensors.sha256
             with writing(live.path, versions) as writer:
                 reloads = [Reloads(server) for _ in range(3)]
                 for one in reloads:
@@ -160,5 +180,4 @@ def test_killed_while_it_reloads(
                 one.join()
             # A reload that finds one content and then another is refused, and does no harm.
             assert {s for one in reloads for s in one.statuses} <= {200, 400, 409}
-        live = load_pack(live.path)
-        assert live.digests in [version.digests for version in versions]
+        live = intact(live.path, versions)
