@@ -20,6 +20,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class SteeringError(Exception):
@@ -102,3 +106,18 @@ def choices(wanted: str, available: Iterable[str], limit: int = 8) -> str:
     shown = ", ".join(repr(name) for name in names[:limit])
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return f"{hint}available: {shown}{more}"
+
+
+def explain_faults(error: ValidationError, whole: str) -> str:
+    """Returns the first faults of an input, each with its field; never the input itself.
+
+    Args:
+        error: What the validation found.
+        whole: Name of the input, for faults that belong to no field of it.
+    """
+    faults = [
+        f"{'.'.join(map(str, fault['loc'])) or whole}: {fault['msg']}"
+        for fault in error.errors()[:5]
+    ]
+    more = error.error_count() - len(faults)
+    return "; ".join(faults) + (f"; and {more} more" if more > 0 else "")

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from vllm.logger import init_logger
 
-from vllm_steer.errors import ConflictError, PackError, RequestError
-from vllm_steer.manifest import PackName, explain_faults
+from vllm_steer.errors import ConflictError, PackError, RequestError, explain_faults
+from vllm_steer.manifest import PackName
 from vllm_steer.pack import SteeringPack, load_pack
 from vllm_steer.policy import AliasName
 from vllm_steer.request import SteeringRequest
@@ -70,7 +70,7 @@ class PackDesk:
         try:
             name = LoadRequest.model_validate_json(body).name
         except ValidationError as error:
-            raise RequestError(explain_faults(error)) from error
+            raise RequestError(explain_faults(error, "body")) from error
         async with self._turn:
             path = self._find(name)
             pack = await asyncio.to_thread(load_pack, path)
@@ -131,7 +131,7 @@ class PackDesk:
             name = TypeAdapter(AliasName).validate_python(alias)
             request = SteeringRequest.model_validate_json(body)
         except ValidationError as error:
-            raise RequestError(explain_faults(error)) from error
+            raise RequestError(explain_faults(error, "body")) from error
         for choice in request.directions:
             self._store.registry.find(choice.name)
         policy = self._admission.policy
