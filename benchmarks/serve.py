@@ -191,7 +191,7 @@ def compare_packs(model: BenchModel, args: argparse.Namespace) -> dict[str, Any]
 
 
 def _loading_seconds(path: Path) -> float:
-    """Median time to read and verify a pack; a server's front end does it twice, its engine once."""
+    """Median time to read and verify a pack; a server's front end and its engine do it once each."""
     times = []
     for _ in range(LOADS):
         started = time.perf_counter()

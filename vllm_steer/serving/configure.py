@@ -23,6 +23,7 @@ from vllm_steer.model import model_shape
 from vllm_steer.policy import load_policy
 from vllm_steer.registry import PackRegistry
 from vllm_steer.serving.compatibility import refuse_unsupported
+from vllm_steer.store import keep_store
 
 # Under vLLM's own logger, so that its configuration applies.
 logger = logging.getLogger("vllm.steer")
@@ -88,7 +89,7 @@ def _resolve(config: SteeringConfig, vllm_config: Any, gated: bool) -> ResolvedC
                 f"rows; raise --steering-rows or lower --max-num-seqs"
             )
         )
-    return ResolvedConfig(
+    resolved = ResolvedConfig(
         packs=packs,
         rows=rows,
         policy=_policy_path(config, registry),
@@ -100,6 +101,10 @@ def _resolve(config: SteeringConfig, vllm_config: Any, gated: bool) -> ResolvedC
         version=plugin_version(),
         graph_revision=GRAPH_REVISION,
     )
+    if servers == 1:
+        # This process is the front end; one that only starts others would hold the vectors for nothing.
+        keep_store(resolved, registry)
+    return resolved
 
 
 def _policy_path(config: SteeringConfig, registry: PackRegistry) -> str | None:
