@@ -6,6 +6,7 @@
     │   ├── UnknownDirectionError
     │   ├── DoseError
     │   ├── ConflictError
+    │   ├── UnsupportedError
     │   └── NotAllowedError
     ├── ConfigError          the engine was asked to start with an unusable steering configuration
     ├── CompatibilityError   this vLLM, model or engine feature cannot be steered correctly
@@ -62,6 +63,12 @@ class ConflictError(RequestError):
     """What is asked for cannot be done now; becomes HTTP 409."""
 
     reason = "conflict"
+
+
+class UnsupportedError(RequestError):
+    """The route or the way of generating cannot be steered."""
+
+    reason = "unsupported"
 
 
 class NotAllowedError(RequestError):

@@ -6,12 +6,12 @@ from typing import Any
 
 from vllm.config import set_current_vllm_config
 
-from vllm_steer import seams
+from vllm_steer import log, seams
 from vllm_steer.config import ResolvedConfig, resolved_config
 from vllm_steer.engine import runner_v1, runner_v2
 from vllm_steer.engine.runtime import install_in_worker
 from vllm_steer.engine.selftest import run_self_test
-from vllm_steer.engine.worker import WorkerSteering, logger
+from vllm_steer.engine.worker import WorkerSteering
 from vllm_steer.model import model_shape
 from vllm_steer.rpc import TIMES
 
@@ -47,10 +47,7 @@ def attach_to_worker(worker: Any) -> None:
             run_self_test(
                 steering, lambda num_tokens: adapter.dummy_hidden_states(runner, num_tokens)
             )
-        logger.info(
-            "Steering self-test passed: each of layers %s changes the output.",
-            list(steering.layers),
-        )
+        log.SELF_TEST_PASSED.write(layers=list(steering.layers))
         return result
 
     install_in_worker(worker, config)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-from vllm.exceptions import VLLMValidationError
-
-from vllm_steer.config import resolved_config
+from vllm_steer import log
+from vllm_steer.config import ResolvedConfig, resolved_config
 from vllm_steer.errors import (
     DoseError,
     NotAllowedError,
@@ -30,6 +28,7 @@ from vllm_steer.request import (
 )
 from vllm_steer.resolve import SteeringPlan, check_sums, relative_dose, resolve, scaled
 from vllm_steer.serving import metrics
+from vllm_steer.serving.refusals import as_http_400
 from vllm_steer.store import configured_store
 
 
@@ -69,8 +68,8 @@ class Admission:
         self._shape = model_shape(vllm_config.model_config)
         # Requests under way by content digest of the directions that they use.
         self.active: Counter[str] = Counter()
-        for pack in self.store.registry.packs.values() if self.store else ():
-            metrics.DIRECTIONS.labels(pack.name).set(len(pack.directions))
+        if self.config is not None and self.store is not None:
+            self._announce(self.config, self.store.registry)
 
     def parse(self, extra_args: dict[str, Any] | None) -> SteeringRequest | None:
         """Reads the steering in a request's extra arguments.
@@ -81,7 +80,7 @@ class Admission:
         Raises:
             VLLMValidationError: It is malformed; becomes HTTP 400.
         """
-        with _as_http_400():
+        with as_http_400():
             return parse(extra_args)
 
     def check_servable(self, pack: SteeringPack) -> None:
@@ -103,10 +102,13 @@ class Admission:
     def hold(self, receipt: Receipt) -> None:
         """Counts a request in; the content that it uses stays loaded."""
         self.active.update(list(receipt.names))
+        metrics.ACTIVE_DIRECTIONS.set(len(self.active))
 
     def release(self, receipt: Receipt) -> None:
         """Counts it out again."""
         self.active.subtract(list(receipt.names))
+        self.active += Counter()
+        metrics.ACTIVE_DIRECTIONS.set(len(self.active))
 
     def default(self, extra_args: dict[str, Any]) -> SteeringRequest | None:
         """Returns the steering of a request that names none, None where it declines the default."""
@@ -133,7 +135,7 @@ class Admission:
         Raises:
             VLLMValidationError: It cannot be carried out; becomes HTTP 400.
         """
-        with _as_http_400():
+        with as_http_400():
             if self.config is None or self.store is None:
                 raise RequestError(
                     "this engine was started without steering; start it with --enable-steering --steering-packs DIR"
@@ -145,6 +147,26 @@ class Admission:
             plan, dose, factor = self._limit_dose(plan, registry)
         receipt = Receipt.of(plan, registry, prompt_len, num_choices, dose, factor)
         return AdmittedPlan(plan, request, receipt)
+
+    def _announce(self, config: ResolvedConfig, registry: PackRegistry) -> None:
+        """Says in metrics and log what requests can use."""
+        packs = registry.packs
+        for pack in packs.values():
+            metrics.DIRECTIONS.labels(pack.name).set(len(pack.directions))
+        policy = self.policy
+        log.STARTED.write(
+            packs={name: pack.manifest.tensors.sha256 for name, pack in packs.items()},
+            directions=sum(len(pack.directions) for pack in packs.values()),
+            layers=config.layers,
+            rows=config.rows,
+            policy={
+                "aliases": sorted(policy.aliases),
+                "default": policy.default is not None,
+                "max_dose": policy.max_dose,
+                "dose_action": policy.dose_action,
+                "keys": None if policy.keys is None else len(policy.keys),
+            },
+        )
 
     def _check_allowed(
         self, request: SteeringRequest, registry: PackRegistry, key_digest: str | None
@@ -175,15 +197,6 @@ class Admission:
                 f"stream, this server allows {limit:g}; lower the scales by a factor of {limit / dose:.3g}"
             )
         return scaled(plan, limit / dose), limit, limit / dose
-
-
-@contextmanager
-def _as_http_400() -> Iterator[None]:
-    try:
-        yield
-    except RequestError as error:
-        metrics.REJECTED.labels(error.reason).inc()
-        raise VLLMValidationError(str(error), parameter=REQUEST_KEY) from error
 
 
 _current: Admission | None = None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from vllm.usage.usage_lib import UsageContext
 
+from vllm_steer import log
 from vllm_steer.config import (
     CONFIG_KEY,
     GRAPH_REVISION,
@@ -24,9 +24,6 @@ from vllm_steer.policy import load_policy
 from vllm_steer.registry import PackRegistry
 from vllm_steer.serving.compatibility import refuse_unsupported
 from vllm_steer.store import keep_store
-
-# Under vLLM's own logger, so that its configuration applies.
-logger = logging.getLogger("vllm.steer")
 
 
 def resolve_packs(sources: Iterable[str], field: str) -> list[str]:
@@ -44,7 +41,7 @@ def resolve_packs(sources: Iterable[str], field: str) -> list[str]:
             raise PackError(f"{field}: {error}") from error
         paths.append(str(path))
         if (snapshot := hub_snapshot(path)) is not None:
-            logger.info("Steering pack %s is %s.", source, snapshot)
+            log.PACK_FETCHED.write(source=source, snapshot=str(snapshot))
     return paths
 
 

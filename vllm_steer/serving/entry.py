@@ -11,11 +11,11 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
-from vllm.exceptions import VLLMValidationError
-
+from vllm_steer.errors import RequestError, UnsupportedError
 from vllm_steer.request import FLAT_KEYS, PLAN_KEY, REQUEST_KEY, looks_like_steering
 from vllm_steer.serving.admission import Admission, AdmittedPlan, current_admission
 from vllm_steer.serving.exchange import current_exchange
+from vllm_steer.serving.refusals import as_http_400
 
 # Set by vLLM's serving code just before it makes a request's sampling parameters.
 _prompt_len: ContextVar[int | None] = ContextVar("_prompt_len", default=None)
@@ -32,10 +32,10 @@ def plan_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
         plan = extra_args.get(PLAN_KEY)
         wanted = plan.request if isinstance(plan, AdmittedPlan) else admission.parse(extra_args)
         if wanted is not None and kwargs.get("resumable"):
-            raise VLLMValidationError(
-                "steering does not support resumable sessions, whose outputs become prompt; send the whole prompt",
-                parameter=REQUEST_KEY,
-            )
+            with as_http_400():
+                raise UnsupportedError(
+                    "steering does not support resumable sessions, whose outputs become prompt; send the whole prompt"
+                )
         request = original(self, request_id, prompt, params, *args, **kwargs)
         if wanted is not None or REQUEST_KEY in extra_args:
             embeds = request.prompt_embeds
@@ -70,10 +70,10 @@ def check_sampling(original: Callable[..., Any]) -> Callable[..., Any]:
             prompt_len = _prompt_len.get()
             if prompt_len is None:
                 # Routes that only render a prompt for another server.
-                raise VLLMValidationError(
-                    "this route does not generate and cannot be steered; send the steering to the route that does",
-                    parameter=REQUEST_KEY,
-                )
+                with as_http_400():
+                    raise UnsupportedError(
+                        "this route does not generate and cannot be steered; send the steering to the route that does"
+                    )
             key = exchange.key_digest if exchange is not None else None
             plan = admission.admit(request, prompt_len, params.n, key)
             if exchange is not None:
@@ -103,10 +103,10 @@ def refuse_beam_search(original: Callable[..., Any]) -> Callable[..., Any]:
         if any(
             looks_like_steering(key) for key in _with_top_level(dict(self.vllm_xargs or {}), self)
         ):
-            raise VLLMValidationError(
-                "steering does not support beam search; leave out use_beam_search or the steering",
-                parameter=REQUEST_KEY,
-            )
+            with as_http_400():
+                raise UnsupportedError(
+                    "steering does not support beam search; leave out use_beam_search or the steering"
+                )
         return original(self, *args, **kwargs)
 
     return to_beam_search_params
@@ -117,9 +117,9 @@ def _with_top_level(extra_args: dict[str, Any], request: Any) -> dict[str, Any]:
     for key, value in (request.model_extra or {}).items():
         if looks_like_steering(key):
             if key in extra_args:
-                raise VLLMValidationError(
-                    f"{key!r} stands both in the request and in vllm_xargs; send it once",
-                    parameter=key,
-                )
+                with as_http_400():
+                    raise RequestError(
+                        f"{key!r} stands both in the request and in vllm_xargs; send it once"
+                    )
             extra_args[key] = value
     return extra_args

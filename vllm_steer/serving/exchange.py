@@ -19,11 +19,13 @@ class Exchange:
     """One HTTP request on a steered route.
 
     Attributes:
+        route: Its path.
         key_digest: SHA-256 of its API key in hexadecimal, None without one.
         alias: Steering that the model's name stands for.
         receipts: One for each steered prompt, in the order of the prompts.
     """
 
+    route: str
     key_digest: str | None = None
     alias: SteeringRequest | None = None
     receipts: list[Receipt] = field(default_factory=list)

@@ -39,6 +39,7 @@ def add_flags(original: Callable[..., Any]) -> Callable[..., Any]:
         group.add_argument(
             "--steering-rows",
             type=int,
+            metavar="N",
             default=None,
             help="Distinct combinations of directions that can be active at once, and one row of zeros. A server lets "
             "requests wait while there is no room; in LLM(...) each of max_num_seqs requests may use an equal share. "

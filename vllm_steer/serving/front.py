@@ -9,13 +9,13 @@ has it.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import re
 from typing import Any
 
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from vllm_steer.errors import RequestError
 from vllm_steer.receipt import HEADER
 from vllm_steer.request import REQUEST_KEY
 from vllm_steer.rpc import TIMES
@@ -27,6 +27,7 @@ from vllm_steer.serving.asgi import (
     Message,
     Receive,
     Send,
+    key_digest,
     parse_object,
     read_body,
     replay,
@@ -35,6 +36,7 @@ from vllm_steer.serving.asgi import (
 )
 from vllm_steer.serving.exchange import Exchange, current_exchange
 from vllm_steer.serving.packs_api import PREFIX, answer
+from vllm_steer.serving.refusals import count_refusal
 
 _END = re.compile(rb'"finish_reason":\s*"|"type":\s*"response\.(completed|incomplete)"')
 # How long a scrape waits for the workers.
@@ -69,7 +71,7 @@ class SteeringFront:
     async def _steered(
         self, scope: Message, receive: Receive, send: Send, admission: Admission
     ) -> None:
-        exchange = Exchange(key_digest=_key_digest(scope))
+        exchange = Exchange(route_of(scope), key_digest(scope))
         if admission.policy.aliases:
             body, messages = await read_body(receive)
             fields = parse_object(body)
@@ -78,8 +80,11 @@ class SteeringFront:
                 served, _, alias = name.rpartition(":")
                 if served and alias in admission.policy.aliases and not _serves(scope, name):
                     if fields.get(REQUEST_KEY) is not None:
-                        message = f"model {name!r} is steered by its name; leave out {REQUEST_KEY!r} or the alias"
-                        await send_error(send, message, REQUEST_KEY)
+                        error = RequestError(
+                            f"model {name!r} is steered by its name; leave out {REQUEST_KEY!r} or the alias"
+                        )
+                        count_refusal(error, exchange.route, exchange.key_digest)
+                        await send_error(send, str(error), REQUEST_KEY)
                         return
                     exchange.alias = admission.policy.aliases[alias]
                     body = json.dumps(fields | {"model": served}).encode()
@@ -210,13 +215,6 @@ async def _measure_planning(engine: Any) -> None:
     steps, seconds = (sum(values) for values in zip(*times, strict=True))
     if steps:
         metrics.PLANNING.set(seconds / steps)
-
-
-def _key_digest(scope: Message) -> str | None:
-    """SHA-256 of the key in ``Authorization: Bearer KEY``."""
-    value: bytes = dict(scope["headers"]).get(b"authorization", b"")
-    scheme, _, key = value.partition(b" ")
-    return hashlib.sha256(key).hexdigest() if scheme.lower() == b"bearer" and key else None
 
 
 def _serves(scope: Message, name: str) -> bool:
