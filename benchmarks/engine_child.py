@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from typing import Any
 
+from benchmarks.engine_loop import answer_commands
 from benchmarks.models import RANDOM_LOAD_FORMAT, register_random_weights
 
 TOP = 2
@@ -24,7 +25,8 @@ def main() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
     arguments = connection.recv()
-    try:
+
+    def start() -> Any:
         if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1" and "TRITON_INTERPRET" in os.environ:
             from tests.engine_process import pretend_triton_backend
 
@@ -33,20 +35,9 @@ def main() -> None:
 
         if arguments.get("load_format") == RANDOM_LOAD_FORMAT:
             register_random_weights()
-        llm = LLM(**arguments)
-    except Exception as error:
-        connection.send(("error", f"{type(error).__name__}: {error}"))
-        return
-    connection.send(("ready", None))
-    while True:
-        command, *rest = connection.recv()
-        if command == "stop":
-            # Threads that vLLM leaves behind would keep the process for a minute.
-            os._exit(0)
-        try:
-            connection.send(("value", _COMMANDS[command](llm, *rest)))
-        except Exception as error:
-            connection.send(("error", f"{type(error).__name__}: {error}"))
+        return LLM(**arguments)
+
+    answer_commands(connection, start, _COMMANDS)
 
 
 def _run(llm: Any, prompts: list[list[int]], extra: list[Any], count: int) -> tuple[Any, ...]:
