@@ -28,10 +28,11 @@ from benchmarks import report  # noqa: E402
 from tests.random_pack import random_identity, write_random_pack  # noqa: E402
 from vllm_steer.config import GRAPH_REVISION, ResolvedConfig, plugin_version  # noqa: E402
 from vllm_steer.engine.intake import check_plan  # noqa: E402
+from vllm_steer.limits import check_limits  # noqa: E402
 from vllm_steer.pack import load_pack  # noqa: E402
 from vllm_steer.registry import PackRegistry  # noqa: E402
 from vllm_steer.request import PLAN_KEY, parse  # noqa: E402
-from vllm_steer.resolve import check_sums, resolve  # noqa: E402
+from vllm_steer.resolve import resolve  # noqa: E402
 from vllm_steer.store import configured_store  # noqa: E402
 
 HIDDEN = 256
@@ -105,7 +106,7 @@ class Bench:
         if request is None:
             raise RuntimeError("the request asks for no steering")
         plan = resolve(request, self.store.registry, PROMPT, MAX_LEN)
-        check_sums(plan, self.config.sums_per_request)
+        check_limits(plan, self.config)
         payload = plan.to_payload()
         check_plan(payload, self.config, self.store)
         return payload

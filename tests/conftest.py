@@ -169,7 +169,9 @@ def engine_arguments(model: Path, packs: list[SteeringPack], kind: str) -> dict[
         arguments |= FEATURES.get(word, {})
     if "plain" not in words:
         # Rows for four different sums in each request.
-        steering = {"packs": [str(pack.path) for pack in packs], "rows": 65}
+        steering: dict[str, Any] = {"packs": [str(pack.path) for pack in packs], "rows": 65}
+        if "affine" in words:
+            steering["ops"] = "affine"
         arguments["additional_config"] = {"steering": steering}
     return arguments
 

@@ -1,7 +1,7 @@
-"""The plain form that the engine is held against: Hugging Face with forward hooks adding ε·v.
+"""The plain form that the engine is held against: Hugging Face with forward hooks.
 
 No cache, no batch, no compilation: every token is computed anew from the whole sequence, and the
-vector is added to the output of each block at the positions asked for.
+output of each block is changed at the positions asked for.
 """
 
 from __future__ import annotations
@@ -93,30 +93,103 @@ class Reference:
                 hook.remove()
 
     def _hook(self, layer: int, steering: dict[str, Any] | None, prompt_len: int) -> Any:
-        def add(_block: Any, _args: Any, output: Any) -> Any:
+        def change(_block: Any, _args: Any, output: Any) -> Any:
             hidden = output[0] if isinstance(output, tuple) else output
             position = torch.arange(hidden.shape[1])
             delta = torch.zeros_like(hidden)
+            restore = torch.zeros_like(position, dtype=torch.bool)
             for choice in (steering or {}).get("directions", ()):
-                pack, _, name = choice["name"].partition("/")
-                record = self._packs[pack].directions[name]
+                record, row = self._row(choice["name"], layer)
                 layers = choice.get("layers") or (steering or {}).get("layers") or record.layers
-                if layer not in layers:
+                if layer not in layers or row is None:
                     continue
                 where = (
                     choice.get("positions") or (steering or {}).get("positions") or record.positions
                 )
                 mask = steered_positions(where, position, prompt_len)
-                row = self._packs[pack].vectors[name][record.layers.index(layer)]
-                delta[0, mask] += choice.get("scale", record.default_scale) * torch.tensor(row)
+                default = 1.0 if choice.get("op") == "ablate" else record.default_scale
+                scale = choice.get("scale", default)
+                read = {
+                    key: self._row(choice[key], layer)[1]
+                    for key in ("plane", "read")
+                    if key in choice
+                }
+                moved = apply_form(hidden[0], row, scale, choice, **read)
+                schedule = choice.get("schedule") or (steering or {}).get("schedule")
+                if schedule:
+                    factor = scheduled(schedule, position - prompt_len)
+                    moved = hidden[0] + factor[:, None] * (moved - hidden[0])
+                if "gate" in choice:
+                    probe = self._row(choice["gate"]["direction"], layer)[1]
+                    fires = hidden[0] @ probe > choice["gate"]["above"]
+                    mask = mask & fires
+                delta[0, mask] += (moved - hidden[0])[mask]
+                if choice.get("restore_norm"):
+                    restore |= steered_positions(where, position, prompt_len)
             steered = hidden + delta
+            lengths = hidden.norm(dim=-1) / steered.norm(dim=-1)
+            steered[0, restore] *= lengths[0, restore, None]
             return (steered, *output[1:]) if isinstance(output, tuple) else steered
 
-        return add
+        return change
+
+    def _row(self, full_name: str, layer: int) -> tuple[Any, torch.Tensor | None]:
+        pack, _, name = full_name.partition("/")
+        record = self._packs[pack].directions[name]
+        if layer not in record.layers:
+            return record, None
+        return record, torch.tensor(self._packs[pack].vectors[name][record.layers.index(layer)])
+
+
+def apply_form(
+    hidden: torch.Tensor,
+    vector: torch.Tensor,
+    scale: float,
+    choice: dict[str, Any],
+    plane: torch.Tensor | None = None,
+    read: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What one direction makes of hidden states ``[tokens, width]``, written out for each form."""
+    unit = vector / vector.norm()
+    op = choice.get("op", "add")
+    if op == "add":
+        return hidden + scale * vector
+    if op == "ablate":
+        return hidden - scale * torch.outer(hidden @ unit, unit)
+    if op == "clamp":
+        return hidden - torch.outer(hidden @ unit, unit) + scale * unit
+    if op == "affine":
+        assert read is not None
+        return hidden + torch.outer(scale * (hidden @ read + choice.get("bias", 0.0)), vector)
+    assert plane is not None
+    other = plane - (plane @ unit) * unit
+    other = other / other.norm()
+    x, y = hidden @ unit, hidden @ other
+    rest = hidden - torch.outer(x, unit) - torch.outer(y, other)
+    angle = torch.deg2rad(torch.tensor(float(scale)))
+    if op == "rotate":
+        angle = angle + torch.atan2(y, x)
+    length = torch.hypot(x, y)
+    return rest + torch.outer(length * angle.cos(), unit) + torch.outer(length * angle.sin(), other)
+
+
+def scheduled(schedule: dict[str, Any], passed: torch.Tensor) -> torch.Tensor:
+    """The factor of each token, by how many tokens it comes after the first generated one."""
+    start, end, tokens = schedule["start"], schedule["end"], schedule["tokens"]
+    if schedule.get("shape", "linear") == "linear":
+        values = [start + (end - start) * min(max(g, 0) / tokens, 1.0) for g in passed.tolist()]
+    else:
+        values = [
+            end + (start - end) * 2.718281828459045 ** -(max(g, 0) / tokens)
+            for g in passed.tolist()
+        ]
+    return torch.tensor(values)
 
 
 def steered_positions(
-    choice: str | list[list[int | None]], position: torch.Tensor, prompt_len: int
+    choice: str | dict[str, list[int]] | list[list[int | None]],
+    position: torch.Tensor,
+    prompt_len: int,
 ) -> torch.Tensor:
     """Which of the absolute positions a choice means, as a mask in the shape of ``position``."""
     if isinstance(choice, str):
@@ -126,6 +199,10 @@ def steered_positions(
             "generated": position >= prompt_len,
             "last_prompt": position == prompt_len - 1,
         }[choice]
+    if isinstance(choice, dict):
+        low, high = choice["generated"]
+        end_of = position.max() + 1 if high is None else prompt_len + high
+        return (position >= prompt_len + low) & (position < end_of)
     mask = torch.zeros_like(position, dtype=torch.bool)
     for start, end in choice:
         first = start + prompt_len if start < 0 else start

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -18,7 +18,7 @@ from vllm_steer.manifest import LayerIndex
 
 CONFIG_KEY = "steering"
 # Raised whenever the traced addition changes, so that no graph of another form is reused.
-GRAPH_REVISION = 1
+GRAPH_REVISION = 2
 
 
 class SteeringConfig(BaseModel):
@@ -33,6 +33,10 @@ class SteeringConfig(BaseModel):
         policy: File with aliases, limits and permissions, ``vllm_steer.policy.Policy``.
         pack_roots: Directories that packs may be loaded from while the server runs.
         layers: Layers to hook; None takes those of the packs.
+        ops: ``additive`` compiles the addition alone, ``affine`` every form of
+            ``vllm_steer.forms.OPS``.
+        rank: ``affine``: components of U·(V·h + b) that a request can use at one layer and
+            position; even, since a plane takes two.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -42,6 +46,8 @@ class SteeringConfig(BaseModel):
     policy: str | None = None
     pack_roots: Annotated[list[str], Field(min_length=1)] | None = None
     layers: Annotated[list[LayerIndex], Field(min_length=1)] | None = None
+    ops: Literal["additive", "affine"] = "additive"
+    rank: Annotated[int, Field(ge=2, le=64, multiple_of=2)] = 2
 
 
 class ResolvedConfig(SteeringConfig):

@@ -52,13 +52,13 @@ class Event:
 STARTED = Event(
     "started",
     logging.INFO,
-    "once in each front end: `packs` by name with their sha256, number of `directions`, `layers` hooked, `rows` of the "
-    "bank, and the `policy`: its `aliases`, `max_dose`, `dose_action`, whether it has a `default`, and number of `keys`",
+    "once in each front end: `packs` by name with their sha256, number of `directions`, `layers` hooked, `ops`, `rows` of "
+    "the bank, and the `policy`: its `aliases`, `max_dose`, `dose_action`, whether it has a `default`, and number of `keys`",
 )
 WORKER_READY = Event(
     "worker_ready",
     logging.INFO,
-    "once in each worker: `layers` that it hooked, `rows` of its bank and its size, `bank_bytes`",
+    "once in each worker: `layers` that it hooked, `ops`, `rows` of its bank and its size, `bank_bytes`",
 )
 SELF_TEST_PASSED = Event(
     "self_test_passed", logging.INFO, "each of these `layers` changes the model's output"
@@ -76,7 +76,7 @@ REQUEST = Event(
     "request",
     logging.INFO,
     "with `--enable-log-requests`, at the end of each steered prompt: `request_id`, `outcome` (finished, aborted, "
-    "error) and `reason` (class of the error), `directions` with scales and digests, `dose`, `clamped_by`, "
+    "error) and `reason` (class of the error), `directions` with scales, digests and forms, `dose`, `clamped_by`, "
     "`tokens_steered` and `key`",
 )
 REFUSED = Event(

@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from vllm_steer.errors import explain_faults
+from vllm_steer.forms import FormChoice
 from vllm_steer.strict_json import parse_json
 
 SCHEMA_VERSION: Final = 1
@@ -113,6 +114,8 @@ class DirectionRecord(_Record):
         default_scale: Scale (ε) used when a request names none.
         safe_scale: Largest |scale| found to leave the text fluent.
         positions: Token positions steered when a request names none.
+        form: How it acts when a request says nothing else; None adds it. Directions that the form
+            names are of this pack.
         metrics: Figures of the extraction, for people to read.
     """
 
@@ -121,6 +124,7 @@ class DirectionRecord(_Record):
     default_scale: Scale
     safe_scale: Positive
     positions: PositionChoice
+    form: FormChoice | None = None
     metrics: dict[str, JsonValue] = {}
 
     @model_validator(mode="after")
@@ -176,6 +180,7 @@ class Manifest(_Record):
                     f"direction {direction.name!r} has layer {direction.layers[-1]}; the model has layers "
                     f"0 to {self.model.num_layers - 1}"
                 )
+            self._check_form(direction)
             unmeasured = [
                 layer for layer in direction.layers if str(layer) not in self.residual_norms
             ]
@@ -184,6 +189,18 @@ class Manifest(_Record):
                     f"residual_norms lacks layers {unmeasured} of direction {direction.name!r}"
                 )
         return self
+
+    def _check_form(self, direction: DirectionRecord) -> None:
+        """Raises ValueError where a form names a direction that the pack does not have."""
+        if direction.form is None:
+            return
+        layers = {other.name: set(other.layers) for other in self.directions}
+        for name in direction.form.partners().values():
+            if not set(direction.layers) <= layers.get(name, set()):
+                raise ValueError(
+                    f"the form of direction {direction.name!r} names {name!r}, which must be a direction of this pack "
+                    f"with the same layers"
+                )
 
 
 def parse_manifest(data: bytes) -> Manifest:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vllm_steer.errors import ConfigError, explain_faults
 from vllm_steer.registry import PackRegistry
 from vllm_steer.request import SteeringRequest
+from vllm_steer.resolve import find_all
 
 MAX_POLICY_BYTES = 2**20
 ANY_KEY = "*"
@@ -57,7 +58,8 @@ class Policy(BaseModel):
         return [
             field
             for field, request in self.steerings().items()
-            if any(registry.find(choice.name).pack.name == pack for choice in request.directions)
+            if pack
+            in {d.pack.name for c in request.directions for d in find_all(c, registry).values()}
         ]
 
     def allows(self, key_digest: str | None, direction: str) -> bool:

@@ -6,9 +6,10 @@ Importing this module imports neither torch nor vllm.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, get_args
 
-from pydantic import PlainValidator, WithJsonSchema
+from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from vllm_steer.errors import RequestError
@@ -23,60 +24,86 @@ _LIMIT = 2**30
 _WANTED = (
     f"must be {', '.join(repr(name) for name in get_args(PositionChoice))} or a list of up to {MAX_RANGES} "
     "[start, end] pairs: end is not included and null has no end, and negative numbers count from the prompt's "
-    "end, such as [[-4, null]]"
+    'end, such as [[-4, null]]; or {"generated": [start, end]}, counted from the first generated token'
 )
 
 
-def parse_positions(value: Any) -> PositionChoice | tuple[PositionRange, ...]:
+@dataclass(frozen=True)
+class GeneratedRange:
+    """Positions counted from the first generated token; ``end`` is not included, None has no end."""
+
+    start: int
+    end: int | None
+
+
+def parse_positions(value: Any) -> PositionChoice | GeneratedRange | tuple[PositionRange, ...]:
     """Checks a choice of positions.
 
     Args:
-        value: A name, or a list of ``[start, end]`` pairs.
+        value: A name, a list of ``[start, end]`` pairs, or one pair as ``{"generated": pair}``.
 
     Raises:
         PydanticCustomError: It is neither; the message says what would be right.
     """
     if isinstance(value, str) and value in get_args(PositionChoice):
         return value  # type: ignore[return-value]  # membership does not narrow to a Literal
+    if isinstance(value, GeneratedRange):
+        return value
+    if isinstance(value, dict) and set(value) == {"generated"}:
+        start, end = _pair(value["generated"])
+        if start < 0 or (end is not None and end < 0):
+            raise PydanticCustomError("positions", _WANTED)
+        return GeneratedRange(start, end)
     if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= MAX_RANGES:
         raise PydanticCustomError("positions", _WANTED)
-    ranges = []
-    for pair in value:
-        if (
-            not isinstance(pair, (list, tuple))
-            or len(pair) != 2
-            or not _is_position(pair[0])
-            or not (pair[1] is None or _is_position(pair[1]))
-        ):
-            raise PydanticCustomError("positions", _WANTED)
-        start, end = pair
-        if end is not None and (start < 0) == (end < 0) and start >= end:
-            raise PydanticCustomError(
-                "positions",
-                "the range [{start}, {end}] is empty; end must be greater than start",
-                {"start": start, "end": end},
-            )
-        ranges.append((start, end))
-    return tuple(ranges)
+    return tuple(_pair(pair) for pair in value)
 
 
+def _pair(pair: Any) -> PositionRange:
+    if (
+        not isinstance(pair, (list, tuple))
+        or len(pair) != 2
+        or not _is_position(pair[0])
+        or not (pair[1] is None or _is_position(pair[1]))
+    ):
+        raise PydanticCustomError("positions", _WANTED)
+    start, end = pair
+    if end is not None and (start < 0) == (end < 0) and start >= end:
+        raise PydanticCustomError(
+            "positions",
+            "the range [{start}, {end}] is empty; end must be greater than start",
+            {"start": start, "end": end},
+        )
+    return start, end
+
+
+def _plain(positions: Any) -> Any:
+    """As it is written in JSON."""
+    if isinstance(positions, GeneratedRange):
+        return {"generated": [positions.start, positions.end]}
+    return positions
+
+
+_PAIR_SCHEMA: dict[str, Any] = {
+    "type": "array",
+    "minItems": 2,
+    "maxItems": 2,
+    "items": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+}
 Positions = Annotated[
-    PositionChoice | tuple[PositionRange, ...],
+    PositionChoice | GeneratedRange | tuple[PositionRange, ...],
     PlainValidator(parse_positions),
+    PlainSerializer(_plain),
     WithJsonSchema(
         {
             "anyOf": [
                 {"enum": list(get_args(PositionChoice))},
+                {"type": "array", "minItems": 1, "maxItems": MAX_RANGES, "items": _PAIR_SCHEMA},
                 {
-                    "type": "array",
-                    "minItems": 1,
-                    "maxItems": MAX_RANGES,
-                    "items": {
-                        "type": "array",
-                        "minItems": 2,
-                        "maxItems": 2,
-                        "items": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
-                    },
+                    "type": "object",
+                    "properties": {"generated": _PAIR_SCHEMA},
+                    "required": ["generated"],
+                    "additionalProperties": False,
                 },
             ]
         }
@@ -97,7 +124,7 @@ def parse_slice(text: str) -> list[int | None]:
 
 
 def absolute_ranges(
-    positions: PositionChoice | tuple[PositionRange, ...],
+    positions: PositionChoice | GeneratedRange | tuple[PositionRange, ...],
     prompt_len: int,
     max_len: int | None = None,
 ) -> list[PositionRange]:
@@ -120,6 +147,10 @@ def absolute_ranges(
                 "last_prompt": (prompt_len - 1, prompt_len),
             }[positions]
         ]
+    if isinstance(positions, GeneratedRange):
+        last = positions.end
+        end_of = None if last is None else prompt_len + last
+        positions = ((prompt_len + positions.start, end_of),)
     ranges = []
     for first, last in positions:
         start = first + prompt_len if first < 0 else first

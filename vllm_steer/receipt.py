@@ -10,15 +10,16 @@ from typing import Any
 from urllib.parse import quote
 
 from vllm_steer.registry import PackRegistry
-from vllm_steer.resolve import SteeringPlan, Term, count_steered
+from vllm_steer.steering_plan import ADDITION, SteeringPlan, Term, count_steered
 
 HEADER = "x-steering"
 # Proxies refuse long headers; the body has everything.
 MAX_HEADER = 2048
 RECEIPT_FIELDS = {
-    "directions": "Each direction's `name`, `scale`, `layers` and content `digest`, as carried out.",
+    "directions": "Each direction's `name`, `scale`, `layers` and content `digest`, as carried out; and the `op` with "
+    "what belongs to it, where that is not addition.",
     "positions": "Ranges of absolute token positions, `start` to before `end` (null: to the end), each with the "
-    "indices of the directions that are summed there.",
+    "indices of the directions that are summed there, and their `schedule` if they have one.",
     "dose": "Largest relative dose: Σ&#124;ε&#124;·‖v‖ over the mean norm of the residual stream.",
     "clamped_by": "Factor that the server multiplied all scales by; 1 when it kept them.",
     "tokens_steered": "Tokens that went through the model at steered positions, of prompt and answers; the last "
@@ -59,11 +60,7 @@ class Receipt:
         clamped: float,
     ) -> Receipt:
         """Makes the receipt of a plan, with the names that its directions have now."""
-        names = {
-            term.digest: registry.by_digest(term.digest).full_name
-            for segment in plan.segments
-            for term in segment.terms
-        }
+        names = {digest: registry.by_digest(digest).full_name for digest in plan.digests}
         return cls(plan, names, prompt_len, num_choices, dose, clamped)
 
     def tokens_steered(self, choice: int | None = None) -> int:
@@ -92,6 +89,7 @@ class Receipt:
                     "layers": list(term.layers),
                     "digest": term.digest,
                 }
+                | self._form(term)
                 for term in terms
             ],
             "positions": [
@@ -100,6 +98,7 @@ class Receipt:
                     "end": segment.end,
                     "directions": [numbers[term] for term in segment.terms],
                 }
+                | ({"schedule": segment.schedule.to_json()} if segment.schedule else {})
                 for segment in self.plan.segments
             ],
             "dose": round(self.dose, 6),
@@ -117,6 +116,22 @@ class Receipt:
             parts.pop()
             shown = ", ".join([*parts, "..."])
         return shown
+
+    def _form(self, term: Term) -> dict[str, Any]:
+        """How a term acts, where it does not just add."""
+        form = term.form
+        if form == ADDITION:
+            return {}
+        found: dict[str, Any] = {"op": form.op}
+        if form.partner is not None:
+            key = "read" if form.op == "affine" else "plane"
+            found |= {key: self.names[form.partner], f"{key}_digest": form.partner}
+        if form.op == "affine":
+            found["bias"] = form.bias
+        if form.gate is not None:
+            gate = {"direction": self.names[form.gate], "digest": form.gate}
+            found["gate"] = gate | {"above": form.threshold}
+        return found | {"restore_norm": form.restore_norm}
 
     def _terms(self) -> list[Term]:
         return list(dict.fromkeys(t for segment in self.plan.segments for t in segment.terms))

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from vllm_steer import log
 from vllm_steer.cli import command_line
 from vllm_steer.errors import RequestError
+from vllm_steer.forms import OPS, FormChoice, Gate
 from vllm_steer.manifest import (
     MAX_DIRECTIONS,
     MAX_HIDDEN_SIZE,
@@ -34,6 +35,7 @@ from vllm_steer.manifest import (
 from vllm_steer.policy import Policy
 from vllm_steer.receipt import HEADER, RECEIPT_FIELDS
 from vllm_steer.request import FLAT_KEYS, DirectionChoice, SteeringRequest
+from vllm_steer.schedule import ScheduleChoice
 from vllm_steer.serving.flags import add_flags
 from vllm_steer.serving.packs_api import ROUTES
 from vllm_steer.serving.refusals import LINES, SECONDS
@@ -65,7 +67,12 @@ def render() -> str:
         "The field `steering` of `/v1/completions`, `/v1/chat/completions` and `/v1/responses`, as an "
         'object; `vllm_xargs.steering`, as its JSON text; `SamplingParams.extra_args["steering"]`, '
         'as either. `"steering": "none"` leaves out a server\'s default.',
-        *(_model(model) for model in (SteeringRequest, DirectionChoice)),
+        *(_model(model) for model in (SteeringRequest, DirectionChoice, Gate, ScheduleChoice)),
+        "### Forms",
+        "What a direction `a` does to the residual stream h of a token; `â` is `a` at length 1, ε the scale. All but "
+        "`add` need a server started with `--steering-ops affine`. Directions that meet at a layer and position all "
+        "read the stream as the block returned it, and their changes are summed.",
+        _table(("op", "change"), ((f"`{op}`", text) for op, text in OPS.items())),
         "### Flat form",
         "In the place of `steering`, in `vllm_xargs`, in a request's body or in `extra_args`; `steer` has to be there.",
         _table(("key", "meaning"), ((f"`{key}`", meaning) for key, meaning in FLAT_KEYS.items())),
@@ -103,7 +110,14 @@ def render() -> str:
         "`steering_config.json`; layer k is the output of decoder block k, counted from 0.",
         *(
             _model(model)
-            for model in (Manifest, ModelIdentity, DirectionRecord, MethodRecord, TensorFile)
+            for model in (
+                Manifest,
+                ModelIdentity,
+                DirectionRecord,
+                FormChoice,
+                MethodRecord,
+                TensorFile,
+            )  # fmt: skip
         ),
         "### Limits",
         "A pack beyond them is refused before its vectors are read. Refused too: keys given twice, NaN and "
@@ -180,7 +194,10 @@ def _argument(action: argparse.Action) -> str:
 
 def _model(model: type[BaseModel]) -> str:
     schema = model.model_json_schema()
-    meanings = _meanings(model.__doc__ or "")
+    meanings: dict[str, str] = {}
+    for owner in reversed(model.__mro__):
+        if issubclass(owner, BaseModel):
+            meanings |= _meanings(owner.__doc__ or "")
     required = schema.get("required", [])
     rows = [
         (f"`{name}`", _type(field), "yes" if name in required else "no", meanings.get(name, ""))

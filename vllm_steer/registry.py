@@ -33,14 +33,26 @@ class LoadedDirection:
     digest: str
 
     @cached_property
+    def lengths(self) -> dict[int, float]:
+        """Euclidean length of the vector by layer."""
+        lengths = np.linalg.norm(self.vector, axis=1).tolist()
+        return dict(zip(self.record.layers, lengths, strict=True))
+
+    @cached_property
+    def norms(self) -> dict[int, float]:
+        """Mean norm of the residual stream by layer, as the pack measured it."""
+        norms = self.pack.manifest.residual_norms
+        return {layer: norms[str(layer)] for layer in self.record.layers}
+
+    @cached_property
     def unit_doses(self) -> dict[int, float]:
         """Relative dose of ε = 1 by layer: the vector's length over that of the residual stream."""
-        norms = self.pack.manifest.residual_norms
-        lengths = np.linalg.norm(self.vector, axis=1).tolist()
-        return {
-            layer: length / norms[str(layer)]
-            for layer, length in zip(self.record.layers, lengths, strict=True)
-        }
+        return {layer: length / self.norms[layer] for layer, length in self.lengths.items()}
+
+    def at(self, layer: int) -> np.ndarray:
+        """The vector of one of its layers, float32 ``[hidden_size]``."""
+        row: np.ndarray = self.vector[self.record.layers.index(layer)]
+        return row
 
     @property
     def full_name(self) -> str:
@@ -117,6 +129,11 @@ class PackRegistry:
                 f"direction {name!r} is in more than one loaded pack; name it as one of {full}"
             )
         return candidates[0]
+
+    def find_beside(self, direction: LoadedDirection, name: str) -> LoadedDirection:
+        """Returns the direction that another one's form means; its own pack is looked in first."""
+        own = name in direction.pack.directions
+        return self.find(f"{direction.pack.name}/{name}" if own else name)
 
     def has(self, digest: str) -> bool:
         """Whether a loaded direction has this content."""

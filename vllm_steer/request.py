@@ -13,8 +13,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_steer.errors import RequestError, choices
+from vllm_steer.forms import FormChoice, Gate
 from vllm_steer.manifest import LayerIndex
 from vllm_steer.positions import Positions, parse_slice
+from vllm_steer.schedule import ScheduleChoice
 
 REQUEST_KEY = "steering"
 FLAT_KEYS = {
@@ -37,21 +39,23 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class DirectionChoice(_Strict):
+class DirectionChoice(FormChoice):
     """One direction that a request asks for.
 
     Attributes:
         name: ``pack/direction``, or ``direction`` where only one loaded pack has it.
-        scale: ε, the factor of the vector; None takes the direction's default.
+        scale: ε, the factor of the vector, or what the op says; None takes the direction's default.
         layers: Layers to steer, 0-based block outputs; None takes the request's, else all of the
             direction's.
         positions: Token positions to steer; None takes the request's, else the direction's.
+        schedule: Strength over the generated tokens; None takes the request's, else it is constant.
     """
 
     name: Annotated[str, Field(min_length=1, max_length=300)]
     scale: Scale | None = None
     layers: Layers | None = None
     positions: Positions | None = None
+    schedule: ScheduleChoice | None = None
 
 
 class SteeringRequest(_Strict):
@@ -63,12 +67,14 @@ class SteeringRequest(_Strict):
         positions: For the directions that name none: ``all``, ``prompt``, ``generated`` (positions
             from the prompt's length on), ``last_prompt``, or ``[start, end]`` pairs of absolute
             positions; end is not included and null has no end, negative numbers count from the
-            prompt's end.
+            prompt's end. ``{"generated": [start, end]}`` counts from the first generated token.
+        schedule: Strength over the generated tokens, for the directions that name none.
     """
 
     directions: Annotated[list[DirectionChoice], Field(min_length=1, max_length=64)]
     layers: Layers | None = None
     positions: Positions | None = None
+    schedule: ScheduleChoice | None = None
 
 
 def parse(extra_args: Mapping[str, Any] | None) -> SteeringRequest | None:
@@ -173,7 +179,11 @@ def _explain(error: ValidationError) -> str:
     for fault in error.errors(include_url=False)[:5]:
         where = ".".join([REQUEST_KEY, *map(str, fault["loc"])])
         if fault["type"] == "extra_forbidden":
-            model = DirectionChoice if "directions" in fault["loc"] else SteeringRequest
+            model: type[BaseModel] = SteeringRequest
+            if "directions" in fault["loc"]:
+                model = Gate if "gate" in fault["loc"] else DirectionChoice
+            if "schedule" in fault["loc"]:
+                model = ScheduleChoice
             faults.append(
                 f"{where}: unknown key; {choices(str(fault['loc'][-1]), model.model_fields)}"
             )

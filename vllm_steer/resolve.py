@@ -1,98 +1,28 @@
-"""Steering request + prompt length -> plan: which sum is added at which token positions.
+"""Steering request + prompt length -> plan: which terms act at which token positions.
 
-The plan is what travels to the engine: disjoint ranges of absolute token positions, each with the
-terms that are summed there. Its identity is the content of the vectors, never their names.
 Importing this module imports neither torch nor vllm.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from itertools import zip_longest
-from typing import Any
 
-from vllm_steer.errors import DoseError, RequestError, UnknownDirectionError
+import numpy as np
+
+from vllm_steer.dose import check_scale
+from vllm_steer.errors import RequestError, UnknownDirectionError
+from vllm_steer.forms import LINEAR_OPS, PLANE_OPS, FormChoice
 from vllm_steer.positions import PositionRange, absolute_ranges
 from vllm_steer.registry import LoadedDirection, PackRegistry
 from vllm_steer.request import REQUEST_KEY, DirectionChoice, SteeringRequest
+from vllm_steer.schedule import Schedule
+from vllm_steer.steering_plan import Form, Segment, SteeringPlan, Term
 
-# A vector this many times longer than the residual stream leaves only noise and, in half
-# precision, overflows.
-MAX_RELATIVE_SCALE = 1000.0
-
-
-@dataclass(frozen=True)
-class Term:
-    """One summand: scale times a direction at some of its layers.
-
-    Attributes:
-        digest: Content digest of the direction.
-        scale: ε.
-        layers: Layers, ascending.
-    """
-
-    digest: str
-    scale: float
-    layers: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A range of absolute token positions and the terms that are summed there.
-
-    Attributes:
-        start: First position.
-        end: Position after the last one; None has no end.
-        terms: The summands in canonical order, at least one.
-    """
-
-    start: int
-    end: int | None
-    terms: tuple[Term, ...]
-
-    @cached_property
-    def key(self) -> str:
-        """Content identity of the sum: equal keys are equal vectors, bit for bit."""
-        content = [[term.digest, float(term.scale).hex(), term.layers] for term in self.terms]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
-
-
-@dataclass(frozen=True)
-class SteeringPlan:
-    """The steering of one request by absolute position: disjoint segments, ascending."""
-
-    segments: tuple[Segment, ...]
-
-    def to_payload(self) -> list[Any]:
-        """Returns the plan as plain lists, as it travels in ``SamplingParams.extra_args``."""
-        return [
-            [
-                segment.start,
-                segment.end,
-                segment.key,
-                [[t.digest, t.scale, list(t.layers)] for t in segment.terms],
-            ]
-            for segment in self.segments
-        ]
-
-    @classmethod
-    def from_payload(cls, payload: Sequence[Any]) -> SteeringPlan:
-        """Inverse of :meth:`to_payload`."""
-        return cls(
-            tuple(
-                Segment(
-                    start,
-                    end,
-                    tuple(Term(digest, scale, tuple(layers)) for digest, scale, layers in terms),
-                )
-                for start, end, _, terms in payload
-            )
-        )
+_Span = tuple[Sequence[PositionRange], Term, Schedule | None]
+# Two directions with a smaller angle between them (its sine) span no plane.
+_LEAST_SINE = 1e-3
 
 
 def resolve(
@@ -110,7 +40,7 @@ def resolve(
         max_len: Most tokens of prompt and answer together, None when unknown.
 
     Returns:
-        The plan; without segments when every scale is zero.
+        The plan; without segments when it would change nothing.
 
     Raises:
         RequestError: A direction, layer or position does not exist, or a scale is out of range.
@@ -118,99 +48,57 @@ def resolve(
     spans = []
     for index, choice in enumerate(request.directions):
         where = f"{REQUEST_KEY}.directions.{index}"
-        try:
-            direction = registry.find(choice.name)
-        except UnknownDirectionError as error:
-            raise UnknownDirectionError(f"{where}.name: {error}") from None
-        term = _term(where, choice, request, direction)
+        term, direction = _term(where, choice, request, registry)
         positions = choice.positions or request.positions or direction.record.positions
         try:
             ranges = absolute_ranges(positions, prompt_len, max_len)
         except RequestError as error:
             owner = where if choice.positions else REQUEST_KEY
             raise RequestError(f"{owner}.positions: {error}") from None
-        if term.scale != 0.0:
-            spans.append((ranges, term))
+        if not _is_idle(term):
+            spans.append((ranges, term, _schedule(where, choice, request, term, prompt_len)))
     return SteeringPlan(tuple(_segments(spans)))
 
 
-def relative_dose(plan: SteeringPlan, registry: PackRegistry) -> float:
-    """Returns how strong a plan is at most: Σ|ε|·‖v‖ over the norm of the residual stream.
-
-    Args:
-        plan: The plan.
-        registry: The loaded packs, with the norms that they measured.
-
-    Returns:
-        The largest value over layers and positions; 0 for a plan that adds nothing.
-    """
-    doses = [0.0]
-    for segment in plan.segments:
-        by_layer: dict[int, float] = {}
-        for term in segment.terms:
-            unit = registry.by_digest(term.digest).unit_doses
-            for layer in term.layers:
-                by_layer[layer] = by_layer.get(layer, 0.0) + abs(term.scale) * unit[layer]
-        doses.append(max(by_layer.values()))
-    return max(doses)
-
-
-def scaled(plan: SteeringPlan, factor: float) -> SteeringPlan:
-    """Returns the plan with every scale multiplied by ``factor``."""
-    return SteeringPlan(
-        tuple(
-            replace(
-                segment,
-                terms=tuple(replace(term, scale=term.scale * factor) for term in segment.terms),
-            )
-            for segment in plan.segments
-        )
-    )
-
-
-def count_steered(plan: SteeringPlan, num_tokens: int) -> int:
-    """Returns how many of the first ``num_tokens`` positions are steered."""
-    return sum(
-        max(0, (num_tokens if s.end is None else min(s.end, num_tokens)) - s.start)
-        for s in plan.segments
-    )
-
-
-def check_sums(plan: SteeringPlan, limit: int) -> None:
-    """Checks that a plan needs no more rows of the bank than a request is promised.
-
-    Args:
-        plan: The plan.
-        limit: ``ResolvedConfig.sums_per_request``.
+def find_all(choice: DirectionChoice, registry: PackRegistry) -> dict[str, LoadedDirection]:
+    """Returns every direction that a choice names, by field.
 
     Raises:
-        RequestError: It needs more.
+        UnknownDirectionError: One does not exist; the message starts with the field.
     """
-    count = len({segment.key for segment in plan.segments})
-    if count > limit:
-        raise RequestError(
-            f"{REQUEST_KEY}.directions: their sum takes {count} different values over the positions, the server has "
-            f"room for {limit} per request; ask for fewer ranges, or start the server with a higher --steering-rows"
-        )
+    found, field = {}, "name"
+    try:
+        found[field] = registry.find(choice.name)
+        for field, name in choice.partners().items():
+            found[field] = registry.find_beside(found["name"], name)
+    except UnknownDirectionError as error:
+        raise UnknownDirectionError(f"{field}: {error}") from None
+    return found
 
 
-def _segments(spans: Sequence[tuple[Sequence[PositionRange], Term]]) -> list[Segment]:
+def _segments(spans: Sequence[_Span]) -> list[Segment]:
     """Cuts overlapping ranges into disjoint ones; neighbours with equal sums become one."""
-    edges = {edge for ranges, _ in spans for span in ranges for edge in span if edge is not None}
+    edges = {edge for ranges, *_ in spans for span in ranges for edge in span if edge is not None}
     cuts = sorted(edges)
     segments: list[Segment] = []
     for start, end in zip_longest(cuts, cuts[1:]):
-        terms = tuple(
-            sorted(
-                (term for ranges, term in spans if any(_holds(span, start) for span in ranges)),
-                key=lambda term: (term.digest, term.scale, term.layers),
-            )
-        )
-        if not terms:
+        here = [span for span in spans if any(_holds(part, start) for part in span[0])]
+        if not here:
             continue
-        if segments and (segments[-1].end, segments[-1].terms) == (start, terms):
-            start = segments.pop().start
-        segments.append(Segment(start, end, terms))
+        schedules = {schedule for _, _, schedule in here}
+        if len(schedules) > 1:
+            raise RequestError(
+                f"{REQUEST_KEY}.schedule: directions that meet at a position need one schedule; give it to the whole "
+                f"request, or keep their positions apart"
+            )
+        order = sorted(
+            (term for _, term, _ in here),
+            key=lambda term: (term.digest, term.scale, term.layers, repr(term.form)),
+        )
+        segment = Segment(start, end, tuple(order), schedules.pop())
+        if segments and segments[-1].end == start and segments[-1].key == segment.key:
+            segment = replace(segment, start=segments.pop().start)
+        segments.append(segment)
     return segments
 
 
@@ -220,32 +108,126 @@ def _holds(span: PositionRange, position: int) -> bool:
 
 
 def _term(
-    where: str, choice: DirectionChoice, request: SteeringRequest, direction: LoadedDirection
-) -> Term:
+    where: str, choice: DirectionChoice, request: SteeringRequest, registry: PackRegistry
+) -> tuple[Term, LoadedDirection]:
+    try:
+        direction = registry.find(choice.name)
+    except UnknownDirectionError as error:
+        raise UnknownDirectionError(f"{where}.name: {error}") from None
     record = direction.record
     layers = sorted(set(choice.layers or request.layers or record.layers))
-    unknown = [layer for layer in layers if layer not in record.layers]
+    _check_layers(f"{where}.layers", direction, layers)
+    chosen = choice.over(record.form)
+    scale = _scale(where, choice, chosen, direction)
+    term = Term(
+        direction.digest, scale, tuple(layers), _form(where, chosen, direction, layers, registry)
+    )
+    check_scale(where, term, direction, registry)
+    return term, direction
+
+
+def _form(
+    where: str,
+    chosen: FormChoice,
+    direction: LoadedDirection,
+    layers: Sequence[int],
+    registry: PackRegistry,
+) -> Form:
+    op = chosen.op or "add"
+    partner = gate = None
+    field = "plane" if op in PLANE_OPS else "read"
+    if op in PLANE_OPS or op == "affine":
+        name = getattr(chosen, field)
+        if name is None:
+            raise RequestError(f"{where}.{field}: op {op!r} needs the name of a second direction")
+        partner = _partner(f"{where}.{field}", name, direction, layers, registry)
+        if op in PLANE_OPS:
+            _check_plane(f"{where}.{field}", direction, partner, layers)
+    if chosen.gate is not None:
+        gate = _partner(
+            f"{where}.gate.direction", chosen.gate.direction, direction, layers, registry
+        )
+    return Form(
+        op,
+        partner.digest if partner else None,
+        chosen.bias or 0.0,
+        gate.digest if gate else None,
+        chosen.gate.above if chosen.gate else 0.0,
+        bool(chosen.restore_norm),
+    )
+
+
+def _scale(
+    where: str, choice: DirectionChoice, chosen: FormChoice, direction: LoadedDirection
+) -> float:
+    if choice.scale is not None:
+        return choice.scale
+    op, own = chosen.op or "add", (direction.record.form or chosen).op or "add"
+    if op == (own if direction.record.form else "add"):
+        return direction.record.default_scale
+    if op == "ablate":
+        return 1.0
+    raise RequestError(
+        f"{where}.scale: op {op!r} needs a scale; {direction.full_name!r} has a default for its own op alone"
+    )
+
+
+def _partner(
+    where: str,
+    name: str,
+    direction: LoadedDirection,
+    layers: Sequence[int],
+    registry: PackRegistry,
+) -> LoadedDirection:
+    try:
+        partner = registry.find_beside(direction, name)
+    except UnknownDirectionError as error:
+        raise UnknownDirectionError(f"{where}: {error}") from None
+    _check_layers(where, partner, layers)
+    return partner
+
+
+def _check_layers(where: str, direction: LoadedDirection, layers: Sequence[int]) -> None:
+    known = direction.record.layers
+    unknown = [layer for layer in layers if layer not in known]
     if unknown:
         raise RequestError(
-            f"{where}.layers: direction {direction.full_name!r} has no vector for layers {unknown}; "
-            f"it has {_ranges(record.layers)}"
+            f"{where}: direction {direction.full_name!r} has no vector for layers {unknown}; "
+            f"it has {_ranges(known)}"
         )
-    scale = record.default_scale if choice.scale is None else choice.scale
-    layer = max(layers, key=direction.unit_doses.__getitem__)
-    limit = MAX_RELATIVE_SCALE / direction.unit_doses[layer]
-    if abs(scale) > limit:
-        raise DoseError(
-            f"{where}.scale: {scale:g} would add a vector more than {MAX_RELATIVE_SCALE:g} times as long as the "
-            f"residual stream at layer {layer}; |scale| must be at most {_floor(limit):g}, and up to "
-            f"{record.safe_scale:g} the text was found fluent"
-        )
-    return Term(direction.digest, scale, tuple(layers))
 
 
-def _floor(value: float, digits: int = 4) -> float:
-    """Rounds down to ``digits`` significant digits, so that the limit shown is within the limit."""
-    unit = 10.0 ** (math.floor(math.log10(value)) - digits + 1)
-    return math.floor(value / unit) * unit
+def _check_plane(
+    where: str, direction: LoadedDirection, other: LoadedDirection, layers: Sequence[int]
+) -> None:
+    for layer in layers:
+        a, b = (d.at(layer).astype(np.float64) / d.lengths[layer] for d in (direction, other))
+        if np.linalg.norm(b - (a @ b) * a) < _LEAST_SINE:
+            raise RequestError(
+                f"{where}: {direction.full_name!r} and {other.full_name!r} are parallel at layer {layer} and span "
+                f"no plane; name another direction"
+            )
+
+
+def _schedule(
+    where: str, choice: DirectionChoice, request: SteeringRequest, term: Term, prompt_len: int
+) -> Schedule | None:
+    chosen = choice.schedule or request.schedule
+    if chosen is None:
+        return None
+    if term.form.op not in LINEAR_OPS or term.form.restore_norm:
+        owner = where if choice.schedule else REQUEST_KEY
+        what = "restore_norm" if term.form.restore_norm else f"op {term.form.op!r}"
+        raise RequestError(
+            f"{owner}.schedule: {what} has no strength that could be scheduled; it may have positions, such as "
+            f'{{"generated": [0, 16]}}'
+        )
+    return Schedule.of(chosen, prompt_len)
+
+
+def _is_idle(term: Term) -> bool:
+    """Whether a term changes nothing."""
+    return term.scale == 0.0 and term.form.op in (*LINEAR_OPS, "rotate")
 
 
 def _ranges(layers: Sequence[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.architectures.parity import engine_arguments
 from tests.engine_process import EngineProcess
 from vllm_steer.engine.bank import SteeringBank
 from vllm_steer.engine.blocks import find_blocks, hook_blocks
+from vllm_steer.engine.row_values import RowValues
 from vllm_steer.errors import CompatibilityError
 
 WIDTH, TOKENS = 4, 5
@@ -76,7 +78,7 @@ ROW = torch.arange(1.0, WIDTH + 1)
 def steered(output: object) -> object:
     """What a block that returns ``output`` returns with a vector on its second token."""
     bank = SteeringBank([0], 2, WIDTH, 2 * TOKENS, torch.float32, torch.device("cpu"))
-    bank.write_row(1, ROW[None].numpy())
+    bank.write_row(1, replace(RowValues.zeros(1, 0, WIDTH), vectors=ROW[None].numpy()))
     bank.rows[1] = 1
     block = Block(output)
     hook_blocks([(0, block)], bank)

@@ -48,3 +48,80 @@ CASES: dict[str, dict[str, Any] | None] = {
         ]
     },
 }
+
+# Every form; those with a scale of their own are strong enough to change the text.
+FORM_CASES: dict[str, dict[str, Any] | None] = {
+    "unsteered": None,
+    "addition": {"directions": [{"name": SPIDERS, "scale": 10.0}]},
+    "ablation": {"directions": [{"name": SPIDERS, "op": "ablate"}]},
+    "reflection of the answer": {
+        "directions": [{"name": CHEERFUL, "op": "ablate", "scale": 2.0}],
+        "positions": "generated",
+    },
+    "two ablations": {
+        "directions": [{"name": GLOOMY, "op": "ablate"}, {"name": HEIGHTS, "op": "ablate"}]
+    },
+    "clamp": {"directions": [{"name": HEIGHTS, "op": "clamp", "scale": 6.0}]},
+    "clamp to zero of one layer": {
+        "directions": [{"name": HEIGHTS, "op": "clamp", "scale": 0.0, "layers": [1]}]
+    },
+    "rotation": {
+        "directions": [{"name": SPIDERS, "op": "rotate", "plane": CHEERFUL, "scale": 60.0}]
+    },
+    "rotation of the prompt": {
+        "directions": [{"name": GLOOMY, "op": "rotate", "plane": HEIGHTS, "scale": -120.0}],
+        "positions": "prompt",
+    },
+    "angle": {
+        "directions": [{"name": GLOOMY, "op": "angle", "plane": SPIDERS, "scale": 30.0}],
+        "positions": [[-4, None]],
+    },
+    "feedback": {
+        "directions": [
+            {"name": CHEERFUL, "op": "affine", "read": GLOOMY, "bias": -4.0, "scale": -0.8}
+        ]
+    },
+    "addition where a probe fires": {
+        "directions": [
+            {"name": SPIDERS, "scale": 9.0, "gate": {"direction": HEIGHTS, "above": 0.0}}
+        ]
+    },
+    "ablation where a probe fires": {
+        "directions": [
+            {"name": GLOOMY, "op": "ablate", "gate": {"direction": GLOOMY, "above": 0.2}}
+        ]
+    },
+    "addition that keeps the length": {
+        "directions": [{"name": HEIGHTS, "scale": 14.0, "restore_norm": True}]
+    },
+    "ablation beside additions": {
+        "directions": [
+            {"name": SPIDERS, "op": "ablate", "positions": "prompt"},
+            {"name": CHEERFUL, "scale": 5.0},
+            {"name": GLOOMY, "scale": -2.0, "positions": "generated"},
+        ]
+    },
+    "ramp": {
+        "directions": [{"name": SPIDERS, "scale": 12.0}],
+        "schedule": {"start": 0.0, "end": 1.0, "tokens": 10},
+    },
+    "decay of two": {
+        "directions": [{"name": CHEERFUL, "scale": 9.0}, {"name": GLOOMY, "op": "ablate"}],
+        "schedule": {"start": 1.0, "end": 0.2, "tokens": 6, "shape": "exponential"},
+    },
+    "first tokens of the answer": {
+        "directions": [{"name": GLOOMY, "scale": 9.0}],
+        "positions": {"generated": [0, 7]},
+    },
+    "ramp after a constant prompt": {
+        "directions": [
+            {"name": HEIGHTS, "scale": 5.0, "positions": "prompt"},
+            {
+                "name": HEIGHTS,
+                "scale": 9.0,
+                "positions": "generated",
+                "schedule": {"start": 1.0, "end": -1.0, "tokens": 12},
+            },
+        ]
+    },
+}

@@ -11,7 +11,7 @@ import torch
 
 from vllm_steer.engine.bank import SteeringBank
 from vllm_steer.engine.plan import StepPlan, StepPlanner
-from vllm_steer.resolve import Segment, SteeringPlan, Term
+from vllm_steer.steering_plan import Segment, SteeringPlan, Term
 
 # Request, absolute position of its first token in the step, number of tokens.
 Span = tuple[str, int, int]
@@ -36,16 +36,6 @@ def new_bank(num_tokens: int) -> SteeringBank:
     return SteeringBank([0], 16, 4, num_tokens, torch.float32, torch.device("cpu"))
 
 
-def apply(step: StepPlan, bank: SteeringBank, positions: torch.Tensor) -> None:
-    """What a worker does with a plan."""
-    if step.rows is not None:
-        bank.set_rows(step.rows)
-    elif step.owners is not None and step.ranges is not None:
-        bank.assign_rows(step.owners, step.ranges, positions)
-    else:
-        bank.clear_rows()
-
-
 def rows_of(step: StepPlan, spans: Sequence[Span], bank: SteeringBank | None = None) -> list[int]:
     """The row of each token, as the bank gives them; tokens after the step have row 0."""
     positions = torch.tensor([p for _, start, n in spans for p in range(start, start + n)])
@@ -53,7 +43,7 @@ def rows_of(step: StepPlan, spans: Sequence[Span], bank: SteeringBank | None = N
     if bank is None:
         bank = new_bank(count + 3)
         bank.set_rows(np.full(count + 3, 7, dtype=np.int32))
-    apply(step, bank, positions)
+    bank.apply(step, positions)
     assert not bank.rows[count:].any()
     return bank.rows[:count].tolist()
 
@@ -75,7 +65,7 @@ def test_nothing_steered_costs_nothing() -> None:
         assert (step.new, step.rows, step.owners) == ((), None, None)
         # Not even a zero is written: only that would mend this.
         bank.rows[0] = 9
-        apply(step, bank, torch.arange(5))
+        bank.apply(step, torch.arange(5))
         assert bank.rows[0] == 9
 
 

@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 
 from vllm_steer.client import steer
+from vllm_steer.dose import relative_dose, scaled
 from vllm_steer.errors import ConfigError, RequestError
 from vllm_steer.pack import SteeringPack
 from vllm_steer.policy import Policy, load_policy
 from vllm_steer.receipt import MAX_HEADER, Receipt
 from vllm_steer.registry import PackRegistry
 from vllm_steer.request import SteeringRequest, parse
-from vllm_steer.resolve import count_steered, relative_dose, resolve, scaled
+from vllm_steer.resolve import resolve
+from vllm_steer.steering_plan import count_steered
 from vllm_steer.store import PackStore
 
 KEY = "a" * 64

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 
+from tests.unit.conftest import resolved
 from vllm_steer.errors import ConfigError, RequestError
+from vllm_steer.limits import check_limits
 from vllm_steer.pack import SteeringPack
 from vllm_steer.registry import PackRegistry
 from vllm_steer.request import SteeringRequest
-from vllm_steer.resolve import Segment, SteeringPlan, Term, check_sums, resolve
+from vllm_steer.resolve import resolve
+from vllm_steer.steering_plan import Segment, SteeringPlan, Term
 
 PROMPT = 10
 
@@ -181,6 +184,6 @@ def test_more_sums_than_a_request_is_promised_are_refused(registry: PackRegistry
         {"name": "spiders", "positions": [[2, None]]},
     ]
     three = plan(registry, directions=choices)
-    check_sums(three, 3)
+    check_limits(three, resolved(sums_per_request=3))
     with pytest.raises(RequestError, match="takes 3 different values.*room for 2 per request"):
-        check_sums(three, 2)
+        check_limits(three, resolved(sums_per_request=2))

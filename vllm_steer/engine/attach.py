@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from vllm.config import set_current_vllm_config
 
 from vllm_steer import log, seams
 from vllm_steer.config import ResolvedConfig, resolved_config
 from vllm_steer.engine import runner_v1, runner_v2
+from vllm_steer.engine.residual_test import check_residuals
 from vllm_steer.engine.runtime import install_in_worker
 from vllm_steer.engine.selftest import run_self_test
 from vllm_steer.engine.worker import WorkerSteering
@@ -40,13 +42,20 @@ def attach_to_worker(worker: Any) -> None:
         return result
 
     def _compile_or_warm_up_model(*args: Any, **kwargs: Any) -> Any:
-        result = warm_up(*args, **kwargs)
         if steering is None:
             raise RuntimeError("the model was warmed up before it was loaded")
+
+        def forward(num_tokens: int) -> torch.Tensor:
+            hidden: torch.Tensor = adapter.dummy_hidden_states(runner, num_tokens)
+            return hidden
+
+        if steering.bank.rank:
+            # Before graphs are captured, which would be replayed in place of the Python code.
+            with set_current_vllm_config(worker.vllm_config):
+                check_residuals(steering, runner.get_model(), forward)
+        result = warm_up(*args, **kwargs)
         with set_current_vllm_config(worker.vllm_config):
-            run_self_test(
-                steering, lambda num_tokens: adapter.dummy_hidden_states(runner, num_tokens)
-            )
+            run_self_test(steering, forward)
         log.SELF_TEST_PASSED.write(layers=list(steering.layers))
         return result
 

@@ -1,4 +1,4 @@
-"""The persistent device tensors: vectors by layer and row, and the row of each token.
+"""The persistent device tensors: what each row changes at each layer, and the row of each token.
 
 Both are allocated once, before memory profiling, compilation and graph capture; afterwards only
 their contents change. Row 0 (``rows.ZERO_ROW``) is zeros, is never written, and is what padding
@@ -8,9 +8,14 @@ and unsteered tokens read.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import numpy as np
 import torch
+
+from vllm_steer.engine.plan import StepPlan
+from vllm_steer.engine.row_values import RowValues
+from vllm_steer.schedule import factors
 
 
 class SteeringBank:
@@ -20,7 +25,15 @@ class SteeringBank:
         layers: Hooked layers, ascending.
         index: Layer to its index in ``vectors``.
         vectors: ``[len(layers), num_rows, hidden_size]``, model dtype.
+        left: ``[len(layers), num_rows, rank, hidden_size]``, model dtype.
+        readers: ``[len(layers), num_rows, 2 * rank, hidden_size]``, model dtype.
+        numbers: ``[len(layers), num_rows, 3, rank]``, float32.
+        restore: ``[len(layers), num_rows]``, float32.
         rows: ``[max_num_tokens]`` int32, the row of each token of the step.
+        factors: ``[max_num_tokens]`` float32, the factor of each token's change; read by the affine
+            form alone.
+        rank: Components of the affine form.
+        hidden_size: Width of the residual stream.
     """
 
     def __init__(
@@ -31,13 +44,35 @@ class SteeringBank:
         max_num_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
+        rank: int = 0,
     ) -> None:
+        """Allocates the bank.
+
+        Args:
+            layers: Hooked layers.
+            num_rows: Rows, the zero row among them.
+            hidden_size: Width of the residual stream.
+            max_num_tokens: Most tokens that a step can hold.
+            dtype: Model dtype.
+            device: Device of the model.
+            rank: Components of the affine form; 0 where rows are only added.
+        """
         self.layers = tuple(layers)
         self.index = {layer: position for position, layer in enumerate(self.layers)}
-        self.vectors = torch.zeros(
-            len(self.layers), num_rows, hidden_size, dtype=dtype, device=device
-        )
+
+        def make(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.zeros(len(self.layers), num_rows, *shape, dtype=dtype, device=device)
+
+        self.rank, self.hidden_size = rank, hidden_size
+        self.vectors = make(hidden_size)
+        self.left = make(rank, hidden_size)
+        self.readers = make(2 * rank, hidden_size)
+        self.numbers = make(3, rank, dtype=torch.float32)
+        self.restore = make(dtype=torch.float32) if rank else make(0)
         self.rows = torch.zeros(max_num_tokens, dtype=torch.int32, device=device)
+        self.factors = torch.ones(max_num_tokens, dtype=torch.float32, device=device)
+        # Tokens from here on have factor 1.
+        self._scaled = 0
         # Tokens from here on have row 0.
         self._written = 0
         # What the first of them have, where the host knows it.
@@ -46,20 +81,49 @@ class SteeringBank:
     @property
     def num_bytes(self) -> int:
         """Bytes of device memory held."""
-        return self.vectors.nbytes + self.rows.nbytes
+        return self.rows.nbytes + sum(tensor.nbytes for tensor in self._tensors.values())
 
-    def write_row(self, row: int, values: np.ndarray) -> None:
-        """Replaces the vectors of a row at every layer, without waiting for the device.
+    @property
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """By the names that ``RowValues`` has for them."""
+        names = [field.name for field in fields(RowValues)]
+        return {name: tensor for name in names if (tensor := getattr(self, name)).numel()}
+
+    def write_row(self, row: int, values: RowValues) -> None:
+        """Replaces the values of a row at every layer, without waiting for the device.
 
         Args:
             row: Row to write, at least 1.
-            values: Float32 ``[len(layers), hidden_size]``.
+            values: Its values, of the bank's rank.
         """
         if not 0 < row < self.vectors.shape[1]:
             raise IndexError(f"row {row} is not one of 1 to {self.vectors.shape[1] - 1}")
-        self.vectors[:, row].copy_(self._upload(torch.from_numpy(values).to(self.vectors.dtype)))
+        for name, tensor in self._tensors.items():
+            value = torch.from_numpy(getattr(values, name)).to(tensor.dtype)
+            tensor[:, row].copy_(self._upload(value))
 
-    def assign_rows(self, owners: np.ndarray, ranges: np.ndarray, positions: torch.Tensor) -> None:
+    def apply(self, step: StepPlan, positions: torch.Tensor) -> None:
+        """Gives each token of a step its row and factor; rows that are new must be written before.
+
+        Args:
+            step: The step's plan.
+            positions: Absolute position of each token on the device; may be longer than the step.
+        """
+        if step.rows is not None:
+            self.set_rows(step.rows, step.factors)
+        elif step.owners is not None and step.ranges is not None:
+            here = positions[: len(step.owners)]
+            self.assign_rows(step.owners, step.ranges, step.schedules, here)
+        else:
+            self.clear_rows()
+
+    def assign_rows(
+        self,
+        owners: np.ndarray,
+        ranges: np.ndarray,
+        schedules: np.ndarray | None,
+        positions: torch.Tensor,
+    ) -> None:
         """Gives each token of the step the row of the range that its position lies in.
 
         The positions are read on the device: under speculative decoding the host does not know
@@ -69,6 +133,7 @@ class SteeringBank:
             owners: int32 ``[num_tokens]``, index of each token's request.
             ranges: int32 ``[3, most ranges of a request, num_requests]``: first positions,
                 positions after the last, rows; disjoint for one request.
+            schedules: float32 ``[SCHEDULE_FIELDS, most ranges, num_requests]``; None for factor 1.
             positions: ``[num_tokens]``, absolute position of each token, on the device.
         """
         owner = self._upload(torch.from_numpy(owners))
@@ -76,15 +141,22 @@ class SteeringBank:
         inside = (start <= positions) & (positions < end)
         self._set((row * inside).sum(0, dtype=torch.int32))
         self._known = None
+        if schedules is None:
+            self._set_factors(None)
+        else:
+            table = self._upload(torch.from_numpy(schedules))[:, :, owner]
+            self._set_factors((factors(positions, table) * inside).sum(0))
 
-    def set_rows(self, rows: np.ndarray) -> None:
+    def set_rows(self, rows: np.ndarray, factors: np.ndarray | None = None) -> None:
         """Sets the row of each token of the step; all other tokens, padding too, get row 0.
 
-        Nothing is sent to the device when the rows are those of the step before.
+        No rows are sent to the device when they are those of the step before.
 
         Args:
             rows: int32 ``[num_tokens]``.
+            factors: float32 ``[num_tokens]``; None is 1 everywhere.
         """
+        self._set_factors(None if factors is None else self._upload(torch.from_numpy(factors)))
         if self._known is not None and np.array_equal(rows, self._known):
             return
         self._set(self._upload(torch.from_numpy(rows)))
@@ -92,10 +164,19 @@ class SteeringBank:
 
     def clear_rows(self) -> None:
         """Makes every token read the zero row; free when they already do."""
+        self._set_factors(None)
         if self._written:
             self.rows[: self._written].zero_()
             self._written = 0
             self._known = None
+
+    def _set_factors(self, values: torch.Tensor | None) -> None:
+        count = 0 if values is None else len(values)
+        if values is not None:
+            self.factors[:count].copy_(values)
+        if count < self._scaled:
+            self.factors[count : self._scaled].fill_(1.0)
+        self._scaled = count
 
     def _set(self, rows: torch.Tensor) -> None:
         count = len(rows)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vllm_steer.engine import affine
 from vllm_steer.engine.bank import SteeringBank
 from vllm_steer.errors import CompatibilityError
 
@@ -73,7 +74,9 @@ def hook_blocks(blocks: Iterable[tuple[int, nn.Module]], bank: SteeringBank) -> 
     for layer, block in blocks:
         block.register_buffer(ROWS_BUFFER, bank.rows, persistent=False)
         block.register_buffer(VECTORS_BUFFER, bank.vectors[bank.index[layer]], persistent=False)
-        block.register_forward_hook(_add_steering)
+        if bank.rank:
+            affine.register(block, bank, layer)
+        block.register_forward_hook(_steer_affinely if bank.rank else _add_steering)
 
 
 def _add_steering(block: nn.Module, args: Any, output: Any) -> Any:
@@ -85,15 +88,36 @@ def _add_steering(block: nn.Module, args: Any, output: Any) -> Any:
     has to store the vectors of all tokens.
     """
     vectors = getattr(block, VECTORS_BUFFER)
-    hidden = output[0] if isinstance(output, tuple) and len(output) <= 2 else output
-    if not _is_one_stream(hidden, vectors.shape[-1]):
-        raise CompatibilityError(
-            f"{type(block).__name__} does not return one vector of width {vectors.shape[-1]} for each token, alone "
-            f"or with a residual beside it; this model cannot be steered"
-        )
+    hidden = _hidden(block, output, vectors.shape[-1])
     rows = getattr(block, ROWS_BUFFER)[: hidden.shape[-2]]
     steered = (hidden.float() + vectors[rows].float()).to(hidden.dtype)
     return (steered, *output[1:]) if isinstance(output, tuple) else steered
+
+
+def _steer_affinely(block: nn.Module, args: Any, output: Any) -> Any:
+    """Applies the affine form of each token's row to the residual stream; hidden takes the change."""
+    vectors = getattr(block, VECTORS_BUFFER)
+    hidden = _hidden(block, output, vectors.shape[-1])
+    rows = getattr(block, ROWS_BUFFER)[: hidden.shape[-2]]
+    residual = affine.residual_of(block, output)
+    stream = hidden.float() if residual is None else hidden.float() + residual.float()
+    change = vectors[rows].float() + affine.affine_change(block, stream, rows)
+    change = change * affine.factors_of(block, hidden).unsqueeze(-1)
+    change = affine.restored(block, stream, change, rows)
+    steered = (hidden.float() + change).to(hidden.dtype)
+    return (steered, *output[1:]) if isinstance(output, tuple) else steered
+
+
+def _hidden(block: nn.Module, output: Any, width: int) -> torch.Tensor:
+    """The hidden states that a block returns, ``[num_tokens, width]``, perhaps with a batch of one."""
+    hidden = output[0] if isinstance(output, tuple) and len(output) <= 2 else output
+    if not _is_one_stream(hidden, width):
+        raise CompatibilityError(
+            f"{type(block).__name__} does not return one vector of width {width} for each token, alone "
+            f"or with a residual beside it; this model cannot be steered"
+        )
+    found: torch.Tensor = hidden
+    return found
 
 
 def _is_one_stream(hidden: Any, width: int) -> bool:

@@ -11,8 +11,9 @@ from typing import Any
 
 from vllm_steer.config import ResolvedConfig, resolved_config
 from vllm_steer.errors import RequestError
+from vllm_steer.limits import check_limits
 from vllm_steer.request import PLAN_KEY
-from vllm_steer.resolve import SteeringPlan, check_sums
+from vllm_steer.steering_plan import SteeringPlan
 from vllm_steer.store import PackStore, configured_store
 
 _CONFIG = "_vllm_steer_config"
@@ -56,7 +57,7 @@ def check_plan(payload: Any, config: ResolvedConfig, store: PackStore) -> None:
     try:
         plan = SteeringPlan.from_payload(payload)
         keys = [segment.key for segment in plan.segments]
-        stated = [key for _, _, key, _ in payload]
+        stated = [key for _, _, key, *_ in payload]
     except (TypeError, ValueError, AttributeError) as error:
         raise RequestError(f"the steering plan is malformed: {error}") from error
     if keys != stated:
@@ -70,9 +71,10 @@ def check_plan(payload: Any, config: ResolvedConfig, store: PackStore) -> None:
             raise RequestError("a range of the steering plan is empty")
         position = segment.end or position
         for term in segment.terms:
-            known = store.by_digest(term.digest).record.layers
-            if not set(term.layers) <= set(known):
-                raise RequestError(
-                    f"the steering plan names layers {term.layers}; the direction has {known}"
-                )
-    check_sums(plan, config.sums_per_request)
+            for digest in term.digests:
+                known = store.by_digest(digest).record.layers
+                if not set(term.layers) <= set(known):
+                    raise RequestError(
+                        f"the steering plan names layers {term.layers}; the direction has {known}"
+                    )
+    check_limits(plan, config)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_steer.engine.rows import RowAllocator
-from vllm_steer.resolve import Segment, SteeringPlan
+from vllm_steer.schedule import CONSTANT, factors
+from vllm_steer.steering_plan import Segment, SteeringPlan
 
 NO_END = np.iinfo(np.int32).max
 # The slot of every unsteered request: its ranges are empty.
@@ -35,12 +36,18 @@ class StepPlan:
         ranges: int32 ``[3, most ranges of a request, num_requests]``: first positions, positions
             after the last, rows. The ranges of a request are disjoint; absent ones are empty.
             None where ``owners`` is.
+        factors: float32 ``[num_tokens]``, the factor of each token's change; None is 1 everywhere,
+            or, where ``owners`` is given, what ``schedules`` says.
+        schedules: float32 ``[SCHEDULE_FIELDS, ranges, num_requests]``, the schedule of each range;
+            None where every factor is 1 or the host knows it.
     """
 
     new: tuple[tuple[int, Segment], ...] = ()
     rows: np.ndarray | None = None
     owners: np.ndarray | None = None
     ranges: np.ndarray | None = None
+    factors: np.ndarray | None = None
+    schedules: np.ndarray | None = None
 
 
 _UNSTEERED = StepPlan()
@@ -65,11 +72,16 @@ class StepPlanner:
         self._free_slots: list[int] = []
         # [start | end | row, range, slot]
         self._table = np.zeros((3, 1, 1), dtype=np.int32)
+        # [field of the schedule, range, slot]
+        self._schedules = _constant(1, 1)
+        # Slots of requests with a schedule.
+        self._scheduled: set[int] = set()
         # Steered requests that have no rows yet, or lost one.
         self._rowless: set[str] = set()
         # The batch of the last step and its columns of the table, until a request comes or goes.
         self._batch: list[str] = []
         self._columns: np.ndarray | None = None
+        self._schedule_columns: np.ndarray | None = None
 
     def add(self, request_id: str, plan: SteeringPlan) -> None:
         """Takes a request in; one that is known already gets the new plan."""
@@ -84,9 +96,12 @@ class StepPlanner:
         for number, segment in enumerate(plan.segments):
             end = NO_END if segment.end is None else segment.end
             self._table[:, number, slot] = segment.start, end, 0
+            if segment.schedule is not None:
+                self._schedules[:, number, slot] = segment.schedule.to_list()
+                self._scheduled.add(slot)
         self._slots[request_id] = slot
         self._plans[request_id] = plan
-        self._segments[request_id] = {segment.key: segment for segment in plan.segments}
+        self._segments[request_id] = {segment.row_key: segment for segment in plan.segments}
         self._allocator.hold(self._segments[request_id])
         self._rowless.add(request_id)
         self._batch = []
@@ -100,6 +115,9 @@ class StepPlanner:
         self._allocator.release(self._segments.pop(request_id))
         self._rowless.discard(request_id)
         self._table[:, :, slot] = 0
+        if slot in self._scheduled:
+            self._schedules[:, :, [slot]] = _constant(self._schedules.shape[1], 1)
+            self._scheduled.remove(slot)
         self._free_slots.append(slot)
         self._batch = []
 
@@ -130,14 +148,22 @@ class StepPlanner:
         owners = np.repeat(np.arange(count, dtype=np.int32), lengths) if total != count else None
         if not self._starts_are_exact:
             owners = np.arange(count, dtype=np.int32) if owners is None else owners
-            return StepPlan(new, owners=owners, ranges=self._columns)
+            schedules = self._schedule_columns
+            return StepPlan(new, owners=owners, ranges=self._columns, schedules=schedules)
         positions, columns = starts[:count], self._columns
+        schedules = self._schedule_columns
         if owners is not None:
             before = np.cumsum(lengths) - lengths
             positions = (positions - before)[owners] + np.arange(total)
             columns = columns[:, :, owners]
+            schedules = None if schedules is None else schedules[:, :, owners]
         inside = (columns[_START] <= positions) & (positions < columns[_END])
-        return StepPlan(new, rows=(columns[_ROW] * inside).sum(0, dtype=np.int32))
+        rows = (columns[_ROW] * inside).sum(0, dtype=np.int32)
+        if schedules is None:
+            return StepPlan(new, rows=rows)
+        # Ranges are disjoint, so the sum has one summand; tokens outside have the zero row.
+        scale = (factors(positions, schedules) * inside).sum(0, dtype=np.float32)
+        return StepPlan(new, rows=rows, factors=scale)
 
     def _gather(self) -> np.ndarray:
         """Columns of the batch's requests, ``[3, ranges, num_requests]``; empty when none is steered."""
@@ -148,6 +174,8 @@ class StepPlanner:
         columns: np.ndarray = self._table[:, :, slots]
         # Ranges that no request of the batch has.
         used = columns[_END].any(axis=1)
+        scheduled = self._scheduled and not self._scheduled.isdisjoint(slots.tolist())
+        self._schedule_columns = self._schedules[:, :, slots][:, used] if scheduled else None
         return np.ascontiguousarray(columns[:, used])
 
     def _assign_rows(self) -> tuple[tuple[int, Segment], ...]:
@@ -163,7 +191,7 @@ class StepPlanner:
         for request_id in waiting:
             slot = self._slots[request_id]
             for number, segment in enumerate(self._plans[request_id].segments):
-                self._table[_ROW, number, slot] = self._allocator.row(segment.key)
+                self._table[_ROW, number, slot] = self._allocator.row(segment.row_key)
         self._columns = None
         return tuple((row, wanted[key]) for row, key in new)
 
@@ -174,4 +202,13 @@ class StepPlanner:
     def _grow(self, ranges: int = 0, slots: int = 0) -> None:
         width = self._table.shape[2]
         self._table = np.pad(self._table, ((0, 0), (0, ranges), (0, slots)))
+        more = _constant(*self._table.shape[1:])
+        more[:, : self._schedules.shape[1], : self._schedules.shape[2]] = self._schedules
+        self._schedules = more
         self._free_slots += range(width, width + slots)
+
+
+def _constant(ranges: int, slots: int) -> np.ndarray:
+    """Schedules whose factor is 1, ``[SCHEDULE_FIELDS, ranges, slots]``."""
+    fields = np.array(CONSTANT, dtype=np.float32)
+    return np.tile(fields[:, None, None], (1, ranges, slots))

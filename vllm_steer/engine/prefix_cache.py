@@ -30,7 +30,7 @@ def steered_extra_keys(original: ExtraKeys) -> ExtraKeys:
         keys = original(request, start, end)
         params = request.sampling_params
         payload = (params.extra_args or {}).get(PLAN_KEY) if params is not None else None
-        for low, high, key, _ in payload or ():
+        for low, high, key, *_ in payload or ():
             first, last = max(low, start), end if high is None else min(high, end)
             if first < last:
                 # vLLM publishes key[1] of each tuple in its cache events, so it stays a string.

@@ -32,7 +32,7 @@ def run_self_test(steering: WorkerSteering, forward: Callable[[int], torch.Tenso
     """
     num_tokens = min(NUM_TOKENS, steering.bank.rows.shape[0])
     generator = np.random.default_rng(0)
-    hidden_size = steering.bank.vectors.shape[2]
+    hidden_size = steering.bank.hidden_size
     plain = _hidden(forward, num_tokens)
     if not torch.equal(plain, _hidden(forward, num_tokens)):
         raise CompatibilityError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ from vllm_steer.config import ResolvedConfig
 from vllm_steer.engine.bank import SteeringBank
 from vllm_steer.engine.blocks import find_blocks, hook_blocks
 from vllm_steer.engine.plan import StepPlanner
+from vllm_steer.engine.row_values import RowValues, row_values
 from vllm_steer.request import PLAN_KEY
-from vllm_steer.resolve import Segment, SteeringPlan
+from vllm_steer.steering_plan import Segment, SteeringPlan
 from vllm_steer.store import configured_store
 
 # Used before the first request only, while no row is given away.
@@ -33,6 +35,7 @@ class WorkerSteering:
     Attributes:
         bank: The device tensors.
         layers: Layers hooked in this worker.
+        blocks: Each of them with its block.
     """
 
     def __init__(
@@ -66,16 +69,26 @@ class WorkerSteering:
         self._store = configured_store(config)
         blocks = find_blocks(model, num_layers)
         present = [(layer, blocks[layer]) for layer in config.layers if _is_present(blocks[layer])]
+        self.blocks = tuple(present)
         self.layers = tuple(layer for layer, _ in present)
         self.bank = SteeringBank(
-            self.layers, config.rows, hidden_size, max_num_tokens, dtype, device
+            self.layers,
+            config.rows,
+            hidden_size,
+            max_num_tokens,
+            dtype,
+            device,
+            rank=config.rank if config.ops == "affine" else 0,
         )
         self._planner = StepPlanner(config.rows, starts_are_exact=not speculative)
         self._probing = False
         self._steps, self._seconds = 0, 0.0
         hook_blocks(present, self.bank)
         log.WORKER_READY.write(
-            layers=list(self.layers), rows=config.rows, bank_bytes=self.bank.num_bytes
+            layers=list(self.layers),
+            ops=config.ops,
+            rows=config.rows,
+            bank_bytes=self.bank.num_bytes,
         )
 
     def add_request(self, request_id: str, sampling_params: Any) -> None:
@@ -117,13 +130,8 @@ class WorkerSteering:
         started = time.perf_counter()
         step = self._planner.plan(request_ids, starts, lengths)
         for row, segment in step.new:
-            self.bank.write_row(row, self._sum(segment))
-        if step.rows is not None:
-            self.bank.set_rows(step.rows)
-        elif step.owners is not None and step.ranges is not None:
-            self.bank.assign_rows(step.owners, step.ranges, positions[: len(step.owners)])
-        else:
-            self.bank.clear_rows()
+            self.bank.write_row(row, self._values(segment))
+        self.bank.apply(step, positions)
         self._steps += 1
         self._seconds += time.perf_counter() - started
 
@@ -148,12 +156,13 @@ class WorkerSteering:
             values: Float32 ``[len(layers), hidden_size]``.
         """
         self._probing = True
-        self.bank.write_row(PROBE_ROW, values)
+        nothing = RowValues.zeros(len(self.layers), self.bank.rank, self.bank.hidden_size)
+        self.bank.write_row(PROBE_ROW, replace(nothing, vectors=values))
         try:
             yield
         finally:
             self._probing = False
-            self.bank.write_row(PROBE_ROW, np.zeros_like(values))
+            self.bank.write_row(PROBE_ROW, nothing)
             self.bank.clear_rows()
 
     def residual_norm(self, layer: int) -> float:
@@ -164,15 +173,10 @@ class WorkerSteering:
         )
         return max(norms)
 
-    def _sum(self, segment: Segment) -> np.ndarray:
-        """Float32 ``[len(layers), hidden_size]``: sum of scale x vector over the segment's terms."""
-        total = np.zeros((len(self.layers), self.bank.vectors.shape[2]), dtype=np.float32)
-        for term in segment.terms:
-            direction = self._store.by_digest(term.digest)
-            here = [layer for layer in term.layers if layer in self.bank.index]
-            vectors = direction.vector[[direction.record.layers.index(layer) for layer in here]]
-            total[[self.bank.index[layer] for layer in here]] += np.float32(term.scale) * vectors
-        return total
+    def _values(self, segment: Segment) -> RowValues:
+        return row_values(
+            segment, self.bank.index, self.bank.rank, self.bank.hidden_size, self._store.by_digest
+        )
 
 
 def _is_present(block: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm_steer import log
 from vllm_steer.config import ResolvedConfig, resolved_config
+from vllm_steer.dose import relative_dose, scaled
 from vllm_steer.errors import (
     DoseError,
     NotAllowedError,
@@ -15,6 +16,7 @@ from vllm_steer.errors import (
     RequestError,
     UnknownDirectionError,
 )
+from vllm_steer.limits import check_limits
 from vllm_steer.model import model_shape
 from vllm_steer.pack import SteeringPack
 from vllm_steer.policy import Policy, load_policy
@@ -26,9 +28,10 @@ from vllm_steer.request import (
     SteeringRequest,
     parse,
 )
-from vllm_steer.resolve import SteeringPlan, check_sums, relative_dose, resolve, scaled
+from vllm_steer.resolve import resolve
 from vllm_steer.serving import metrics
 from vllm_steer.serving.refusals import as_http_400
+from vllm_steer.steering_plan import SteeringPlan
 from vllm_steer.store import configured_store
 
 
@@ -143,7 +146,7 @@ class Admission:
             registry = self.store.registry
             self._check_allowed(request, registry, key_digest)
             plan = resolve(request, registry, prompt_len, self._max_len)
-            check_sums(plan, self.config.sums_per_request)
+            check_limits(plan, self.config)
             plan, dose, factor = self._limit_dose(plan, registry)
         receipt = Receipt.of(plan, registry, prompt_len, num_choices, dose, factor)
         return AdmittedPlan(plan, request, receipt)
@@ -158,6 +161,7 @@ class Admission:
             packs={name: pack.manifest.tensors.sha256 for name, pack in packs.items()},
             directions=sum(len(pack.directions) for pack in packs.values()),
             layers=config.layers,
+            ops=config.ops,
             rows=config.rows,
             policy={
                 "aliases": sorted(policy.aliases),
@@ -172,18 +176,20 @@ class Admission:
         self, request: SteeringRequest, registry: PackRegistry, key_digest: str | None
     ) -> None:
         for index, choice in enumerate(request.directions):
-            try:
-                name = registry.find(choice.name).full_name
-            except UnknownDirectionError:
-                # A stranger learns no more than that he may not; :func:`resolve` tells the others.
-                name = choice.name
-                if self.policy.allows(key_digest, name):
-                    continue
-            if not self.policy.allows(key_digest, name):
-                raise NotAllowedError(
-                    f"{REQUEST_KEY}.directions.{index}.name: this API key may not use {choice.name!r}; ask the "
-                    f"server's operator for it"
-                )
+            for field, name in {"name": choice.name, **choice.partners()}.items():
+                try:
+                    # A partner without a pack may be in the direction's own.
+                    own = registry.find(choice.name)
+                    found = own if field == "name" else registry.find_beside(own, name)
+                    full_name = found.full_name
+                except UnknownDirectionError:
+                    # A stranger learns no more than that he may not; :func:`resolve` tells the others.
+                    full_name = name
+                if not self.policy.allows(key_digest, full_name):
+                    raise NotAllowedError(
+                        f"{REQUEST_KEY}.directions.{index}.{field}: this API key may not use {name!r}; ask the "
+                        f"server's operator for it"
+                    )
 
     def _limit_dose(
         self, plan: SteeringPlan, registry: PackRegistry
@@ -196,7 +202,14 @@ class Admission:
                 f"{REQUEST_KEY}.directions: together they add up to {dose:.4g} times the length of the residual "
                 f"stream, this server allows {limit:g}; lower the scales by a factor of {limit / dose:.3g}"
             )
-        return scaled(plan, limit / dose), limit, limit / dose
+        weaker = scaled(plan, limit / dose)
+        if weaker is None:
+            raise DoseError(
+                f"{REQUEST_KEY}.directions: together they change the residual stream by up to {dose:.4g} times its "
+                f"length, this server allows {limit:g}; a lower scale does not weaken op clamp, rotate or angle, so "
+                f"nothing was lowered"
+            )
+        return weaker, limit, limit / dose
 
 
 _current: Admission | None = None

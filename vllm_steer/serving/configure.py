@@ -22,6 +22,7 @@ from vllm_steer.hub import hub_snapshot, resolve_pack
 from vllm_steer.model import model_shape
 from vllm_steer.policy import load_policy
 from vllm_steer.registry import PackRegistry
+from vllm_steer.resolve import find_all
 from vllm_steer.serving.compatibility import refuse_unsupported
 from vllm_steer.store import keep_store
 
@@ -94,6 +95,8 @@ def _resolve(config: SteeringConfig, vllm_config: Any, gated: bool) -> ResolvedC
         sums_per_request=sums,
         gated=gated,
         layers=_layers(config, registry, shape["num_layers"]),
+        ops=config.ops,
+        rank=config.rank,
         digests=[pack.manifest.tensors.sha256 for pack in registry.packs.values()],
         version=plugin_version(),
         graph_revision=GRAPH_REVISION,
@@ -112,10 +115,10 @@ def _policy_path(config: SteeringConfig, registry: PackRegistry) -> str | None:
     for where, request in load_policy(path).steerings().items():
         for index, choice in enumerate(request.directions):
             try:
-                registry.find(choice.name)
+                find_all(choice, registry)
             except UnknownDirectionError as error:
                 raise ConfigError(
-                    f"--steering-policy: {path}: {where}.directions.{index}.name: {error}"
+                    f"--steering-policy: {path}: {where}.directions.{index}: {error}"
                 ) from None
     return path
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from vllm_steer.config import CONFIG_KEY, SteeringConfig, parse_config
 from vllm_steer.errors import ConfigError
@@ -21,7 +21,7 @@ def add_flags(original: Callable[..., Any]) -> Callable[..., Any]:
             # vLLM's short help shows a group's description alone, so the flags stand in it.
             description="Per-request steering of the residual stream (vllm-steer): "
             "--enable-steering, --steering-packs PACK ..., --steering-rows N, --steering-layers N ..., "
-            "--steering-policy FILE, --steering-pack-roots DIR ....",
+            "--steering-policy FILE, --steering-pack-roots DIR ..., --steering-ops {additive,affine}, --steering-rank N.",
         )
         group.add_argument(
             "--enable-steering",
@@ -61,6 +61,20 @@ def add_flags(original: Callable[..., Any]) -> Callable[..., Any]:
             default=None,
             help="Directories that packs may be loaded from, by name, while the server runs: POST /v1/steering/packs. "
             "Off by default.",
+        )
+        group.add_argument(
+            "--steering-ops",
+            choices=get_args(SteeringConfig.model_fields["ops"].annotation),
+            default=None,
+            help="What directions may do: additive adds them; affine also removes, sets and rotates components, and acts "
+            "where a probe fires, which costs memory and some speed for every request. Default: additive.",
+        )
+        group.add_argument(
+            "--steering-rank",
+            type=int,
+            default=None,
+            help="With --steering-ops affine: components that a request may use at one layer and position; even. "
+            "Default: 2.",
         )
         group.add_argument(
             "--steering-policy",

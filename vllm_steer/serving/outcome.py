@@ -116,7 +116,7 @@ def _entry(plan: AdmittedPlan, request_id: str) -> dict[str, Any]:
     """What the log says of a request, known before it runs."""
     exchange = current_exchange.get()
     shown = plan.receipt.to_json()
-    directions = [{k: d[k] for k in ("name", "scale", "digest")} for d in shown["directions"]]
+    directions = [{k: v for k, v in d.items() if k != "layers"} for d in shown["directions"]]
     return {
         "request_id": request_id,
         "directions": directions,
@@ -155,7 +155,8 @@ async def _followed(
         adds_up: Whether each output holds the tokens since the one before, or all of them.
         entry: Fields of the request's line in the log, None where vLLM logs no requests.
     """
-    receipt, keys = plan.receipt, {key for _, _, key, _ in plan}
+    receipt = plan.receipt
+    keys = {segment.row_key for segment in receipt.plan.segments}
     answered = receipt.answered
     outcome, reason = "error", None
     metrics.ACTIVE.inc()

@@ -17,13 +17,16 @@ from vllm.exceptions import VLLMValidationError
 
 from vllm_steer import log
 from vllm_steer.errors import RequestError
+from vllm_steer.forms import Gate
 from vllm_steer.request import FLAT_KEYS, REQUEST_KEY, DirectionChoice, SteeringRequest
+from vllm_steer.schedule import ScheduleChoice
 from vllm_steer.serving import metrics
 from vllm_steer.serving.exchange import current_exchange
 
 LINES = 5
 SECONDS = 60.0
-_PARTS = "|".join({**SteeringRequest.model_fields, **DirectionChoice.model_fields})
+_MODELS = (SteeringRequest, DirectionChoice, Gate, ScheduleChoice)
+_PARTS = "|".join(sorted({name for model in _MODELS for name in model.model_fields}))
 # Messages begin with their field. Of what a client sent, which may be private, only names that
 # steering has go into the log.
 _FIELD = re.compile(rf"(?:{REQUEST_KEY}(?:\.(?:\d+|{_PARTS})\b)*|(?:{'|'.join(FLAT_KEYS)})\b)")

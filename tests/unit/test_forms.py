@@ -1,0 +1,258 @@
+"""Forms: what requests and packs may say, what an engine has room for, and the values of a row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.unit.conftest import HIDDEN, resolved
+from vllm_steer.dose import relative_dose, scaled
+from vllm_steer.engine.row_values import BIAS, THRESHOLD, TURN, RowValues, row_values
+from vllm_steer.errors import PackError, RequestError
+from vllm_steer.forms import FormChoice, Gate
+from vllm_steer.limits import check_limits
+from vllm_steer.pack import DirectionRecord, SteeringPack, load_pack, write_pack
+from vllm_steer.registry import PackRegistry
+from vllm_steer.request import parse
+from vllm_steer.resolve import resolve
+from vllm_steer.steering_plan import SteeringPlan
+
+AFFINE: dict[str, Any] = {"ops": "affine", "rank": 4}
+PROMPT = 10
+
+
+@pytest.fixture
+def registry(pack_at: Callable[..., SteeringPack]) -> PackRegistry:
+    return PackRegistry(
+        [pack_at("p", {"a": [0, 1], "b": [0, 1], "c": [1]}), pack_at("q", {"b": [0, 1]}, seed=1)]
+    )
+
+
+def plan(registry: PackRegistry, *directions: dict[str, Any]) -> SteeringPlan:
+    request = parse({"steering": {"directions": list(directions)}})
+    assert request is not None
+    return resolve(request, registry, PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("direction", "message"),
+    [
+        ({"op": "erase"}, "directions.0.op: Input should be 'add', 'ablate'"),
+        (
+            {"op": "ablate", "plane": "b"},
+            "plane belongs to op 'rotate' and 'angle'; op is 'ablate'",
+        ),
+        ({"read": "b"}, "read belongs to op 'affine'; op is None"),
+        ({"op": "rotate", "scale": 10.0}, "directions.0.plane: op 'rotate' needs the name"),
+        ({"op": "affine", "scale": 1.0}, "directions.0.read: op 'affine' needs the name"),
+        ({"op": "clamp"}, "directions.0.scale: op 'clamp' needs a scale"),
+        ({"op": "rotate", "plane": "a", "scale": 1.0}, "are parallel at layer 0"),
+        ({"op": "rotate", "plane": "c", "scale": 1.0}, r"plane: .*no vector for layers \[0\]"),
+        ({"op": "rotate", "plane": "z", "scale": 1.0}, "directions.0.plane: no loaded"),
+        ({"op": "rotate", "plane": "p/b", "scale": 361.0}, "angle in degrees"),
+        ({"op": "clamp", "scale": 1e5}, r"\|scale\| must be at most 10000"),
+        ({"op": "ablate", "scale": 1001.0}, r"\|scale\| must be at most 1000$"),
+        ({"gate": {"direction": "b"}}, "directions.0.gate.above: Field required"),
+        ({"gate": {"direction": "b", "over": 1.0}}, "gate.over: unknown key; .*above"),
+        ({"gate": {"direction": "nobody", "above": 1.0}}, "directions.0.gate.direction: no loaded"),
+    ],
+)
+def test_malformed_forms(direction: dict[str, Any], message: str, registry: PackRegistry) -> None:
+    with pytest.raises(RequestError, match=message):
+        plan(registry, {"name": "a"} | direction)
+
+
+def test_a_partner_is_looked_for_in_the_direction_s_own_pack(registry: PackRegistry) -> None:
+    """Alone, ``b`` would be ambiguous."""
+    (segment,) = plan(
+        registry, {"name": "p/a", "op": "rotate", "plane": "b", "scale": 9.0}
+    ).segments
+    own = registry.find("p/b").digest
+    assert segment.terms[0].form.partner == own
+    (segment,) = plan(
+        registry, {"name": "p/a", "op": "rotate", "plane": "q/b", "scale": 9.0}
+    ).segments
+    assert segment.terms[0].form.partner == registry.find("q/b").digest != own
+
+
+def test_plans_travel_unchanged_and_forms_have_identities_of_their_own(
+    registry: PackRegistry,
+) -> None:
+    forms: list[dict[str, Any]] = [
+        {},
+        {"op": "ablate"},
+        {"op": "clamp"},
+        {"op": "rotate", "plane": "b"},
+        {"op": "rotate", "plane": "q/b"},
+        {"op": "angle", "plane": "b"},
+        {"op": "affine", "read": "b"},
+        {"op": "affine", "read": "b", "bias": 1.0},
+        {"gate": {"direction": "b", "above": 1.0}},
+        {"gate": {"direction": "b", "above": 2.0}},
+        {"restore_norm": True},
+    ]
+    plans = [plan(registry, {"name": "p/a", "scale": 2.0} | form) for form in forms]
+    assert [SteeringPlan.from_payload(p.to_payload()) for p in plans] == plans
+    assert len({p.segments[0].key for p in plans}) == len(forms)
+
+
+def test_what_changes_nothing_is_left_out(registry: PackRegistry) -> None:
+    idle: list[dict[str, Any]] = [{"op": "ablate"}, {"op": "rotate", "plane": "b"}, {}]
+    for form in idle:
+        assert not plan(registry, {"name": "p/a", "scale": 0.0} | form).segments
+    assert plan(registry, {"name": "p/a", "scale": 0.0, "op": "clamp"}).segments
+
+
+@pytest.mark.parametrize(
+    ("directions", "config", "message"),
+    [
+        ([{"op": "ablate"}], {}, "start it with --steering-ops affine"),
+        ([{"gate": {"direction": "q/b", "above": 0.0}}], {}, "--steering-ops affine"),
+        ([{"restore_norm": True}], {}, "--steering-ops affine"),
+        ([{"op": "ablate"}] * 5, AFFINE, "meet at layer 0 have rank 5 .*room for 4"),
+        ([{"restore_norm": True}, {}], AFFINE, "restore_norm holds for all"),
+        ([{"op": "rotate", "plane": "b", "scale": 9.0}] * 2, AFFINE, None),
+        ([{"op": "ablate"}, {}], AFFINE, None),
+    ],
+)
+def test_limits(
+    directions: list[dict[str, Any]],
+    config: dict[str, Any],
+    message: str | None,
+    registry: PackRegistry,
+) -> None:
+    given = [{"name": "p/a", "scale": 1.0 + i} | d for i, d in enumerate(directions)]
+    found = plan(registry, *given)
+    if message is None:
+        check_limits(found, resolved(**config))
+        return
+    with pytest.raises(RequestError, match=message):
+        check_limits(found, resolved(**config))
+
+
+def test_positions_keep_forms_apart(registry: PackRegistry) -> None:
+    """Rank counts where directions meet, not over a request."""
+    apart = [{"name": "p/a", "op": "ablate", "positions": [[i, i + 1]]} for i in range(3)]
+    check_limits(plan(registry, *apart), resolved(ops="affine", rank=2))
+
+
+@pytest.mark.parametrize(
+    ("direction", "dose"),
+    [
+        ({"op": "ablate"}, 1.0),
+        ({"op": "ablate", "scale": -2.0}, 2.0),
+        ({"op": "clamp", "scale": -5.0}, 1.5),
+        ({"op": "rotate", "plane": "b", "scale": 60.0}, 1.0),
+        ({"op": "angle", "plane": "b", "scale": 1.0}, 2.0),
+        ({"op": "affine", "read": "b", "bias": 5.0, "scale": 2.0}, 3.0),
+    ],
+)
+def test_dose_bounds_the_change(
+    direction: dict[str, Any], dose: float, registry: PackRegistry
+) -> None:
+    """Unit vectors beside a residual stream of norm 10; no stream of that norm is changed more."""
+    found = plan(registry, {"name": "p/a"} | direction)
+    assert relative_dose(found, registry) == pytest.approx(dose)
+    values = values_of(found, registry)
+    stream = np.random.default_rng(0).standard_normal((2000, HIDDEN))
+    stream *= 10.0 / np.linalg.norm(stream, axis=1, keepdims=True)
+    largest = np.linalg.norm(change(values, 0, stream), axis=1).max() / 10.0
+    assert 0.3 * dose < largest <= dose * (1 + 1e-6)
+
+
+def test_only_proportional_forms_are_weakened(registry: PackRegistry) -> None:
+    ablation = plan(registry, {"name": "p/a", "op": "ablate"})
+    weaker = scaled(ablation, 0.5)
+    assert weaker is not None
+    assert relative_dose(weaker, registry) == pytest.approx(0.5)
+    assert scaled(plan(registry, {"name": "p/a", "op": "clamp", "scale": 1.0}), 0.5) is None
+
+
+def values_of(found: SteeringPlan, registry: PackRegistry) -> RowValues:
+    (segment,) = found.segments
+    return row_values(segment, {0: 0, 1: 1}, AFFINE["rank"], HIDDEN, registry.by_digest)
+
+
+def change(values: RowValues, at: int, stream: np.ndarray) -> np.ndarray:
+    """The general form, component by component."""
+    rank = values.left.shape[1]
+    total = np.tile(values.vectors[at].astype(np.float64), (len(stream), 1))
+    read = stream @ values.readers[at].T.astype(np.float64)
+    for k in range(rank):
+        pair = read[:, k - k % 2 : k - k % 2 + 2]
+        numbers = values.numbers[at, :, k].astype(np.float64)
+        value = read[:, k] + numbers[BIAS] + numbers[TURN] * np.linalg.norm(pair, axis=1)
+        total += np.outer(value * (read[:, rank + k] > numbers[THRESHOLD]), values.left[at, k])
+    return total
+
+
+def test_rows_hold_planes_and_single_components_together(registry: PackRegistry) -> None:
+    """A plane finds its pair whatever stands before it; the changes of all forms add up."""
+    choices: list[dict[str, Any]] = [
+        {"name": "p/a", "op": "ablate"},
+        {"name": "q/b", "op": "angle", "plane": "p/a", "scale": 30.0},
+        {"name": "p/b", "scale": 3.0},
+        {"name": "p/b", "scale": 2.0, "gate": {"direction": "q/b", "above": 0.5}},
+    ]
+    stream = np.random.default_rng(1).standard_normal((50, HIDDEN))
+    together = change(values_of(plan(registry, *choices), registry), 1, stream)
+    apart = sum(change(values_of(plan(registry, c), registry), 1, stream) for c in choices)
+    np.testing.assert_allclose(together, apart, atol=1e-5)
+
+
+def test_rotation_turns_by_its_angle_and_keeps_the_length(registry: PackRegistry) -> None:
+    a = registry.find("p/a").at(0).astype(np.float64)
+    b = registry.find("p/b").at(0).astype(np.float64)
+    b -= (a @ b) / (a @ a) * a
+    a, b = a / np.linalg.norm(a), b / np.linalg.norm(b)
+    stream = np.random.default_rng(2).standard_normal((50, HIDDEN))
+    for op, angle in (("rotate", 40.0), ("angle", 250.0)):
+        found = plan(registry, {"name": "p/a", "op": op, "plane": "b", "scale": angle})
+        after = stream + change(values_of(found, registry), 0, stream)
+        np.testing.assert_allclose(
+            np.linalg.norm(after, axis=1), np.linalg.norm(stream, axis=1), rtol=1e-6
+        )
+        before = np.arctan2(stream @ b, stream @ a) if op == "rotate" else 0.0
+        turned = np.arctan2(after @ b, after @ a) - before - math.radians(angle)
+        np.testing.assert_allclose(np.cos(turned), 1.0, atol=1e-6)
+
+
+@pytest.fixture
+def moods(pack_at: Callable[..., SteeringPack]) -> SteeringPack:
+    return pack_at("moods", {"calm": [1, 2], "low": [0, 1, 2]})
+
+
+def pack_with(moods: SteeringPack, form: FormChoice) -> SteeringPack:
+    first, *others = moods.manifest.directions
+    records = [DirectionRecord(**(dict(first) | {"form": form})), *others]
+    return write_pack(
+        moods.path,
+        name=moods.name,
+        model=moods.manifest.model,
+        directions=records,
+        vectors=moods.vectors,
+        method=moods.manifest.method,
+        residual_norms={int(k): v for k, v in moods.manifest.residual_norms.items()},
+    )
+
+
+def test_a_pack_names_the_form_of_its_directions(moods: SteeringPack) -> None:
+    first, second = (record.name for record in moods.manifest.directions[:2])
+    form = FormChoice(op="rotate", plane=second, gate=Gate(direction=second, above=0.5))
+    registry = PackRegistry([load_pack(pack_with(moods, form).path)])
+    term = plan(registry, {"name": first}).segments[0].terms[0]
+    assert (term.form.op, term.scale) == ("rotate", moods.directions[first].default_scale)
+    assert term.form.gate == registry.find(f"moods/{second}").digest
+    other = plan(registry, {"name": first, "op": "ablate"}).segments[0].terms[0]
+    assert (other.form.op, other.scale, other.form.gate) == ("ablate", 1.0, None)
+    ungated = plan(registry, {"name": first, "op": "rotate", "scale": 5.0}).segments[0].terms[0]
+    assert ungated.form == term.form
+
+
+def test_a_pack_whose_form_names_a_stranger(moods: SteeringPack) -> None:
+    with pytest.raises(PackError, match="names 'nobody', which must be a direction of this pack"):
+        pack_with(moods, FormChoice(op="rotate", plane="nobody"))

@@ -1,0 +1,159 @@
+"""Strength over the generated tokens: the factor of every token, by its absolute position alone."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.unit.conftest import resolved
+from vllm_steer.engine.bank import SteeringBank
+from vllm_steer.engine.plan import StepPlanner
+from vllm_steer.errors import RequestError
+from vllm_steer.limits import check_limits
+from vllm_steer.pack import SteeringPack
+from vllm_steer.policy import Policy
+from vllm_steer.registry import PackRegistry
+from vllm_steer.request import SteeringRequest, parse
+from vllm_steer.resolve import resolve
+from vllm_steer.steering_plan import SteeringPlan
+
+RAMP = {"start": 0.5, "end": -1.0, "tokens": 8}
+DECAY = {"start": 2.0, "end": 0.0, "tokens": 5, "shape": "exponential"}
+
+
+@pytest.fixture
+def registry(pack_at: Callable[..., SteeringPack]) -> PackRegistry:
+    return PackRegistry([pack_at("p", {"a": [0, 1], "b": [0, 1]})])
+
+
+def plan(registry: PackRegistry, prompt_len: int, **fields: Any) -> SteeringPlan:
+    request = parse({"steering": fields})
+    assert request is not None
+    return resolve(request, registry, prompt_len)
+
+
+def expected(schedule: dict[str, Any] | None, generated: int) -> float:
+    if schedule is None:
+        return 1.0
+    passed = max(generated, 0) / schedule["tokens"]
+    if schedule.get("shape") == "exponential":
+        return schedule["end"] + (schedule["start"] - schedule["end"]) * math.exp(-passed)
+    return schedule["start"] + (schedule["end"] - schedule["start"]) * min(passed, 1.0)
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+def test_factors_do_not_depend_on_how_tokens_are_scheduled(
+    on_host: bool, registry: PackRegistry
+) -> None:
+    """Prompts in chunks, answers token by token, recomputation, and other requests beside them."""
+    rng = random.Random(0)
+    cases: dict[str, tuple[int, dict[str, Any] | None]] = {
+        "ramp": (5, RAMP),
+        "decay": (9, DECAY),
+        "constant": (3, None),
+        "unsteered": (4, None),
+    }
+    planner = StepPlanner(8, starts_are_exact=on_host)
+    bank = SteeringBank([0, 1], 8, 16, 64, torch.float32, torch.device("cpu"), rank=2)
+    for name, (prompt_len, schedule) in cases.items():
+        if name != "unsteered":
+            fields = {"schedule": schedule} if schedule else {}
+            directions = [{"name": "a", "scale": 2.0, "positions": [[1, None]]}]
+            planner.add(name, plan(registry, prompt_len, directions=directions, **fields))
+    for _ in range(200):
+        batch = rng.sample(list(cases), rng.randint(1, 4))
+        spans = [(name, rng.randint(0, 20), rng.randint(1, 9)) for name in batch]
+        positions = [p for _, start, n in spans for p in range(start, start + n)]
+        owners = [name for name, _, n in spans for _ in range(n)]
+        starts = np.array([start for _, start, _ in spans])
+        lengths = np.array([n for *_, n in spans])
+        step = planner.plan(batch, starts, lengths)
+        bank.apply(step, torch.tensor(positions))
+        for token, (name, position) in enumerate(zip(owners, positions, strict=True)):
+            prompt_len, schedule = cases[name]
+            if name == "unsteered" or position < 1:
+                assert bank.rows[token] == 0
+                continue
+            assert bank.rows[token] > 0
+            wanted = expected(schedule, position - prompt_len)
+            assert float(bank.factors[token]) == pytest.approx(wanted, abs=1e-6)
+        assert not bank.rows[len(owners) :].any()
+        assert (bank.factors[len(owners) :] == 1).all()
+
+
+def test_one_row_serves_all_schedules_and_cache_keys_tell_them_apart(
+    registry: PackRegistry,
+) -> None:
+    directions = [{"name": "a", "scale": 2.0}]
+    plans = [
+        plan(registry, prompt_len, directions=directions, **fields)
+        for prompt_len, fields in [
+            (5, {}),
+            (5, {"schedule": RAMP}),
+            (6, {"schedule": RAMP}),
+            (5, {"schedule": DECAY}),
+            (5, {"schedule": RAMP | {"shape": "exponential"}}),
+        ]
+    ]
+    assert len({p.segments[0].row_key for p in plans}) == 1
+    assert len({p.segments[0].key for p in plans}) == len(plans)
+    assert [SteeringPlan.from_payload(p.to_payload()) for p in plans] == plans
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"schedule": {"start": 1.0, "end": 0.0}}, "schedule.tokens: Field required"),
+        ({"schedule": RAMP | {"over": 3}}, "schedule.over: unknown key"),
+        ({"schedule": RAMP | {"shape": "cubic"}}, "schedule.shape: Input should be"),
+        (
+            {"directions": [{"name": "a", "op": "clamp", "scale": 1.0}], "schedule": RAMP},
+            "op 'clamp' has no strength that could be scheduled",
+        ),
+        (
+            {"directions": [{"name": "a", "restore_norm": True}], "schedule": RAMP},
+            "restore_norm has no strength",
+        ),
+        (
+            {"directions": [{"name": "a", "schedule": RAMP}, {"name": "b"}]},
+            "directions that meet at a position need one schedule",
+        ),
+    ],
+)
+def test_refused_schedules(fields: dict[str, Any], message: str, registry: PackRegistry) -> None:
+    with pytest.raises(RequestError, match=message):
+        plan(registry, 5, **({"directions": [{"name": "a"}]} | fields))
+
+
+def test_the_additive_tier_has_one_strength(registry: PackRegistry) -> None:
+    found = plan(registry, 5, directions=[{"name": "a"}], schedule=RAMP)
+    with pytest.raises(RequestError, match="one strength for all tokens.*--steering-ops affine"):
+        check_limits(found, resolved())
+    check_limits(found, resolved(ops="affine"))
+
+
+def test_ranges_of_generated_tokens(registry: PackRegistry) -> None:
+    found = plan(registry, 5, directions=[{"name": "a"}], positions={"generated": [2, 6]})
+    assert [(s.start, s.end) for s in found.segments] == [(7, 11)]
+    found = plan(registry, 5, directions=[{"name": "a"}], positions={"generated": [0, None]})
+    assert [(s.start, s.end) for s in found.segments] == [(5, None)]
+    for wrong in ({"generated": [-1, 3]}, {"generated": [3, 3]}, {"answer": [0, 3]}, {}):
+        with pytest.raises(RequestError, match="positions"):
+            plan(registry, 5, directions=[{"name": "a"}], positions=wrong)
+
+
+def test_a_policy_keeps_them(tmp_path: Any) -> None:
+    steering = {
+        "directions": [{"name": "a", "op": "ablate"}],
+        "positions": {"generated": [0, 4]},
+        "schedule": RAMP | {"shape": "linear"},
+    }
+    request = SteeringRequest.model_validate(steering)
+    again = Policy.model_validate_json(Policy(aliases={"x": request}).model_dump_json())
+    assert again.aliases["x"] == request

@@ -1,0 +1,109 @@
+"""The affine form in the graph of a block: h ← h + vector + Σ_k c_k U_k, as ``row_values`` says.
+
+It acts on the true residual stream, which a block returns in two parts where vLLM fuses the addition
+with the next norm. A self-test at start (``residual_test``) proves that the parts are read right.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_steer.engine.bank import SteeringBank
+from vllm_steer.engine.row_values import BIAS, THRESHOLD, TURN
+from vllm_steer.limits import PLANE_RANK
+
+LEFT_BUFFER = "_steering_left"
+READERS_BUFFER = "_steering_readers"
+NUMBERS_BUFFER = "_steering_numbers"
+RESTORE_BUFFER = "_steering_restore"
+FACTORS_BUFFER = "_steering_factors"
+# Blocks that return a second tensor of the same shape which nobody reads: hidden is the whole stream.
+UNREAD_RESIDUALS = (
+    "Cohere2MoeDecoderLayer",
+    "CohereCompassDecoderLayer",
+    "CohereDecoderLayer",
+    "Exaone4DecoderLayer",
+    "GraniteMoeHybridAttentionDecoderLayer",
+    "GraniteMoeHybridMambaDecoderLayer",
+    "HyperCLOVAXDecoderLayer",
+    "MuseGlimmerDecoderLayer",
+    "PhiMoEDecoderLayer",
+)
+
+
+def register(block: nn.Module, bank: SteeringBank, layer: int) -> None:
+    """Gives a block the buffers of the affine form.
+
+    Args:
+        block: The block of ``layer``.
+        bank: The bank, of rank 1 at least.
+        layer: Its layer.
+    """
+    at = bank.index[layer]
+    block.register_buffer(LEFT_BUFFER, bank.left[at], persistent=False)
+    block.register_buffer(READERS_BUFFER, bank.readers[at], persistent=False)
+    block.register_buffer(NUMBERS_BUFFER, bank.numbers[at], persistent=False)
+    block.register_buffer(RESTORE_BUFFER, bank.restore[at], persistent=False)
+    block.register_buffer(FACTORS_BUFFER, bank.factors, persistent=False)
+
+
+def residual_of(block: nn.Module, output: Any) -> torch.Tensor | None:
+    """The part of the residual stream that a block returns beside its hidden states."""
+    if not isinstance(output, tuple) or len(output) != 2 or output[1] is None:
+        return None
+    if type(block).__name__ in UNREAD_RESIDUALS:
+        return None
+    residual: torch.Tensor = output[1]
+    return residual
+
+
+def factors_of(block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """The factor of each token's change, float32 ``[num_tokens]``."""
+    factors: torch.Tensor = getattr(block, FACTORS_BUFFER)
+    return factors[: hidden.shape[-2]]
+
+
+def affine_change(block: nn.Module, stream: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Returns what each token's row changes, without its vector.
+
+    Args:
+        block: A block with the buffers.
+        stream: Float32 ``[num_tokens, hidden_size]``, the residual stream.
+        rows: int32 ``[num_tokens]``.
+
+    Returns:
+        Float32 ``[num_tokens, hidden_size]``.
+    """
+    left = getattr(block, LEFT_BUFFER)[rows].float()
+    readers = getattr(block, READERS_BUFFER)[rows].float()
+    numbers = getattr(block, NUMBERS_BUFFER)[rows]
+    rank = left.shape[-2]
+    read = (readers * stream.unsqueeze(-2)).sum(-1)
+    own, probed = read[..., :rank], read[..., rank:]
+    pairs = own.unflatten(-1, (-1, PLANE_RANK))
+    lengths = pairs.square().sum(-1, keepdim=True).sqrt().expand_as(pairs).flatten(-2)
+    values = own + numbers[..., BIAS, :] + numbers[..., TURN, :] * lengths
+    fires = probed > numbers[..., THRESHOLD, :]
+    change: torch.Tensor = (torch.where(fires, values, 0.0).unsqueeze(-1) * left).sum(-2)
+    return change
+
+
+def restored(
+    block: nn.Module, stream: torch.Tensor, change: torch.Tensor, rows: torch.Tensor
+) -> torch.Tensor:
+    """Returns the change with the stream's length restored, for the rows that ask for it.
+
+    Args:
+        block: A block with the buffers.
+        stream: Float32 ``[num_tokens, hidden_size]``, before the change.
+        change: Float32 of the same shape.
+        rows: int32 ``[num_tokens]``.
+    """
+    after = stream + change
+    factor = stream.norm(dim=-1, keepdim=True) / after.norm(dim=-1, keepdim=True)
+    asked = getattr(block, RESTORE_BUFFER)[rows].unsqueeze(-1) > 0
+    # A stream that became zero has no direction to be lengthened in.
+    return torch.where(asked & factor.isfinite(), after * factor - stream, change)

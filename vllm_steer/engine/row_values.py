@@ -1,0 +1,152 @@
+"""The terms of a segment -> the values of its row: vectors, and the components of the affine form.
+
+All forms are one change of the residual stream h, at one layer::
+
+    c_k = V_k·h + bias_k + turn_k · ‖(V·h) of k's pair‖    where W_k·h > threshold_k, else 0
+    change = vector + Σ_k c_k U_k
+
+with components k in pairs (0, 1), (2, 3), …; a plane takes one pair. Pure numpy, no vllm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_steer.forms import PLANE_OPS
+from vllm_steer.limits import PLANE_RANK
+from vllm_steer.registry import LoadedDirection
+from vllm_steer.steering_plan import Segment, Term
+
+BIAS, TURN, THRESHOLD = range(3)
+# Below the zero that an absent probe reads, so that it always fires.
+ALWAYS = -1.0
+
+
+@dataclass(frozen=True, eq=False)
+class RowValues:
+    """The values of one row of the bank, all float32.
+
+    Attributes:
+        vectors: ``[layers, hidden_size]``, what is added.
+        left: ``[layers, rank, hidden_size]``, U; rank 0 where only additions are compiled.
+        readers: ``[layers, 2 * rank, hidden_size]``, V and after it W, the probes.
+        numbers: ``[layers, 3, rank]``: bias, turn, threshold.
+        restore: ``[layers]``, 1 where ‖h‖ is restored, else 0.
+    """
+
+    vectors: np.ndarray
+    left: np.ndarray
+    readers: np.ndarray
+    numbers: np.ndarray
+    restore: np.ndarray
+
+    @classmethod
+    def zeros(cls, layers: int, rank: int, hidden_size: int) -> RowValues:
+        """Values that change nothing."""
+
+        def make(*shape: int) -> np.ndarray:
+            return np.zeros((layers, *shape), dtype=np.float32)
+
+        return cls(
+            make(hidden_size),
+            make(rank, hidden_size),
+            make(2 * rank, hidden_size),
+            make(3, rank),
+            make(),
+        )
+
+
+def row_values(
+    segment: Segment,
+    index: Mapping[int, int],
+    rank: int,
+    hidden_size: int,
+    find: Callable[[str], LoadedDirection],
+) -> RowValues:
+    """Returns the values of a segment's row.
+
+    Args:
+        segment: The segment, within ``vllm_steer.limits``.
+        index: Layer to its place in the arrays; others are left out.
+        rank: Components at each layer.
+        hidden_size: Width of the residual stream.
+        find: Direction by content digest.
+    """
+    values = RowValues.zeros(len(index), rank, hidden_size)
+    # Planes first, so that each finds a pair.
+    used = dict.fromkeys(index, 0)
+    for term in sorted(segment.terms, key=lambda term: -term.rank):
+        for layer in term.layers:
+            if layer in index:
+                _add(values, index[layer], used[layer], term, layer, find)
+                used[layer] += term.rank
+    return values
+
+
+def _add(
+    values: RowValues,
+    at: int,
+    slot: int,
+    term: Term,
+    layer: int,
+    find: Callable[[str], LoadedDirection],
+) -> None:
+    """Enters a term at one layer, from component ``slot`` on."""
+    vector, form = find(term.digest).at(layer), term.form
+    values.restore[at] = max(values.restore[at], float(form.restore_norm))
+    if not term.rank:
+        values.vectors[at] += np.float32(term.scale) * vector
+        return
+    partner = find(form.partner).at(layer) if form.partner is not None else None
+    slots = slice(slot, slot + term.rank)
+    rank = values.left.shape[1]
+    numbers, readers = values.numbers[at], values.readers[at]
+    numbers[THRESHOLD, slots] = ALWAYS
+    if form.gate is not None:
+        readers[rank + slot : rank + slot + term.rank] = find(form.gate).at(layer)
+        numbers[THRESHOLD, slots] = form.threshold
+    if form.op in PLANE_OPS and partner is not None:
+        _enter_plane(values, at, slots, _basis(vector, partner), term)
+    elif form.op == "add":
+        values.left[at, slot] = np.float32(term.scale) * vector
+        numbers[BIAS, slot] = 1.0
+    elif form.op == "affine" and partner is not None:
+        values.left[at, slot] = np.float32(term.scale) * vector
+        readers[slot] = partner
+        numbers[BIAS, slot] = form.bias
+    else:
+        unit = vector.astype(np.float64) / np.linalg.norm(vector.astype(np.float64))
+        clamp = form.op == "clamp"
+        values.left[at, slot] = unit if clamp else -term.scale * unit
+        readers[slot] = -unit if clamp else unit
+        numbers[BIAS, slot] = term.scale if clamp else 0.0
+
+
+def _enter_plane(values: RowValues, at: int, slots: slice, basis: np.ndarray, term: Term) -> None:
+    angle = math.radians(term.scale)
+    cos, sin = math.cos(angle), math.sin(angle)
+    if term.form.op == "rotate":
+        turned = np.array([[cos - 1.0, sin], [-sin, cos - 1.0]])
+        values.left[at, slots] = turned @ basis
+        values.readers[at, slots] = basis
+    else:
+        # The part of h in the plane goes, one of its length at the angle comes.
+        values.left[at, slots] = basis
+        values.readers[at, slots] = -basis
+        values.numbers[at, TURN, slots] = cos, sin
+
+
+def _basis(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Float64 ``[PLANE_RANK, hidden_size]``: orthonormal, from the first towards the second."""
+    a = first.astype(np.float64)
+    a /= np.linalg.norm(a)
+    b = second.astype(np.float64)
+    for _ in range(PLANE_RANK):
+        # Twice, for vectors that are nearly parallel.
+        b = b - (a @ b) * a
+        b /= np.linalg.norm(b)
+    return np.stack([a, b])

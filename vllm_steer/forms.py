@@ -1,0 +1,94 @@
+"""How a direction acts on the residual stream: addition, or one of the affine forms.
+
+All forms are one: h ← h + s·v + U·(V·h + b) of small rank, possibly only where a probe fires, and
+possibly restoring ‖h‖. A form names further directions of the loaded packs, so a pack holds nothing
+but vectors. Importing this module imports neither torch nor vllm.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+Op = Literal["add", "ablate", "clamp", "rotate", "angle", "affine"]
+# What each form does to the residual stream h; â is the direction at length 1, ε the scale.
+OPS: Final[dict[str, str]] = {
+    "add": "`h + ε·a`",
+    "ablate": "`h − ε·â(â·h)`: 1 removes the direction, 2 reflects it",
+    "clamp": "`h + â(ε − â·h)`: sets the component to ε",
+    "rotate": "turns h by ε degrees from `a` towards `plane`, in their plane; ‖h‖ stays",
+    "angle": "turns h in that plane until it stands ε degrees from `a`; ‖h‖ stays (Angular Steering)",
+    "affine": "`h + ε·a(r·h + bias)` with `read` as r: closed-loop feedback",
+}
+PLANE_OPS: Final = ("rotate", "angle")
+# The change is proportional to the scale.
+LINEAR_OPS: Final = ("add", "ablate", "affine")
+# Degrees.
+MAX_ANGLE: Final = 360.0
+
+_Name = Annotated[str, Field(min_length=1, max_length=300)]
+_Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]
+_PARTNERS: Final = {"plane": PLANE_OPS, "read": ("affine",), "bias": ("affine",)}
+
+
+class Gate(BaseModel):
+    """A probe: the direction acts on the tokens where it fires alone.
+
+    Attributes:
+        direction: Direction w whose vector is the probe.
+        above: It fires where w·h is greater, h being the residual stream before the change.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    direction: _Name
+    above: _Number
+
+
+class FormChoice(BaseModel):
+    """How a direction acts; a pack gives the default, a request may give another.
+
+    Attributes:
+        op: The form; None takes the direction's own, or addition.
+        plane: ``rotate`` and ``angle``: direction that spans the plane together with this one.
+        read: ``affine``: direction that is read; this one is written.
+        bias: ``affine``: b, added to what is read.
+        gate: Acts only on tokens where a probe fires.
+        restore_norm: Whether the residual stream gets its length back after the change.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    op: Op | None = None
+    plane: _Name | None = None
+    read: _Name | None = None
+    bias: _Number | None = None
+    gate: Gate | None = None
+    restore_norm: bool | None = None
+
+    @model_validator(mode="after")
+    def _belongs_to_op(self) -> FormChoice:
+        for field, ops in _PARTNERS.items():
+            if getattr(self, field) is not None and self.op not in ops:
+                raise PydanticCustomError(
+                    "form",
+                    "{field} belongs to op {ops}; op is {op}",
+                    {"field": field, "ops": " and ".join(map(repr, ops)), "op": repr(self.op)},
+                )
+        return self
+
+    def partners(self) -> dict[str, str]:
+        """Names of the further directions, by field."""
+        gate = self.gate.direction if self.gate else None
+        named = {"plane": self.plane, "read": self.read, "gate.direction": gate}
+        return {field: name for field, name in named.items() if name is not None}
+
+    def over(self, default: FormChoice | None) -> FormChoice:
+        """Returns this choice completed by the direction's own, where it has the same op or none."""
+        if default is None or self.op not in (None, default.op or "add"):
+            return self
+        own: dict[str, Any] = {field: getattr(default, field) for field in FormChoice.model_fields}
+        given = {field: value for field in own if (value := getattr(self, field)) is not None}
+        return FormChoice(**(own | given))

@@ -1,0 +1,163 @@
+"""What travels to the engine: ranges of absolute token positions, and the terms that act there.
+
+Its identity is the content of the vectors, never their names. Importing this module imports
+neither torch nor vllm.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from functools import cached_property
+from typing import Any
+
+from vllm_steer.forms import PLANE_OPS, Op
+from vllm_steer.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a term acts; :data:`ADDITION` unless told otherwise.
+
+    Attributes:
+        op: The form, ``vllm_steer.forms.OPS``.
+        partner: Content digest of the direction that spans the plane or is read.
+        bias: b of ``affine``.
+        gate: Content digest of the probe's direction.
+        threshold: The probe fires above it.
+        restore_norm: Whether the residual stream gets its length back.
+    """
+
+    op: Op = "add"
+    partner: str | None = None
+    bias: float = 0.0
+    gate: str | None = None
+    threshold: float = 0.0
+    restore_norm: bool = False
+
+
+ADDITION = Form()
+
+
+@dataclass(frozen=True)
+class Term:
+    """One direction at some of its layers.
+
+    Attributes:
+        digest: Content digest of the direction.
+        scale: ε.
+        layers: Layers, ascending.
+        form: How it acts.
+    """
+
+    digest: str
+    scale: float
+    layers: tuple[int, ...]
+    form: Form = ADDITION
+
+    @property
+    def rank(self) -> int:
+        """Components of the affine form that it takes at each layer; 0 for plain addition."""
+        if self.form.op in PLANE_OPS:
+            return 2
+        return int(self.form.op != "add" or self.form.gate is not None)
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """All contents that it needs, its own first."""
+        others = (self.form.partner, self.form.gate)
+        return (self.digest, *(digest for digest in others if digest is not None))
+
+    def identity(self) -> list[Any]:
+        """Returns plain lists that are equal for equal changes, bit for bit."""
+        content = [self.digest, float(self.scale).hex(), self.layers]
+        if self.form != ADDITION:
+            content += [v.hex() if isinstance(v, float) else v for v in astuple(self.form)]
+        return content
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A range of absolute token positions and the terms that act there together.
+
+    Attributes:
+        start: First position.
+        end: Position after the last one; None has no end.
+        terms: The terms in canonical order, at least one.
+        schedule: Factor of their change over the positions; None is 1 everywhere.
+    """
+
+    start: int
+    end: int | None
+    terms: tuple[Term, ...]
+    schedule: Schedule | None = None
+
+    @cached_property
+    def row_key(self) -> str:
+        """Content identity of the terms: equal keys are equal rows, bit for bit."""
+        return _digest([term.identity() for term in self.terms])
+
+    @cached_property
+    def key(self) -> str:
+        """Content identity of the change: equal keys are equal changes at equal positions."""
+        if self.schedule is None:
+            return self.row_key
+        return _digest([self.row_key, [float(v).hex() for v in self.schedule.to_list()]])
+
+
+@dataclass(frozen=True)
+class SteeringPlan:
+    """The steering of one request by absolute position: disjoint segments, ascending."""
+
+    segments: tuple[Segment, ...]
+
+    @property
+    def digests(self) -> set[str]:
+        """All contents that it needs."""
+        return {d for segment in self.segments for term in segment.terms for d in term.digests}
+
+    def to_payload(self) -> list[Any]:
+        """Returns the plan as plain lists, as it travels in ``SamplingParams.extra_args``."""
+        return [
+            [segment.start, segment.end, segment.key, [_to_list(t) for t in segment.terms]]
+            + ([segment.schedule.to_list()] if segment.schedule else [])
+            for segment in self.segments
+        ]
+
+    @classmethod
+    def from_payload(cls, payload: Sequence[Any]) -> SteeringPlan:
+        """Inverse of :meth:`to_payload`."""
+        return cls(
+            tuple(
+                Segment(
+                    start,
+                    end,
+                    tuple(_from_list(*term) for term in terms),
+                    *(Schedule(*fields) for fields in schedule),
+                )
+                for start, end, _, terms, *schedule in payload
+            )
+        )
+
+
+def count_steered(plan: SteeringPlan, num_tokens: int) -> int:
+    """Returns how many of the first ``num_tokens`` positions are steered."""
+    return sum(
+        max(0, (num_tokens if s.end is None else min(s.end, num_tokens)) - s.start)
+        for s in plan.segments
+    )
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+
+
+def _to_list(term: Term) -> list[Any]:
+    plain = [term.digest, term.scale, list(term.layers)]
+    return plain if term.form == ADDITION else [*plain, list(astuple(term.form))]
+
+
+def _from_list(digest: str, scale: float, layers: Sequence[int], form: Sequence[Any] = ()) -> Term:
+    return Term(digest, scale, tuple(layers), Form(*form))
