@@ -28,7 +28,8 @@ from tqdm import tqdm
 sys.path.append(str(Path(__file__).parents[1]))
 from benchmarks import arms, report  # noqa: E402
 from benchmarks.arms import Arm  # noqa: E402
-from benchmarks.models import DEMO, SHAPES, WORK, BenchModel, prepare_model, write_pack  # noqa: E402
+from benchmarks.models import DEMO, BenchModel, prepare_model, write_pack  # noqa: E402
+from benchmarks.options import parser_of  # noqa: E402
 from benchmarks.traffic import SERVED_NAME, Latency, Traffic, send  # noqa: E402
 from offline.demo.server import Server, free_port, running  # noqa: E402
 from vllm_steer.pack import load_pack  # noqa: E402
@@ -191,7 +192,7 @@ def compare_packs(model: BenchModel, args: argparse.Namespace) -> dict[str, Any]
 
 
 def _loading_seconds(path: Path) -> float:
-    """Median time to read and verify a pack; a server's front end does it twice, its engine once."""
+    """Median time to read and verify a pack; a server's front end and its engine do it once each."""
     times = []
     for _ in range(LOADS):
         started = time.perf_counter()
@@ -202,19 +203,12 @@ def _loading_seconds(path: Path) -> float:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default=DEMO, help=f"{DEMO}, {', '.join(SHAPES)}, or a folder")
+    parser = parser_of(__doc__)
     parser.add_argument("--requests", type=int, default=48, help="requests of a run")
     parser.add_argument("--rate", type=float, default=8.0, help="requests a second")
     parser.add_argument("--repetitions", type=int, default=10, help="rounds that count")
     parser.add_argument("--directions", type=int, help="compare a pack of so many with one of one")
     parser.add_argument("--starts", type=int, default=1, help="starts of each server to time")
-    parser.add_argument("--eager", action="store_true", help="neither torch.compile nor graphs")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", type=Path, default=WORK, help="folder for models, packs and logs")
-    parser.add_argument("--json", type=Path, required=True, help="file for the results")
-    parser.add_argument("--plot", type=Path, help="PNG file; by default beside the results")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     about = report.environment()

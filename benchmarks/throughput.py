@@ -19,7 +19,8 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[1]))
 from benchmarks import arms, report  # noqa: E402
 from benchmarks.fleet import WAITING_LIMIT, Fleet, Measurement, Rounds, fleet, measure  # noqa: E402
-from benchmarks.models import DEMO, SHAPES, WORK, prepare_model  # noqa: E402
+from benchmarks.models import prepare_model  # noqa: E402
+from benchmarks.options import parser_of  # noqa: E402
 
 MAX_MODEL_LEN = 512
 CACHE_BYTES = 2**29
@@ -66,22 +67,15 @@ def table(running: Fleet, measurement: Measurement) -> list[str]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default=DEMO, help=f"{DEMO}, {', '.join(SHAPES)}, or a folder")
+    parser = parser_of(__doc__)
     parser.add_argument("--requests", type=int, default=32, help="requests that run together")
     parser.add_argument("--tokens", type=float, default=1.0, help="factor of prompts and answers")
     parser.add_argument("--repetitions", type=int, default=15, help="rounds of each start")
     parser.add_argument("--starts", type=int, default=1, help="starts of all engines")
     parser.add_argument("--workloads", nargs="+", choices=arms.WORKLOADS, default=arms.WORKLOADS)
-    parser.add_argument("--eager", action="store_true", help="neither torch.compile nor graphs")
-    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--no-rivals", action="store_true", help="the plugin and plain vLLM alone")
     parser.add_argument("--affine", action="store_true", help="with all affine forms compiled too")
     parser.add_argument("--no-control", action="store_true", help="no second plain engine")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--work", type=Path, default=WORK, help="folder for models, packs, rivals")
-    parser.add_argument("--json", type=Path, required=True, help="file for the results")
-    parser.add_argument("--plot", type=Path, help="PNG file; by default beside the results")
     args = parser.parse_args()
     about = report.environment()
     model = prepare_model(args.model, args.work)

@@ -1,10 +1,29 @@
-"""Files that are there whole or not at all."""
+"""Text files that are given, and files that are there whole or not at all."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from vllm_steer.errors import SteeringError
 from vllm_steer.pack import replace_file
+
+
+def read_text(file: Path, error: type[SteeringError]) -> str:
+    """Returns the text of a file that a user gave.
+
+    Args:
+        file: The file.
+        error: What is raised when it cannot be read as UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise error(f"cannot read {file}: {fault}") from fault
+
+
+def read_lines(file: Path, error: type[SteeringError]) -> list[str]:
+    """Returns the lines of such a file that hold anything, stripped."""
+    return [line.strip() for line in read_text(file, error).splitlines() if line.strip()]
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:

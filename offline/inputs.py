@@ -10,9 +10,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from offline.demo.statements import statements
+from offline.files import read_lines
 from offline.prompts import PREFIX_TEMPLATES, prefix_for
 from offline.settings import ExtractionSettings
-from vllm_steer.errors import ExtractionError
+from vllm_steer.errors import ExtractionError, explain_faults
 
 Concepts = list[tuple[str, str]]
 
@@ -24,22 +25,9 @@ CLASS_FILES: Mapping[str, str] = {
 STATEMENT_FILES = ("statements_0.txt", "statements_1.txt")
 
 
-def read_lines(file: Path) -> list[str]:
-    """Returns the lines of a text file that hold anything, stripped.
-
-    Raises:
-        ExtractionError: The file cannot be read as UTF-8 text.
-    """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ExtractionError(f"cannot read {file}: {error}") from error
-    return [line.strip() for line in lines if line.strip()]
-
-
 def class_concepts(file: Path, concept_class: str) -> Concepts:
     """Returns the concepts of a file, each with the prefix of its class."""
-    return [(concept, prefix_for(concept_class, concept)) for concept in read_lines(file)]
+    return [(concept, prefix_for(concept_class, concept)) for concept in _lines(file)]
 
 
 def template_concepts(file: Path, template: str) -> Concepts:
@@ -57,7 +45,7 @@ def template_concepts(file: Path, template: str) -> Concepts:
             "--prefix must hold {concept}, such as 'Speak like {concept}.'; give whole prefixes by "
             "--prefixes"
         )
-    return [(concept, template.replace("{concept}", concept)) for concept in read_lines(file)]
+    return [(concept, template.replace("{concept}", concept)) for concept in _lines(file)]
 
 
 def whole_prefixes(file: Path) -> Concepts:
@@ -67,7 +55,7 @@ def whole_prefixes(file: Path) -> Concepts:
         ExtractionError: A line has no name or no prefix.
     """
     concepts = []
-    for line in read_lines(file):
+    for line in _lines(file):
         name, _, prefix = line.partition(":")
         if not name.strip() or not prefix.strip():
             raise ExtractionError(f"{file}: a line must be 'name: whole prefix', not {line!r}")
@@ -91,7 +79,7 @@ def listed_concepts(directory: Path) -> Concepts:
         (concept, concept_class)
         for file, concept_class in CLASS_FILES.items()
         if (directory / file).is_file()
-        for concept in sorted(set(read_lines(directory / file)))
+        for concept in sorted(set(_lines(directory / file)))
     ]
     if not found:
         raise ExtractionError(
@@ -124,7 +112,7 @@ def statement_sides(
     for given, file, half in zip((positive, negative), STATEMENT_FILES, halves, strict=True):
         listed = directory / file if directory and (directory / file).is_file() else None
         chosen = given or listed
-        sides.append(read_lines(chosen) if chosen else half)
+        sides.append(_lines(chosen) if chosen else half)
     return sides[0], sides[1]
 
 
@@ -142,8 +130,9 @@ def read_settings(file: Path | None, given: Mapping[str, Any]) -> ExtractionSett
     except OSError as error:
         raise ExtractionError(f"cannot read {file}: {error.strerror}") from error
     except ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg']}"
-            for fault in error.errors()[:5]
-        )
+        faults = explain_faults(error, "settings")
         raise ExtractionError(f"settings cannot be used: {faults}") from error
+
+
+def _lines(file: Path) -> list[str]:
+    return read_lines(file, ExtractionError)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -179,9 +180,12 @@ def engine_arguments(model: Path, packs: list[SteeringPack], kind: str) -> dict[
 def server(
     model: Path, packs: list[SteeringPack], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """A real ``vllm serve`` with the packs."""
-    log = tmp_path_factory.mktemp("server") / "server.log"
-    with serve(model, [pack.path for pack in packs], log, "--enforce-eager") as running:
+    """A real ``vllm serve`` with the packs and an alias."""
+    folder = tmp_path_factory.mktemp("server")
+    cheerful = {"directions": [{"name": "moods/cheerful", "scale": 9.0}]}
+    (folder / "policy.json").write_text(json.dumps({"aliases": {"cheerful": cheerful}}))
+    options = ["--enforce-eager", "--steering-policy", str(folder / "policy.json")]
+    with serve(model, [pack.path for pack in packs], folder / "log", *options) as running:
         yield running
 
 

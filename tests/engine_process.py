@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from vllm_steer.verify.engine_loop import answer_commands
+
 START_TIMEOUT = 600
 # What an engine imports in its process.
 PRELOAD = [
@@ -158,34 +160,13 @@ def _run(
 
     if forked:
         _prepare_forked(arguments)
-    try:
-        llm = LLM(**arguments)
-    except Exception as error:
-        connection.send(("error", f"{type(error).__name__}: {error}"))
-        return
-    connection.send(("ready", None))
-    while True:
-        try:
-            command, *rest = connection.recv()
-        except EOFError:
-            command = "stop"
-        if command == "stop":
-            llm.llm_engine.engine_core.shutdown()
-            # Without this, threads that vLLM left behind would keep the process for a minute.
-            os._exit(0)
-        if command == "config_hash":
-            connection.send(("value", llm.llm_engine.vllm_config.compute_hash()))
-            continue
-        if command == "metrics":
-            found = {m.name: getattr(m, "value", None) for m in llm.get_metrics()}
-            connection.send(("value", found))
-            continue
-        try:
-            value = _raw(llm, *rest) if command == "raw" else _generate(llm, *rest)
-        except Exception as error:
-            connection.send(("error", f"{type(error).__name__}: {error}"))
-            continue
-        connection.send(("value", value))
+    commands: dict[str, Callable[..., Any]] = {
+        "generate": _generate,
+        "raw": _raw,
+        "config_hash": lambda llm: llm.llm_engine.vllm_config.compute_hash(),
+        "metrics": lambda llm: {m.name: getattr(m, "value", None) for m in llm.get_metrics()},
+    }
+    answer_commands(connection, lambda: LLM(**arguments), commands)
 
 
 def _prepare_forked(arguments: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ def block(language: str, containing: str) -> str:
     return str(found)
 
 
-def run(command: list[str], cwd: Path) -> str:
+def run(command: list[str], cwd: Path, **environment: str) -> str:
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         command,
@@ -41,7 +42,7 @@ def run(command: list[str], cwd: Path) -> str:
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PATH": path},
+        env={**os.environ, "PATH": path, **environment},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -56,6 +57,45 @@ def test_openai_client(server: Server, tmp_path: Path) -> None:
         [sys.executable, "-c", code + "\nprint(response.choices[0].message.content)"], tmp_path
     )
     assert shown.strip()
+
+
+@pytest.fixture(scope="session")
+def clients(pytestconfig: pytest.Config) -> Path:
+    """Python of an environment with the other clients and without vLLM; kept in pytest's cache."""
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]["clients"]
+    assert pytestconfig.cache is not None
+    folder = pytestconfig.cache.mkdir("clients")
+    ready, python = folder / "ready", folder / "bin" / "python"
+    wanted = json.dumps([sys.version, *packages])
+    if not ready.exists() or ready.read_text() != wanted:
+        run([sys.executable, "-m", "venv", "--clear", str(folder)], ROOT)
+        run([str(python), "-m", "pip", "install", "--quiet", "--no-compile", *packages], ROOT)
+        ready.write_text(wanted)
+    return python
+
+
+# LiteLLM would fetch prices of models.
+OFFLINE = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "PYTHONPATH": ""}
+
+
+@pytest.mark.server
+def test_langchain(server: Server, clients: Path, tmp_path: Path) -> None:
+    code = block("python", "ChatOpenAI").replace("http://localhost:8000/v1", server.url)
+    code += 'first, second = (model.invoke("Hello") for model in (chat, same))\n'
+    code += 'headers = second.response_metadata["headers"]\n'
+    code += 'print(headers["x-steering"], first.content == second.content != "", sep="\\n")\n'
+    shown = run([str(clients), "-c", code], tmp_path, **OFFLINE)
+    assert shown.splitlines() == ["moods/cheerful:9", "moods/cheerful:9", "True"]
+
+
+@pytest.mark.server
+def test_litellm(server: Server, clients: Path, tmp_path: Path) -> None:
+    code = block("python", "litellm").replace("http://localhost:8000/v1", server.url)
+    code += "first, second = (a.choices[0].message.content for a in (answer, same))\n"
+    code += 'print(answer.steering == same.steering, first == second != "")\n'
+    tokens, *equal = run([str(clients), "-c", code], tmp_path, **OFFLINE).split()
+    assert int(tokens) > 0
+    assert equal == ["True", "True"]
 
 
 @pytest.mark.server
@@ -145,6 +185,6 @@ def test_convert(model: Path, tmp_path: Path) -> None:
 
 
 def test_the_files_that_the_readme_names_exist() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
+    for target in re.findall(r"\]\(([^)#]+)", TEXT):
         if not target.startswith("http"):
             assert (ROOT / target).exists(), target

@@ -120,6 +120,7 @@ FIELDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "EngineCoreRequest",
         ("prompt_token_ids", "prompt_embeds", "sampling_params"),
     ),
+    ("vllm.v1.engine.async_llm", "AsyncLLM", ("log_requests",)),
     ("vllm.v1.engine.core", "EngineCore", ("vllm_config", "model_executor")),
     ("vllm.v1.request", "Request", ("sampling_params",)),
     (

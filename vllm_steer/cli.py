@@ -20,7 +20,7 @@ _PACK_HELP = "directory of the pack, or owner/name or owner/name@revision on the
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status; an error is one line on stderr."""
-    args = _parser().parse_args(argv)
+    args = command_line().parse_args(argv)
     try:
         status: int | None = args.run(args)
     except SteeringError as error:
@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status or 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_line() -> argparse.ArgumentParser:
+    """Returns the parser of the commands."""
     parser = argparse.ArgumentParser(
         prog="vllm-steer", description="Steered generation for vLLM: extract and look at packs."
     )

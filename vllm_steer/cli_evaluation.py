@@ -166,6 +166,7 @@ def _concepts(
 
 
 def _questions(args: argparse.Namespace, concept_class: str) -> QuestionSet:
+    from offline.files import read_lines
     from offline.questions import given_questions, own_questions
 
     files = (args.tuning_questions, args.questions)
@@ -176,17 +177,19 @@ def _questions(args: argparse.Namespace, concept_class: str) -> QuestionSet:
             "--tuning-questions and --questions are given together: a scale chosen on the questions "
             "that are reported would look better than it is"
         )
-    return given_questions(_lines(files[0]), _lines(files[1]), args.statements)
+    tuning, reported = (read_lines(file, EvaluationError) for file in files)
+    return given_questions(tuning, reported, args.statements)
 
 
 def _judge(args: argparse.Namespace, packs: list[SteeringPack]) -> Judge:
+    from offline.files import read_lines, read_text
     from offline.judges import DemoJudge, KeywordJudge
 
     if args.judge == "demo":
         return DemoJudge()
     if args.judge == "keywords":
         if args.keywords is not None:
-            return KeywordJudge.of_lines(_lines(args.keywords), args.least)
+            return KeywordJudge.of_lines(read_lines(args.keywords, EvaluationError), args.least)
         return KeywordJudge.of_names([name for pack in packs for name in pack.directions])
     if not args.judge_url or not args.judge_model:
         raise EvaluationError("--judge llm needs --judge-url and --judge-model")
@@ -200,7 +203,9 @@ def _judge(args: argparse.Namespace, packs: list[SteeringPack]) -> Judge:
         args.judge_model,
         os.environ.get(API_KEY_VARIABLE, "none"),
         args.judge_mode,
-        rubrics=RUBRICS if args.rubric is None else {GENERAL: _text(args.rubric)},
+        rubrics=RUBRICS
+        if args.rubric is None
+        else {GENERAL: read_text(args.rubric, EvaluationError)},
         concurrency=args.concurrency,
         retries=args.retries,
     )
@@ -215,14 +220,3 @@ def _extras(names: str) -> Iterator[None]:
         raise EvaluationError(
             f"{error.name} is not installed; pip install 'vllm-steer[{names}]'"
         ) from error
-
-
-def _lines(file: Path) -> list[str]:
-    return [line.strip() for line in _text(file).splitlines() if line.strip()]
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"cannot read {file}: {error}") from error

@@ -6,6 +6,7 @@
     │   ├── UnknownDirectionError
     │   ├── DoseError
     │   ├── ConflictError
+    │   ├── UnsupportedError
     │   └── NotAllowedError
     ├── ConfigError          the engine was asked to start with an unusable steering configuration
     ├── CompatibilityError   this vLLM, model or engine feature cannot be steered correctly
@@ -21,6 +22,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class SteeringError(Exception):
@@ -59,6 +64,12 @@ class ConflictError(RequestError):
     """What is asked for cannot be done now; becomes HTTP 409."""
 
     reason = "conflict"
+
+
+class UnsupportedError(RequestError):
+    """The route or the way of generating cannot be steered."""
+
+    reason = "unsupported"
 
 
 class NotAllowedError(RequestError):
@@ -107,3 +118,18 @@ def choices(wanted: str, available: Iterable[str], limit: int = 8) -> str:
     shown = ", ".join(repr(name) for name in names[:limit])
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return f"{hint}available: {shown}{more}"
+
+
+def explain_faults(error: ValidationError, whole: str) -> str:
+    """Returns the first faults of an input, each with its field; never the input itself.
+
+    Args:
+        error: What the validation found.
+        whole: Name of the input, for faults that belong to no field of it.
+    """
+    faults = [
+        f"{'.'.join(map(str, fault['loc'])) or whole}: {fault['msg']}"
+        for fault in error.errors()[:5]
+    ]
+    more = error.error_count() - len(faults)
+    return "; ".join(faults) + (f"; and {more} more" if more > 0 else "")

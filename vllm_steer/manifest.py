@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from vllm_steer.errors import explain_faults
 from vllm_steer.forms import FormChoice
 from vllm_steer.strict_json import parse_json
 
@@ -214,14 +215,4 @@ def parse_manifest(data: bytes) -> Manifest:
     try:
         return Manifest.model_validate(parse_json(data, MAX_MANIFEST_VALUES))
     except ValidationError as error:
-        raise ValueError(explain_faults(error)) from error
-
-
-def explain_faults(error: ValidationError) -> str:
-    """Returns what is wrong with a manifest, each fault with its field; never the whole input."""
-    faults = [
-        f"{'.'.join(map(str, fault['loc'])) or 'manifest'}: {fault['msg']}"
-        for fault in error.errors()[:5]
-    ]
-    more = error.error_count() - len(faults)
-    return "; ".join(faults) + (f"; and {more} more" if more > 0 else "")
+        raise ValueError(explain_faults(error, "manifest")) from error

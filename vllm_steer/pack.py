@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from safetensors.numpy import save as save_safetensors
 
-from vllm_steer.errors import PackError
+from vllm_steer.errors import PackError, explain_faults
 from vllm_steer.hub import hub_snapshot, resolve_pack
 from vllm_steer.manifest import (
     MANIFEST_FILE,
@@ -38,7 +38,6 @@ from vllm_steer.manifest import (
     ModelIdentity,
     PackName,
     TensorFile,
-    explain_faults,
     parse_manifest,
 )
 from vllm_steer.pack_files import (
@@ -170,7 +169,9 @@ def write_pack(
             raise PackError(f"pack {name!r} cannot be written: its manifest is too large")
         parse_manifest(written)
     except ValidationError as error:
-        raise PackError(f"pack {name!r} cannot be written: {explain_faults(error)}") from error
+        raise PackError(
+            f"pack {name!r} cannot be written: {explain_faults(error, 'manifest')}"
+        ) from error
     except ValueError as error:
         raise PackError(f"pack {name!r} cannot be written: {error}") from error
     wanted = _shapes(manifest)

@@ -12,8 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vllm_steer.errors import ConfigError
-from vllm_steer.manifest import explain_faults
+from vllm_steer.errors import ConfigError, explain_faults
 from vllm_steer.registry import PackRegistry
 from vllm_steer.request import SteeringRequest
 from vllm_steer.resolve import find_all
@@ -92,4 +91,6 @@ def load_policy(path: str) -> Policy:
     try:
         return Policy.model_validate_json(text)
     except ValidationError as error:
-        raise ConfigError(f"--steering-policy: {path}: {explain_faults(error)}") from error
+        raise ConfigError(
+            f"--steering-policy: {path}: {explain_faults(error, 'policy')}"
+        ) from error

@@ -20,7 +20,14 @@ from vllm_steer.schedule import ScheduleChoice
 from vllm_steer.until import TokenIds
 
 REQUEST_KEY = "steering"
-FLAT_KEYS = ("steer", "steer_layers", "steer_positions")
+FLAT_KEYS = {
+    "steer": 'The directions: a list of `"name:scale"` or `"name"`, or one of them. The scale stands after the last '
+    "colon; without it the direction's default is taken.",
+    "steer_layers": "List of layers for all directions.",
+    "steer_positions": "For all directions: `all`, `prompt`, `generated`, `last_prompt`, or a list of slices "
+    '`"start:end"` of absolute positions; either part may be empty, and negative numbers count from the '
+    "prompt's end.",
+}
 PLAN_KEY = "_vllm_steer_plan"
 # The value of ``steering`` that leaves out a server's default.
 NONE = "none"

@@ -7,8 +7,6 @@ module imports neither torch nor vllm.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from vllm_steer.config import ResolvedConfig
 from vllm_steer.errors import PackError
 from vllm_steer.pack import SteeringPack, load_pack
@@ -96,13 +94,29 @@ def configured_store(config: ResolvedConfig) -> PackStore:
     Raises:
         PackError: The packs on disk are not those that the engine was configured with.
     """
-    return _configured_store(tuple(config.packs), tuple(config.digests))
+    store = _stores.get(_key(config))
+    if store is None:
+        pairs = zip(config.packs, config.digests, strict=True)
+        store = keep_store(config, PackRegistry(load_checked(*pair) for pair in pairs))
+    return store
 
 
-@lru_cache(maxsize=1)
-def _configured_store(packs: tuple[str, ...], digests: tuple[str, ...]) -> PackStore:
-    return PackStore(
-        PackRegistry(
-            load_checked(path, sha256) for path, sha256 in zip(packs, digests, strict=True)
-        )
-    )
+def keep_store(config: ResolvedConfig, registry: PackRegistry) -> PackStore:
+    """Makes the packs that were read for an engine those that this process uses for it.
+
+    Args:
+        config: The engine's configuration.
+        registry: Its packs as they were read.
+    """
+    store = PackStore(registry)
+    # The packs of an engine that is gone would only take memory.
+    _stores.clear()
+    _stores[_key(config)] = store
+    return store
+
+
+_stores: dict[tuple[tuple[str, ...], tuple[str, ...]], PackStore] = {}
+
+
+def _key(config: ResolvedConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return tuple(config.packs), tuple(config.digests)

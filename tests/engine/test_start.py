@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +13,33 @@ import pytest
 
 from tests.conftest import engine_arguments
 from tests.engine_process import EngineProcess
-from vllm_steer.pack import SteeringPack
+from vllm_steer.pack import VECTORS_FILE, SteeringPack
 
 pytestmark = pytest.mark.engine
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
-def test_a_block_that_does_not_steer_stops_the_start(
-    model: Path, packs: list[SteeringPack]
-) -> None:
+@pytest.fixture(scope="module")
+def failed_start(
+    model: Path, packs: list[SteeringPack], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, int]:
+    """Error of an engine whose layer 2 does not steer, and how often it opened files of vectors."""
+    reads = tmp_path_factory.mktemp("start") / "reads"
     arguments = engine_arguments(model, packs, "eager")
-    with pytest.raises(
-        RuntimeError, match="added a vector after layer 2 and 8 of 8 tokens did not"
-    ):
-        EngineProcess(arguments, IN_PROCESS, [break_layer_2])
+    with pytest.raises(RuntimeError) as failure:
+        EngineProcess(arguments, IN_PROCESS, [break_layer_2, partial(count_reads, reads)])
+    return str(failure.value), reads.stat().st_size
+
+
+def test_a_block_that_does_not_steer_stops_the_start(failed_start: tuple[str, int]) -> None:
+    assert "added a vector after layer 2 and 8 of 8 tokens did not" in failed_start[0]
+
+
+def test_a_process_reads_each_pack_once(
+    failed_start: tuple[str, int], packs: list[SteeringPack]
+) -> None:
+    """Configuration, admission and worker, all in this process, share what the first has read."""
+    assert failed_start[1] == len(packs)
 
 
 def break_layer_2() -> None:
@@ -36,6 +52,17 @@ def break_layer_2() -> None:
         hook_blocks([pair for pair in pairs if pair[0] != 2], bank)
 
     worker.hook_blocks = without
+
+
+def count_reads(counter: Path) -> None:
+    """Adds a byte to a file whenever this process opens a pack's vectors."""
+    descriptor = os.open(counter, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and str(arguments[0]).endswith(VECTORS_FILE):
+            os.write(descriptor, b".")
+
+    sys.addaudithook(count)
 
 
 def test_compile_cache_key_holds_the_steering(start: Callable[[str], EngineProcess]) -> None:

@@ -5,16 +5,16 @@ import json
 import pytest
 
 from offline.demo.statements import statements
+from offline.files import read_lines
 from offline.inputs import (
     class_concepts,
     listed_concepts,
-    read_lines,
     read_settings,
     statement_sides,
     template_concepts,
     whole_prefixes,
 )
-from vllm_steer.errors import ExtractionError
+from vllm_steer.errors import EvaluationError, ExtractionError
 
 
 @pytest.fixture
@@ -80,11 +80,12 @@ def test_concepts_take_a_class_a_template_or_a_whole_prefix(tmp_path):
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
-    with pytest.raises(ExtractionError, match="cannot read .*none.txt"):
-        read_lines(tmp_path / "none.txt")
     (tmp_path / "latin.txt").write_bytes("São".encode("latin-1"))
-    with pytest.raises(ExtractionError, match="cannot read .*latin.txt"):
-        read_lines(tmp_path / "latin.txt")
+    for name in ("none.txt", "latin.txt"):
+        with pytest.raises(ExtractionError, match=f"cannot read .*{name}"):
+            class_concepts(tmp_path / name, "fears")
+        with pytest.raises(EvaluationError, match=f"cannot read .*{name}"):
+            read_lines(tmp_path / name, EvaluationError)
 
 
 def test_settings_come_from_a_file_and_flags_go_before_it(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from openai import AsyncOpenAI, BadRequestError, OpenAI
 from offline.demo.corpus import user_text
 from offline.demo.server import SERVED_NAME, Server, serve
 from offline.demo.statements import statements
+from tests.unit.test_dashboard import DASHBOARD
+from tests.unit.test_house import ROOT
 from vllm_steer import SteeringPack, steer
 
 pytestmark = pytest.mark.server
@@ -23,6 +26,8 @@ TEXTS = [user_text(statement.text) for statement in statements("heldout")[:8]]
 KEY, GUEST = "the-key-of-a-friend", "another-key"
 CALM: dict[str, Any] = {"directions": [{"name": "moods/cheerful", "scale": 9.0}]}
 TOKENS = 12
+README = ROOT / "README.md"
+PRIVATE = "The-heron-and-the-lighthouse"
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +43,7 @@ def server(
     }
     (folder / "policy.json").write_text(json.dumps(policy))
     options = ["--steering-policy", str(folder / "policy.json"), "--steering-rows", "4"]
+    options += ["--enable-log-requests"]
     paths = [pack.path for pack in packs]
     with serve(model, paths, folder / "log", "--enforce-eager", *options) as running:
         yield running
@@ -245,12 +251,29 @@ def test_metrics_add_up(server: Server, client: OpenAI) -> None:
 
     assert grown('steering:requests_total{outcome="finished"}') == 3
     assert grown('steering:rejected_total{reason="unknown_direction"}') == 1
-    assert grown('steering:rejected_total{reason="malformed"}') == 4
+    assert grown('steering:rejected_total{reason="malformed"}') == 2
+    assert grown('steering:rejected_total{reason="unsupported"}') == 2
     tokens = sum(r.model_extra["steering"][0]["tokens_steered"] for r in steered)
     assert grown("steering:steered_tokens_total") == tokens
     assert grown("steering:dose_count") == 3
     assert after["steering:active_requests"] == after["steering:waiting_requests"] == 0
+    assert after["steering:active_directions"] == 0
     assert after['steering:loaded_directions{pack="moods"}'] == 2
+
+
+def test_directions_in_use_are_counted_while_they_are(server: Server, client: OpenAI) -> None:
+    two = {"directions": [{"name": "moods/cheerful"}, {"name": "moods/gloomy"}]}
+    stream = client.chat.completions.create(
+        model=SERVED_NAME,
+        messages=[{"role": "user", "content": TEXTS[0]}],
+        max_tokens=200,
+        stream=True,
+        extra_body={"steering": two, "ignore_eos": True},
+    )
+    next(iter(stream))
+    assert metrics(server)["steering:active_directions"] == 2
+    assert sum(1 for _ in stream) > 0
+    assert metrics(server)["steering:active_directions"] == 0
 
 
 def test_packs_are_listed(server: Server, packs: list[SteeringPack]) -> None:
@@ -262,3 +285,76 @@ def test_packs_are_listed(server: Server, packs: list[SteeringPack]) -> None:
 def test_planning_is_timed(server: Server, client: OpenAI) -> None:
     chat(client, TEXTS[0], steering=CALM)
     assert 0 < metrics(server)["steering:planning_seconds"] < 0.1
+
+
+def logged(server: Server, event: str) -> list[dict[str, Any]]:
+    """Fields of the lines that the log has of an event."""
+    found = re.findall(rf"Steering {event}: (\{{.*\}})$", server.log.read_text(), re.MULTILINE)
+    return [json.loads(fields) for fields in found]
+
+
+def test_the_log_tells_what_was_done_and_refused(
+    server: Server, client: OpenAI, packs: list[SteeringPack]
+) -> None:
+    digests = {pack.name: pack.manifest.tensors.sha256 for pack in packs}
+    (started,) = logged(server, "started")
+    assert started["packs"] == digests
+    assert started["rows"] == 4
+    assert started["policy"]["aliases"] == ["cheerful"]
+    (worker,) = logged(server, "worker ready")
+    assert worker["layers"] == started["layers"]
+
+    response = chat(client, f"{PRIVATE} {TEXTS[0]}", steering=CALM)
+    (receipt,) = response.model_extra["steering"]
+    line = logged(server, "request")[-1]
+    assert response.id == line["request_id"]
+    example = re.search(r"^Steering request: (.*)$", README.read_text(), re.MULTILINE)
+    assert example is not None
+    assert list(line) == list(json.loads(example[1]))
+    assert line["outcome"] == "finished"
+    assert line["tokens_steered"] == receipt["tokens_steered"]
+    assert line["directions"] == [
+        {key: d[key] for key in ("name", "scale", "digest")} for d in receipt["directions"]
+    ]
+    assert hashlib.sha256(KEY.encode()).hexdigest().startswith(line["key"])
+
+    before = len(logged(server, "refused"))
+    wrong = {"directions": [{"name": "moods/cheerful", "scale": 1.0, "layers": [10**3]}]}
+    for _ in range(20):
+        with pytest.raises(BadRequestError):
+            chat(client, PRIVATE, steering=wrong)
+    with pytest.raises(BadRequestError):
+        chat(client, PRIVATE, model=f"{SERVED_NAME}:cheerful", steering=CALM)
+    base = server.url.removesuffix("/v1")
+    tokens = {"model": SERVED_NAME, "prompt": PRIVATE, "steering": CALM}
+    assert httpx.post(f"{base}/tokenize", json=tokens).status_code == 400
+    refused = logged(server, "refused")[before:]
+    assert 0 < len([one for one in refused if one["reason"] == "malformed"]) <= 5
+    assert refused[0]["field"] in ("steering", "steering.directions.0.layers")
+    assert refused[-1] == {
+        "reason": "unsupported",
+        "field": "steering",
+        "route": "/tokenize",
+        "key": None,
+    }
+    text = server.log.read_text()
+    assert PRIVATE not in text
+    assert KEY not in text
+    assert GUEST not in text
+
+
+def test_the_dashboard_asks_for_what_is_exposed(server: Server, client: OpenAI) -> None:
+    chat(client, TEXTS[0], steering=CALM)
+    with pytest.raises(BadRequestError):
+        chat(client, TEXTS[0], steering={"directions": [{"name": "moods/nobody"}]})
+    shown = metrics(server)
+    exposed = {name.partition("{")[0] for name in shown}
+    dashboard = json.loads(DASHBOARD.read_text())
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            names = re.findall(r"steering:\w+", target["expr"])
+            assert names, panel["title"]
+            assert set(names) <= exposed, panel["title"]
+            (labels,) = re.findall(r"by \((\w+)\)", target["expr"]) or [None]
+            series = [name for name in shown if name.partition("{")[0] == names[0]]
+            assert labels is None or all(f'{labels}="' in one for one in series), panel["title"]

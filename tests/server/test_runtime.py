@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,6 +105,10 @@ def test_reload_under_the_same_name(
     turned = write_variant(moods, root / "late", "late", -1.0)
     answer = load(server, "late").json()
     assert answer["sha256"] == turned.manifest.tensors.sha256
+    line = server.log.read_text().rpartition("Steering pack loaded: ")[2].partition("\n")[0]
+    fields = json.loads(line)
+    assert (fields["name"], fields["sha256"]) == ("late", answer["sha256"])
+    assert fields["replaced"] == moods.manifest.tensors.sha256
     second = ask(client, MOOD)
     opposite = {"directions": [{"name": "moods/cheerful", "scale": -9.0}]}
     assert logprobs(second) == pytest.approx(logprobs(ask(client, opposite)), abs=1e-4)
@@ -154,6 +160,37 @@ def test_requests_under_way_keep_what_they_began_with(
     assert unload(server, "late").status_code == 200
 
 
+def test_requests_on_other_routes_keep_their_packs(
+    server: Server, packs: list[SteeringPack], root: Path
+) -> None:
+    """The front end does not stand before this one, so that no HTTP exchange describes the request."""
+    moods = next(pack for pack in packs if pack.name == "moods")
+    write_variant(moods, root / "late", "late", 1.0)
+    assert load(server, "late").status_code == 200
+    body = {
+        "model": SERVED_NAME,
+        "messages": [{"role": "user", "content": "Hello"}],
+        "max_tokens": 300,
+        "ignore_eos": True,
+        "vllm_xargs": {"steer": ["late/cheerful:9"]},
+    }
+
+    base = server.url.removesuffix("/v1")
+
+    async def run() -> tuple[int, httpx.Response]:
+        async with httpx.AsyncClient(timeout=60) as many:
+            under_way = asyncio.create_task(many.post(f"{base}/invocations", json=body))
+            while "steering:active_requests 1.0" not in (await many.get(f"{base}/metrics")).text:
+                assert not under_way.done()
+            in_use = await asyncio.to_thread(unload, server, "late")
+            return in_use.status_code, await under_way
+
+    status, answer = asyncio.run(run())
+    assert answer.status_code == 200, answer.text
+    assert status == 409
+    assert unload(server, "late").status_code == 200
+
+
 def test_refused_loads(server: Server, packs: list[SteeringPack], root: Path) -> None:
     outside = root.parent / "outside"
     write_variant(packs[0], outside, "outside", 1.0)
@@ -174,7 +211,9 @@ def test_refused_loads(server: Server, packs: list[SteeringPack], root: Path) ->
         answer = load(server, name)
         assert answer.status_code == 400, name
         assert message in answer.json()["error"]["message"], name
-    assert httpx.post(f"{server.url}/steering/packs", content=b"{").status_code == 400
+    broken = httpx.post(f"{server.url}/steering/packs", content=b"{")
+    assert broken.status_code == 400
+    assert broken.json()["error"]["message"].startswith("body: Invalid JSON")
     assert unload(server, "nobody").status_code == 400
     names = [pack["name"] for pack in httpx.get(f"{server.url}/steering/packs").json()["packs"]]
     assert names == [*(pack.name for pack in packs), "early"]
@@ -184,7 +223,12 @@ def test_refused_loads(server: Server, packs: list[SteeringPack], root: Path) ->
 def test_aliases_at_run_time(server: Server, client: OpenAI) -> None:
     url = f"{server.url}/steering/aliases"
     steering = {"directions": [{"name": "moods/gloomy", "scale": 6.0}]}
-    assert httpx.put(f"{url}/gloomy", json=steering).status_code == 200
+    key = {"authorization": "Bearer an-operator"}
+    assert httpx.put(f"{url}/gloomy", json=steering, headers=key).status_code == 200
+    line = server.log.read_text().rpartition("Steering alias set: ")[2].partition("\n")[0]
+    fields = json.loads(line)
+    assert fields["alias"] == "gloomy"
+    assert hashlib.sha256(b"an-operator").hexdigest().startswith(fields["key"])
     name = f"{SERVED_NAME}:gloomy"
     assert name in [card.id for card in client.models.list().data]
     aliased = client.completions.create(model=name, prompt=TEXT, max_tokens=4, temperature=0.0)

@@ -43,7 +43,8 @@ def test_keys_and_patterns() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "Invalid JSON"),
+        ("{", "policy: Invalid JSON"),
+        ("[]", "policy: Input should be an object"),
         ('{"alias": {}}', "alias: Extra inputs"),
         ('{"aliases": {"a b": {"directions": [{"name": "x"}]}}}', "aliases.a b"),
         ('{"aliases": {"a": {"directions": []}}}', "aliases.a.directions: List should have"),

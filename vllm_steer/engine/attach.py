@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from vllm.config import set_current_vllm_config
 
-from vllm_steer import seams
+from vllm_steer import log, seams
 from vllm_steer.config import ResolvedConfig, resolved_config
 from vllm_steer.engine import runner_v1, runner_v2
 from vllm_steer.engine.residual_test import check_residuals
 from vllm_steer.engine.runtime import install_in_worker
 from vllm_steer.engine.selftest import run_self_test
-from vllm_steer.engine.worker import WorkerSteering, logger
+from vllm_steer.engine.worker import WorkerSteering
 from vllm_steer.model import model_shape
 from vllm_steer.rpc import FACTS, TIMES
 
@@ -59,10 +59,7 @@ def attach_to_worker(worker: Any) -> None:
         with set_current_vllm_config(worker.vllm_config):
             run_self_test(steering, forward)
         self_tested = True
-        logger.info(
-            "Steering self-test passed: each of layers %s changes the output.",
-            list(steering.layers),
-        )
+        log.SELF_TEST_PASSED.write(layers=list(steering.layers))
         return result
 
     install_in_worker(worker, config)

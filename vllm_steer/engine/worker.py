@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from vllm.logger import init_logger
 
+from vllm_steer import log
 from vllm_steer.config import ResolvedConfig
 from vllm_steer.engine.bank import SteeringBank
 from vllm_steer.engine.blocks import find_blocks, hook_blocks
@@ -25,8 +25,6 @@ from vllm_steer.engine.triggers import TriggerWatch
 from vllm_steer.request import PLAN_KEY
 from vllm_steer.steering_plan import Segment, SteeringPlan
 from vllm_steer.store import configured_store
-
-logger = init_logger("vllm.steer")
 
 # Used before the first request only, while no row is given away.
 PROBE_ROW = 1
@@ -70,7 +68,6 @@ class WorkerSteering:
             CompatibilityError: The model's blocks cannot be found.
         """
         self._store = configured_store(config)
-        packs = self._store.registry.packs.values()
         blocks = find_blocks(model, num_layers)
         present = [(layer, blocks[layer]) for layer in config.layers if _is_present(blocks[layer])]
         self.blocks = tuple(present)
@@ -89,15 +86,11 @@ class WorkerSteering:
         self._probing = False
         self._steps, self._seconds = 0, 0.0
         hook_blocks(present, self.bank)
-        logger.info(
-            "Steering: %d directions of %d packs, layers %s hooked (layer k is the output of block k, 0-based), "
-            "ops %s, bank of %d rows, %.1f MiB.",
-            sum(len(pack.directions) for pack in packs),
-            len(packs),
-            list(self.layers),
-            config.ops,
-            config.rows,
-            self.bank.num_bytes / 2**20,
+        log.WORKER_READY.write(
+            layers=list(self.layers),
+            ops=config.ops,
+            rows=config.rows,
+            bank_bytes=self.bank.num_bytes,
         )
 
     def add_request(

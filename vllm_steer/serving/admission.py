@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-from vllm.exceptions import VLLMValidationError
-
-from vllm_steer.config import resolved_config
+from vllm_steer import log
+from vllm_steer.config import ResolvedConfig, resolved_config
 from vllm_steer.dose import relative_dose, scaled
 from vllm_steer.errors import (
     DoseError,
@@ -32,6 +30,7 @@ from vllm_steer.request import (
 )
 from vllm_steer.resolve import content_names, resolve
 from vllm_steer.serving import metrics
+from vllm_steer.serving.refusals import as_http_400
 from vllm_steer.steering_plan import SteeringPlan
 from vllm_steer.store import configured_store
 
@@ -72,8 +71,8 @@ class Admission:
         self._shape = model_shape(vllm_config.model_config)
         # Requests under way by content digest of the directions that they use.
         self.active: Counter[str] = Counter()
-        for pack in self.store.registry.packs.values() if self.store else ():
-            metrics.DIRECTIONS.labels(pack.name).set(len(pack.directions))
+        if self.config is not None and self.store is not None:
+            self._announce(self.config, self.store.registry)
 
     def parse(self, extra_args: dict[str, Any] | None) -> SteeringRequest | None:
         """Reads the steering in a request's extra arguments.
@@ -84,7 +83,7 @@ class Admission:
         Raises:
             VLLMValidationError: It is malformed; becomes HTTP 400.
         """
-        with _as_http_400():
+        with as_http_400():
             return parse(extra_args)
 
     def check_servable(self, pack: SteeringPack) -> None:
@@ -106,10 +105,13 @@ class Admission:
     def hold(self, receipt: Receipt) -> None:
         """Counts a request in; the content that it uses stays loaded."""
         self.active.update(list(receipt.names))
+        metrics.ACTIVE_DIRECTIONS.set(len(self.active))
 
     def release(self, receipt: Receipt) -> None:
         """Counts it out again."""
         self.active.subtract(list(receipt.names))
+        self.active += Counter()
+        metrics.ACTIVE_DIRECTIONS.set(len(self.active))
 
     def default(self, extra_args: dict[str, Any]) -> SteeringRequest | None:
         """Returns the steering of a request that names none, None where it declines the default."""
@@ -136,7 +138,7 @@ class Admission:
         Raises:
             VLLMValidationError: It cannot be carried out; becomes HTTP 400.
         """
-        with _as_http_400():
+        with as_http_400():
             if self.config is None or self.store is None:
                 raise RequestError(
                     "this engine was started without steering; start it with --enable-steering --steering-packs DIR"
@@ -149,6 +151,27 @@ class Admission:
             names = content_names(request, plan, registry)
         receipt = Receipt.of(plan, names, prompt_len, num_choices, dose, factor)
         return AdmittedPlan(plan, request, receipt)
+
+    def _announce(self, config: ResolvedConfig, registry: PackRegistry) -> None:
+        """Says in metrics and log what requests can use."""
+        packs = registry.packs
+        for pack in packs.values():
+            metrics.DIRECTIONS.labels(pack.name).set(len(pack.directions))
+        policy = self.policy
+        log.STARTED.write(
+            packs={name: pack.manifest.tensors.sha256 for name, pack in packs.items()},
+            directions=sum(len(pack.directions) for pack in packs.values()),
+            layers=config.layers,
+            ops=config.ops,
+            rows=config.rows,
+            policy={
+                "aliases": sorted(policy.aliases),
+                "default": policy.default is not None,
+                "max_dose": policy.max_dose,
+                "dose_action": policy.dose_action,
+                "keys": None if policy.keys is None else len(policy.keys),
+            },
+        )
 
     def _check_allowed(
         self, request: SteeringRequest, registry: PackRegistry, key_digest: str | None
@@ -188,30 +211,6 @@ class Admission:
                 f"nothing was lowered"
             )
         return weaker, limit, limit / dose
-
-
-def refusal(message: str) -> VLLMValidationError:
-    """Counts a request that is refused for its form.
-
-    Returns:
-        The error to raise, which becomes HTTP 400.
-    """
-    count_refusal()
-    return VLLMValidationError(message, parameter=REQUEST_KEY)
-
-
-def count_refusal(reason: str = RequestError.reason) -> None:
-    """Counts a request that is refused for its steering."""
-    metrics.REJECTED.labels(reason).inc()
-
-
-@contextmanager
-def _as_http_400() -> Iterator[None]:
-    try:
-        yield
-    except RequestError as error:
-        count_refusal(error.reason)
-        raise VLLMValidationError(str(error), parameter=REQUEST_KEY) from error
 
 
 _current: Admission | None = None

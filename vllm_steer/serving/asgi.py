@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from http import HTTPStatus
@@ -19,6 +20,13 @@ def route_of(scope: Message) -> str:
     """Path of a request without the prefix of a proxy and without a slash at the end."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path") or "").rstrip("/")
+
+
+def key_digest(scope: Message) -> str | None:
+    """SHA-256 of the key in ``Authorization: Bearer KEY``, in hexadecimal; None without one."""
+    value: bytes = dict(scope["headers"]).get(b"authorization", b"")
+    scheme, _, key = value.partition(b" ")
+    return hashlib.sha256(key).hexdigest() if scheme.lower() == b"bearer" and key else None
 
 
 async def read_body(receive: Receive) -> tuple[bytes, list[Message]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from vllm.usage.usage_lib import UsageContext
 
+from vllm_steer import log
 from vllm_steer.config import (
     CONFIG_KEY,
     GRAPH_REVISION,
@@ -24,9 +24,7 @@ from vllm_steer.policy import load_policy
 from vllm_steer.registry import PackRegistry
 from vllm_steer.resolve import find_all
 from vllm_steer.serving.compatibility import refuse_unsupported
-
-# Under vLLM's own logger, so that its configuration applies.
-logger = logging.getLogger("vllm.steer")
+from vllm_steer.store import keep_store
 
 
 def resolve_packs(sources: Iterable[str], field: str) -> list[str]:
@@ -44,7 +42,7 @@ def resolve_packs(sources: Iterable[str], field: str) -> list[str]:
             raise PackError(f"{field}: {error}") from error
         paths.append(str(path))
         if (snapshot := hub_snapshot(path)) is not None:
-            logger.info("Steering pack %s is %s.", source, snapshot)
+            log.PACK_FETCHED.write(source=source, snapshot=str(snapshot))
     return paths
 
 
@@ -89,7 +87,7 @@ def _resolve(config: SteeringConfig, vllm_config: Any, gated: bool) -> ResolvedC
                 f"rows; raise --steering-rows or lower --max-num-seqs"
             )
         )
-    return ResolvedConfig(
+    resolved = ResolvedConfig(
         packs=packs,
         rows=rows,
         policy=_policy_path(config, registry),
@@ -103,6 +101,10 @@ def _resolve(config: SteeringConfig, vllm_config: Any, gated: bool) -> ResolvedC
         version=plugin_version(),
         graph_revision=GRAPH_REVISION,
     )
+    if servers == 1:
+        # This process is the front end; one that only starts others would hold the vectors for nothing.
+        keep_store(resolved, registry)
+    return resolved
 
 
 def _policy_path(config: SteeringConfig, registry: PackRegistry) -> str | None:

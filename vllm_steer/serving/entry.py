@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
+from vllm_steer.errors import RequestError, UnsupportedError
 from vllm_steer.request import (
     FLAT_KEYS,
     PLAN_KEY,
@@ -18,8 +19,9 @@ from vllm_steer.request import (
     SteeringRequest,
     looks_like_steering,
 )
-from vllm_steer.serving.admission import Admission, AdmittedPlan, current_admission, refusal
+from vllm_steer.serving.admission import Admission, AdmittedPlan, current_admission
 from vllm_steer.serving.exchange import current_exchange
+from vllm_steer.serving.refusals import refusal
 
 # Set by vLLM's serving code just before it makes a request's sampling parameters.
 _prompt_len: ContextVar[int | None] = ContextVar("_prompt_len", default=None)
@@ -37,7 +39,9 @@ def plan_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
         wanted = plan.request if isinstance(plan, AdmittedPlan) else admission.parse(extra_args)
         if wanted is not None and kwargs.get("resumable"):
             raise refusal(
-                "steering does not support resumable sessions, whose outputs become prompt; send the whole prompt"
+                UnsupportedError(
+                    "steering does not support resumable sessions, whose outputs become prompt; send the whole prompt"
+                )
             )
         request = original(self, request_id, prompt, params, *args, **kwargs)
         if wanted is not None or REQUEST_KEY in extra_args:
@@ -72,7 +76,9 @@ def check_sampling(original: Callable[..., Any]) -> Callable[..., Any]:
             if prompt_len is None:
                 # Routes that only render a prompt for another server.
                 raise refusal(
-                    "this route does not generate and cannot be steered; send the steering to the route that does"
+                    UnsupportedError(
+                        "this route does not generate and cannot be steered; send the steering to the route that does"
+                    )
                 )
             key = exchange.key_digest if exchange is not None else None
             plan = admission.admit(request, prompt_len, params.n, key)
@@ -104,7 +110,9 @@ def refuse_beam_search(original: Callable[..., Any]) -> Callable[..., Any]:
         admission = current_admission()
         if admission is not None and _wanted(admission, extra_args) is not None:
             raise refusal(
-                "steering does not support beam search; leave out use_beam_search or the steering"
+                UnsupportedError(
+                    "steering does not support beam search; leave out use_beam_search or the steering"
+                )
             )
         return original(self, *args, **kwargs)
 
@@ -123,7 +131,9 @@ def _wanted(admission: Admission, extra_args: dict[str, Any]) -> SteeringRequest
     asked = [k for k, v in extra_args.items() if v is not None and looks_like_steering(k)]
     if asked:
         raise refusal(
-            f"model {exchange.model!r} is steered by its name; leave out {asked[0]!r} or the alias"
+            RequestError(
+                f"model {exchange.model!r} is steered by its name; leave out {asked[0]!r} or the alias"
+            )
         )
     return exchange.alias
 
@@ -133,6 +143,10 @@ def _with_top_level(extra_args: dict[str, Any], request: Any) -> dict[str, Any]:
     for key, value in (request.model_extra or {}).items():
         if looks_like_steering(key):
             if key in extra_args:
-                raise refusal(f"{key!r} stands both in the request and in vllm_xargs; send it once")
+                raise refusal(
+                    RequestError(
+                        f"{key!r} stands both in the request and in vllm_xargs; send it once"
+                    )
+                )
             extra_args[key] = value
     return extra_args

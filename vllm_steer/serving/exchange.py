@@ -19,12 +19,14 @@ class Exchange:
     """One HTTP request on a steered route.
 
     Attributes:
+        route: Its path.
         key_digest: SHA-256 of its API key in hexadecimal, None without one.
         model: The model's name as the client gave it, None when it stands for no steering.
         alias: Steering that the model's name stands for.
         receipts: One for each steered prompt, in the order of the prompts.
     """
 
+    route: str
     key_digest: str | None = None
     model: str | None = None
     alias: SteeringRequest | None = None

@@ -72,6 +72,7 @@ def add_flags(original: Callable[..., Any]) -> Callable[..., Any]:
         group.add_argument(
             "--steering-rank",
             type=int,
+            metavar="N",
             default=None,
             help="With --steering-ops affine: components that a request may use at one layer and position; even. "
             "Default: 2.",

@@ -9,7 +9,6 @@ has it.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import re
 from typing import Any
@@ -27,6 +26,7 @@ from vllm_steer.serving.asgi import (
     Message,
     Receive,
     Send,
+    key_digest,
     parse_object,
     read_body,
     replay,
@@ -68,7 +68,7 @@ class SteeringFront:
     async def _steered(
         self, scope: Message, receive: Receive, send: Send, admission: Admission
     ) -> None:
-        exchange = Exchange(key_digest=_key_digest(scope))
+        exchange = Exchange(route_of(scope), key_digest(scope))
         if admission.policy.aliases:
             body, messages = await read_body(receive)
             fields = parse_object(body)
@@ -206,13 +206,6 @@ async def _measure_planning(engine: Any) -> None:
     steps, seconds = (sum(values) for values in zip(*times, strict=True))
     if steps:
         metrics.PLANNING.set(seconds / steps)
-
-
-def _key_digest(scope: Message) -> str | None:
-    """SHA-256 of the key in ``Authorization: Bearer KEY``."""
-    value: bytes = dict(scope["headers"]).get(b"authorization", b"")
-    scheme, _, key = value.partition(b" ")
-    return hashlib.sha256(key).hexdigest() if scheme.lower() == b"bearer" and key else None
 
 
 def _serves(scope: Message, name: str) -> bool:

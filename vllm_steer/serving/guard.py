@@ -11,14 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, get_type_hints
 
+from vllm_steer.errors import UnsupportedError
 from vllm_steer.request import looks_like_steering
-from vllm_steer.serving.admission import count_refusal
 from vllm_steer.serving.asgi import (
     STEERED_ROUTES,
     App,
     Message,
     Receive,
     Send,
+    key_digest,
     parse_object,
     read_body,
     replay,
@@ -26,6 +27,7 @@ from vllm_steer.serving.asgi import (
     send_error,
 )
 from vllm_steer.serving.front import SteeringFront
+from vllm_steer.serving.refusals import count_refusal
 
 _XARGS = "vllm_xargs"
 
@@ -62,7 +64,7 @@ class SteeringGuard:
         body, messages = await read_body(receive)
         field = _dropped_field(body, scope)
         if field is not None:
-            await _refuse(send, field, route_of(scope))
+            await _refuse(scope, send, field)
             return
         await self.app(scope, replay(messages, receive), send)
 
@@ -90,10 +92,11 @@ def _serves(route: Any, scope: Message) -> bool:
     return bool(match.name == "FULL" and hasattr(route, "endpoint"))
 
 
-async def _refuse(send: Send, field: str, route: str) -> None:
-    count_refusal()
-    message = (
+async def _refuse(scope: Message, send: Send, field: str) -> None:
+    route = route_of(scope)
+    error = UnsupportedError(
         f"{route} does not take the field {field!r}, which would be ignored; steer on "
         f"{', '.join(STEERED_ROUTES)}, or through vllm_xargs where the route has it"
     )
-    await send_error(send, message, field)
+    count_refusal(error, route, key_digest(scope))
+    await send_error(send, str(error), field)

@@ -23,8 +23,16 @@ WAITING = Gauge(
     "Steered prompts that wait for a row of the bank.",
     multiprocess_mode="livesum",
 )
+ACTIVE_DIRECTIONS = Gauge(
+    "steering:active_directions",
+    "Distinct directions that requests under way use; of several API servers, the sum.",
+    multiprocess_mode="livesum",
+)
 DIRECTIONS = Gauge(
-    "steering:loaded_directions", "Directions by pack.", ["pack"], multiprocess_mode="mostrecent"
+    "steering:loaded_directions",
+    "Directions that requests can name, by pack.",
+    ["pack"],
+    multiprocess_mode="mostrecent",
 )
 DOSE = Histogram(
     "steering:dose",

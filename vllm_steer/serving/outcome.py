@@ -10,9 +10,14 @@ from typing import Any
 
 from vllm.sampling_params import RequestOutputKind
 
+from vllm_steer import log
+from vllm_steer.errors import UnsupportedError
+from vllm_steer.receipt import Receipt
 from vllm_steer.request import PLAN_KEY
 from vllm_steer.serving import metrics
-from vllm_steer.serving.admission import Admission, AdmittedPlan, refusal
+from vllm_steer.serving.admission import Admission, AdmittedPlan
+from vllm_steer.serving.exchange import current_exchange
+from vllm_steer.serving.refusals import refusal
 
 _GATE = "_vllm_steer_gate"
 
@@ -61,7 +66,12 @@ def follow(original: Callable[..., Any]) -> Callable[..., Any]:
         if plan is None:
             return outputs
         adds_up = sampling_params.output_kind == RequestOutputKind.DELTA
-        return _followed(outputs, plan, _gate_of(self), adds_up)
+        entry = _entry(plan, request_id) if self.log_requests else None
+        followed = _followed(outputs, plan, _gate_of(self), adds_up, entry)
+        if current_exchange.get() is None:
+            # Nobody else knows of the request, and its packs must stay.
+            return _held(followed, plan.receipt, self.input_processor._vllm_steer_admission)
+        return followed
 
     return generate
 
@@ -83,7 +93,9 @@ def _plan(engine: Any, prompt: Any, sampling_params: Any) -> AdmittedPlan | None
     tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
     if tokens is None:
         raise refusal(
-            "this route takes prompts that cannot be steered; send the prompt as text or token ids"
+            UnsupportedError(
+                "this route takes prompts that cannot be steered; send the prompt as text or token ids"
+            )
         )
     plan = admission.admit(wanted, len(tokens), sampling_params.n)
     sampling_params.extra_args = extra_args | {PLAN_KEY: plan}
@@ -101,8 +113,39 @@ def _gate_of(engine: Any) -> RowGate:
     return gate
 
 
+def _entry(plan: AdmittedPlan, request_id: str) -> dict[str, Any]:
+    """What the log says of a request, known before it runs."""
+    exchange = current_exchange.get()
+    shown = plan.receipt.to_json()
+    directions = [{k: v for k, v in d.items() if k != "layers"} for d in shown["directions"]]
+    return {
+        "request_id": request_id,
+        "directions": directions,
+        "dose": shown["dose"],
+        "clamped_by": shown["clamped_by"],
+        "key": log.short_key(exchange.key_digest) if exchange else None,
+    }
+
+
+async def _held(
+    outputs: AsyncGenerator[Any, None], receipt: Receipt, admission: Admission
+) -> AsyncGenerator[Any, None]:
+    """Yields the outputs of a request and keeps the content that it uses loaded meanwhile."""
+    admission.hold(receipt)
+    try:
+        async with aclosing(outputs):
+            async for output in outputs:
+                yield output
+    finally:
+        admission.release(receipt)
+
+
 async def _followed(
-    outputs: AsyncGenerator[Any, None], plan: AdmittedPlan, gate: RowGate, adds_up: bool
+    outputs: AsyncGenerator[Any, None],
+    plan: AdmittedPlan,
+    gate: RowGate,
+    adds_up: bool,
+    entry: dict[str, Any] | None,
 ) -> AsyncGenerator[Any, None]:
     """Yields the outputs of one steered prompt.
 
@@ -111,11 +154,12 @@ async def _followed(
         plan: The prompt's plan.
         gate: The gate of its engine.
         adds_up: Whether each output holds the tokens since the one before, or all of them.
+        entry: Fields of the request's line in the log, None where vLLM logs no requests.
     """
     receipt = plan.receipt
     keys = {segment.row_key for segment in receipt.plan.segments}
     answered = receipt.answered
-    outcome = "error"
+    outcome, reason = "error", None
     metrics.ACTIVE.inc()
     metrics.DOSE.observe(receipt.dose)
     try:
@@ -136,7 +180,13 @@ async def _followed(
     except (asyncio.CancelledError, GeneratorExit):
         outcome = "aborted"
         raise
+    except Exception as error:
+        reason = type(error).__name__
+        raise
     finally:
+        tokens = receipt.tokens_steered()
         metrics.ACTIVE.dec()
         metrics.REQUESTS.labels(outcome).inc()
-        metrics.STEERED_TOKENS.inc(receipt.tokens_steered())
+        metrics.STEERED_TOKENS.inc(tokens)
+        if entry is not None:
+            log.REQUEST.write(**entry, outcome=outcome, reason=reason, tokens_steered=tokens)

@@ -12,17 +12,27 @@ from vllm_steer.errors import ConflictError, PackError, RequestError
 from vllm_steer.pack import SteeringPack
 from vllm_steer.registry import PackRegistry
 from vllm_steer.serving.admission import Admission
-from vllm_steer.serving.asgi import Message, Receive, Send, read_body, send_error, send_json
+from vllm_steer.serving.asgi import (
+    Message,
+    Receive,
+    Send,
+    key_digest,
+    read_body,
+    send_error,
+    send_json,
+)
+from vllm_steer.serving.refusals import log_refusal
 from vllm_steer.serving.runtime import PackDesk
 from vllm_steer.store import PackStore
 
 PREFIX = "/v1/steering/"
 ROUTES = {
-    "GET /v1/steering/packs": "The packs and directions that requests can name, with content digests.",
+    "GET /v1/steering/packs": "The packs that requests can name: `packs`, a list of `name`, `model`, `sha256` and "
+    "`directions`, each with `name`, `layers`, `positions`, `default_scale`, `safe_scale` and content `digest`.",
     "POST /v1/steering/packs": 'Loads the pack `{"name": NAME}` from a directory of that name in a root, or loads it '
-    "again. Requests under way keep the content that they began with.",
+    "again, and answers with it as above. Requests under way keep the content that they began with.",
     "DELETE /v1/steering/packs/NAME": "Unloads a pack; 409 while a request, an alias or the default needs it.",
-    "PUT /v1/steering/aliases/ALIAS": "Lets `SERVED:ALIAS` stand for the steering in the body.",
+    "PUT /v1/steering/aliases/ALIAS": "Lets `SERVED:ALIAS` stand for the SteeringRequest in the body.",
     "DELETE /v1/steering/aliases/ALIAS": "Ends an alias.",
 }
 _DESK = "_vllm_steer_desk"
@@ -41,31 +51,34 @@ async def answer(
     if (method, kind, bool(name)) not in changes:
         await send_error(send, f"there is no {method} {route}", "path", 404)
         return
-    desk = _desk(admission, store, scope)
+    desk, key = _desk(admission, store, scope), key_digest(scope)
     if desk is None:
+        log_refusal("change", kind, route, key)
         message = "packs and aliases of this server are fixed; start it with --steering-pack-roots DIR to change them"
         await send_error(send, message, "path", 403)
         return
     body, _ = await read_body(receive)
     try:
-        content = await _change(desk, method, kind, name, body)
-    except ConflictError as error:
-        await send_error(send, str(error), kind, 409)
+        content = await _change(desk, method, kind, name, body, key)
     except (RequestError, PackError) as error:
-        await send_error(send, str(error), kind, 400)
+        conflict = isinstance(error, ConflictError)
+        log_refusal("conflict" if conflict else "change", kind, route, key)
+        await send_error(send, str(error), kind, 409 if conflict else 400)
     else:
         await send_json(send, 200, content)
 
 
-async def _change(desk: PackDesk, method: str, kind: str, name: str, body: bytes) -> Any:
+async def _change(
+    desk: PackDesk, method: str, kind: str, name: str, body: bytes, key: str | None
+) -> Any:
     if method == "POST":
-        return describe_pack(await desk.load(body))
+        return describe_pack(await desk.load(body, key))
     if kind == "packs":
-        await desk.unload(name)
+        await desk.unload(name, key)
     elif method == "PUT":
-        desk.set_alias(name, body)
+        desk.set_alias(name, body, key)
     else:
-        desk.drop_alias(name)
+        desk.drop_alias(name, key)
     return {"name": name}
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-from vllm.logger import init_logger
 
-from vllm_steer.errors import ConflictError, PackError, RequestError
-from vllm_steer.manifest import PackName, explain_faults
+from vllm_steer import log
+from vllm_steer.errors import ConflictError, PackError, RequestError, explain_faults
+from vllm_steer.manifest import PackName
 from vllm_steer.pack import SteeringPack, load_pack
 from vllm_steer.policy import AliasName
 from vllm_steer.request import SteeringRequest
@@ -22,8 +22,6 @@ from vllm_steer.rpc import FORGET, LOAD
 from vllm_steer.serving import metrics
 from vllm_steer.serving.admission import Admission
 from vllm_steer.store import PackStore
-
-logger = init_logger("vllm.steer")
 
 
 class LoadRequest(BaseModel):
@@ -39,7 +37,10 @@ class LoadRequest(BaseModel):
 
 
 class PackDesk:
-    """Changes the packs and aliases of one server, one change at a time."""
+    """Changes the packs and aliases of one server, one change at a time.
+
+    Every change takes the SHA-256 of the API key that asked for it, None without one, for the log.
+    """
 
     def __init__(
         self, admission: Admission, store: PackStore, roots: list[str], engine: Any
@@ -58,7 +59,7 @@ class PackDesk:
         self._core = engine.engine_core
         self._turn = asyncio.Lock()
 
-    async def load(self, body: bytes) -> SteeringPack:
+    async def load(self, body: bytes, key_digest: str | None) -> SteeringPack:
         """Loads a pack, or loads it again.
 
         Requests that were admitted before keep the content that they were admitted with.
@@ -70,7 +71,7 @@ class PackDesk:
         try:
             name = LoadRequest.model_validate_json(body).name
         except ValidationError as error:
-            raise RequestError(explain_faults(error)) from error
+            raise RequestError(explain_faults(error, "body")) from error
         async with self._turn:
             path = self._find(name)
             pack = await asyncio.to_thread(load_pack, path)
@@ -85,16 +86,16 @@ class PackDesk:
             old = self._store.add(pack)
             await self._forget([])
             metrics.DIRECTIONS.labels(name).set(len(pack.directions))
-            logger.info(
-                "Steering pack loaded: name=%s sha256=%s directions=%d replaced=%s",
-                name,
-                pack.manifest.tensors.sha256,
-                len(pack.directions),
-                old.manifest.tensors.sha256 if old else None,
+            log.PACK_LOADED.write(
+                name=name,
+                sha256=pack.manifest.tensors.sha256,
+                directions=len(pack.directions),
+                replaced=old.manifest.tensors.sha256 if old else None,
+                key=log.short_key(key_digest),
             )
             return pack
 
-    async def unload(self, name: str) -> None:
+    async def unload(self, name: str, key_digest: str | None) -> None:
         """Unloads a pack that no request uses.
 
         Raises:
@@ -119,9 +120,10 @@ class PackDesk:
                 )
             await self._forget([name])
             metrics.DIRECTIONS.remove(name)
-            logger.info("Steering pack unloaded: name=%s", name)
+            digest = pack.manifest.tensors.sha256
+            log.PACK_UNLOADED.write(name=name, sha256=digest, key=log.short_key(key_digest))
 
-    def set_alias(self, alias: str, body: bytes) -> None:
+    def set_alias(self, alias: str, body: bytes, key_digest: str | None) -> None:
         """Lets a model name stand for a steering.
 
         Raises:
@@ -131,15 +133,17 @@ class PackDesk:
             name = TypeAdapter(AliasName).validate_python(alias)
             request = SteeringRequest.model_validate_json(body)
         except ValidationError as error:
-            raise RequestError(explain_faults(error)) from error
+            raise RequestError(explain_faults(error, "body")) from error
         for choice in request.directions:
             self._store.registry.find(choice.name)
         policy = self._admission.policy
         self._admission.policy = policy.model_copy(
             update={"aliases": policy.aliases | {name: request}}
         )
+        directions = [{"name": choice.name, "scale": choice.scale} for choice in request.directions]
+        log.ALIAS_SET.write(alias=name, directions=directions, key=log.short_key(key_digest))
 
-    def drop_alias(self, alias: str) -> None:
+    def drop_alias(self, alias: str, key_digest: str | None) -> None:
         """Ends an alias.
 
         Raises:
@@ -150,6 +154,7 @@ class PackDesk:
             raise RequestError(f"there is no alias {alias!r}")
         kept = {name: request for name, request in policy.aliases.items() if name != alias}
         self._admission.policy = policy.model_copy(update={"aliases": kept})
+        log.ALIAS_DROPPED.write(alias=alias, key=log.short_key(key_digest))
 
     async def _forget(self, names: list[str]) -> None:
         """Frees the content that no name leads to and no request uses, in every process."""

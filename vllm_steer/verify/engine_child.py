@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import signal
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any
 from vllm_steer import versions
 from vllm_steer.config import CONFIG_KEY
 from vllm_steer.rpc import FACTS
+from vllm_steer.verify.engine_loop import answer_commands
 from vllm_steer.verify.process import ROOM
 
 # From linux/prctl.h: the signal to get when the parent ends.
@@ -36,26 +36,14 @@ def serve(
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
     arguments = connection.recv()
-    try:
+
+    def start() -> Any:
         prepare(arguments)
         from vllm import LLM
 
-        llm = LLM(**arguments)
-    # Whatever stopped the start is what is asked for; it goes to the process that asked.
-    except Exception as error:
-        connection.send(("error", f"{type(error).__name__}: {error}"))
-        return
-    connection.send(("ready", None))
-    while True:
-        command, *rest = connection.recv()
-        if command == "stop":
-            llm.llm_engine.engine_core.shutdown()
-            # Threads that vLLM leaves behind would keep the process for a minute.
-            os._exit(0)
-        try:
-            connection.send(("value", commands[command](llm, *rest)))
-        except Exception as error:
-            connection.send(("error", f"{type(error).__name__}: {error}"))
+        return LLM(**arguments)
+
+    answer_commands(connection, start, commands)
 
 
 def greedy(count: int, extra_args: Any, **fields: Any) -> Any:

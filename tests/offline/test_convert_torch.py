@@ -1,0 +1,125 @@
+"""What torch.save wrote is read as plain tensors; anything else is refused, never run."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from offline.convert.torch_file import read_torch
+from tests.offline.convert_cases import HIDDEN, MODEL, rows
+from vllm_steer.errors import ConversionError
+
+
+def as_torch(directions: dict[Any, np.ndarray]) -> dict[Any, torch.Tensor]:
+    return {layer: torch.from_numpy(row) for layer, row in directions.items()}
+
+
+@pytest.mark.parametrize(
+    ("content", "layers", "expected"),
+    [
+        (as_torch(rows()), None, rows()),
+        ({str(layer): row for layer, row in as_torch(rows()).items()}, None, rows()),
+        ({"model_type": "llama", "directions": as_torch(rows())}, None, rows()),
+        (torch.stack([*as_torch(rows(0, (0, 1, 2, 3))).values()]), None, rows(0, (0, 1, 2, 3))),
+        (torch.stack([*as_torch(rows()).values()]), [1, 2, 3], rows()),
+        (torch.from_numpy(rows()[1]), [2, 3], {2: rows()[1], 3: rows()[1]}),
+        ({1: torch.ones(HIDDEN, dtype=torch.bfloat16), 2: torch.zeros(HIDDEN)}, None,
+         {1: np.ones(HIDDEN, np.float32)}),
+        ({1: torch.ones(HIDDEN, dtype=torch.float64) / 3}, None,
+         {1: np.full(HIDDEN, np.float32(1 / 3))}),
+    ],
+)  # fmt: skip
+def test_plain_tensors(
+    content: Any, layers: list[int] | None, expected: dict[int, np.ndarray], tmp_path: Path
+) -> None:
+    torch.save(content, tmp_path / "v.pt")
+    found = read_torch(tmp_path / "v.pt", layers, MODEL).vectors
+    assert list(found) == list(expected)
+    for layer, row in expected.items():
+        assert found[layer].dtype == np.float32
+        assert np.array_equal(found[layer], row)
+
+
+class Runs:
+    """Makes a directory when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "holds a list; it must be a tensor"),
+        ({}, "holds a dict; it must be a tensor"),
+        ({"a": torch.ones(HIDDEN)}, "key 'a' where a layer belongs"),
+        ({-1: torch.ones(HIDDEN)}, "key '-1' where a layer belongs"),
+        ({True: torch.ones(HIDDEN)}, "key 'True' where a layer belongs"),
+        ({1: torch.ones(HIDDEN), "1": torch.ones(HIDDEN)}, "gives a layer twice"),
+        ({9: torch.ones(HIDDEN)}, r"has layers \[9\]; the model has layers 0 to 3"),
+        ({1: torch.ones(7)}, r"vectors have \[7\] values; the model's hidden size is 16"),
+        ({1: torch.ones(2, HIDDEN)}, r"holds torch.float32 \[2, 16\]"),
+        ({1: torch.ones(HIDDEN, dtype=torch.int32)}, "holds torch.int32"),
+        ({1: [1.0] * HIDDEN}, "holds list; vectors must be float tensors"),
+        ({1: torch.full((HIDDEN,), float("nan"))}, "layer 1 has NaN or Inf"),
+        ({1: torch.full((HIDDEN,), 1e300, dtype=torch.float64)}, "layer 1 has NaN or Inf"),
+        ({1: torch.zeros(HIDDEN)}, "every vector is zero"),
+        ({1: torch.ones(1).expand(HIDDEN)}, "larger than what is stored of it"),
+        (torch.ones(1).expand(4, HIDDEN), "larger than what is stored of it"),
+        (torch.ones(3, HIDDEN), "has 3 rows for 4 blocks of the model; name the layer"),
+        (torch.ones(HIDDEN), "one vector for no layer in particular; name its layers"),
+        ({1: np.ones(HIDDEN, np.float32)}, "holds more than tensors.*save plain tensors"),
+    ],
+)  # fmt: skip
+def test_other_content_is_refused(content: Any, message: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "v.pt")
+    with pytest.raises(ConversionError, match=message):
+        read_torch(tmp_path / "v.pt", None, MODEL)
+
+
+def test_nothing_is_unpickled(tmp_path: Path) -> None:
+    trap = tmp_path / "trap"
+    torch.save({1: torch.ones(HIDDEN), 2: Runs(trap)}, tmp_path / "zip.pt")
+    torch.save(Runs(trap), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "bare.pt").write_bytes(pickle.dumps(Runs(trap)))
+    for name, message in (
+        ("zip.pt", "code is never unpickled"),
+        ("old.pt", "neither a GGUF file nor what torch.save writes"),
+        ("bare.pt", "neither a GGUF file nor what torch.save writes"),
+    ):
+        with pytest.raises(ConversionError, match=message):
+            read_torch(tmp_path / name, None, MODEL)
+    assert not trap.exists()
+    torch.load(tmp_path / "zip.pt", weights_only=False)
+    assert trap.exists(), "the trap does not work"
+
+
+def test_archive_bombs_are_refused(tmp_path: Path) -> None:
+    torch.save({1: torch.ones(HIDDEN)}, tmp_path / "v.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "v.pt") as plain,
+        zipfile.ZipFile(tmp_path / "c.pt", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for member in plain.namelist():
+            bomb.writestr(member, plain.read(member))
+        bomb.writestr("v/data/9", bytes(10**8))
+    with pytest.raises(ConversionError, match="its archive is compressed"):
+        read_torch(tmp_path / "c.pt", None, MODEL)
+    torch.save({1: torch.ones(HIDDEN), 2: list(range(10**6))}, tmp_path / "many.pt")
+    with pytest.raises(ConversionError, match="more objects than a vector file has"):
+        read_torch(tmp_path / "many.pt", None, MODEL)
+    data = (tmp_path / "v.pt").read_bytes()
+    for length in range(0, len(data), 97):
+        (tmp_path / "cut.pt").write_bytes(data[:length])
+        with pytest.raises(ConversionError):
+            read_torch(tmp_path / "cut.pt", None, MODEL)

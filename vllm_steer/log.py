@@ -1,0 +1,96 @@
+"""What an operator reads: one line for each event, on the logger ``vllm.steer``.
+
+A line holds the event's fields as JSON; the record has them as ``record.steering``, so that a JSON
+formatter passes them on with their types. Fields hold neither API keys nor text of prompts. Importing
+this module imports neither torch nor vllm.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+# Under vLLM's own logger, so that its configuration applies.
+logger = logging.getLogger("vllm.steer")
+# Enough of a key's SHA-256 to know it among those of a policy.
+KEY_DIGITS = 12
+
+
+@dataclass(frozen=True)
+class Event:
+    """A kind of line.
+
+    Attributes:
+        name: Its name in ``record.steering["event"]``; the line has blanks for the underscores.
+        level: Level of the standard library's logging.
+        meaning: When it is written, and what its fields are.
+    """
+
+    name: str
+    level: int
+    meaning: str
+
+    def write(self, **fields: Any) -> None:
+        """Writes a line.
+
+        Args:
+            fields: JSON values.
+        """
+        if logger.isEnabledFor(self.level):
+            logger.log(
+                self.level,
+                "Steering %s: %s",
+                self.name.replace("_", " "),
+                json.dumps(fields),
+                extra={"steering": {"event": self.name, **fields}},
+                stacklevel=2,
+            )
+
+
+STARTED = Event(
+    "started",
+    logging.INFO,
+    "once in each front end: `packs` by name with their sha256, number of `directions`, `layers` hooked, `ops`, `rows` of "
+    "the bank, and the `policy`: its `aliases`, `max_dose`, `dose_action`, whether it has a `default`, and number of `keys`",
+)
+WORKER_READY = Event(
+    "worker_ready",
+    logging.INFO,
+    "once in each worker: `layers` that it hooked, `ops`, `rows` of its bank and its size, `bank_bytes`",
+)
+SELF_TEST_PASSED = Event(
+    "self_test_passed", logging.INFO, "each of these `layers` changes the model's output"
+)
+PACK_FETCHED = Event("pack_fetched", logging.INFO, "a pack of the hub: `source` and `snapshot`")
+PACK_LOADED = Event(
+    "pack_loaded",
+    logging.INFO,
+    "`name`, `sha256`, number of `directions`, sha256 of the pack that it `replaced`, and `key`",
+)
+PACK_UNLOADED = Event("pack_unloaded", logging.INFO, "`name`, `sha256` and `key`")
+ALIAS_SET = Event("alias_set", logging.INFO, "`alias`, its `directions` with scales, and `key`")
+ALIAS_DROPPED = Event("alias_dropped", logging.INFO, "`alias` and `key`")
+REQUEST = Event(
+    "request",
+    logging.INFO,
+    "with `--enable-log-requests`, at the end of each steered prompt: `request_id`, `outcome` (finished, aborted, "
+    "error) and `reason` (class of the error), `directions` with scales, digests and forms, `dose`, `clamped_by`, "
+    "`tokens_steered` and `key`",
+)
+REFUSED = Event(
+    "refused",
+    logging.WARNING,
+    "a request was refused for its steering, or a change of packs and aliases: `reason`, `field`, `route` and `key`",
+)
+REFUSED_MORE = Event(
+    "refused_more",
+    logging.WARNING,
+    "how many more were refused for the same `reason`: `count` in `seconds`",
+)
+
+
+def short_key(digest: str | None) -> str | None:
+    """Returns what a line says of an API key: the beginning of its SHA-256, None without a key."""
+    return digest[:KEY_DIGITS] if digest else None

@@ -1,0 +1,113 @@
+"""Refused requests: the error that vLLM answers with HTTP 400, the metric, and lines in the log.
+
+A client that repeats a refused request must not fill the log: of each reason, a few lines are
+written in a minute and the others are counted in one line at its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from vllm.exceptions import VLLMValidationError
+
+from vllm_steer import log
+from vllm_steer.errors import RequestError
+from vllm_steer.forms import Gate
+from vllm_steer.request import FLAT_KEYS, REQUEST_KEY, DirectionChoice, SteeringRequest
+from vllm_steer.schedule import ScheduleChoice
+from vllm_steer.serving import metrics
+from vllm_steer.serving.exchange import current_exchange
+
+LINES = 5
+SECONDS = 60.0
+_MODELS = (SteeringRequest, DirectionChoice, Gate, ScheduleChoice)
+_PARTS = "|".join(sorted({name for model in _MODELS for name in model.model_fields}))
+# Messages begin with their field. Of what a client sent, which may be private, only names that
+# steering has go into the log.
+_FIELD = re.compile(rf"(?:{REQUEST_KEY}(?:\.(?:\d+|{_PARTS})\b)*|(?:{'|'.join(FLAT_KEYS)})\b)")
+
+
+class RefusalLog:
+    """Writes refusals, the first few of a reason one by one and the others as their number."""
+
+    def __init__(self, lines: int = LINES, seconds: float = SECONDS) -> None:
+        """Makes a log.
+
+        Args:
+            lines: Most lines of one reason in a stretch of time.
+            seconds: Length of the stretch, which begins with its first refusal.
+        """
+        self._lines = lines
+        self._seconds = seconds
+        self._counts: Counter[str] = Counter()
+        self._ends: dict[str, float] = {}
+
+    def write(self, reason: str, field: str, route: str | None, key_digest: str | None) -> None:
+        """Writes a refusal, or counts it. Outside an event loop the caller alone gets the error.
+
+        Args:
+            reason: ``RequestError.reason``.
+            field: What was wrong, without anything that the client wrote.
+            route: Path of the HTTP request.
+            key_digest: SHA-256 of its API key.
+        """
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            return
+        # A timer whose event loop was closed never came.
+        if time.monotonic() >= self._ends.get(reason, 0.0):
+            self._end(reason)
+            self._ends[reason] = time.monotonic() + self._seconds
+            loop.call_later(self._seconds, self._end, reason)
+        self._counts[reason] += 1
+        if self._counts[reason] <= self._lines:
+            key = log.short_key(key_digest)
+            log.REFUSED.write(reason=reason, field=field, route=route, key=key)
+
+    def _end(self, reason: str) -> None:
+        count = self._counts.pop(reason, 0) - self._lines
+        self._ends.pop(reason, None)
+        if count > 0:
+            log.REFUSED_MORE.write(reason=reason, count=count, seconds=self._seconds)
+
+
+_log = RefusalLog()
+
+
+def log_refusal(reason: str, field: str, route: str | None, key_digest: str | None) -> None:
+    """Writes a refusal into the log that all routes share: :meth:`RefusalLog.write`."""
+    _log.write(reason, field, route, key_digest)
+
+
+def count_refusal(error: RequestError, route: str | None, key_digest: str | None) -> None:
+    """Counts and logs a request for generation that was refused."""
+    metrics.REJECTED.labels(error.reason).inc()
+    found = _FIELD.match(str(error))
+    log_refusal(error.reason, found[0] if found else REQUEST_KEY, route, key_digest)
+
+
+def refusal(error: RequestError) -> VLLMValidationError:
+    """Counts and logs the request that is being handled; returns the error that becomes HTTP 400."""
+    exchange = current_exchange.get()
+    route = exchange.route if exchange else None
+    count_refusal(error, route, exchange.key_digest if exchange else None)
+    return VLLMValidationError(str(error), parameter=REQUEST_KEY)
+
+
+@contextmanager
+def as_http_400() -> Iterator[None]:
+    """Turns a refusal into the error that vLLM answers with HTTP 400.
+
+    Raises:
+        VLLMValidationError: Within it a :class:`RequestError` was raised.
+    """
+    try:
+        yield
+    except RequestError as error:
+        raise refusal(error) from error
