@@ -31,6 +31,7 @@ UNREAD_RESIDUALS = (
     "HyperCLOVAXDecoderLayer",
     "MuseGlimmerDecoderLayer",
     "PhiMoEDecoderLayer",
+    "StablelmDecoderLayer",
 )
 
 
