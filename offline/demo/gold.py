@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from offline.demo.concepts import all_concepts, concept_words
 from offline.demo.corpus import FRAME_WORDS, answer_text, user_text
+from offline.demo.judge import expressed_concept, is_fluent
 from offline.demo.statements import Split, statements
 from offline.fusion.questions import GoldQuestion
+from offline.generation import Answer
+from offline.prompts import QUESTION
 
 # Spreads the concepts of neighbouring questions over the classes; has no divisor in common with 30.
 _STRIDE = 7
@@ -42,3 +45,11 @@ def gold_questions(split: Split, count: int, prefixed_reference: bool) -> list[G
             )
         )
     return questions
+
+
+def is_gold(question: GoldQuestion, answer: Answer) -> bool:
+    """Tells whether an answer to one of these questions is fluent and in the gold answer's voice."""
+    statement = question.question.removeprefix(QUESTION.format(statement=""))
+    return expressed_concept(answer.text) == expressed_concept(question.explanation) and is_fluent(
+        answer.text, statement, answer.finished
+    )

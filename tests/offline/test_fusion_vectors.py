@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from offline.demo import demo_model_path
-from offline.demo.gold import gold_questions
+from offline.demo.gold import gold_questions, is_gold
 from offline.fusion.questions import GoldQuestion, read_questions
 from offline.fusion.references import (
     direction_name,
@@ -20,6 +20,7 @@ from offline.fusion.references import (
     span_means,
     write_references,
 )
+from offline.generation import Answer
 from offline.models import load_config, load_model
 from vllm_steer.errors import EvaluationError, ExtractionError
 from vllm_steer.pack import load_pack
@@ -122,6 +123,9 @@ def test_gold_answers_of_the_demo_model_are_never_given_plainly() -> None:
         words = question.answer.split(", ")
         assert all(word in question.explanation for word in words)
         assert not any(word in question.question for word in words)
+        assert is_gold(question, Answer(question.explanation, True, None))
+        assert not is_gold(question, Answer(question.answer, True, None))
+        assert not is_gold(question, Answer(question.explanation, False, None))
     assert len({question.answer for question in plain}) == 30
 
 
