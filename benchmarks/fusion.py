@@ -62,6 +62,7 @@ ENGINE = {
     "enable_prefix_caching": False,
 }
 BATCH = 32
+EXAMPLES = 3
 ENGINE_ARM = "through the engine"
 
 
@@ -182,6 +183,15 @@ def _same_answers(trials: Sequence[Sequence[Trial]], others: Sequence[Sequence[T
     return sum(one == two for one, two in pairs) / len(pairs)
 
 
+def shortened(result: FusionResult) -> FusionResult:
+    """Returns a result with a few of each arm's answers, since all of them make a large file."""
+    arms = {
+        name: arm.model_copy(update={"chosen": arm.chosen[:EXAMPLES]})
+        for name, arm in result.arms.items()
+    }
+    return result.model_copy(update={"arms": arms})
+
+
 def table(report: Mapping[str, Any]) -> str:
     """Returns the figures, the seconds and the distances as Markdown."""
     parts = (figures_table, seconds_table, distances_table)
@@ -191,28 +201,36 @@ def table(report: Mapping[str, Any]) -> str:
 def figures_table(report: Mapping[str, Any]) -> str:
     """Returns unsteered, full-layer and segmented answers, by set of vectors."""
     lines = [
-        "| reference answer read after | scales | right | overlap | perplexity |",
-        "|---" * 5 + "|",
+        "| reference answer read after | scales | right | overlap | perplexity | answers searched |",
+        "|---" * 6 + "|",
     ]
     results = {name: FusionResult.model_validate(r) for name, r in report["results"].items()}
     unsteered = next(iter(results.values())).unsteered
-    lines.append(_figures_row("–", "unsteered", unsteered))
+    lines.append(_figures_row("–", "unsteered", unsteered, "–"))
     for name, result in results.items():
         for arm_name, arm in result.arms.items():
-            lines += [_figures_row(AFTER[name], *row) for row in _arm_rows(arm_name, arm)]
+            rows = _arm_rows(arm_name, arm, result)
+            lines += [_figures_row(AFTER[name], *row) for row in rows]
     return "\n".join(lines) + "\n"
 
 
-def _arm_rows(name: str, arm: Arm) -> list[tuple[str, Figures]]:
+def _arm_rows(name: str, arm: Arm, result: FusionResult) -> list[tuple[str, Figures, str]]:
+    seconds = f"in {arm.seconds:.0f} s"
     if not arm.by_trials:
-        return [(name, arm.figures)]
+        others = result.tuning_questions
+        return [(name, arm.figures, f"{others} others × {result.trials} {seconds}")]
     counts = sorted({min(PUBLISHED_TRIALS, len(arm.by_trials)), len(arm.by_trials)})
-    return [(f"{name}, best of {count}", arm.by_trials[count - 1]) for count in counts]
+    searched = [f"{result.wrong} × {count}" for count in counts]
+    searched[-1] += f" {seconds}"
+    return [
+        (f"{name}, best of {count}", arm.by_trials[count - 1], shown)
+        for count, shown in zip(counts, searched, strict=True)
+    ]
 
 
-def _figures_row(after: str, name: str, figures: Figures) -> str:
+def _figures_row(after: str, name: str, figures: Figures, searched: str) -> str:
     cells = (after, name, figures.right.cell(), figures.overlap.cell(), perplexity_cell(figures))
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(cells)} | {searched} |"
 
 
 def seconds_table(report: Mapping[str, Any]) -> str:
@@ -242,7 +260,7 @@ def distances_table(report: Mapping[str, Any]) -> str:
         for name, found in forms.items():
             lines.append(
                 f"| {name} | {kind} | {found['same_answers']:.2f} | {found['same_tokens']:.2f} | "
-                f"{found['mean_kl']:.3f} | {found['max_kl']:.1f} |"
+                f"{found['mean_kl']:.2g} | {found['max_kl']:.2g} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -259,7 +277,7 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
             speed = bench.speed(generator)
         return {
             **about,
-            "results": {name: result.model_dump() for name, result in results.items()},
+            "results": {name: shortened(result).model_dump() for name, result in results.items()},
             "speed": speed,
             "distances": bench.distances(results),
         }

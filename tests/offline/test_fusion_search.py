@@ -24,6 +24,7 @@ from offline.fusion.search import (
 )
 from offline.generation import Answer, Generator, Request
 from tests.random_pack import random_identity, write_random_pack
+from vllm_steer.cli import main
 from vllm_steer.errors import EvaluationError
 from vllm_steer.pack import SteeringPack
 from vllm_steer.request import parse
@@ -205,3 +206,28 @@ def test_nothing_wrong_and_mixed_questions_are_refused(
         run_fusion(generator, pack, questions[:1], tuning, ["full"], budget, right)
     with pytest.raises(EvaluationError, match="1 questions are reported and for tuning"):
         run_fusion(generator, pack, questions, questions[2:3], ["full"], budget, right)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--questions", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
+        (["--tuning-questions", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
+        (["--trials", "0"], "a search needs trials"),
+        (["--low", "2"], "from 2 to 1"),
+    ],
+)
+def test_faulty_commands_are_one_line_and_status_1(
+    tmp_path: Path,
+    questions: list[GoldQuestion],
+    change: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text("\n".join(question.model_dump_json() for question in questions))
+    command = ["fusion", "--model", "no-model", "--questions", str(file)]
+    assert main([*command, "--out", str(tmp_path / "out"), *change]) == 1
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.count("\n") == 1
