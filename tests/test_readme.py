@@ -150,6 +150,9 @@ def test_fusion(model: Path, tmp_path: Path) -> None:
 def test_the_tables_of_fusion_are_those_of_the_results() -> None:
     report = json.loads((ROOT / "benchmarks" / "results" / "fusion.json").read_text())
     assert fusion_table(report) in TEXT
+    shares = report["speed"]["same_answers"]
+    (share,) = (value for name, value in shares.items() if name.endswith("the uncached original"))
+    assert f"the same text in {share:.1%} of cases" in TEXT
 
 
 def test_the_tables_of_methods_are_those_of_the_results() -> None:

@@ -151,6 +151,7 @@ def test_gpu_on_a_cpu(tmp_path: Path, work: Path) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_fusion(tmp_path: Path) -> None:
     sizes = ("--questions", "3", "--tuning", "2", "--trials", "2", "--rounds", "1", "--eager")
     command = [sys.executable, "-m", "benchmarks.fusion", "--json", str(tmp_path / "fusion.json")]
