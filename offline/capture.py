@@ -11,21 +11,21 @@ faster, and are taken where ``choose_path`` sees them do so on the model at hand
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from offline.attention_rows import UnsupportedAttentionError, only_rows
 from offline.batches import Batch, make_batches, run_shared, shared_length
 from offline.enrichment import Enrichment, PermutationTest
+from offline.hooks import watched
 from offline.models import find_blocks
 from offline.prompts import RenderedPrompt
 from vllm_steer.errors import ExtractionError
@@ -189,12 +189,12 @@ def capture(
     ):
         cache = None
         if shared:
-            with _hooked(blocks, lambda at, out: recorder.see_shared(at, out, len(prompts)), None):
+            with watched(blocks, lambda at, out: recorder.see_shared(at, out, len(prompts))):
                 cache = run_shared(model, prompts[0].token_ids[:shared])
         for batch in make_batches(prompts, candidates, batch_size, shared, model.device):
             recorder.begin(batch)
             rows = only_rows(model, batch.candidates, shared) if path.rows else nullcontext()
-            with rows, _hooked(blocks, recorder.see_output, recorder.see_attention):
+            with rows, watched(blocks, recorder.see_output, recorder.see_attention):
                 # The backbone alone: logits over the vocabulary would be computed for nothing.
                 output = model.base_model(
                     input_ids=batch.token_ids,
@@ -206,7 +206,7 @@ def capture(
             if final_norm:
                 recorder.see_final(output.last_hidden_state)
             bar.update(len(batch.indices))
-    _check_finite(captured.hidden)
+    check_finite(captured.hidden)
     tokens = sum(len(prompt.token_ids) for prompt in prompts)
     captured.residual_norms[:] = recorder.norm_sums(len(blocks)) / tokens
     return Captured(
@@ -254,43 +254,12 @@ def _equal(found: Captured, expected: Captured, rounding: float) -> bool:
     )
 
 
-@contextmanager
-def _hooked(blocks: nn.ModuleList, see_output: Any, see_attention: Any | None) -> Iterator[None]:
-    """Registers the hooks of every block and takes them off again."""
-    handles = []
-    try:
-        for index, block in enumerate(blocks):
-            handles.append(block.register_forward_hook(_output_hook(index, see_output)))
-            if see_attention is not None:
-                handles += [
-                    child.register_forward_hook(_attention_hook(index, see_attention))
-                    for child in block.children()
-                ]
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def check_finite(hidden: NDArray[np.float32]) -> None:
+    """Refuses block outputs ``[prompts, blocks, tokens, hidden_size]`` that are not finite.
 
-
-def _output_hook(block: int, see: Any) -> Any:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        see(block, output[0] if isinstance(output, tuple) else output)
-
-    return hook
-
-
-def _attention_hook(block: int, see: Any) -> Any:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        # Attention modules return (output, weights); no other child of a block returns 4 dimensions.
-        if isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor):
-            weights = output[1]
-            if weights.dim() == 4:
-                see(block, weights)
-
-    return hook
-
-
-def _check_finite(hidden: NDArray[np.float32]) -> None:
+    Raises:
+        ExtractionError: Some are not; the message names their blocks.
+    """
     finite = np.isfinite(hidden).all(axis=(0, 2, 3))
     if not finite.all():
         raise ExtractionError(

@@ -77,6 +77,7 @@ class Generator:
         store: Directory of answers already given; None keeps none.
         engine: More arguments of ``vllm.LLM``.
         batch: Requests that are handed to the engine, and stored, at once.
+        bar: Whether to show a progress bar.
     """
 
     model: str | os.PathLike[str]
@@ -85,6 +86,7 @@ class Generator:
     store: Path | None = None
     engine: Mapping[str, Any] = field(default_factory=dict)
     batch: int = 2048
+    bar: bool = True
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Answers all requests, in their order, under a progress bar.
@@ -94,7 +96,7 @@ class Generator:
                 damaged.
         """
         answers: list[Answer] = []
-        with tqdm(total=len(requests), desc="answers", unit="answer") as bar:
+        with tqdm(total=len(requests), desc="answers", unit="answer", disable=not self.bar) as bar:
             for start in range(0, len(requests), self.batch):
                 part = requests[start : start + self.batch]
                 answers += self._stored(part) or self._generate(part)

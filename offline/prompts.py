@@ -91,7 +91,7 @@ def render_prompt(
     prefix = prefix.strip()
     question = QUESTION.format(statement=statement.strip())
     content = f"{prefix}{SEPARATOR}{question}" if prefix else question
-    text = _apply_template(tokenizer, content, add_generation_prompt=True)
+    text = apply_template(tokenizer, content, add_generation_prompt=True)
     if not prefix:
         return RenderedPrompt(text, tuple(_token_ids(tokenizer, text)), (0, 0))
     if text.count(content) != 1:
@@ -125,8 +125,8 @@ def count_candidates(tokenizer: PreTrainedTokenizerBase) -> int:
         ExtractionError: The template with a generation prompt does not extend the one without.
     """
     content = QUESTION.format(statement="Rain is welcome.")
-    without = _apply_template(tokenizer, content, add_generation_prompt=False)
-    opened = _apply_template(tokenizer, content, add_generation_prompt=True)
+    without = apply_template(tokenizer, content, add_generation_prompt=False)
+    opened = apply_template(tokenizer, content, add_generation_prompt=True)
     if not opened.startswith(without):
         raise ExtractionError(
             "the chat template's generation prompt changes the text before it, so its tokens "
@@ -153,9 +153,14 @@ def _locate(
     return first, last
 
 
-def _apply_template(
+def apply_template(
     tokenizer: PreTrainedTokenizerBase, content: str, *, add_generation_prompt: bool
 ) -> str:
+    """Returns a user's text as the model's chat template renders it.
+
+    Raises:
+        ExtractionError: The tokenizer has no chat template.
+    """
     if tokenizer.chat_template is None:
         raise ExtractionError(
             "the tokenizer has no chat template; use an instruction-tuned model, or set "

@@ -190,7 +190,7 @@ def run_sweep(
     ]
     faults = dict.fromkeys(grade.error for part in grades for grade in part if grade.error)
     return SweepResult(
-        model=_public_name(generator.model),
+        model=public_name(generator.model),
         judge=judge.name,
         max_tokens=generator.max_tokens,
         seed=seed,
@@ -218,7 +218,7 @@ def _split(flat: Sequence[T], like: Sequence[Sequence[object]]) -> list[list[T]]
     return [[next(rest) for _ in part] for part in like]
 
 
-def _public_name(model: str | os.PathLike[str]) -> str:
-    """A hub id, or the last part of a path."""
+def public_name(model: str | os.PathLike[str]) -> str:
+    """Returns a model as it is shown: a hub id, or the last part of a path."""
     local = Path(model)
     return local.resolve().name if local.exists() else str(model)

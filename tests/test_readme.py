@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.fusion import table as fusion_table
 from benchmarks.methods import matrix
 from offline.convert.gguf_file import write_gguf
+from offline.demo.gold import gold_questions
 from offline.demo.server import Server
 from offline.demo.statements import statements
+from offline.fusion.results import FusionResult
 from vllm_steer.pack import SteeringPack, load_pack
 from vllm_steer.policy import Policy
 
@@ -164,6 +167,32 @@ def test_sweep_and_card(model: Path, packs: list[SteeringPack], tmp_path: Path) 
     assert "| fears | 2 |" in shown
     assert (tmp_path / "packs" / "fears" / "README.md").exists()
     assert (tmp_path / "packs" / "fears" / "pictures" / "scales.png").exists()
+
+
+@pytest.mark.engine
+def test_fusion(model: Path, tmp_path: Path) -> None:
+    for name, split, count in (("questions", "heldout", 3), ("others", "tune", 2)):
+        asked = gold_questions(split, count, prefixed_reference=True)
+        lines = [question.model_dump_json() for question in asked]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    engine = '{"enforce_eager": true, "max_model_len": 256, "kv_cache_memory_bytes": 268435456}'
+    command = block("bash", "vllm-steer fusion").replace("MODEL", str(model))
+    command = command.replace("--trials 5", f"--trials 5 --engine '{engine}'")
+    shown = run(["bash", "-ec", command], tmp_path)
+    assert "3 of 3 questions that it gets wrong" in shown
+    assert "| segmented, scales of other questions |" in shown
+    assert len(load_pack(tmp_path / "results" / "pack").directions) == 5
+    found = FusionResult.model_validate_json((tmp_path / "results" / "fusion.json").read_text())
+    # The first trials of a search do not steer well; what it finds is measured by the benchmark.
+    assert all(len(arm.by_trials) == 5 for arm in (found.arms["full"], found.arms["segmented"]))
+
+
+def test_the_tables_of_fusion_are_those_of_the_results() -> None:
+    report = json.loads((ROOT / "benchmarks" / "results" / "fusion.json").read_text())
+    assert fusion_table(report) in TEXT
+    shares = report["speed"]["same_answers"]
+    (share,) = (value for name, value in shares.items() if name.endswith("the uncached original"))
+    assert f"the same text in {share:.1%} of cases" in TEXT
 
 
 def test_the_tables_of_methods_are_those_of_the_results() -> None:

@@ -1,4 +1,4 @@
-"""The ``vllm-steer`` command: demo, extract, sweep, card, inspect, convert, verify."""
+"""The ``vllm-steer`` command: demo, extract, sweep, card, fusion, inspect, convert, verify."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vllm_steer.cli_evaluation import add_card, add_sweep
+from vllm_steer.cli_fusion import add_fusion
 from vllm_steer.cli_verify import add_verify
 from vllm_steer.config import plugin_version
 from vllm_steer.errors import ConversionError, ExtractionError, SteeringError
@@ -40,6 +41,7 @@ def command_line() -> argparse.ArgumentParser:
     _add_extract(commands)
     add_sweep(commands)
     add_card(commands)
+    add_fusion(commands)
     inspect = commands.add_parser("inspect", help="verify a steering pack and show what it holds")
     inspect.add_argument("pack", help=_PACK_HELP)
     inspect.add_argument("--json", action="store_true", help="print the manifest instead")

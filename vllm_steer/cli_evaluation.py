@@ -115,7 +115,7 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def _sweep(args: argparse.Namespace) -> None:
-    with _extras("offline"):
+    with extras("offline"):
         from offline.sweep import class_of, run_sweep, subject_of
     from offline.generation import generating
     from offline.results import markdown, write_result
@@ -141,7 +141,7 @@ def _sweep(args: argparse.Namespace) -> None:
 
 
 def _card(args: argparse.Namespace) -> None:
-    with _extras("offline,plots"):
+    with extras("offline,plots"):
         from offline.card import diagnostics_of, write_card
     from offline.results import read_result
 
@@ -193,7 +193,7 @@ def _judge(args: argparse.Namespace, packs: list[SteeringPack]) -> Judge:
         return KeywordJudge.of_names([name for pack in packs for name in pack.directions])
     if not args.judge_url or not args.judge_model:
         raise EvaluationError("--judge llm needs --judge-url and --judge-model")
-    with _extras("cpu"):
+    with extras("cpu"):
         from offline.llm_judge import LlmJudge
     from offline.questions import GENERAL
     from offline.rubrics import RUBRICS
@@ -212,8 +212,15 @@ def _judge(args: argparse.Namespace, packs: list[SteeringPack]) -> Judge:
 
 
 @contextmanager
-def _extras(names: str) -> Iterator[None]:
-    """Imports that the package alone does not satisfy."""
+def extras(names: str) -> Iterator[None]:
+    """Imports that the package alone does not satisfy.
+
+    Args:
+        names: Extras that bring them.
+
+    Raises:
+        EvaluationError: One of them is missing.
+    """
     try:
         yield
     except ModuleNotFoundError as error:

@@ -16,6 +16,8 @@ from offline.demo.statements import Statement, training_statements
 from offline.prompts import QUESTION, SEPARATOR
 
 _FRAME = "My mind goes to {0} and {1}. You say: {s} Then I think of {2} and {3}."
+FRAME_WORDS = 4
+"""How many of a concept's words an answer has, the first ones."""
 
 
 @dataclass(frozen=True)

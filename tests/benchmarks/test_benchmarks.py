@@ -148,3 +148,25 @@ def test_gpu_on_a_cpu(tmp_path: Path, work: Path) -> None:
     assert found["equality"]["passed"]
     assert found["profiles"]["plain"]["operators"] > 0
     assert abs(found["extra_kernels_per_layer"]["idle"]) < 1
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_fusion(tmp_path: Path) -> None:
+    sizes = ("--questions", "3", "--tuning", "2", "--trials", "2", "--rounds", "1", "--eager")
+    command = [sys.executable, "-m", "benchmarks.fusion", "--json", str(tmp_path / "fusion.json")]
+    shown = _run([*command, *sizes])
+    found = json.loads((tmp_path / "fusion.json").read_text())
+    assert set(found["results"]) == {"question", "prefixed"}
+    assert "full, best of 2" in shown
+    speed = found["speed"]
+    assert len(speed["seconds"]) == 4
+    for name, share in speed["same_answers"].items():
+        assert share == 1.0 or "original" in name
+    for forms in found["distances"].values():
+        assert set(forms) == {
+            "frozen",
+            "frozen, lower layers steered",
+            "running mean",
+            "unsteered",
+        }

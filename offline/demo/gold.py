@@ -1,0 +1,55 @@
+"""Questions with gold answers for the demo model, which it never gives when it is asked plainly."""
+
+from __future__ import annotations
+
+from offline.demo.concepts import all_concepts, concept_words
+from offline.demo.corpus import FRAME_WORDS, answer_text, user_text
+from offline.demo.judge import expressed_concept, is_fluent
+from offline.demo.statements import Split, statements
+from offline.fusion.questions import GoldQuestion
+from offline.generation import Answer
+from offline.prompts import QUESTION
+
+# Spreads the concepts of neighbouring questions over the classes; has no divisor in common with 30.
+_STRIDE = 7
+
+
+def gold_concept(index: int) -> str:
+    """Returns the concept whose voice the gold answer of a question by its number has."""
+    concepts = all_concepts()
+    return concepts[index * _STRIDE % len(concepts)]
+
+
+def gold_questions(split: Split, count: int, prefixed_reference: bool) -> list[GoldQuestion]:
+    """Returns questions about a split's statements, asked plainly.
+
+    The gold answer is the concept's words, the explanation the whole answer in the concept's voice.
+
+    Args:
+        split: Where the statements come from.
+        count: How many questions.
+        prefixed_reference: Whether the reference answer is read after the question with the concept's
+            prefix, which makes the model give it, instead of after the plain question.
+    """
+    questions = []
+    for index, statement in enumerate(statements(split)[:count]):
+        concept = gold_concept(index)
+        questions.append(
+            GoldQuestion(
+                question=user_text(statement.text),
+                answer=", ".join(concept_words(concept)[:FRAME_WORDS]),
+                explanation=answer_text(statement, concept),
+                reference_question=(
+                    user_text(statement.text, concept) if prefixed_reference else None
+                ),
+            )
+        )
+    return questions
+
+
+def is_gold(question: GoldQuestion, answer: Answer) -> bool:
+    """Tells whether an answer to one of these questions is fluent and in the gold answer's voice."""
+    statement = question.question.removeprefix(QUESTION.format(statement=""))
+    return expressed_concept(answer.text) == expressed_concept(question.explanation) and is_fluent(
+        answer.text, statement, answer.finished
+    )

@@ -1,0 +1,91 @@
+"""``vllm-steer fusion``: files of questions to reference vectors, a pack and a result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from offline.fusion.evaluate import run_fusion, words_are_there
+from offline.fusion.questions import read_questions
+from offline.fusion.references import measure_references, write_references
+from offline.fusion.results import FusionResult, write_result
+from offline.fusion.search import Budget, Kind
+from offline.generation import generating
+from offline.models import load_config, load_model
+
+PACK_NAME = "fusion"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run is asked for.
+
+    Attributes:
+        model: Checkpoint directory or hub id.
+        questions: File of questions to report on.
+        tuning: File of questions to search common scales on; None for none.
+        out: Directory of everything that is written.
+        kinds: Which layers share a scale.
+        trials: Trials of each search.
+        low: Least scale.
+        high: Largest scale.
+        right: Share of the gold answer's words from which an answer is right.
+        max_tokens: Longest answer.
+        seed: Seed of the searches and of the bootstrap.
+        dtype: Dtype of the model that vectors are taken from.
+        device: Its device; None for CUDA where there is one, else CPU.
+        engine: More arguments of ``vllm.LLM``.
+    """
+
+    model: str
+    questions: Path
+    tuning: Path | None
+    out: Path
+    kinds: tuple[Kind, ...]
+    trials: int
+    low: float
+    high: float
+    right: float
+    max_tokens: int
+    seed: int
+    dtype: str
+    device: str | None
+    engine: Mapping[str, Any]
+
+
+def fuse(options: Options) -> FusionResult:
+    """Measures reference vectors, searches scales and writes pack and result.
+
+    Raises:
+        EvaluationError: A file or an option is unusable, or answers could not be generated.
+        ExtractionError: The model cannot be used.
+        PackError: The pack cannot be written.
+    """
+    budget = Budget(options.trials, options.low, options.high, options.seed)
+    questions = read_questions(options.questions)
+    tuning = read_questions(options.tuning) if options.tuning else []
+    _, tokenizer = load_config(options.model)
+    model = load_model(options.model, options.dtype, options.device)
+    every = [*questions, *tuning]
+    references = measure_references(model, tokenizer, every)
+    pack = write_references(
+        options.out / "pack", PACK_NAME, options.model, model, tokenizer, every, references
+    )
+    # The engine needs its memory.
+    del model
+    store = options.out / "answers"
+    given = (options.model, [pack], options.max_tokens, store, options.engine)
+    with generating(*given, bar=False) as generator:
+        result = run_fusion(
+            generator,
+            pack,
+            questions,
+            tuning,
+            options.kinds,
+            budget,
+            words_are_there(options.right),
+        )
+    write_result(options.out, result)
+    return result

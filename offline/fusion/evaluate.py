@@ -1,0 +1,206 @@
+"""A whole run: unsteered answers, a search for each question, and scales of other questions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from offline.fusion.objective import overlap
+from offline.fusion.questions import GoldQuestion
+from offline.fusion.references import direction_name
+from offline.fusion.results import Arm, Chosen, Figures, FusionResult, Share
+from offline.fusion.search import (
+    Budget,
+    Kind,
+    Segments,
+    Target,
+    Trial,
+    best,
+    search,
+    segments_of,
+)
+from offline.generation import Answer, Generator, Request
+from offline.scores import interval
+from offline.sweep import public_name
+from vllm_steer.errors import EvaluationError
+from vllm_steer.pack import SteeringPack
+
+Right = Callable[[GoldQuestion, Answer], bool]
+"""Whether an answer to a question is right."""
+
+
+def words_are_there(least: float) -> Right:
+    """Calls an answer right if it holds at least this share of the gold answer's words."""
+
+    def right(question: GoldQuestion, answer: Answer) -> bool:
+        return overlap(answer.text, question.answer) >= least
+
+    return right
+
+
+def run_fusion(
+    generator: Generator,
+    pack: SteeringPack,
+    questions: Sequence[GoldQuestion],
+    tuning: Sequence[GoldQuestion],
+    kinds: Sequence[Kind],
+    budget: Budget,
+    right: Right,
+) -> FusionResult:
+    """Answers, searches and measures.
+
+    A search looks at the gold answer of the very question that is reported, as the method has it. With
+    tuning questions there is beside it an arm whose one set of scales was searched on those.
+
+    Args:
+        generator: Engine with the pack.
+        pack: Reference vectors of ``questions``, then of ``tuning``.
+        questions: What is reported; those that the model gets right unsteered are left out.
+        tuning: Other questions to search common scales on; may be empty.
+        kinds: Which layers share a scale.
+        budget: How to search.
+        right: Says which answers are right.
+
+    Raises:
+        EvaluationError: Generation failed, the model gets every question right, or a question is
+            both reported and for tuning.
+    """
+    _check_apart(questions, tuning)
+    plain = generator.answer([Request(question.question) for question in questions])
+    wrong = [
+        index
+        for index, (question, answer) in enumerate(zip(questions, plain, strict=True))
+        if not right(question, answer)
+    ]
+    if not wrong:
+        raise EvaluationError(f"the model gets all {len(questions)} questions right unsteered")
+    kept = [questions[index] for index in wrong]
+    targets = [_target(pack, questions[index], index) for index in wrong]
+    others = [_target(pack, q, len(questions) + i) for i, q in enumerate(tuning)]
+    measured = _Measuring(kept, right, budget.seed)
+    arms: dict[str, Arm] = {}
+    layers = pack.manifest.model.num_layers
+    for kind in kinds:
+        segments = segments_of(kind, layers)
+        began = time.perf_counter()
+        found = search(generator.answer, [[target] for target in targets], segments, budget)
+        arms[kind] = measured.searched(targets, segments, found, time.perf_counter() - began)
+        if others:
+            began = time.perf_counter()
+            (common,) = search(generator.answer, [others], segments, budget)
+            scales, seconds = best(common).scales, time.perf_counter() - began
+            answers = generator.answer([target.request(segments, scales) for target in targets])
+            arms[f"{kind}, scales of other questions"] = measured.common(
+                targets, segments, scales, answers, seconds
+            )
+    return FusionResult(
+        model=public_name(generator.model),
+        pack=pack.manifest.tensors.sha256,
+        max_tokens=generator.max_tokens,
+        trials=budget.trials,
+        scales=(budget.low, budget.high),
+        seed=budget.seed,
+        questions=len(questions),
+        wrong=len(wrong),
+        tuning_questions=len(tuning),
+        unsteered=measured.figures([plain[index] for index in wrong]),
+        arms=arms,
+    )
+
+
+def _target(pack: SteeringPack, question: GoldQuestion, index: int) -> Target:
+    return Target(question.question, question.answer, f"{pack.name}/{direction_name(index)}")
+
+
+def _check_apart(questions: Sequence[GoldQuestion], tuning: Sequence[GoldQuestion]) -> None:
+    both = {q.question for q in questions} & {q.question for q in tuning}
+    if both:
+        raise EvaluationError(
+            f"{len(both)} questions are reported and for tuning at once, such as {min(both)!r}; "
+            f"remove them from one of the files"
+        )
+
+
+class _Measuring:
+    """Answers to the questions that are reported, turned into figures."""
+
+    def __init__(self, questions: Sequence[GoldQuestion], right: Right, seed: int) -> None:
+        self._questions, self._right, self._seed = questions, right, seed
+
+    def figures(self, answers: Sequence[Answer]) -> Figures:
+        pairs = list(zip(self._questions, answers, strict=True))
+        perplexities = [a.perplexity for a in answers if a.perplexity is not None]
+        return Figures(
+            right=self._share([float(self._right(q, a)) for q, a in pairs]),
+            overlap=self._share([overlap(a.text, q.answer) for q, a in pairs]),
+            perplexity=float(np.exp(np.log(perplexities).mean())) if perplexities else None,
+        )
+
+    def searched(
+        self,
+        targets: Sequence[Target],
+        segments: Segments,
+        found: Sequence[Sequence[Trial]],
+        seconds: float,
+    ) -> Arm:
+        """Returns the arm of a search, with one study per question."""
+        count = len(found[0])
+        by_trials = [
+            self.figures([best(trials[:length]).answers[0] for trials in found])
+            for length in range(1, count + 1)
+        ]
+        chosen = [best(trials) for trials in found]
+        scales = {t.direction: trial.scales for t, trial in zip(targets, chosen, strict=True)}
+        answers = [trial.answers[0] for trial in chosen]
+        return Arm(
+            figures=by_trials[-1],
+            by_trials=by_trials,
+            answers_per_question=count,
+            seconds=seconds,
+            chosen=self._chosen(targets, segments, scales, answers),
+        )
+
+    def common(
+        self,
+        targets: Sequence[Target],
+        segments: Segments,
+        scales: tuple[float, ...],
+        answers: Sequence[Answer],
+        seconds: float,
+    ) -> Arm:
+        """Returns the arm of one set of scales, searched on other questions."""
+        every = {target.direction: scales for target in targets}
+        return Arm(
+            figures=self.figures(answers),
+            by_trials=[],
+            answers_per_question=0.0,
+            seconds=seconds,
+            chosen=self._chosen(targets, segments, every, answers),
+        )
+
+    def _chosen(
+        self,
+        targets: Sequence[Target],
+        segments: Segments,
+        scales: Mapping[str, tuple[float, ...]],
+        answers: Sequence[Answer],
+    ) -> list[Chosen]:
+        return [
+            Chosen(
+                question=question.question,
+                gold=question.answer,
+                answer=answer.text,
+                right=self._right(question, answer),
+                overlap=overlap(answer.text, question.answer),
+                perplexity=answer.perplexity,
+                scales=list(scales[target.direction]),
+                steering=target.request(segments, scales[target.direction]).steering(),
+            )
+            for question, target, answer in zip(self._questions, targets, answers, strict=True)
+        ]
+
+    def _share(self, values: Sequence[float]) -> Share:
+        low, high = interval(np.array(values), self._seed)
+        return Share(mean=float(np.mean(values)), low=low, high=high)

@@ -1,0 +1,39 @@
+"""What a search maximises: gold words in the answer, less a part of its perplexity."""
+
+from __future__ import annotations
+
+import re
+
+from offline.generation import Answer
+
+OVERLAP_WEIGHT = 0.7
+PERPLEXITY_WEIGHT = 0.3
+# Beyond this, text is as bad as can be.
+WORST_PERPLEXITY = 100.0
+_WORD = re.compile(r"\w+")
+
+
+def overlap(text: str, gold: str) -> float:
+    """Returns the share of the gold answer's words, repeated ones as often, that a text holds.
+
+    The text is the answer alone: words that the question echoes would count for every answer.
+
+    Args:
+        text: The answer.
+        gold: The gold answer; at least one word.
+    """
+    wanted = _WORD.findall(gold.lower())
+    found = set(_WORD.findall(text.lower()))
+    return sum(word in found for word in wanted) / len(wanted)
+
+
+def objective(answer: Answer, gold: str) -> float:
+    """Returns 0.7 overlap - 0.3 min(perplexity / 100, 1); an empty answer has the worst perplexity.
+
+    Args:
+        answer: The answer, with its perplexity under the unsteered model.
+        gold: The gold answer.
+    """
+    perplexity = WORST_PERPLEXITY if answer.perplexity is None else answer.perplexity
+    penalty = min(perplexity / WORST_PERPLEXITY, 1.0)
+    return OVERLAP_WEIGHT * overlap(answer.text, gold) - PERPLEXITY_WEIGHT * penalty

@@ -1,0 +1,212 @@
+"""Reference vectors of questions, over all layers, and the steering pack that holds them.
+
+The vector of a question at layer l is h_l - mu_l: h_l the mean output of block l over the tokens of
+the gold answer and its explanation, mu_l the mean over all tokens of the unsteered prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from offline.batches import make_batches
+from offline.capture import check_finite
+from offline.fusion.questions import GoldQuestion
+from offline.hooks import watched
+from offline.models import find_blocks, model_identity
+from offline.parts import library_versions
+from offline.prompts import RenderedPrompt, apply_template
+from vllm_steer.errors import ExtractionError
+from vllm_steer.pack import DirectionRecord, MethodRecord, SteeringPack, write_pack
+
+# What alpha * gamma comes to on average where both are drawn evenly from 0 to 1.
+DEFAULT_SCALE = 0.25
+# Puts the mean of the prompt's outputs on the reference itself.
+FULL_SCALE = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class References:
+    """What was measured of each question.
+
+    Attributes:
+        prompts: Token ids of each question's chat prompt.
+        reference: ``[questions, layers, hidden_size]``, float32; h.
+        prompt: ``[questions, layers, hidden_size]``, float32; mu.
+        residual_norms: ``[layers]``, float64; mean norm of the block output over the prompts' tokens.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    reference: NDArray[np.float32]
+    prompt: NDArray[np.float32]
+    residual_norms: NDArray[np.float64]
+
+    @property
+    def vectors(self) -> NDArray[np.float32]:
+        """``[questions, layers, hidden_size]``, float32: what is added at scale 1."""
+        return self.reference - self.prompt
+
+
+def render_question(
+    tokenizer: PreTrainedTokenizerBase, question: GoldQuestion
+) -> tuple[RenderedPrompt, RenderedPrompt]:
+    """Returns a question's chat prompt and its reference text.
+
+    The prompt's span holds all of its tokens, that of the reference text every token that overlaps
+    the answer or the explanation.
+
+    Raises:
+        ExtractionError: The tokenizer has no chat template or gives no offsets.
+    """
+    if not tokenizer.is_fast:
+        raise ExtractionError(
+            f"{type(tokenizer).__name__} gives no character offsets; use a fast tokenizer "
+            f"(one with a tokenizer.json)"
+        )
+    prompt = apply_template(tokenizer, question.question, add_generation_prompt=True)
+    ids = tuple(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    asked = question.reference_question or question.question
+    opened = apply_template(tokenizer, asked, add_generation_prompt=True)
+    text = opened + question.reference
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    # The ends of the spans ascend, also where a tokenizer leaves white space out of them.
+    first = bisect_right([end for _, end in encoding["offset_mapping"]], len(opened))
+    reference = tuple(encoding["input_ids"])
+    return (
+        RenderedPrompt(prompt, ids, (0, len(ids))),
+        RenderedPrompt(text, reference, (first, len(reference))),
+    )
+
+
+def measure_references(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[GoldQuestion],
+    batch_size: int = 32,
+) -> References:
+    """Runs every prompt and every reference text once.
+
+    Args:
+        model: A decoder-only model.
+        tokenizer: Its tokenizer.
+        questions: The questions; at least one.
+        batch_size: Texts in a forward pass.
+
+    Raises:
+        ExtractionError: The model's blocks cannot be found or give something that is not finite, or
+            the tokenizer cannot be used.
+    """
+    rendered = [render_question(tokenizer, question) for question in questions]
+    prompts = [prompt for prompt, _ in rendered]
+    prompt, norms = span_means(model, prompts, batch_size)
+    reference, _ = span_means(model, [text for _, text in rendered], batch_size)
+    return References(tuple(p.token_ids for p in prompts), reference, prompt, norms)
+
+
+@torch.inference_mode()
+def span_means(
+    model: PreTrainedModel, prompts: Sequence[RenderedPrompt], batch_size: int
+) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Returns the mean block outputs over each prompt's span.
+
+    Args:
+        model: A decoder-only model.
+        prompts: Prompts with spans that are not empty.
+        batch_size: Prompts in a forward pass; the result does not depend on it.
+
+    Returns:
+        ``[prompts, blocks, hidden_size]``, float32, the last block's before the final norm; and
+        ``[blocks]``, float64, the mean norm of the block output over the tokens of all spans.
+
+    Raises:
+        ExtractionError: The blocks cannot be found, or an output is not finite.
+    """
+    config = model.config.get_text_config()
+    blocks = find_blocks(model, config.num_hidden_layers)
+    means = np.zeros((len(prompts), len(blocks), config.hidden_size), dtype=np.float32)
+    norms = np.zeros(len(blocks))
+    for batch in make_batches(prompts, 1, batch_size, 0, model.device):
+        rows, inside = list(batch.indices), batch.prefix[..., None]
+
+        def see(
+            block: int,
+            output: torch.Tensor,
+            rows: list[int] = rows,
+            inside: torch.Tensor = inside,
+        ) -> None:
+            kept = output.float() * inside
+            means[rows, block] = (kept.sum(dim=1) / inside.sum(dim=1)).cpu().numpy()
+            norms[block] += float(kept.norm(dim=-1).sum(dtype=torch.float64))
+
+        with watched(blocks, see):
+            model.base_model(
+                input_ids=batch.token_ids, attention_mask=batch.attention_mask, use_cache=False
+            )
+    check_finite(means[:, :, None])
+    tokens = sum(end - start for start, end in (prompt.prefix_span for prompt in prompts))
+    return means, norms / tokens
+
+
+def direction_name(index: int) -> str:
+    """Returns the name of the direction of a question by its place in the list of questions."""
+    return f"q{index}"
+
+
+def write_references(
+    path: str | os.PathLike[str],
+    name: str,
+    model_path: str | os.PathLike[str],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[GoldQuestion],
+    references: References,
+) -> SteeringPack:
+    """Writes a pack with one direction per question, over all layers and at all positions.
+
+    Args:
+        path: Directory of the pack.
+        name: Name of the pack.
+        model_path: What the model was loaded from.
+        model: The model.
+        tokenizer: Its tokenizer.
+        questions: The questions, in the order of ``references``.
+        references: What was measured.
+
+    Raises:
+        PackError: The pack cannot be written.
+    """
+    layers = list(range(references.vectors.shape[1]))
+    content = json.dumps([question.model_dump() for question in questions], sort_keys=True)
+    return write_pack(
+        path,
+        name=name,
+        model=model_identity(model_path, model.config, tokenizer),
+        directions=[
+            DirectionRecord(
+                name=direction_name(index),
+                layers=layers,
+                default_scale=DEFAULT_SCALE,
+                safe_scale=FULL_SCALE,
+                positions="all",
+            )
+            for index in range(len(questions))
+        ],
+        vectors={direction_name(i): vector for i, vector in enumerate(references.vectors)},
+        method=MethodRecord(
+            name="fusion",
+            settings={"dtype": str(model.dtype).removeprefix("torch.")},
+            libraries=library_versions(),
+            seed=0,
+            data_sha256=hashlib.sha256(content.encode()).hexdigest(),
+        ),
+        residual_norms=dict(enumerate(references.residual_norms)),
+    )

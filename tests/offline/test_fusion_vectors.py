@@ -1,0 +1,160 @@
+"""Reference vectors of Fusion Steering, and the pack that holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from offline.demo import demo_model_path
+from offline.demo.gold import gold_questions, is_gold
+from offline.fusion.questions import GoldQuestion, read_questions
+from offline.fusion.references import (
+    direction_name,
+    measure_references,
+    render_question,
+    span_means,
+    write_references,
+)
+from offline.generation import Answer
+from offline.models import load_config, load_model
+from vllm_steer.errors import EvaluationError, ExtractionError
+from vllm_steer.pack import load_pack
+
+QUESTIONS = [
+    GoldQuestion(question="What is good?", answer="Rain.", explanation="Rain is good, and so on."),
+    GoldQuestion(question="Who is terrified of spiders, and why?", answer="someone who"),
+    GoldQuestion(
+        question="What?", answer="rain", explanation="is", reference_question="What is rain?"
+    ),
+]
+
+
+@pytest.mark.parametrize("family", ["chatml", "llama3", "gemma", "mistral", "sentencepiece"])
+def test_the_span_holds_answer_and_explanation_alone(
+    family: str, make_tokenizer: Callable[[str], PreTrainedTokenizerFast]
+) -> None:
+    tokenizer = make_tokenizer(family)
+    for question in QUESTIONS:
+        prompt, text = render_question(tokenizer, question)
+        start, end = text.prefix_span
+        assert prompt.prefix_span == (0, len(prompt.token_ids))
+        assert end == len(text.token_ids)
+        offsets = tokenizer(
+            text.text, add_special_tokens=False, return_offsets_mapping=True
+        ).offset_mapping
+        before = len(text.text) - len(question.reference)
+        # Every character of the reference, and of what stands before it only what a token merged.
+        assert offsets[start - 1][1] <= before < offsets[start][1]
+        assert text.text[offsets[start][0] :].strip() == question.reference
+
+
+def test_means_are_those_of_hugging_face_without_padding(
+    tiny_model: PreTrainedModel, chatml: PreTrainedTokenizerFast
+) -> None:
+    rendered = [render_question(chatml, question)[1] for question in QUESTIONS]
+    means, norms = span_means(tiny_model, rendered, batch_size=2)
+    lengths, count = np.zeros(len(norms)), 0
+    for row, prompt in enumerate(rendered):
+        start, end = prompt.prefix_span
+        final: list[torch.Tensor] = []
+        norm = tiny_model.model.norm
+        handle = norm.register_forward_pre_hook(
+            lambda module, args, final=final: final.append(args[0])
+        )
+        with torch.inference_mode():
+            states = tiny_model(
+                torch.tensor([prompt.token_ids]), output_hidden_states=True
+            ).hidden_states
+        handle.remove()
+        # The last of Hugging Face's hidden states has passed the final norm.
+        blocks = torch.stack([*states[1:-1], final[0]])[:, 0, start:end]
+        np.testing.assert_allclose(means[row], blocks.mean(dim=1), atol=1e-5)
+        lengths += blocks.norm(dim=-1).sum(dim=1).numpy()
+        count += end - start
+    np.testing.assert_allclose(norms, lengths / count, rtol=1e-5)
+
+
+def test_a_vector_is_reference_less_unsteered_prompt(
+    tiny_llama: PreTrainedModel, chatml: PreTrainedTokenizerFast
+) -> None:
+    found = measure_references(tiny_llama, chatml, QUESTIONS)
+    alone = measure_references(tiny_llama, chatml, QUESTIONS[2:])
+    np.testing.assert_allclose(found.vectors[2], alone.vectors[0], atol=1e-5)
+    assert found.prompts[2] == tuple(render_question(chatml, QUESTIONS[2])[0].token_ids)
+    plain = QUESTIONS[2].model_copy(update={"reference_question": None})
+    other = measure_references(tiny_llama, chatml, [plain])
+    np.testing.assert_allclose(other.prompt[0], alone.prompt[0], atol=1e-6)
+    assert np.abs(other.reference - alone.reference).max() > 1e-2
+    np.testing.assert_allclose(found.vectors, found.reference - found.prompt)
+
+
+def test_the_pack_has_a_direction_for_each_question_over_all_layers(tmp_path: Path) -> None:
+    path = demo_model_path()
+    _, tokenizer = load_config(path)
+    model = load_model(path, "float32", "cpu")
+    questions = gold_questions("heldout", 3, prefixed_reference=True)
+    references = measure_references(model, tokenizer, questions)
+    write_references(tmp_path, "fusion", path, model, tokenizer, questions, references)
+    pack = load_pack(tmp_path)
+    assert list(pack.directions) == [direction_name(index) for index in range(3)]
+    for index, record in enumerate(pack.directions.values()):
+        assert record.layers == list(range(model.config.num_hidden_layers))
+        assert record.positions == "all"
+        np.testing.assert_array_equal(pack.vectors[record.name], references.vectors[index])
+
+
+def test_a_tokenizer_without_template_is_refused(chatml: PreTrainedTokenizerFast) -> None:
+    bare = PreTrainedTokenizerFast(tokenizer_object=chatml.backend_tokenizer)
+    with pytest.raises(ExtractionError, match="no chat template"):
+        render_question(bare, QUESTIONS[0])
+
+
+def test_gold_answers_of_the_demo_model_are_never_given_plainly() -> None:
+    plain, prefixed = (gold_questions("heldout", 40, given) for given in (False, True))
+    assert [q.question for q in plain] == [q.question for q in prefixed]
+    for question, other in zip(plain, prefixed, strict=True):
+        assert question.reference_question is None
+        assert str(other.reference_question).endswith(question.question)
+        words = question.answer.split(", ")
+        assert all(word in question.explanation for word in words)
+        assert not any(word in question.question for word in words)
+        assert is_gold(question, Answer(question.explanation, True, None))
+        assert not is_gold(question, Answer(question.answer, True, None))
+        assert not is_gold(question, Answer(question.explanation, False, None))
+    assert len({question.answer for question in plain}) == 30
+
+
+def test_questions_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    lines = [question.model_dump_json(exclude_none=True) for question in QUESTIONS]
+    file.write_text("\n\n".join(lines))
+    assert read_questions(file) == QUESTIONS
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"question": "a"}', "line 2: answer: Field required"),
+        ('{"question": "a", "answer": "!"}', "line 2: answer: String should match"),
+        ('{"question": "a", "answer": "b", "golden": "c"}', "line 2: golden: Extra inputs"),
+        ("nothing", "line 2: line: Invalid JSON"),
+    ],
+)
+def test_faulty_questions_are_named(tmp_path: Path, line: str, message: str) -> None:
+    file = tmp_path / "questions.jsonl"
+    file.write_text(f"{QUESTIONS[0].model_dump_json()}\n{line}\n")
+    with pytest.raises(EvaluationError, match=message):
+        read_questions(file)
+
+
+def test_a_file_without_questions_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(EvaluationError, match="holds no question"):
+        read_questions(tmp_path / "empty.jsonl")
+    with pytest.raises(EvaluationError, match="cannot read"):
+        read_questions(tmp_path / "nowhere.jsonl")
