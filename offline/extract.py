@@ -13,15 +13,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
 from offline.figures import Figures, write_figures
 from offline.labels import fixed_tokens
 from offline.learning import Learned, Plan
+from offline.methods import METHODS, PLANE_SUFFIX, Method
 from offline.models import load_config, model_identity
 from offline.parts import Parts, library_versions
-from offline.prompts import count_candidates
+from offline.prompts import AnswerPair, count_candidates
 from offline.settings import ExtractionSettings
 from offline.shards import Shards, learn_all
 from vllm_steer.errors import ExtractionError, choices
@@ -54,6 +56,7 @@ def extract_pack(
     workers: int = 1,
     device: str | None = None,
     shards: Shards = _HERE,
+    pairs: Mapping[str, Sequence[AnswerPair]] | None = None,
 ) -> SteeringPack:
     """Extracts one direction per concept and writes them as a steering pack.
 
@@ -73,6 +76,7 @@ def extract_pack(
         workers: Processes that fit directions; the result does not depend on it.
         device: Device of the model; None for CUDA where there is one, else CPU.
         shards: Where concepts are learned; the result does not depend on it.
+        pairs: Answer pairs by direction, in place of concepts and statements; method ``caa`` alone.
 
     Returns:
         The pack, read back from disk.
@@ -85,13 +89,20 @@ def extract_pack(
     """
     config, tokenizer = load_config(model_path)
     text = config.get_text_config()
-    positives = _taken(positive_statements, settings.positive_count, "positive")
-    negatives = _taken(negative_statements, settings.negative_count, "negative")
-    if settings.paired:
-        positives = negatives = [*positives, *negatives]
+    method = METHODS[settings.method]
+    if pairs:
+        concepts = _paired_concepts(pairs, settings)
+    positives, negatives = [""], [""]
+    if method.statements and not pairs:
+        positives = _taken(positive_statements, settings.positive_count, "positive")
+        negatives = _taken(negative_statements, settings.negative_count, "negative")
+        if settings.paired:
+            positives = negatives = [*positives, *negatives]
     layers = _layers(settings, text.num_hidden_layers)
     # Names and scales are checked before hours are spent on them.
-    records = _records(pack_name, concepts, layers, default_scales, safe_scales)
+    records = _records(pack_name, concepts, layers, default_scales, safe_scales, method)
+    if not pairs and (unprefixed := [name for name, prefix in concepts if not prefix.strip()]):
+        raise ExtractionError(f"concepts {unprefixed} have an empty prefix")
     plan = Plan(
         model_path=str(model_path),
         settings=settings,
@@ -102,6 +113,7 @@ def extract_pack(
         probe=concepts[0][1],
         device=device,
         workers=workers,
+        pairs=pairs or {},
     )
     if settings.token != "attention":
         fixed_tokens(settings.token, text.num_hidden_layers, plan.candidates)
@@ -114,17 +126,8 @@ def extract_pack(
         out_dir,
         name=pack_name,
         model=identity,
-        directions=[
-            record.model_copy(
-                update={
-                    "layers": learned[record.name].layers,
-                    "metrics": learned[record.name].metrics,
-                }
-            )
-            for record in records
-            if record.name in learned
-        ],
-        vectors={name: concept.vectors for name, concept in learned.items()},
+        directions=_learned_records(records, learned),
+        vectors=_vectors(learned),
         method=_method(plan, learned),
         residual_norms=dict(enumerate(next(iter(learned.values())).residual_norms)),
     )
@@ -186,7 +189,9 @@ def _method(plan: Plan, learned: Mapping[str, Learned]) -> MethodRecord:
     resolved: dict[str, Any] = {"layers": list(plan.layers), "candidate_tokens": plan.candidates}
     device = next(iter(learned.values())).device
     return MethodRecord(
-        name="attention_guided" if settings.token == "attention" else "fixed_token",
+        name=settings.method
+        if METHODS[settings.method].fixed or settings.token == "attention"
+        else "fixed_token",
         settings={
             **settings.model_dump(mode="json", exclude={"seed"}),
             **resolved,
@@ -196,6 +201,51 @@ def _method(plan: Plan, learned: Mapping[str, Learned]) -> MethodRecord:
         seed=settings.seed,
         data_sha256=digest.hexdigest(),
     )
+
+
+def _learned_records(
+    records: Sequence[DirectionRecord], learned: Mapping[str, Learned]
+) -> list[DirectionRecord]:
+    """Returns the records of what was learned; a second axis stands after its direction."""
+    found = []
+    for record in records:
+        if (concept := learned.get(record.name)) is None:
+            continue
+        found.append(
+            record.model_copy(update={"layers": concept.layers, "metrics": concept.metrics})
+        )
+        if concept.plane is not None:
+            found.append(
+                DirectionRecord(
+                    name=record.name + PLANE_SUFFIX,
+                    layers=concept.layers,
+                    default_scale=1.0,
+                    safe_scale=1.0,
+                    positions=record.positions,
+                )
+            )
+    return found
+
+
+def _vectors(learned: Mapping[str, Learned]) -> dict[str, NDArray[np.float32]]:
+    vectors = {name: concept.vectors for name, concept in learned.items()}
+    planes = {
+        name + PLANE_SUFFIX: concept.plane
+        for name, concept in learned.items()
+        if concept.plane is not None
+    }
+    return vectors | planes
+
+
+def _paired_concepts(
+    pairs: Mapping[str, Sequence[AnswerPair]], settings: ExtractionSettings
+) -> list[tuple[str, str]]:
+    """Returns the directions of answer pairs as concepts without prefix."""
+    if settings.method != "caa":
+        raise ExtractionError(f"answer pairs belong to method 'caa', not to {settings.method!r}")
+    if empty := [name for name, given in pairs.items() if not given]:
+        raise ExtractionError(f"no answer pairs for {empty}")
+    return [(name, "") for name in pairs]
 
 
 def _figures(learned: Mapping[str, Learned]) -> Figures:
@@ -222,13 +272,13 @@ def _records(
     layers: list[int],
     default_scales: Mapping[str, float] | float,
     safe_scales: Mapping[str, float] | float,
+    method: Method,
 ) -> list[DirectionRecord]:
     """Returns a record without metrics for each concept."""
     names = [name for name, _ in concepts]
-    if not names or len(set(names)) != len(names):
+    every = [*names, *(name + PLANE_SUFFIX for name in names if method.plane)]
+    if not names or len(set(every)) != len(every):
         raise ExtractionError("concepts must be given, each under a name of its own")
-    if unprefixed := [name for name, prefix in concepts if not prefix.strip()]:
-        raise ExtractionError(f"concepts {unprefixed} have an empty prefix")
     try:
         TypeAdapter(PackName).validate_python(pack_name)
         return [
@@ -238,6 +288,7 @@ def _records(
                 default_scale=_scale(default_scales, name, "default"),
                 safe_scale=_scale(safe_scales, name, "safe"),
                 positions="all",
+                form=method.form_of(name),
             )
             for name in names
         ]
