@@ -123,20 +123,19 @@ def test_ablation(extract, states) -> None:
 
 
 def test_angular(extract, states) -> None:
-    pack = extract("angular", scale=30.0)
+    pack = extract("angular", scale=30.0, layers=(0, 1, 2))
     sides = [
         unit(np.mean([unit(states(asked(s, p))) for s in texts], axis=0))
         for p, texts in ((PREFIX, POSITIVES), ("", NEGATIVES))
     ]
-    candidates = (sides[0] - sides[1])[1:]
+    candidates = sides[0] - sides[1]
     cosines = unit(candidates) @ unit(candidates).T
     first = unit(candidates)[cosines.sum(axis=1).argmax()]
-    # Two candidates: what varies about their mean is their difference.
-    second = unit(candidates[0] - candidates[1])
-    np.testing.assert_allclose(pack.vectors[NAME], np.stack([first] * 2), atol=1e-4)
+    second = np.linalg.svd(candidates - candidates.mean(axis=0))[2][0]
+    np.testing.assert_allclose(pack.vectors[NAME], np.stack([first] * 3), atol=1e-4)
     found = pack.vectors[f"{NAME} plane"]
     np.testing.assert_allclose(
-        found * np.sign(found @ second)[:, None], np.stack([second] * 2), atol=1e-4
+        found * np.sign(found @ second)[:, None], np.stack([second] * 3), atol=1e-4
     )
     form = pack.directions[NAME].form
     assert (form.op, form.plane) == ("angle", f"{NAME} plane")
