@@ -95,6 +95,10 @@ def methods(layers: int, count: int) -> dict[str, ExtractionSettings]:
             estimator="mean_difference", labels="hard", **common
         ),
         "ablation": ExtractionSettings(method="ablation", **common),
+        "ablation_contrast": ExtractionSettings(method="ablation", contrast="concepts", **common),
+        "ablation_contrast_token-2": ExtractionSettings(
+            method="ablation", contrast="concepts", token=-2, **common
+        ),
         "angular": ExtractionSettings(method="angular", **common),
     }
 

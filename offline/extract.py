@@ -13,28 +13,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
 from offline.figures import Figures, write_figures
 from offline.labels import fixed_tokens
 from offline.learning import Learned, Plan
-from offline.methods import METHODS, PLANE_SUFFIX, Method
+from offline.methods import METHODS
 from offline.models import load_config, model_identity
 from offline.parts import Parts, library_versions
 from offline.prompts import AnswerPair, count_candidates
+from offline.records import learned_records, learned_vectors, records_of
 from offline.settings import ExtractionSettings
 from offline.shards import Shards, learn_all
-from vllm_steer.errors import ExtractionError, choices
-from vllm_steer.pack import (
-    DirectionRecord,
-    MethodRecord,
-    PackName,
-    SteeringPack,
-    load_pack,
-    write_pack,
-)
+from vllm_steer.errors import ExtractionError
+from vllm_steer.pack import MethodRecord, SteeringPack, load_pack, write_pack
 
 __all__ = ["ExtractionSettings", "Shards", "extract_pack"]
 
@@ -100,7 +92,7 @@ def extract_pack(
             positives = negatives = [*positives, *negatives]
     layers = _layers(settings, text.num_hidden_layers)
     # Names and scales are checked before hours are spent on them.
-    records = _records(pack_name, concepts, layers, default_scales, safe_scales, method)
+    records = records_of(pack_name, concepts, layers, default_scales, safe_scales, method)
     if not pairs and (unprefixed := [name for name, prefix in concepts if not prefix.strip()]):
         raise ExtractionError(f"concepts {unprefixed} have an empty prefix")
     plan = Plan(
@@ -114,6 +106,7 @@ def extract_pack(
         device=device,
         workers=workers,
         pairs=pairs or {},
+        contrast=_contrast(settings, concepts),
     )
     if settings.token != "attention":
         fixed_tokens(settings.token, text.num_hidden_layers, plan.candidates)
@@ -126,8 +119,8 @@ def extract_pack(
         out_dir,
         name=pack_name,
         model=identity,
-        directions=_learned_records(records, learned),
-        vectors=_vectors(learned),
+        directions=learned_records(records, learned),
+        vectors=learned_vectors(learned),
         method=_method(plan, learned),
         residual_norms=dict(enumerate(next(iter(learned.values())).residual_norms)),
     )
@@ -203,38 +196,13 @@ def _method(plan: Plan, learned: Mapping[str, Learned]) -> MethodRecord:
     )
 
 
-def _learned_records(
-    records: Sequence[DirectionRecord], learned: Mapping[str, Learned]
-) -> list[DirectionRecord]:
-    """Returns the records of what was learned; a second axis stands after its direction."""
-    found = []
-    for record in records:
-        if (concept := learned.get(record.name)) is None:
-            continue
-        found.append(
-            record.model_copy(update={"layers": concept.layers, "metrics": concept.metrics})
-        )
-        if concept.plane is not None:
-            found.append(
-                DirectionRecord(
-                    name=record.name + PLANE_SUFFIX,
-                    layers=concept.layers,
-                    default_scale=1.0,
-                    safe_scale=1.0,
-                    positions=record.positions,
-                )
-            )
-    return found
-
-
-def _vectors(learned: Mapping[str, Learned]) -> dict[str, NDArray[np.float32]]:
-    vectors = {name: concept.vectors for name, concept in learned.items()}
-    planes = {
-        name + PLANE_SUFFIX: concept.plane
-        for name, concept in learned.items()
-        if concept.plane is not None
-    }
-    return vectors | planes
+def _contrast(settings: ExtractionSettings, concepts: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+    """Returns the prefixes of the negative statements."""
+    if settings.contrast == "nothing":
+        return ("",)
+    if len(concepts) < 2:
+        raise ExtractionError("contrast 'concepts' needs two concepts at least")
+    return tuple(prefix for _, prefix in concepts)
 
 
 def _paired_concepts(
@@ -264,42 +232,3 @@ def _taken(statements: Sequence[str], count: int | None, side: str) -> list[str]
             f"{side}_count is {count}, but there are {len(stripped)} {side} statements"
         )
     return stripped[:count]
-
-
-def _records(
-    pack_name: str,
-    concepts: Sequence[tuple[str, str]],
-    layers: list[int],
-    default_scales: Mapping[str, float] | float,
-    safe_scales: Mapping[str, float] | float,
-    method: Method,
-) -> list[DirectionRecord]:
-    """Returns a record without metrics for each concept."""
-    names = [name for name, _ in concepts]
-    every = [*names, *(name + PLANE_SUFFIX for name in names if method.plane)]
-    if not names or len(set(every)) != len(every):
-        raise ExtractionError("concepts must be given, each under a name of its own")
-    try:
-        TypeAdapter(PackName).validate_python(pack_name)
-        return [
-            DirectionRecord(
-                name=name,
-                layers=layers,
-                default_scale=_scale(default_scales, name, "default"),
-                safe_scale=_scale(safe_scales, name, "safe"),
-                positions="all",
-                form=method.form_of(name),
-            )
-            for name in names
-        ]
-    except ValidationError as error:
-        faults = "; ".join(f"{fault['input']!r}: {fault['msg']}" for fault in error.errors())
-        raise ExtractionError(f"pack {pack_name!r} could not be written: {faults}") from error
-
-
-def _scale(scales: Mapping[str, float] | float, name: str, kind: str) -> float:
-    if not isinstance(scales, Mapping):
-        return float(scales)
-    if name not in scales:
-        raise ExtractionError(f"concept {name!r} has no {kind} scale; {choices(name, scales)}")
-    return float(scales[name])

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ class Plan:
         device: Device of the model; None for CUDA where there is one, else CPU.
         workers: Processes that fit directions.
         pairs: Answer pairs by concept, in place of statements and prefixes.
+        contrast: Prefixes of the negative statements, taken by turns; without any they have none.
     """
 
     model_path: str
@@ -61,6 +63,7 @@ class Plan:
     device: str | None
     workers: int
     pairs: Mapping[str, Sequence[AnswerPair]] = field(default_factory=dict)
+    contrast: tuple[str, ...] = ("",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +114,10 @@ class ConceptLearner:
         self._unprefixed: Captured | None = None
         self._digest = hashlib.sha256()
         if not plan.pairs:
-            prompts = self._render(plan.negatives)
+            prompts = [
+                render_prompt(tokenizer, statement, prefix)
+                for statement, prefix in zip(plan.negatives, cycle(plan.contrast), strict=False)
+            ]
             self._digest.update(_content(prompts))
             self._unprefixed = self._capture(prompts, "unprefixed prompts", None)
 

@@ -19,6 +19,9 @@ class ExtractionSettings(BaseModel):
         labels: ``soft`` for attention to the prefix (Eq. 4), ``hard`` for 1 and 0.
         token: ``attention`` to choose each block's token by attention (Eq. 3), or a negative index
             for the same token everywhere.
+        contrast: What the negative statements are asked with: ``nothing``, or by turns the prefixes of
+            all ``concepts`` that are extracted together, so that a direction holds what tells its
+            concept from the others and not what every prefix brings; labels must be hard.
         held_out: Whether a fifth of the prompts is left out of the fit and validates it; the
             differences of means alone can do without.
         unit: Whether directions have length 1; else a difference of means keeps its own.
@@ -63,6 +66,7 @@ class ExtractionSettings(BaseModel):
     ] = "rfm"
     labels: Literal["soft", "hard"] = "soft"
     token: Literal["attention"] | Annotated[int, Field(lt=0)] = "attention"
+    contrast: Literal["nothing", "concepts"] = "nothing"
     held_out: bool = True
     unit: bool = True
     token_statistic: Literal["max", "mean"] = "max"
@@ -96,6 +100,8 @@ class ExtractionSettings(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> ExtractionSettings:
+        if self.contrast == "concepts" and self.labels == "soft":
+            raise ValueError("contrast 'concepts' needs labels 'hard'")
         method = METHODS[self.method]
         for field, value in method.fixed.items():
             if getattr(self, field) != value:

@@ -100,6 +100,11 @@ def _add_settings(extract: argparse.ArgumentParser) -> None:
     group.add_argument("--labels", choices=("soft", "hard"))
     group.add_argument("--token", type=_token, help="attention, or a fixed one such as -1")
     group.add_argument(
+        "--contrast",
+        choices=("nothing", "concepts"),
+        help="prefixes of the negative statements: none (default), or by turns those of all concepts",
+    )
+    group.add_argument(
         "--layers", type=int, nargs="+", metavar="K", help="blocks (default: all but block 0)"
     )
     group.add_argument("--token-statistic", choices=("max", "mean"), help="over prompts")

@@ -41,11 +41,11 @@ def model_dir(tmp_path_factory, tiny_llama, chatml):
 
 @pytest.fixture
 def extract(model_dir, tmp_path):
-    def run(method, scale=1.0, pairs=None, **settings):
+    def run(method, scale=1.0, pairs=None, concepts=((NAME, PREFIX),), **settings):
         return extract_pack(
             model_dir,
             "fears",
-            [(NAME, PREFIX)],
+            concepts,
             POSITIVES,
             NEGATIVES,
             ExtractionSettings(method=method, **settings),
@@ -120,6 +120,19 @@ def test_ablation(extract, states) -> None:
     assert pack.directions[NAME].form.op == "ablate"
     assert METHODS["ablation"].scale == 1.0
     assert (resolved(pack).form.op, resolved(pack).scale) == ("ablate", 1.0)
+
+
+def test_contrast_with_the_other_concepts(extract, states) -> None:
+    others = [(NAME, PREFIX), ("heights", prefix_for("fears", "heights"))]
+    pack = extract("ablation", concepts=others, contrast="concepts")
+    difference = np.mean([states(asked(s, PREFIX)) for s in POSITIVES], axis=0)
+    against = [asked(s, prefix) for s, (_, prefix) in zip(NEGATIVES, others, strict=True)]
+    difference -= np.mean([states(text) for text in against], axis=0)
+    np.testing.assert_allclose(pack.vectors[NAME], unit(difference)[1:], atol=1e-5)
+    with pytest.raises(ExtractionError, match="needs two concepts"):
+        extract("ablation", contrast="concepts")
+    with pytest.raises(ValidationError, match="needs labels 'hard'"):
+        ExtractionSettings(contrast="concepts")
 
 
 def test_angular(extract, states) -> None:
