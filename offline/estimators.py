@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
-from offline.linear import logistic, mean_difference, pca, ridge
+from offline.linear import logistic, mean_difference, pca, ridge, unit_mean_difference
 from offline.rfm import AUTHORS, RfmOptions, rfm
 from offline.rows import Direction, Rows, pearson, split_point
 from vllm_steer.errors import ExtractionError
@@ -28,11 +28,13 @@ class FitOptions:
     Attributes:
         seed: Seed of the estimator's randomness.
         compat: Whether ridge and logistic regression see raw rows, as in the authors' code.
+        held_out: Whether some rows validate; else differences of means take all of them.
         rfm: What the recursive feature machine leaves open.
     """
 
     seed: int = 0
     compat: bool = False
+    held_out: bool = True
     rfm: RfmOptions = AUTHORS
 
 
@@ -44,7 +46,8 @@ ESTIMATORS: Mapping[str, Callable[[Rows, FitOptions], Direction]] = MappingProxy
         "ridge": lambda rows, options: ridge(rows, options.compat),
         "logistic": lambda rows, options: logistic(rows, options.seed, options.compat),
         "pca": lambda rows, options: pca(rows, options.seed),
-        "mean_difference": lambda rows, options: mean_difference(rows),
+        "mean_difference": lambda rows, options: mean_difference(rows, options.held_out),
+        "unit_mean_difference": lambda rows, options: unit_mean_difference(rows, options.held_out),
     }
 )
 
@@ -63,15 +66,15 @@ def fit_direction(estimator: str, rows: Rows, options: FitOptions = DEFAULTS) ->
     """
     try:
         with _single_thread():
-            return _signed(ESTIMATORS[estimator](_checked(rows), options), rows)
+            return _signed(ESTIMATORS[estimator](_checked(rows, options), options), rows)
     except (ExtractionError, RuntimeError, ValueError) as error:  # LinAlgErrors are of the latter
         raise ExtractionError(f"{rows.name}: {error}") from error
 
 
-def _checked(rows: Rows) -> Rows:
+def _checked(rows: Rows, options: FitOptions) -> Rows:
     if not (rows.positive.any() and not rows.positive.all()):
         raise ExtractionError("both prefixed and unprefixed prompts are needed")
-    if split_point(len(rows.labels)) > len(rows.labels) - 2:
+    if options.held_out and split_point(len(rows.labels)) > len(rows.labels) - 2:
         raise ExtractionError(f"{len(rows.labels)} rows are too few to learn and validate from")
     if np.ptp(rows.labels) == 0:
         raise ExtractionError("all labels are equal: the chosen token pays the prefix no attention")
@@ -86,7 +89,7 @@ def _signed(found: Direction, rows: Rows) -> Direction:
     r = pearson(rows.hidden.astype(np.float64) @ found.vector, rows.labels)
     if not np.isfinite(r) or r == 0:
         raise ExtractionError("the direction found does not correlate with the labels")
-    return Direction(np.sign(r).astype(np.float32) * found.vector, found.validation_r, found.choice)
+    return replace(found, vector=np.sign(r).astype(np.float32) * found.vector)
 
 
 @contextmanager

@@ -13,26 +13,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
 from offline.figures import Figures, write_figures
 from offline.labels import fixed_tokens
 from offline.learning import Learned, Plan
+from offline.methods import METHODS
 from offline.models import load_config, model_identity
 from offline.parts import Parts, library_versions
-from offline.prompts import count_candidates
+from offline.prompts import AnswerPair, count_candidates
+from offline.records import learned_records, learned_vectors, records_of
 from offline.settings import ExtractionSettings
 from offline.shards import Shards, learn_all
-from vllm_steer.errors import ExtractionError, choices
-from vllm_steer.pack import (
-    DirectionRecord,
-    MethodRecord,
-    PackName,
-    SteeringPack,
-    load_pack,
-    write_pack,
-)
+from vllm_steer.errors import ExtractionError
+from vllm_steer.pack import MethodRecord, SteeringPack, load_pack, write_pack
 
 __all__ = ["ExtractionSettings", "Shards", "extract_pack"]
 
@@ -54,6 +48,7 @@ def extract_pack(
     workers: int = 1,
     device: str | None = None,
     shards: Shards = _HERE,
+    pairs: Mapping[str, Sequence[AnswerPair]] | None = None,
 ) -> SteeringPack:
     """Extracts one direction per concept and writes them as a steering pack.
 
@@ -73,6 +68,7 @@ def extract_pack(
         workers: Processes that fit directions; the result does not depend on it.
         device: Device of the model; None for CUDA where there is one, else CPU.
         shards: Where concepts are learned; the result does not depend on it.
+        pairs: Answer pairs by direction, in place of concepts and statements; method ``caa`` alone.
 
     Returns:
         The pack, read back from disk.
@@ -85,13 +81,20 @@ def extract_pack(
     """
     config, tokenizer = load_config(model_path)
     text = config.get_text_config()
-    positives = _taken(positive_statements, settings.positive_count, "positive")
-    negatives = _taken(negative_statements, settings.negative_count, "negative")
-    if settings.paired:
-        positives = negatives = [*positives, *negatives]
+    method = METHODS[settings.method]
+    if pairs:
+        concepts = _paired_concepts(pairs, settings)
+    positives, negatives = [""], [""]
+    if method.statements and not pairs:
+        positives = _taken(positive_statements, settings.positive_count, "positive")
+        negatives = _taken(negative_statements, settings.negative_count, "negative")
+        if settings.paired:
+            positives = negatives = [*positives, *negatives]
     layers = _layers(settings, text.num_hidden_layers)
     # Names and scales are checked before hours are spent on them.
-    records = _records(pack_name, concepts, layers, default_scales, safe_scales)
+    records = records_of(pack_name, concepts, layers, default_scales, safe_scales, method)
+    if not pairs and (unprefixed := [name for name, prefix in concepts if not prefix.strip()]):
+        raise ExtractionError(f"concepts {unprefixed} have an empty prefix")
     plan = Plan(
         model_path=str(model_path),
         settings=settings,
@@ -102,6 +105,8 @@ def extract_pack(
         probe=concepts[0][1],
         device=device,
         workers=workers,
+        pairs=pairs or {},
+        contrast=_contrast(settings, concepts),
     )
     if settings.token != "attention":
         fixed_tokens(settings.token, text.num_hidden_layers, plan.candidates)
@@ -114,17 +119,8 @@ def extract_pack(
         out_dir,
         name=pack_name,
         model=identity,
-        directions=[
-            record.model_copy(
-                update={
-                    "layers": learned[record.name].layers,
-                    "metrics": learned[record.name].metrics,
-                }
-            )
-            for record in records
-            if record.name in learned
-        ],
-        vectors={name: concept.vectors for name, concept in learned.items()},
+        directions=learned_records(records, learned),
+        vectors=learned_vectors(learned),
         method=_method(plan, learned),
         residual_norms=dict(enumerate(next(iter(learned.values())).residual_norms)),
     )
@@ -186,7 +182,9 @@ def _method(plan: Plan, learned: Mapping[str, Learned]) -> MethodRecord:
     resolved: dict[str, Any] = {"layers": list(plan.layers), "candidate_tokens": plan.candidates}
     device = next(iter(learned.values())).device
     return MethodRecord(
-        name="attention_guided" if settings.token == "attention" else "fixed_token",
+        name=settings.method
+        if METHODS[settings.method].fixed or settings.token == "attention"
+        else "fixed_token",
         settings={
             **settings.model_dump(mode="json", exclude={"seed"}),
             **resolved,
@@ -196,6 +194,26 @@ def _method(plan: Plan, learned: Mapping[str, Learned]) -> MethodRecord:
         seed=settings.seed,
         data_sha256=digest.hexdigest(),
     )
+
+
+def _contrast(settings: ExtractionSettings, concepts: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+    """Returns the prefixes of the negative statements."""
+    if settings.contrast == "nothing":
+        return ("",)
+    if len(concepts) < 2:
+        raise ExtractionError("contrast 'concepts' needs two concepts at least")
+    return tuple(prefix for _, prefix in concepts)
+
+
+def _paired_concepts(
+    pairs: Mapping[str, Sequence[AnswerPair]], settings: ExtractionSettings
+) -> list[tuple[str, str]]:
+    """Returns the directions of answer pairs as concepts without prefix."""
+    if settings.method != "caa":
+        raise ExtractionError(f"answer pairs belong to method 'caa', not to {settings.method!r}")
+    if empty := [name for name, given in pairs.items() if not given]:
+        raise ExtractionError(f"no answer pairs for {empty}")
+    return [(name, "") for name in pairs]
 
 
 def _figures(learned: Mapping[str, Learned]) -> Figures:
@@ -214,41 +232,3 @@ def _taken(statements: Sequence[str], count: int | None, side: str) -> list[str]
             f"{side}_count is {count}, but there are {len(stripped)} {side} statements"
         )
     return stripped[:count]
-
-
-def _records(
-    pack_name: str,
-    concepts: Sequence[tuple[str, str]],
-    layers: list[int],
-    default_scales: Mapping[str, float] | float,
-    safe_scales: Mapping[str, float] | float,
-) -> list[DirectionRecord]:
-    """Returns a record without metrics for each concept."""
-    names = [name for name, _ in concepts]
-    if not names or len(set(names)) != len(names):
-        raise ExtractionError("concepts must be given, each under a name of its own")
-    if unprefixed := [name for name, prefix in concepts if not prefix.strip()]:
-        raise ExtractionError(f"concepts {unprefixed} have an empty prefix")
-    try:
-        TypeAdapter(PackName).validate_python(pack_name)
-        return [
-            DirectionRecord(
-                name=name,
-                layers=layers,
-                default_scale=_scale(default_scales, name, "default"),
-                safe_scale=_scale(safe_scales, name, "safe"),
-                positions="all",
-            )
-            for name in names
-        ]
-    except ValidationError as error:
-        faults = "; ".join(f"{fault['input']!r}: {fault['msg']}" for fault in error.errors())
-        raise ExtractionError(f"pack {pack_name!r} could not be written: {faults}") from error
-
-
-def _scale(scales: Mapping[str, float] | float, name: str, kind: str) -> float:
-    if not isinstance(scales, Mapping):
-        return float(scales)
-    if name not in scales:
-        raise ExtractionError(f"concept {name!r} has no {kind} scale; {choices(name, scales)}")
-    return float(scales[name])

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from offline.demo.statements import statements
 from offline.files import read_lines
-from offline.prompts import PREFIX_TEMPLATES, prefix_for
+from offline.prompts import PREFIX_TEMPLATES, AnswerPair, prefix_for
 from offline.settings import ExtractionSettings
 from vllm_steer.errors import ExtractionError, explain_faults
 
@@ -23,6 +23,16 @@ CLASS_FILES: Mapping[str, str] = {
     "personalities.txt": "experts",
 }
 STATEMENT_FILES = ("statements_0.txt", "statements_1.txt")
+
+
+class _PairLine(BaseModel):
+    """A line of a file of answer pairs."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str = Field(min_length=1)
+    positive: str = Field(min_length=1)
+    negative: str = Field(min_length=1)
 
 
 def class_concepts(file: Path, concept_class: str) -> Concepts:
@@ -93,6 +103,33 @@ def listed_concepts(directory: Path) -> Concepts:
         )
         for concept, concept_class in found
     ]
+
+
+def answer_pairs(files: Sequence[Path]) -> dict[str, list[AnswerPair]]:
+    """Returns the answer pairs of JSON-lines files, each file a direction named by its stem.
+
+    Args:
+        files: Each line is an object with ``prompt``, ``positive`` and ``negative``; white space in them
+            is kept, since it decides the tokens.
+
+    Raises:
+        ExtractionError: A file cannot be read, a line is no such object, or two files have one name.
+    """
+    found: dict[str, list[AnswerPair]] = {}
+    for file in files:
+        if file.stem in found:
+            raise ExtractionError(f"--pairs: two files are named {file.stem!r}")
+        found[file.stem] = []
+        for line in _lines(file):
+            try:
+                pair = _PairLine.model_validate_json(line)
+            except ValidationError as error:
+                raise ExtractionError(
+                    f"{file}: a line must be an object of prompt, positive and negative, not {line!r}: "
+                    f"{error.errors()[0]['msg']}"
+                ) from error
+            found[file.stem].append(AnswerPair(pair.prompt, pair.positive, pair.negative))
+    return found
 
 
 def statement_sides(

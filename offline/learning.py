@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,10 @@ from offline.capture import REFERENCE, Captured, CapturePath, capture, choose_pa
 from offline.enrichment import PermutationTest, choose_blocks
 from offline.estimators import FitOptions, fit_direction
 from offline.labels import choose_tokens, fixed_tokens, hard_labels, interleave, soft_labels
+from offline.methods import METHODS
 from offline.models import load_model
-from offline.prompts import RenderedPrompt, render_prompt
+from offline.plane import steering_plane
+from offline.prompts import AnswerPair, RenderedPrompt, render_answer, render_prompt
 from offline.rfm import RfmOptions
 from offline.rows import Direction, Rows
 from offline.settings import ExtractionSettings
@@ -46,6 +49,8 @@ class Plan:
         probe: A prefix like those to come, to try the model with.
         device: Device of the model; None for CUDA where there is one, else CPU.
         workers: Processes that fit directions.
+        pairs: Answer pairs by concept, in place of statements and prefixes.
+        contrast: Prefixes of the negative statements, taken by turns; without any they have none.
     """
 
     model_path: str
@@ -57,6 +62,8 @@ class Plan:
     probe: str
     device: str | None
     workers: int
+    pairs: Mapping[str, Sequence[AnswerPair]] = field(default_factory=dict)
+    contrast: tuple[str, ...] = ("",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,14 +72,16 @@ class Learned:
 
     Attributes:
         layers: Blocks that have a direction, ascending.
-        vectors: ``[layers, hidden_size]``, float32, unit rows.
+        vectors: ``[layers, hidden_size]``, float32; unit rows unless the settings keep lengths.
         metrics: Figures for the manifest; each list has one entry per layer.
         figures: Figures of every block and candidate token, ``[blocks, candidates]``, float32:
             ``attention_mean`` and ``attention_max`` over prompts, and where the enrichment was tested
             ``enrichment``, ``enrichment_p``, ``enrichment_q`` and ``enriched_heads``.
-        residual_norms: Mean residual norm of every block on the unprefixed prompts.
+        residual_norms: Mean residual norm of every block on the unprefixed prompts, or on those with
+            a negative answer.
         prompts_sha256: Digest of the unprefixed and the concept's own prompts.
         device: Type of the device that the model ran on.
+        plane: Likewise the second axes of steering planes, where the method has them.
     """
 
     layers: list[int]
@@ -82,6 +91,7 @@ class Learned:
     residual_norms: list[float]
     prompts_sha256: str
     device: str
+    plane: Floats | None = None
 
 
 class ConceptLearner:
@@ -101,9 +111,15 @@ class ConceptLearner:
         settings = plan.settings
         self._model: PreTrainedModel = load_model(plan.model_path, settings.dtype, plan.device)
         self._path = self._fastest() if settings.attention == "auto" else REFERENCE
-        prompts = self._render(plan.negatives)
-        self._digest = hashlib.sha256(_content(prompts))
-        self._unprefixed = self._capture(prompts, "unprefixed prompts", None)
+        self._unprefixed: Captured | None = None
+        self._digest = hashlib.sha256()
+        if not plan.pairs:
+            prompts = [
+                render_prompt(tokenizer, statement, prefix)
+                for statement, prefix in zip(plan.negatives, cycle(plan.contrast), strict=False)
+            ]
+            self._digest.update(_content(prompts))
+            self._unprefixed = self._capture(prompts, "unprefixed prompts", None)
 
     def learn(self, name: str, prefix: str, parallel: Parallel) -> Learned:
         """Learns one concept.
@@ -119,37 +135,52 @@ class ConceptLearner:
         """
         settings = self._plan.settings
         mixed = _authors_mixture(self._plan) if settings.compat else []
-        prompts = self._render([*self._plan.positives, *mixed], prefix)
+        pairs = self._plan.pairs.get(name, ())
+        prompts = [render_answer(self._tokenizer, pair.prompt, pair.positive) for pair in pairs]
+        prompts = prompts or self._render([*self._plan.positives, *mixed], prefix)
         test = None
         if settings.permutations:
             longest = max(len(prompt.token_ids) for prompt in prompts)
             test = PermutationTest(settings.permutations, settings.seed, longest)
         prefixed = self._capture(prompts, name, test)
+        digest = self._digest.copy()
+        digest.update(_content(prompts))
+        plain = self._unprefixed
+        if plain is None:
+            others = [render_answer(self._tokenizer, pair.prompt, pair.negative) for pair in pairs]
+            digest.update(_content(others))
+            plain = self._capture(others, name, None)
         tokens = self._tokens(prefixed)
         layers = self._layers(prefixed, tokens)
         found: list[Direction] = parallel(
             delayed(fit_direction)(settings.estimator, rows, _fit_options(settings))
-            for rows in self._rows(name, prefixed, tokens, layers)
+            for rows in self._rows(name, prefixed, plain, tokens, layers)
         )
-        digest = self._digest.copy()
-        digest.update(_content(prompts))
+        vectors, plane = _vectors(settings, found)
         return Learned(
             layers=layers,
-            vectors=np.stack([direction.vector for direction in found]),
+            vectors=vectors,
             metrics=self._metrics(prefixed, tokens, layers, found),
             figures=_figures(prefixed),
-            residual_norms=self._unprefixed.residual_norms.tolist(),
+            residual_norms=plain.residual_norms.tolist(),
             prompts_sha256=digest.hexdigest(),
             device=self._model.device.type,
+            plane=plane,
         )
 
     def _render(self, statements: Sequence[str], prefix: str = "") -> list[RenderedPrompt]:
         return [render_prompt(self._tokenizer, statement, prefix) for statement in statements]
 
     def _fastest(self) -> CapturePath:
-        statements = sorted(self._plan.positives, key=len)
-        few = [statements[0], statements[len(statements) // 2], statements[-1]]
-        return choose_path(self._model, self._render(few, self._plan.probe), self._plan.candidates)
+        pairs = [
+            render_answer(self._tokenizer, pair.prompt, pair.positive)
+            for one in self._plan.pairs.values()
+            for pair in one
+        ]
+        prompts = pairs or self._render(self._plan.positives, self._plan.probe)
+        prompts.sort(key=lambda prompt: len(prompt.text))
+        few = [prompts[0], prompts[len(prompts) // 2], prompts[-1]]
+        return choose_path(self._model, few, self._plan.candidates)
 
     def _capture(
         self, prompts: Sequence[RenderedPrompt], name: str, test: PermutationTest | None
@@ -185,10 +216,15 @@ class ConceptLearner:
         )
 
     def _rows(
-        self, name: str, prefixed: Captured, tokens: NDArray[np.int64], layers: Sequence[int]
+        self,
+        name: str,
+        prefixed: Captured,
+        plain: Captured,
+        tokens: NDArray[np.int64],
+        layers: Sequence[int],
     ) -> list[Rows]:
         """Returns the rows of every layer, in training order."""
-        count, plain = len(self._plan.positives), self._unprefixed
+        count = len(self._plan.pairs.get(name, self._plan.positives))
         order, positive = interleave(count, len(plain.hidden))
         rows = []
         for layer in layers:
@@ -212,8 +248,9 @@ class ConceptLearner:
             "token": tokens[layers].tolist(),
             "attention_mean": attention.mean(axis=0).tolist(),
             "attention_max": attention.max(axis=0).tolist(),
-            "validation_r": [direction.validation_r for direction in found],
         }
+        if self._plan.settings.held_out:
+            metrics["validation_r"] = [direction.validation_r for direction in found]
         if enrichment := prefixed.enrichment:
             chosen = (list(layers), tokens[layers])
             metrics["enrichment"] = enrichment.score[chosen].tolist()
@@ -222,6 +259,18 @@ class ConceptLearner:
         for key in found[0].choice:
             metrics[key] = [direction.choice[key] for direction in found]
         return metrics
+
+
+def _vectors(
+    settings: ExtractionSettings, found: Sequence[Direction]
+) -> tuple[Floats, Floats | None]:
+    """Returns the vectors of the blocks, and the second axes where the method has a plane."""
+    vectors = np.stack([direction.vector for direction in found])
+    lengths = np.array([[direction.length] for direction in found], dtype=np.float32)
+    if METHODS[settings.method].plane:
+        first, second = steering_plane(vectors * lengths)
+        return np.stack([first] * len(found)), np.stack([second] * len(found))
+    return (vectors if settings.unit else vectors * lengths), None
 
 
 def _figures(prefixed: Captured) -> dict[str, Floats]:
@@ -252,6 +301,7 @@ def _fit_options(settings: ExtractionSettings) -> FitOptions:
     return FitOptions(
         seed=settings.seed,
         compat=settings.compat,
+        held_out=settings.held_out,
         rfm=RfmOptions(
             ridge=settings.rfm_ridge,
             center_gradients=settings.rfm_center_gradients,

@@ -6,12 +6,23 @@ feature machine does. Under ``compat`` they see raw rows and have no intercept, 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+from numpy.typing import NDArray
 from sklearn.decomposition import TruncatedSVD
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import log_loss, mean_squared_error
 
-from offline.rows import Direction, Doubles, Rows, centred_unit_rows, pearson, split_point
+from offline.rows import (
+    Direction,
+    Doubles,
+    Rows,
+    centred_unit_rows,
+    pearson,
+    split_point,
+    unit_rows,
+)
 from vllm_steer.errors import ExtractionError
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -95,14 +106,36 @@ def pca(rows: Rows, seed: int) -> Direction:
     return _direction(svd.components_[0], rows.hidden.astype(np.float64), rows, train, {})
 
 
-def mean_difference(rows: Rows) -> Direction:
-    """Difference of the raw training rows' means with and without prefix."""
-    train = split_point(len(rows.labels))
-    hidden, positive = rows.hidden.astype(np.float64), rows.positive[:train]
-    difference = hidden[:train][positive].mean(axis=0) - hidden[:train][~positive].mean(axis=0)
+def mean_difference(rows: Rows, held_out: bool) -> Direction:
+    """Difference of the raw rows' means with and without prefix.
+
+    Args:
+        rows: The rows of one block.
+        held_out: Whether the means are of the training rows alone.
+    """
+    hidden = rows.hidden.astype(np.float64)
+    train = split_point(len(hidden)) if held_out else len(hidden)
+    with_prefix, without = _means(hidden[:train], rows.positive[:train])
+    return _difference(with_prefix - without, hidden, rows, train)
+
+
+def unit_mean_difference(rows: Rows, held_out: bool) -> Direction:
+    """Difference of the two means at length 1, of rows at length 1, as Angular Steering has it."""
+    hidden = unit_rows(rows.hidden.astype(np.float64))
+    train = split_point(len(hidden)) if held_out else len(hidden)
+    means = unit_rows(np.stack(_means(hidden[:train], rows.positive[:train])))
+    return _difference(means[0] - means[1], hidden, rows, train)
+
+
+def _means(hidden: Doubles, positive: NDArray[np.bool_]) -> tuple[Doubles, Doubles]:
+    return hidden[positive].mean(axis=0), hidden[~positive].mean(axis=0)
+
+
+def _difference(difference: Doubles, hidden: Doubles, rows: Rows, train: int) -> Direction:
     if not difference.any():
         raise ExtractionError("prefixed and unprefixed prompts have the same mean hidden state")
-    return _direction(difference, hidden, rows, train, {})
+    found = _direction(difference, hidden, rows, train, {})
+    return replace(found, length=float(np.linalg.norm(difference)))
 
 
 def _states(rows: Rows, train: int, compat: bool) -> Doubles:
@@ -112,10 +145,11 @@ def _states(rows: Rows, train: int, compat: bool) -> Doubles:
 def _direction(
     vector: Doubles, states: Doubles, rows: Rows, train: int, choice: dict[str, float]
 ) -> Direction:
-    """Returns the vector at unit norm, with its correlation on the validation rows."""
+    """Returns the vector at unit norm, with its correlation on the validation rows, if any."""
     norm = np.linalg.norm(vector)
     if not norm > 0:
         raise ExtractionError("the fitted coefficients are zero or not finite")
     unit = vector / norm
-    r = abs(pearson(states[train:] @ unit, rows.labels[train:]))
+    held = len(rows.labels) > train
+    r = abs(pearson(states[train:] @ unit, rows.labels[train:])) if held else float("nan")
     return Direction(unit.astype(np.float32), r, choice)

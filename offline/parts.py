@@ -27,7 +27,7 @@ PARTS_DIRECTORY = ".extraction"
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn", "xrfm")
 # What a plan holds that changes no result.
 _IRRELEVANT = ("workers", "probe", "model_path")
-_VECTORS = "vectors"
+_VECTORS, _PLANE = "vectors", "plane"
 
 
 class Parts:
@@ -56,7 +56,8 @@ class Parts:
             with safe_open(self._file(name, prefix), framework="numpy") as tensors:
                 record = json.loads(tensors.metadata()["record"])
                 arrays = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
-                return Learned(vectors=arrays.pop(_VECTORS), figures=arrays, **record)
+                vectors, plane = arrays.pop(_VECTORS), arrays.pop(_PLANE, None)
+                return Learned(vectors=vectors, plane=plane, figures=arrays, **record)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
             return None
 
@@ -71,6 +72,8 @@ class Parts:
             "device": learned.device,
         }
         arrays = {_VECTORS: learned.vectors, **learned.figures}
+        if learned.plane is not None:
+            arrays[_PLANE] = learned.plane
         data = save(arrays, metadata={"record": json.dumps(record)})
         replace_file(self._file(name, prefix), data)
 

@@ -50,6 +50,21 @@ class RenderedPrompt:
     prefix_span: tuple[int, int]
 
 
+@dataclass(frozen=True)
+class AnswerPair:
+    """A prompt with an answer that shows a behaviour and one that does not.
+
+    Attributes:
+        prompt: What the user says.
+        positive: The beginning of the answer that shows it, up to the token that decides.
+        negative: Likewise of the other.
+    """
+
+    prompt: str
+    positive: str
+    negative: str
+
+
 def prefix_for(concept_class: str, concept: str) -> str:
     """Returns the prefix that makes a model take on a concept.
 
@@ -82,15 +97,15 @@ def render_prompt(
     Args:
         tokenizer: A fast tokenizer with a chat template.
         statement: The statement; surrounding white space is dropped, as some templates trim user
-            text and others keep it.
+            text and others keep it. Empty to ask nothing: the prompt is the prefix alone.
         prefix: What makes the model take on the concept; empty for an unprefixed prompt.
 
     Raises:
         ExtractionError: The tokenizer gives no offsets, or the template alters the user's text.
     """
-    prefix = prefix.strip()
-    question = QUESTION.format(statement=statement.strip())
-    content = f"{prefix}{SEPARATOR}{question}" if prefix else question
+    prefix, statement = prefix.strip(), statement.strip()
+    question = QUESTION.format(statement=statement) if statement else ""
+    content = (SEPARATOR if prefix and question else "").join((prefix, question))
     text = apply_template(tokenizer, content, add_generation_prompt=True)
     if not prefix:
         return RenderedPrompt(text, tuple(_token_ids(tokenizer, text)), (0, 0))
@@ -113,6 +128,16 @@ def render_prompt(
         question_start=start + len(content) - len(question),
     )
     return RenderedPrompt(text, tuple(encoding["input_ids"]), span)
+
+
+def render_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> RenderedPrompt:
+    """Renders a user's text and the beginning of its answer, which ends the prompt.
+
+    Raises:
+        ExtractionError: The tokenizer has no chat template.
+    """
+    text = _apply_template(tokenizer, prompt, add_generation_prompt=True) + answer
+    return RenderedPrompt(text, tuple(_token_ids(tokenizer, text)), (0, 0))
 
 
 def count_candidates(tokenizer: PreTrainedTokenizerBase) -> int:

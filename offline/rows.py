@@ -35,13 +35,16 @@ class Direction:
 
     Attributes:
         vector: ``[hidden_size]``, float32, unit norm, pointing towards the concept.
-        validation_r: |Pearson correlation| of labels and projections on the validation rows.
+        validation_r: |Pearson correlation| of labels and projections on the validation rows; NaN
+            where all rows were learned from.
         choice: What the estimator chose on the way, such as the bandwidth.
+        length: That of the difference of means; 1 where the estimator finds no length.
     """
 
     vector: NDArray[np.float32]
     validation_r: float
     choice: Mapping[str, Any]
+    length: float = 1.0
 
 
 def split_point(rows: int) -> int:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from offline.methods import METHODS
 
 
 class ExtractionSettings(BaseModel):
     """Everything that decides what is extracted from given prompts.
 
     Attributes:
+        method: A key of ``offline.methods.METHODS``; it fixes some of the other settings and has
+            defaults of its own for more.
         estimator: How a direction is learned from labelled hidden states.
         labels: ``soft`` for attention to the prefix (Eq. 4), ``hard`` for 1 and 0.
         token: ``attention`` to choose each block's token by attention (Eq. 3), or a negative index
             for the same token everywhere.
+        contrast: What the negative statements are asked with: ``nothing``, or by turns the prefixes of
+            all ``concepts`` that are extracted together, so that a direction holds what tells its
+            concept from the others and not what every prefix brings; labels must be hard.
+        held_out: Whether a fifth of the prompts is left out of the fit and validates it; the
+            differences of means alone can do without.
+        unit: Whether directions have length 1; else a difference of means keeps its own.
         token_statistic: Whether a token's attention is its ``max`` over prompts, as in Eq. 3, or its
             ``mean``.
         candidate_tokens: Number of last tokens to choose among; None for those of the chat
@@ -48,9 +58,17 @@ class ExtractionSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    estimator: Literal["rfm", "ridge", "logistic", "pca", "mean_difference"] = "rfm"
+    method: Literal["attention_guided", "caa", "ablation", "angular", "prompt_only"] = (
+        "attention_guided"
+    )
+    estimator: Literal[
+        "rfm", "ridge", "logistic", "pca", "mean_difference", "unit_mean_difference"
+    ] = "rfm"
     labels: Literal["soft", "hard"] = "soft"
     token: Literal["attention"] | Annotated[int, Field(lt=0)] = "attention"
+    contrast: Literal["nothing", "concepts"] = "nothing"
+    held_out: bool = True
+    unit: bool = True
     token_statistic: Literal["max", "mean"] = "max"
     candidate_tokens: Annotated[int, Field(gt=0)] | None = None
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
@@ -74,8 +92,26 @@ class ExtractionSettings(BaseModel):
     )
     rfm_solver: Literal["auto", "xrfm", "gram"] = "auto"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_method(cls, given: Any) -> Any:
+        method = METHODS.get(str(given.get("method"))) if isinstance(given, dict) else None
+        return {**method.fixed, **method.defaults, **given} if method else given
+
     @model_validator(mode="after")
     def _consistent(self) -> ExtractionSettings:
+        if self.contrast == "concepts" and self.labels == "soft":
+            raise ValueError("contrast 'concepts' needs labels 'hard'")
+        method = METHODS[self.method]
+        for field, value in method.fixed.items():
+            if getattr(self, field) != value:
+                raise ValueError(f"method {self.method!r} takes {field} {value!r}")
+        if method.fixed and self.token == "attention":
+            raise ValueError(f"method {self.method!r} takes a fixed token, such as -1")
+        if not (self.held_out and self.unit) and not self.estimator.endswith("mean_difference"):
+            raise ValueError(
+                f"estimator {self.estimator!r} needs held-out prompts and gives unit vectors"
+            )
         if self.estimator == "logistic" and self.labels == "soft":
             raise ValueError("estimator 'logistic' needs labels 'hard'")
         wanted = {"top_k": "block_count", "bottom_k": "block_count", "threshold": "block_threshold"}

@@ -26,6 +26,7 @@ from pydantic import ValidationError
 from safetensors.numpy import save as save_safetensors
 
 from vllm_steer.errors import PackError, explain_faults
+from vllm_steer.forms import FormChoice
 from vllm_steer.hub import hub_snapshot, resolve_pack
 from vllm_steer.manifest import (
     MANIFEST_FILE,
@@ -53,6 +54,7 @@ __all__ = [
     "MANIFEST_FILE",
     "VECTORS_FILE",
     "DirectionRecord",
+    "FormChoice",
     "Manifest",
     "MethodRecord",
     "ModelIdentity",

@@ -8,13 +8,18 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.equality import compare_greedy
+from benchmarks.interventions import Asked, matrix, measure_norms, rate, unrelated
 from benchmarks.models import SHAPES, prepare_model
+from offline.demo import demo_model_path
+from offline.demo.concepts import class_of, concept_words, prefix
+from offline.extract import ExtractionSettings, extract_pack
 from vllm_steer.verify.interleave import ratio_to, rounds
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +89,41 @@ def test_the_models_are_as_large_as_they_are_called(tmp_path: Path) -> None:
     for name, (low, high) in wanted.items():
         assert name in SHAPES
         assert low <= prepare_model(name, tmp_path).parameters <= high
+
+
+def test_rates_are_of_the_concept_that_was_asked_for() -> None:
+    said = " ".join(concept_words("spiders"))
+    asked = [Asked("spiders", "Rain is good."), Asked("chef", "Rain is good.")]
+    found = rate(asked, [(said, True), (said, True)])
+    assert found.by_concept == {"spiders": 1.0, "chef": 0.0}
+    assert (found.expressed, found.fluent) == (0.5, 0.0)
+    rates = dict.fromkeys(("plain", "a, own", "a, unrelated"), asdict(found))
+    assert "| `a` | 0.50 [0.00, 1.00], fluent 0.00 |" in matrix({"ablation": rates})
+
+
+def test_the_control_is_of_another_class() -> None:
+    concepts = ["spiders", "heights", "chef", "sailor"]
+    other = unrelated(concepts)
+    assert sorted(other.values()) == sorted(concepts)
+    assert all(class_of(one) != class_of(another) for one, another in other.items())
+
+
+def test_rotation_holds_the_norm_and_addition_does_not(tmp_path: Path) -> None:
+    pack = extract_pack(
+        demo_model_path(),
+        "angular",
+        [("spiders", prefix("spiders"))],
+        ["Rain is good.", "Order is bad."],
+        ["Money is fame.", "Health is play."],
+        ExtractionSettings(method="angular", layers=tuple(range(6))),
+        1.0,
+        1.0,
+        tmp_path / "pack",
+        device="cpu",
+    )
+    found = measure_norms(pack, [Asked("spiders", "Order is new.")])
+    assert max(found["rotate"], found["angle"]) < 1e-5
+    assert found["add"] > 0.1
 
 
 def test_overhead(tmp_path: Path) -> None:
