@@ -136,7 +136,7 @@ def render_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) 
     Raises:
         ExtractionError: The tokenizer has no chat template.
     """
-    text = _apply_template(tokenizer, prompt, add_generation_prompt=True) + answer
+    text = apply_template(tokenizer, prompt, add_generation_prompt=True) + answer
     return RenderedPrompt(text, tuple(_token_ids(tokenizer, text)), (0, 0))
 
 
