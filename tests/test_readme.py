@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import interventions
 from benchmarks.methods import matrix
 from offline.convert.gguf_file import write_gguf
 from offline.demo.server import Server
@@ -129,6 +130,12 @@ def test_sweep_and_card(model: Path, packs: list[SteeringPack], tmp_path: Path) 
 def test_the_tables_of_methods_are_those_of_the_results() -> None:
     report = json.loads((ROOT / "benchmarks" / "results" / "methods.json").read_text())
     assert matrix(report) in TEXT
+
+
+def test_the_table_of_interventions_is_that_of_the_results() -> None:
+    report = json.loads((ROOT / "benchmarks" / "results" / "interventions.json").read_text())
+    assert interventions.matrix(report) in TEXT
+    assert max(report["norm_drift"][op] for op in ("rotate", "angle")) < 1e-5
 
 
 def test_convert(model: Path, tmp_path: Path) -> None:
