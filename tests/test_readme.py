@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import interventions
 from benchmarks.fusion import table as fusion_table
 from benchmarks.methods import matrix
 from offline.convert.gguf_file import write_gguf
@@ -198,6 +199,12 @@ def test_the_tables_of_fusion_are_those_of_the_results() -> None:
 def test_the_tables_of_methods_are_those_of_the_results() -> None:
     report = json.loads((ROOT / "benchmarks" / "results" / "methods.json").read_text())
     assert matrix(report) in TEXT
+
+
+def test_the_table_of_interventions_is_that_of_the_results() -> None:
+    report = json.loads((ROOT / "benchmarks" / "results" / "interventions.json").read_text())
+    assert interventions.matrix(report) in TEXT
+    assert max(report["norm_drift"][op] for op in ("rotate", "angle")) < 1e-5
 
 
 def test_convert(model: Path, tmp_path: Path) -> None:

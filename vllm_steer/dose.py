@@ -79,8 +79,10 @@ def check_scale(where: str, term: Term, direction: LoadedDirection, registry: Pa
                 f"{where}.scale: {term.scale:g} is an angle in degrees and must be within {-MAX_ANGLE:g} and {MAX_ANGLE:g}"
             )
         return
-    doses = {layer: _unit_dose(term, direction, registry, layer) for layer in term.layers}
-    layer = max(doses, key=doses.__getitem__)
+    doses = direction.unit_doses
+    if term.form.op != "add":
+        doses = {layer: _unit_dose(term, direction, registry, layer) for layer in term.layers}
+    layer = max(term.layers, key=doses.__getitem__)
     limit = MAX_RELATIVE_SCALE / doses[layer]
     if abs(term.scale) > limit:
         safe = f", and up to {direction.record.safe_scale:g} the text was found fluent"

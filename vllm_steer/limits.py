@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from vllm_steer.config import ResolvedConfig
 from vllm_steer.errors import RequestError
 from vllm_steer.request import REQUEST_KEY
-from vllm_steer.steering_plan import SteeringPlan, Term
+from vllm_steer.steering_plan import ADDITION, SteeringPlan, Term
 
 # A plane takes two components that stand side by side.
 PLANE_RANK = 2
@@ -38,6 +38,8 @@ def check_limits(plan: SteeringPlan, config: ResolvedConfig) -> None:
             raise RequestError(
                 f"{REQUEST_KEY}.schedule: this server has one strength for all tokens; start it with --steering-ops affine"
             )
+        if all(term.form == ADDITION for term in segment.terms):
+            continue
         for layer in sorted({layer for term in segment.terms for layer in term.layers}):
             _check_layer([term for term in segment.terms if layer in term.layers], layer, config)
 

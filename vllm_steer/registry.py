@@ -49,9 +49,14 @@ class LoadedDirection:
         """Relative dose of ε = 1 by layer: the vector's length over that of the residual stream."""
         return {layer: length / self.norms[layer] for layer, length in self.lengths.items()}
 
+    @cached_property
+    def rows(self) -> dict[int, int]:
+        """Row of ``vector`` by layer."""
+        return {layer: row for row, layer in enumerate(self.record.layers)}
+
     def at(self, layer: int) -> np.ndarray:
         """The vector of one of its layers, float32 ``[hidden_size]``."""
-        row: np.ndarray = self.vector[self.record.layers.index(layer)]
+        row: np.ndarray = self.vector[self.rows[layer]]
         return row
 
     @property

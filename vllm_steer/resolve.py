@@ -206,7 +206,7 @@ def _partner(
 
 def _check_layers(where: str, direction: LoadedDirection, layers: Sequence[int]) -> None:
     known = direction.record.layers
-    unknown = [layer for layer in layers if layer not in known]
+    unknown = [layer for layer in layers if layer not in direction.rows]
     if unknown:
         raise RequestError(
             f"{where}: direction {direction.full_name!r} has no vector for layers {unknown}; "

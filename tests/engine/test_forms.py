@@ -23,7 +23,14 @@ def form_prompts(prompts: list[list[int]]) -> dict[str, list[int]]:
     return dict(zip(FORM_CASES, enough, strict=False))
 
 
-@pytest.fixture(scope="module", params=["affine-eager", "affine-compiled", "affine-v2-eager"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        "affine-eager",
+        "affine-compiled",
+        pytest.param("affine-v2-eager", marks=pytest.mark.slow),
+    ],
+)
 def outputs(
     request: pytest.FixtureRequest,
     start: Callable[[str], EngineProcess],

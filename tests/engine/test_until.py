@@ -35,7 +35,9 @@ def cases(prompts: list[list[int]], reference: Reference) -> list[tuple[list[int
     return found
 
 
-@pytest.mark.parametrize("kind", ["eager", "v2-eager", "ngram", "cached"])
+@pytest.mark.parametrize(
+    "kind", ["eager", pytest.param("v2-eager", marks=pytest.mark.slow), "ngram", "cached"]
+)
 def test_equals_hooks(
     kind: str,
     start: Callable[[str], EngineProcess],

@@ -145,7 +145,8 @@ def check_right(
     assert np.abs(right - plain).max() > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 6])
 def test_killed_while_it_reloads(
     kills: int, model: Path, packs: list[SteeringPack], prompts: list[list[int]], tmp_path: Path
 ) -> None:

@@ -80,14 +80,20 @@ def row_values(
     # Planes first, so that each finds a pair.
     used = dict.fromkeys(index, 0)
     for term in sorted(segment.terms, key=lambda term: -term.rank):
-        for layer in term.layers:
-            if layer in index:
-                _add(values, index[layer], used[layer], term, layer, find)
-                used[layer] += term.rank
+        here = [layer for layer in term.layers if layer in index]
+        places, direction = [index[layer] for layer in here], find(term.digest)
+        values.restore[places] = float(term.form.restore_norm)
+        if not term.rank:
+            rows = [direction.rows[layer] for layer in here]
+            values.vectors[places] += np.float32(term.scale) * direction.vector[rows]
+            continue
+        for layer in here:
+            _enter(values, index[layer], used[layer], term, layer, find)
+            used[layer] += term.rank
     return values
 
 
-def _add(
+def _enter(
     values: RowValues,
     at: int,
     slot: int,
@@ -95,12 +101,8 @@ def _add(
     layer: int,
     find: Callable[[str], LoadedDirection],
 ) -> None:
-    """Enters a term at one layer, from component ``slot`` on."""
+    """Enters a term's components at one layer, from ``slot`` on."""
     vector, form = find(term.digest).at(layer), term.form
-    values.restore[at] = max(values.restore[at], float(form.restore_norm))
-    if not term.rank:
-        values.vectors[at] += np.float32(term.scale) * vector
-        return
     partner = find(form.partner).at(layer) if form.partner is not None else None
     slots = slice(slot, slot + term.rank)
     rank = values.left.shape[1]
