@@ -25,7 +25,6 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from benchmarks.fusion_loop import PlainLoop, layer_scales
-from benchmarks.interleave import Ratio, ratio_to, rounds
 from benchmarks.report import environment, show, write_json
 from offline.demo import demo_model_path
 from offline.demo.gold import gold_questions, is_gold
@@ -43,6 +42,7 @@ from offline.fusion.results import Arm, Figures, FusionResult, perplexity_cell
 from offline.fusion.search import Ask, Budget, Kind, Target, Trial, search, segments_of
 from offline.generation import Generator, generating
 from offline.models import load_config, load_model
+from vllm_steer.verify.interleave import Ratio, ratio_to, rounds
 
 KINDS: tuple[Kind, ...] = ("full", "segmented")
 SETS = {"question": False, "prefixed": True}

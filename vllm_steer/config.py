@@ -35,6 +35,7 @@ class SteeringConfig(BaseModel):
         layers: Layers to hook; None takes those of the packs.
         ops: ``additive`` compiles the addition alone, ``affine`` every form of
             ``vllm_steer.forms.OPS``.
+        upload_mib: Largest body of vectors that a client may send, in MiB; None takes none.
         rank: ``affine``: components of U·(V·h + b) that a request can use at one layer and
             position; even, since a plane takes two.
     """
@@ -47,6 +48,7 @@ class SteeringConfig(BaseModel):
     pack_roots: Annotated[list[str], Field(min_length=1)] | None = None
     layers: Annotated[list[LayerIndex], Field(min_length=1)] | None = None
     ops: Literal["additive", "affine"] = "additive"
+    upload_mib: Annotated[int, Field(ge=1, le=8192)] | None = None
     rank: Annotated[int, Field(ge=2, le=64, multiple_of=2)] = 2
 
 

@@ -6,13 +6,16 @@ import asyncio
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from openai import AsyncOpenAI, BadRequestError, OpenAI
+from safetensors.numpy import save
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 
 from offline.demo.corpus import user_text
@@ -39,6 +42,7 @@ def server(model: Path, packs: list[SteeringPack], root: Path) -> Iterator[Serve
     early = write_variant(moods, root / "early", "early", 0.5)
     paths = [pack.path for pack in (*packs, early)]
     options = ["--steering-pack-roots", str(root), "--enable-prefix-caching"]
+    options += ["--steering-upload-mib", "1"]
     with serve(model, paths, root / "log", "--enforce-eager", *options) as running:
         yield running
 
@@ -242,3 +246,83 @@ def test_aliases_at_run_time(server: Server, client: OpenAI) -> None:
     unknown = {"directions": [{"name": "moods/nobody"}]}
     assert httpx.put(f"{url}/x", json=unknown).status_code == 400
     assert httpx.put(f"{server.url}/steering/other", json={}).status_code == 404
+
+
+def tensors(pack: SteeringPack, name: str, sign: float = 1.0, **wrong: Any) -> bytes:
+    """A direction as a client would send it."""
+    layers = json.dumps(pack.directions[name].layers)
+    vector = np.float32(sign) * pack.vectors[name]
+    return save({"mine": vector.copy()} | wrong, metadata={"layers": layers})
+
+
+def send(server: Server, name: str, body: bytes, query: str = "") -> httpx.Response:
+    return httpx.put(f"{server.url}/steering/vectors/{name}{query}", content=body, timeout=60)
+
+
+def test_vectors_that_a_client_sends(
+    server: Server, client: OpenAI, packs: list[SteeringPack]
+) -> None:
+    """They steer like the pack that they are from, are replaced and forgotten, and expire."""
+    moods = next(pack for pack in packs if pack.name == "moods")
+    sent: dict[str, Any] = {"directions": [{"name": "sent/mine", "scale": 9.0}]}
+    same = {"directions": [{"name": "moods/cheerful", "scale": 9.0}]}
+    answer = send(server, "sent", tensors(moods, "cheerful"))
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["directions"][0]["digest"] == moods.digests["cheerful"]
+    assert logprobs(ask(client, sent)) == pytest.approx(logprobs(ask(client, same)), abs=1e-4)
+    assert send(server, "sent", tensors(moods, "cheerful", -1.0)).status_code == 200
+    opposite = {"directions": [{"name": "moods/cheerful", "scale": -9.0}]}
+    assert logprobs(ask(client, sent)) == pytest.approx(logprobs(ask(client, opposite)), abs=1e-4)
+    assert httpx.delete(f"{server.url}/steering/vectors/sent").status_code == 200
+    with pytest.raises(BadRequestError, match="no steering pack 'sent' is loaded"):
+        ask(client, sent)
+
+    assert send(server, "sent", tensors(moods, "gloomy"), "?seconds=1").status_code == 200
+    ask(client, sent)
+    deadline = time.monotonic() + 20
+    listed = f"{server.url}/steering/packs"
+    while "sent" in [pack["name"] for pack in httpx.get(listed).json()["packs"]]:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    with pytest.raises(BadRequestError, match="no steering pack 'sent' is loaded"):
+        ask(client, sent)
+
+
+def test_vectors_that_are_refused(
+    server: Server, packs: list[SteeringPack], tmp_path: Path
+) -> None:
+    pack = packs[0]
+    name = next(iter(pack.directions))
+    good, layers = tensors(pack, name), {"layers": "[0]"}
+    width = pack.manifest.model.hidden_size
+    refused: list[tuple[str, bytes, str, int, str]] = [
+        ("sent", b"", "", 400, "not a safetensors file"),
+        ("sent", good[:-4], "", 400, "bytes where the file has"),
+        ("sent", save({"mine": np.zeros((1, width), np.float32)}, layers), "", 400, "is zero"),
+        ("sent", save({"mine": np.ones((1, 3), np.float32)}, layers), "", 400, "of shape"),
+        ("sent", save({"mine": np.ones((1, width))}, layers), "", 400, "float64"),
+        ("sent", save({"a/b": np.ones((1, width), np.float32)}, layers), "", 400, "name"),
+        ("sent", save({"mine": np.ones((1, width), np.float32)}), "", 400, "in its header"),
+        (
+            "sent",
+            save({"mine": np.ones((1, width), np.float32)}, {"layers": "[77]"}),
+            "",
+            400,
+            r"after layers [77]",
+        ),
+        ("sent", good, "?seconds=0", 400, "from 1 to"),
+        ("sent", good, "?ttl=5", 400, "from 1 to"),
+        ("bad name", good, "", 400, "name"),
+        (pack.name, good, "", 409, "is loaded"),
+        ("sent", good + b"\0" * 2**20, "", 413, "larger than"),
+    ]
+    for to, body, query, status, message in refused:
+        answer = send(server, to, body, query)
+        assert answer.status_code == status, (message, answer.text)
+        told = answer.json()["error"]["message"]
+        assert message in told
+        assert "/tmp" not in told
+        assert str(tmp_path.parent) not in told
+    assert httpx.delete(f"{server.url}/steering/vectors/sent").status_code == 400
+    names = [one["name"] for one in httpx.get(f"{server.url}/steering/packs").json()["packs"]]
+    assert "sent" not in names

@@ -37,6 +37,18 @@ async def read_body(receive: Receive) -> tuple[bytes, list[Message]]:
     return b"".join(message.get("body", b"") for message in messages), messages
 
 
+async def read_limited(receive: Receive, limit: int) -> bytes | None:
+    """Returns a request's body; None where it is longer than ``limit`` bytes, without keeping it."""
+    parts, size, more = [], 0, True
+    while more and size <= limit:
+        message = await receive()
+        part = message.get("body", b"")
+        size += len(part)
+        parts.append(part)
+        more = message["type"] == "http.request" and bool(message.get("more_body"))
+    return b"".join(parts) if size <= limit else None
+
+
 def replay(messages: list[Message], receive: Receive) -> Receive:
     """Returns a ``receive`` that gives messages again before those that are still to come."""
     again = iter(messages)

@@ -92,6 +92,7 @@ def _resolve(config: SteeringConfig, vllm_config: Any, gated: bool) -> ResolvedC
         rows=rows,
         policy=_policy_path(config, registry),
         pack_roots=_pack_roots(config, servers),
+        upload_mib=_upload_mib(config, servers),
         sums_per_request=sums,
         gated=gated,
         layers=_layers(config, registry, shape["num_layers"]),
@@ -138,6 +139,15 @@ def _layers(config: SteeringConfig, registry: PackRegistry, num_layers: int) -> 
             f"--steering-layers: the packs have vectors for layers {missing} too; add them"
         )
     return layers
+
+
+def _upload_mib(config: SteeringConfig, servers: int) -> int | None:
+    if config.upload_mib is not None and servers > 1:
+        raise ConfigError(
+            f"--steering-upload-mib: {servers} API servers would not know of each other's vectors; start one, with "
+            f"--api-server-count 1"
+        )
+    return config.upload_mib
 
 
 def _pack_roots(config: SteeringConfig, servers: int) -> list[str] | None:

@@ -21,7 +21,8 @@ def add_flags(original: Callable[..., Any]) -> Callable[..., Any]:
             # vLLM's short help shows a group's description alone, so the flags stand in it.
             description="Per-request steering of the residual stream (vllm-steer): "
             "--enable-steering, --steering-packs PACK ..., --steering-rows N, --steering-layers N ..., "
-            "--steering-policy FILE, --steering-pack-roots DIR ..., --steering-ops {additive,affine}, --steering-rank N.",
+            "--steering-policy FILE, --steering-pack-roots DIR ..., --steering-ops {additive,affine}, --steering-rank N, "
+            "--steering-upload-mib N.",
         )
         group.add_argument(
             "--enable-steering",
@@ -60,6 +61,14 @@ def add_flags(original: Callable[..., Any]) -> Callable[..., Any]:
             metavar="DIR",
             default=None,
             help="Directories that packs may be loaded from, by name, while the server runs: POST /v1/steering/packs. "
+            "Off by default.",
+        )
+        group.add_argument(
+            "--steering-upload-mib",
+            type=int,
+            metavar="N",
+            default=None,
+            help="Let clients send vectors of up to N MiB, served for a time: PUT /v1/steering/vectors/NAME. "
             "Off by default.",
         )
         group.add_argument(

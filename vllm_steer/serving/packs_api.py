@@ -1,7 +1,7 @@
 """The routes under ``/v1/steering``: which packs there are, and changes while the server runs.
 
-``GET packs`` lists; ``POST packs`` and ``DELETE packs/NAME`` load and unload; ``PUT aliases/NAME``
-and ``DELETE aliases/NAME`` change model names.
+``GET packs`` lists; ``POST packs`` and ``DELETE packs/NAME`` load and unload; ``PUT`` and ``DELETE`` of
+``aliases/NAME`` change model names, of ``vectors/NAME`` what clients sent.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from vllm_steer.serving.asgi import (
     Receive,
     Send,
     key_digest,
-    read_body,
+    read_limited,
     send_error,
     send_json,
 )
 from vllm_steer.serving.refusals import log_refusal
 from vllm_steer.serving.runtime import PackDesk
+from vllm_steer.serving.uploads import expiry
 from vllm_steer.store import PackStore
 
 PREFIX = "/v1/steering/"
@@ -32,10 +33,20 @@ ROUTES = {
     "POST /v1/steering/packs": 'Loads the pack `{"name": NAME}` from a directory of that name in a root, or loads it '
     "again, and answers with it as above. Requests under way keep the content that they began with.",
     "DELETE /v1/steering/packs/NAME": "Unloads a pack; 409 while a request, an alias or the default needs it.",
+    "PUT /v1/steering/vectors/NAME?seconds=600": "Serves the vectors in the body as the pack NAME for that many seconds, "
+    "and answers with it as above: a safetensors file with a float32 tensor `[layers, hidden_size]` for each direction and "
+    'the metadata `{"layers": "[0, 1, ...]"}`. The same name again replaces them; a request under way keeps its own.',
+    "DELETE /v1/steering/vectors/NAME": "Forgets them now; 409 while a request, an alias or the default needs them.",
     "PUT /v1/steering/aliases/ALIAS": "Lets `SERVED:ALIAS` stand for the SteeringRequest in the body.",
     "DELETE /v1/steering/aliases/ALIAS": "Ends an alias.",
 }
 _DESK = "_vllm_steer_desk"
+_MAX_BODY = 2**20
+_FIXED = {
+    "packs": "packs of this server are fixed; start it with --steering-pack-roots DIR to change them",
+    "aliases": "aliases of this server are fixed; start it with --steering-pack-roots DIR to change them",
+    "vectors": "this server takes no vectors; start it with --steering-upload-mib N",
+}
 
 
 async def answer(
@@ -47,19 +58,25 @@ async def answer(
         await send_json(send, 200, describe(store.registry))
         return
     changes = {("POST", "packs", False), ("DELETE", "packs", True)}
-    changes |= {("PUT", "aliases", True), ("DELETE", "aliases", True)}
+    changes |= {(m, k, True) for m in ("PUT", "DELETE") for k in ("aliases", "vectors")}
     if (method, kind, bool(name)) not in changes:
         await send_error(send, f"there is no {method} {route}", "path", 404)
         return
-    desk, key = _desk(admission, store, scope), key_digest(scope)
-    if desk is None:
+    key, config = key_digest(scope), admission.config
+    allowed = config and (config.upload_mib if kind == "vectors" else config.pack_roots)
+    if not allowed or config is None:
         log_refusal("change", kind, route, key)
-        message = "packs and aliases of this server are fixed; start it with --steering-pack-roots DIR to change them"
-        await send_error(send, message, "path", 403)
+        await send_error(send, _FIXED[kind], "path", 403)
         return
-    body, _ = await read_body(receive)
+    limit = (config.upload_mib or 0) * 2**20 if kind == "vectors" else _MAX_BODY
+    body = await read_limited(receive, limit)
+    if body is None:
+        log_refusal("change", kind, route, key)
+        await send_error(send, f"the body is larger than {limit} bytes", "body", 413)
+        return
+    desk = _desk(admission, store, config.pack_roots or [], scope)
     try:
-        content = await _change(desk, method, kind, name, body, key)
+        content = await _change(desk, method, kind, name, body, scope["query_string"], key)
     except (RequestError, PackError) as error:
         conflict = isinstance(error, ConflictError)
         log_refusal("conflict" if conflict else "change", kind, route, key)
@@ -69,11 +86,15 @@ async def answer(
 
 
 async def _change(
-    desk: PackDesk, method: str, kind: str, name: str, body: bytes, key: str | None
+    desk: PackDesk, method: str, kind: str, name: str, body: bytes, query: bytes, key: str | None
 ) -> Any:
+    if (method, kind) == ("PUT", "vectors"):
+        return describe_pack(await desk.upload(name, body, expiry(query), key))
     if method == "POST":
         return describe_pack(await desk.load(body, key))
-    if kind == "packs":
+    if kind == "vectors":
+        await desk.drop_upload(name, key)
+    elif kind == "packs":
         await desk.unload(name, key)
     elif method == "PUT":
         desk.set_alias(name, body, key)
@@ -82,12 +103,9 @@ async def _change(
     return {"name": name}
 
 
-def _desk(admission: Admission, store: PackStore, scope: Message) -> PackDesk | None:
-    """The server's desk; None where nothing may change."""
-    roots = admission.config.pack_roots if admission.config else None
+def _desk(admission: Admission, store: PackStore, roots: list[str], scope: Message) -> PackDesk:
+    """The server's desk."""
     state = scope["app"].state
-    if roots is None:
-        return None
     if not hasattr(state, _DESK):
         setattr(state, _DESK, PackDesk(admission, store, roots, state.engine_client))
     desk: PackDesk = getattr(state, _DESK)

@@ -1,13 +1,15 @@
-"""Packs and aliases that come and go while the server runs.
+"""Packs, aliases and sent vectors that come and go while the server runs.
 
-Off unless ``--steering-pack-roots`` names the directories that packs may be loaded from: a request
-gives a name, never a path.
+Off unless ``--steering-pack-roots`` names the directories that packs may be loaded from, or
+``--steering-upload-mib`` lets clients send vectors: a request gives a name, never a path.
 """
 
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -21,7 +23,11 @@ from vllm_steer.request import SteeringRequest
 from vllm_steer.rpc import FORGET, LOAD
 from vllm_steer.serving import metrics
 from vllm_steer.serving.admission import Admission
+from vllm_steer.serving.uploads import write_upload
 from vllm_steer.store import PackStore
+
+# How long vectors whose time is over wait for the requests that use them.
+_RETRY_SECONDS = 1.0
 
 
 class LoadRequest(BaseModel):
@@ -58,6 +64,10 @@ class PackDesk:
         self._roots = [Path(root) for root in roots]
         self._core = engine.engine_core
         self._turn = asyncio.Lock()
+        # Kept as long as the server runs, and removed with it.
+        self._uploads = TemporaryDirectory(prefix="vllm-steer-")
+        self._expiries: dict[str, asyncio.TimerHandle] = {}
+        self._expiring: set[asyncio.Task[None]] = set()
 
     async def load(self, body: bytes, key_digest: str | None) -> SteeringPack:
         """Loads a pack, or loads it again.
@@ -73,27 +83,100 @@ class PackDesk:
         except ValidationError as error:
             raise RequestError(explain_faults(error, "body")) from error
         async with self._turn:
-            path = self._find(name)
-            pack = await asyncio.to_thread(load_pack, path)
-            self._check(name, pack)
-            try:
-                await self._core.call_utility_async(LOAD, str(path), pack.manifest.tensors.sha256)
-            # vLLM hands on an error of the engine as a bare Exception.
-            except Exception as error:
+            if name in self._expiries:
+                raise ConflictError(f"{name!r} names vectors that a client sent; give another name")
+            pack = await asyncio.to_thread(load_pack, self._find(name))
+            if pack.name != name:
+                raise PackError(f"the pack in the directory {name!r} is named {pack.name!r}")
+            return await self._serve(pack, key_digest)
+
+    async def upload(
+        self, name: str, body: bytes, seconds: float, key_digest: str | None
+    ) -> SteeringPack:
+        """Serves vectors that a client sent, and forgets them after a time, or when no request uses them.
+
+        Args:
+            name: Name of the pack that they become.
+            body: As :func:`vllm_steer.serving.uploads.write_upload` takes it.
+            seconds: For how long.
+            key_digest: SHA-256 of the API key.
+
+        Raises:
+            RequestError: The name or the body is malformed.
+            PackError: The vectors cannot be served.
+            ConflictError: A pack of another origin has the name.
+        """
+        try:
+            TypeAdapter(PackName).validate_python(name)
+        except ValidationError as error:
+            raise RequestError(explain_faults(error, "name")) from error
+        async with self._turn:
+            packs = self._store.registry.packs
+            if name in packs and name not in self._expiries:
                 raise ConflictError(
-                    f"the engine could not load steering pack {name!r}: {error}"
-                ) from error
-            old = self._store.add(pack)
-            await self._forget([])
-            metrics.DIRECTIONS.labels(name).set(len(pack.directions))
-            log.PACK_LOADED.write(
-                name=name,
-                sha256=pack.manifest.tensors.sha256,
-                directions=len(pack.directions),
-                replaced=old.manifest.tensors.sha256 if old else None,
-                key=log.short_key(key_digest),
-            )
-            return pack
+                    f"a steering pack {name!r} is loaded; give the vectors another name"
+                )
+            root = Path(self._uploads.name) / name
+            pack = await asyncio.to_thread(write_upload, root, name, body, packs.values())
+            served = await self._serve(pack, key_digest)
+            self._expire_in(name, seconds)
+            return served
+
+    async def drop_upload(self, name: str, key_digest: str | None) -> None:
+        """Forgets vectors that a client sent.
+
+        Raises:
+            RequestError: There are none of that name.
+            ConflictError: They are in use, or an alias or the default needs them.
+        """
+        if name not in self._expiries:
+            raise RequestError(f"no vectors {name!r} were sent")
+        await self.unload(name, key_digest)
+
+    def _expire_in(self, name: str, seconds: float) -> None:
+        if name in self._expiries:
+            self._expiries[name].cancel()
+
+        def expire() -> None:
+            task = asyncio.ensure_future(self._expire(name, timer))
+            self._expiring.add(task)
+            task.add_done_callback(self._expiring.discard)
+
+        timer = asyncio.get_running_loop().call_later(seconds, expire)
+        self._expiries[name] = timer
+
+    async def _expire(self, name: str, timer: asyncio.TimerHandle) -> None:
+        async with self._turn:
+            # Sent again or dropped meanwhile.
+            if self._expiries.get(name) is not timer:
+                return
+            try:
+                await self._unload(name, None)
+            except ConflictError:
+                self._expire_in(name, _RETRY_SECONDS)
+
+    async def _serve(self, pack: SteeringPack, key_digest: str | None) -> SteeringPack:
+        """Loads a pack in every process, in the place of one with its name."""
+        self._admission.check_servable(pack)
+        sha256 = pack.manifest.tensors.sha256
+        try:
+            await self._core.call_utility_async(LOAD, str(pack.path), sha256)
+        # vLLM hands on an error of the engine as a bare Exception.
+        except Exception as error:
+            raise ConflictError(
+                f"the engine could not load steering pack {pack.name!r}: {error}"
+            ) from error
+        old = self._store.add(pack)
+        await self._forget([])
+        metrics.DIRECTIONS.labels(pack.name).set(len(pack.directions))
+        log.PACK_LOADED.write(
+            name=pack.name,
+            sha256=sha256,
+            directions=len(pack.directions),
+            replaced=old.manifest.tensors.sha256 if old else None,
+            key=log.short_key(key_digest),
+        )
+        return pack
 
     async def unload(self, name: str, key_digest: str | None) -> None:
         """Unloads a pack that no request uses.
@@ -103,25 +186,31 @@ class PackDesk:
             ConflictError: It is in use, or an alias or the default needs it.
         """
         async with self._turn:
-            store = self._store
-            if name not in store.registry.packs:
-                raise RequestError(f"no steering pack {name!r} is loaded")
-            pack = store.registry.packs[name]
-            needed = self._admission.policy.named(store.registry, name)
-            if needed:
-                raise ConflictError(f"steering pack {name!r} is needed by {', '.join(needed)}")
-            # First the name, so that no new request can come while the content is looked for.
-            store.remove(name)
-            active = sum(self._admission.active[digest] for digest in pack.digests.values())
-            if active:
-                store.add(pack)
-                raise ConflictError(
-                    f"steering pack {name!r} is in use by {active} requests; unload it when they are done"
-                )
-            await self._forget([name])
-            metrics.DIRECTIONS.remove(name)
-            digest = pack.manifest.tensors.sha256
-            log.PACK_UNLOADED.write(name=name, sha256=digest, key=log.short_key(key_digest))
+            await self._unload(name, key_digest)
+
+    async def _unload(self, name: str, key_digest: str | None) -> None:
+        store = self._store
+        if name not in store.registry.packs:
+            raise RequestError(f"no steering pack {name!r} is loaded")
+        pack = store.registry.packs[name]
+        needed = self._admission.policy.named(store.registry, name)
+        if needed:
+            raise ConflictError(f"steering pack {name!r} is needed by {', '.join(needed)}")
+        # First the name, so that no new request can come while the content is looked for.
+        store.remove(name)
+        active = sum(self._admission.active[digest] for digest in pack.digests.values())
+        if active:
+            store.add(pack)
+            raise ConflictError(
+                f"steering pack {name!r} is in use by {active} requests; unload it when they are done"
+            )
+        await self._forget([name])
+        metrics.DIRECTIONS.remove(name)
+        if name in self._expiries:
+            self._expiries.pop(name).cancel()
+            shutil.rmtree(Path(self._uploads.name) / name, ignore_errors=True)
+        digest = pack.manifest.tensors.sha256
+        log.PACK_UNLOADED.write(name=name, sha256=digest, key=log.short_key(key_digest))
 
     def set_alias(self, alias: str, body: bytes, key_digest: str | None) -> None:
         """Lets a model name stand for a steering.
@@ -175,8 +264,3 @@ class PackDesk:
                 )
             return path
         raise PackError(f"no directory {name!r} in the roots that the server was given")
-
-    def _check(self, name: str, pack: SteeringPack) -> None:
-        if pack.name != name:
-            raise PackError(f"the pack in the directory {name!r} is named {pack.name!r}")
-        self._admission.check_servable(pack)
