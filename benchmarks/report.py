@@ -18,7 +18,8 @@ from vllm_steer.verify.interleave import Ratio
 def environment() -> dict[str, Any]:
     """The machine and the code that figures belong to."""
     return {
-        "command": " ".join(sys.argv),
+        # As anyone would type it, without where this machine keeps it.
+        "command": " ".join([f"python -m benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
         "modified": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "vllm_steer")),
