@@ -122,19 +122,23 @@ FIELDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
     ("vllm.v1.engine.async_llm", "AsyncLLM", ("log_requests",)),
     ("vllm.v1.engine.core", "EngineCore", ("vllm_config", "model_executor")),
-    ("vllm.v1.request", "Request", ("sampling_params",)),
+    ("vllm.v1.request", "Request", ("sampling_params", "all_token_ids")),
     (
         "vllm.v1.core.sched.output",
         "SchedulerOutput",
         ("finished_req_ids", "scheduled_new_reqs"),
     ),
-    ("vllm.v1.core.sched.output", "NewRequestData", ("req_id", "sampling_params")),
+    (
+        "vllm.v1.core.sched.output",
+        "NewRequestData",
+        ("req_id", "sampling_params", "prefill_token_ids"),
+    ),
     (f"{WORKER}.gpu_worker", "Worker", ("use_v2_model_runner", "model_runner", "device")),
     (f"{WORKER}.cpu_worker", "CPUWorker", ("use_v2_model_runner", "model_runner", "device")),
     (
         f"{WORKER}.gpu_model_runner",
         "GPUModelRunner",
-        ("input_batch", "positions", "model_config", "max_num_tokens", "get_model"),
+        ("input_batch", "input_ids", "positions", "model_config", "max_num_tokens", "get_model"),
     ),
     (
         f"{WORKER}.gpu.model_runner",
@@ -145,7 +149,10 @@ FIELDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         f"{WORKER}.gpu.input_batch",
         "InputBatch",
-        ("req_ids", "num_computed_tokens_np", "num_scheduled_tokens", "positions"),
+        (
+            "req_ids", "num_computed_tokens_np", "num_scheduled_tokens", "positions",
+            "input_ids",
+        ),
     ),
 )  # fmt: skip
 
