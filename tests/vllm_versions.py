@@ -32,6 +32,7 @@ OPENAI = "vllm.entrypoints.openai"
 USED = (
     Seam("vllm.exceptions", "VLLMValidationError.__init__", ("self", "message", "parameter")),
     Seam("vllm.config", "set_current_vllm_config", ("vllm_config",)),
+    Seam("vllm.config", "CUDAGraphMode.is_valid_runtime_mode", ("self",)),
     Seam("vllm.logger", "init_logger", ("name",)),
     Seam("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc", ("self", "method")),
     Seam("vllm.v1.engine.core_client", "AsyncMPClient.call_utility_async", ("self", "method")),

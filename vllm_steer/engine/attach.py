@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,14 +48,14 @@ def attach_to_worker(worker: Any) -> None:
         if steering is None:
             raise RuntimeError("the model was warmed up before it was loaded")
 
-        def forward(num_tokens: int) -> torch.Tensor:
-            hidden: torch.Tensor = adapter.dummy_hidden_states(runner, num_tokens)
+        def forward(num_tokens: int, graphs: bool = True) -> torch.Tensor:
+            hidden: torch.Tensor = adapter.dummy_hidden_states(runner, num_tokens, graphs=graphs)
             return hidden
 
         if steering.bank.rank:
             # Before graphs are captured, which would be replayed in place of the Python code.
             with set_current_vllm_config(worker.vllm_config):
-                check_residuals(steering, runner.get_model(), forward)
+                check_residuals(steering, runner.get_model(), partial(forward, graphs=False))
         result = warm_up(*args, **kwargs)
         with set_current_vllm_config(worker.vllm_config):
             run_self_test(steering, forward)

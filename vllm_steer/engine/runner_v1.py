@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from vllm.config import CUDAGraphMode
 
 from vllm_steer.engine.worker import WorkerSteering
 
@@ -57,10 +58,17 @@ def attach(runner: Any, steering: WorkerSteering) -> None:
     runner._dummy_run = _dummy_run
 
 
-def dummy_hidden_states(runner: Any, num_tokens: int) -> torch.Tensor:
-    """Final hidden states ``[num_tokens, hidden_size]`` of a dummy run, for the self-test."""
+def dummy_hidden_states(runner: Any, num_tokens: int, *, graphs: bool = True) -> torch.Tensor:
+    """Final hidden states ``[num_tokens, hidden_size]`` of a dummy run, for the self-tests.
+
+    Args:
+        runner: The runner.
+        num_tokens: Tokens of the run.
+        graphs: Whether CUDA graphs may be replayed; none may before they are captured.
+    """
+    mode = {} if graphs else {"cudagraph_runtime_mode": CUDAGraphMode.NONE}
     # With attention: without its metadata a backend may leave the output uninitialised.
-    hidden = runner._dummy_run(num_tokens, force_attention=True)[0]
+    hidden = runner._dummy_run(num_tokens, force_attention=True, **mode)[0]
     return stage_output(hidden)
 
 

@@ -68,7 +68,13 @@ def attach(runner: Any, steering: WorkerSteering) -> None:
     state.prepare_dummy_inputs = _prepare_dummy_inputs
 
 
-def dummy_hidden_states(runner: Any, num_tokens: int) -> torch.Tensor:
-    """Final hidden states ``[num_tokens, hidden_size]`` of a dummy run, for the self-test."""
+def dummy_hidden_states(runner: Any, num_tokens: int, *, graphs: bool = True) -> torch.Tensor:
+    """Final hidden states ``[num_tokens, hidden_size]`` of a dummy run, for the self-tests.
+
+    Args:
+        runner: The runner.
+        num_tokens: Tokens of the run.
+        graphs: Whether CUDA graphs may be replayed; this runner replays none that is not captured.
+    """
     hidden: torch.Tensor = runner._dummy_run(num_tokens)[0]
     return hidden
