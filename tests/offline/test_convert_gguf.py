@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import struct
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +24,27 @@ from tests.offline.convert_cases import HIDDEN, MODEL, moods_pack, rows, write_c
 from vllm_steer.errors import ConversionError
 from vllm_steer.pack import SteeringPack
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture
 def pack(tmp_path: Path) -> SteeringPack:
     return moods_pack(tmp_path)
 
 
-def repeng() -> Any:
-    """repeng, whose release of 2024 names a type that numpy 2 dropped."""
+@pytest.fixture(scope="session")
+def repeng(pytestconfig: pytest.Config) -> Iterator[Any]:
+    """repeng, in pytest's cache: its release of 2024 asks for numpy 1, of which it uses a name alone."""
+    (package,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]["repeng"]
+    assert pytestconfig.cache is not None
+    folder = pytestconfig.cache.mkdir("repeng")
+    if not (folder / "repeng").is_dir():
+        install = ["install", "--quiet", "--no-deps", "--target", str(folder), package]
+        subprocess.run([sys.executable, "-m", "pip", *install], check=True)
     with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
         patch.setattr(np, "float_", np.float64, raising=False)
-        return pytest.importorskip("repeng")
+        yield importlib.import_module("repeng")
 
 
 def test_export_is_what_llama_cpp_reads(pack: SteeringPack, tmp_path: Path) -> None:
@@ -46,27 +60,27 @@ def test_export_is_what_llama_cpp_reads(pack: SteeringPack, tmp_path: Path) -> N
         assert np.array_equal(tensor.data, row)
 
 
-def test_repeng_reads_the_export(pack: SteeringPack, tmp_path: Path) -> None:
+def test_repeng_reads_the_export(pack: SteeringPack, tmp_path: Path, repeng: Any) -> None:
     export_direction(pack, "happy", tmp_path / "happy.gguf")
-    vector = repeng().ControlVector.import_gguf(tmp_path / "happy.gguf")
+    vector = repeng.ControlVector.import_gguf(tmp_path / "happy.gguf")
     assert vector.model_type == "llama"
     assert list(vector.directions) == [1, 3]
     for layer, row in zip((1, 3), pack.vectors["happy"], strict=True):
         assert np.array_equal(vector.directions[layer], row)
 
 
-def test_repeng_export_is_read(tmp_path: Path) -> None:
+def test_repeng_export_is_read(tmp_path: Path, repeng: Any) -> None:
     given = rows()
-    repeng().ControlVector("llama", given).export_gguf(tmp_path / "v.gguf")
+    repeng.ControlVector("llama", given).export_gguf(tmp_path / "v.gguf")
     found = read_gguf(tmp_path / "v.gguf", MODEL)
     assert found.model_hint == "llama"
     assert all(np.array_equal(found.vectors[layer], row) for layer, row in given.items())
     assert list(found.vectors) == list(given)
 
 
-def test_layer_k_of_repeng_is_the_output_of_block_k(tiny_llama: Any) -> None:
+def test_layer_k_of_repeng_is_the_output_of_block_k(tiny_llama: Any, repeng: Any) -> None:
     """Its control of layer k adds to what our hooks see as block k's output."""
-    package = repeng()
+    package = repeng
     tokens, width = torch.tensor([[5, 6, 7]]), tiny_llama.config.hidden_size
     vector = torch.randn(width, generator=torch.Generator().manual_seed(0))
     block = find_blocks(tiny_llama, 3)[1]
