@@ -15,12 +15,29 @@ pytestmark = pytest.mark.engine
 # Compiling takes up to a minute, so make test compiles one family of each form of block output:
 # hidden states with a residual, with one that nobody reads, alone, and with a batch dimension.
 QUICK_COMPILED = ("Llama", "Cohere", "GPT-2", "GPT-NeoX")
+# An engine each takes seconds, so make test runs those that are served most and whose blocks differ.
+QUICK_EAGER = (
+    *QUICK_COMPILED,
+    *(
+        "Mistral",
+        "Mixtral",
+        "Qwen2",
+        "Qwen3",
+        "Qwen3-MoE",
+        "Gemma 2",
+        "Gemma 3",
+        "Gemma 4",
+        "Phi-3",
+    ),
+    *("DeepSeek-V2", "GPT-OSS", "Granite-MoE hybrid", "OLMo 2", "Llama 4", "MiniCPM3", "StableLM"),
+)
+QUICK = {"eager": QUICK_EAGER, "compiled": QUICK_COMPILED}
 RUNS = [
     pytest.param(
         family,
         mode,
         id=f"{family.name}-{mode}",
-        marks=[pytest.mark.slow] * (mode == "compiled" and family.name not in QUICK_COMPILED),
+        marks=[pytest.mark.slow] * (family.name not in QUICK[mode]),
     )
     for mode in MODES
     for family in FAMILIES.values()

@@ -36,7 +36,8 @@ def cases(prompts: list[list[int]], reference: Reference) -> list[tuple[list[int
 
 
 @pytest.mark.parametrize(
-    "kind", ["eager", pytest.param("v2-eager", marks=pytest.mark.slow), "ngram", "cached"]
+    "kind",
+    ["eager", pytest.param("v2-eager", marks=pytest.mark.slow), "ngram-eager", "cached-eager"],
 )
 def test_equals_hooks(
     kind: str,
@@ -48,7 +49,7 @@ def test_equals_hooks(
     asked = [prompt for prompt, _ in cases] + prompts[:2]
     steerings = [steering for _, steering in cases] + [None, STEERINGS[0]]
     engine = start(kind)
-    for _ in range(2 if kind == "cached" else 1):
+    for _ in range(2 if kind == "cached-eager" else 1):
         outputs = engine.generate(asked, steerings, TOKENS)
         assert_equals_hooks(reference, asked, steerings, outputs, TOKENS)
 
@@ -68,7 +69,7 @@ def test_answers_that_end_alike_share_blocks_and_others_do_not(
     start: Callable[[str], EngineProcess], prompts: list[list[int]], reference: Reference
 ) -> None:
     """A prompt that continues an answer finds its blocks exactly as far as they were steered alike."""
-    engine, prompt = start("cached"), prompts[7]
+    engine, prompt = start("cached-eager"), prompts[7]
     steering = {"directions": [{"name": SPIDERS, "scale": 9.0}]}
     answer = engine.generate([prompt], [steering], 64)[0].tokens
     ending = steering | {"until_token_ids": [answer[20]]}
