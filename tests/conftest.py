@@ -27,7 +27,7 @@ from vllm_steer.pack import SteeringPack
 FEW = FULL_METHOD.model_copy(update={"positive_count": 40, "negative_count": 40})
 PLAIN = {"VLLM_PLUGINS": ""}
 # Each holds one to two gigabytes.
-MOST_ENGINES = 4
+MOST_ENGINES = 6
 V2 = {
     "TRITON_INTERPRET": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "1",

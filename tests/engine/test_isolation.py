@@ -62,8 +62,8 @@ def test_a_refused_request_leaves_the_engine_serving(
     [
         lambda plan: "nonsense",
         lambda plan: [[0, None]],
-        lambda plan: [[*plan[0][:3], [["0" * 64, *plan[0][3][0][1:]]]]],
-        lambda plan: [[*plan[0][:2], "another key", plan[0][3]]],
+        lambda plan: [[*plan[0][:3], [["0" * 64, *plan[0][3][0][1:]]], *plan[0][4:]]],
+        lambda plan: [[*plan[0][:2], "another key", *plan[0][3:]]],
         lambda plan: [plan[0], plan[0]],
         lambda plan: [[7, 7, *plan[0][2:]]],
     ],
