@@ -171,6 +171,7 @@ def test_sweep_and_card(model: Path, packs: list[SteeringPack], tmp_path: Path) 
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_fusion(model: Path, tmp_path: Path) -> None:
     for name, split, count in (("questions", "heldout", 3), ("others", "tune", 2)):
         asked = gold_questions(split, count, prefixed_reference=True)
