@@ -156,3 +156,12 @@ def _build_model(family: str) -> PreTrainedModel:
     with torch.no_grad():
         model.model.norm.weight.uniform_(0.5, 1.5)
     return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory, tiny_llama, chatml):
+    """Directory of a checkpoint that can be loaded by its path."""
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_llama.save_pretrained(path)
+    chatml.save_pretrained(path)
+    return path

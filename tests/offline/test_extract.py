@@ -24,14 +24,6 @@ POSITIVES = [f"{word} is good." for word in WORDS] + [f"more {word}, we say" for
 NEGATIVES = [f"{word} was long." for word in WORDS] + [f"all {word} ends" for word in WORDS]
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory, tiny_llama, chatml):
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_llama.save_pretrained(path)
-    chatml.save_pretrained(path)
-    return path
-
-
 @pytest.fixture
 def extract(model_dir, tmp_path):
     """extract_pack on the tiny model, with any argument replaced."""

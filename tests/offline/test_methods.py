@@ -31,14 +31,6 @@ PAIRS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory, tiny_llama, chatml):
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_llama.save_pretrained(path)
-    chatml.save_pretrained(path)
-    return path
-
-
 @pytest.fixture
 def extract(model_dir, tmp_path):
     def run(method, scale=1.0, pairs=None, concepts=((NAME, PREFIX),), **settings):
