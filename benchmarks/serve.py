@@ -44,7 +44,11 @@ LOADS = 5
 
 @contextmanager
 def serving(
-    model: BenchModel, pack: Path | None, args: argparse.Namespace, name: str
+    model: BenchModel,
+    pack: Path | None,
+    args: argparse.Namespace,
+    name: str,
+    more: Sequence[str] = (),
 ) -> Iterator[tuple[Server, float]]:
     """Runs a server, without the plugin if ``pack`` is None; also gives the seconds that it took to start."""
     port = free_port()
@@ -66,7 +70,7 @@ def serving(
     ]
     command += ["--enforce-eager"] if args.eager else []
     if pack is not None:
-        command += ["--enable-steering", "--steering-packs", str(pack)]
+        command += ["--enable-steering", "--steering-packs", str(pack), *more]
     environment = {"VLLM_PLUGINS": "" if pack is None else "vllm_steer"}
     started = time.monotonic()
     with running(command, port, args.work / f"{name}.log", environment) as server:

@@ -18,7 +18,7 @@ from offline.plots import (
 )
 from offline.results import SweepResult, markdown
 from vllm_steer.errors import EvaluationError
-from vllm_steer.pack import SteeringPack
+from vllm_steer.pack import DirectionRecord, SteeringPack
 
 CARD_FILE = "README.md"
 PICTURES = "pictures"
@@ -113,7 +113,7 @@ def _text(pack: SteeringPack, sweep: SweepResult | None, captions: Mapping[str, 
         f"---\n{header}\n---",
         f"# {pack.name}: steering vectors for {model.name}",
         f"{len(pack.directions)} directions for `{model.name}` ({model.architecture}, hidden size "
-        f"{model.hidden_size}, {model.num_layers} layers), to be added to the residual stream by "
+        f"{model.hidden_size}, {model.num_layers} layers), to change the residual stream by "
         f"vllm-steer. Layer k is the output of decoder block k, counted from 0.",
         "## Use",
         _use(pack),
@@ -146,8 +146,10 @@ def _use(pack: SteeringPack) -> str:
         "steering": {"directions": [direction]},
     }
     data = json.dumps(body).replace("'", r"'\''")
+    affine = any(_form(record) != "add" for record in pack.directions.values())
+    ops = " --steering-ops affine" if affine else ""
     return (
-        f"```bash\nvllm serve {pack.manifest.model.name} --enable-steering --steering-packs .\n"
+        f"```bash\nvllm serve {pack.manifest.model.name} --enable-steering --steering-packs .{ops}\n"
         "curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\\n"
         f"  -d '{data}'\n```"
     )
@@ -155,20 +157,27 @@ def _use(pack: SteeringPack) -> str:
 
 def _directions(pack: SteeringPack) -> str:
     rows = [
-        "| direction | default scale | safe scale | positions | layers |",
-        "|---|---|---|---|---|",
+        "| direction | form | default scale | safe scale | positions | layers |",
+        "|---|---|---|---|---|---|",
     ]
     records = list(pack.directions.values())
     for record in records[:_SHOWN_DIRECTIONS]:
         layers = ", ".join(map(str, record.layers))
         rows.append(
-            f"| {_cell(record.name)} | {record.default_scale:g} | {record.safe_scale:g} | "
+            f"| {_cell(record.name)} | {_cell(_form(record))} | {record.default_scale:g} | {record.safe_scale:g} | "
             f"{record.positions} | {layers} |"
         )
     more = len(records) - _SHOWN_DIRECTIONS
     if more > 0:
         rows.append(f"\nand {more} more; `vllm-steer inspect` lists them all.")
     return "\n".join(rows)
+
+
+def _form(record: DirectionRecord) -> str:
+    """The op, and whatever else the form of a direction says."""
+    given = record.form.model_dump(exclude_none=True) if record.form is not None else {}
+    op = given.pop("op", "add")
+    return f"{op} {json.dumps(given)}" if given else op
 
 
 def _table(head: str, values: Mapping[str, Any]) -> str:

@@ -44,6 +44,7 @@ CALLS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("load_general_plugins", ("vllm.v1.engine.core",)),
     ("load_general_plugins", (f"{WORKER}.worker_base",)),
     ("create_engine_config", ("vllm.v1.engine.llm_engine",)),
+    ("compute_hash", ("vllm.compilation.backends",)),
     ("process_inputs", ("vllm.v1.engine.llm_engine",)),
     ("process_inputs", ("vllm.v1.engine.async_llm",)),
     ("_gen_prompt_embeds_extra_hash_keys", ("vllm.v1.core.kv_cache_utils",)),

@@ -1,8 +1,8 @@
 """The steering configuration of an engine, as it travels in ``additional_config["steering"]``.
 
-vLLM hashes ``additional_config`` into the key of its compile cache and hands it to every worker,
-so everything that shapes the traced graph stands here: without it a cached graph without steering
-would be reused. Importing this module imports neither torch nor vllm.
+vLLM hands ``additional_config`` to every worker and hashes it into the key of its compile cache, so
+everything that shapes the traced graph stands here (``GRAPH_FIELDS``): without it a cached graph without
+steering would be reused. Importing this module imports neither torch nor vllm.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from vllm_steer.manifest import LayerIndex
 CONFIG_KEY = "steering"
 # Raised whenever the traced addition changes, so that no graph of another form is reused.
 GRAPH_REVISION = 2
+# What of the resolved configuration shapes the traced graph or the memory that a worker takes.
+GRAPH_FIELDS = ("rows", "layers", "ops", "rank", "version", "graph_revision")
 
 
 class SteeringConfig(BaseModel):

@@ -33,13 +33,14 @@ def register() -> None:
             "steering; unset it or uninstall vllm-steer"
         )
     versions.check()
-    from vllm_steer.engine import intake, runtime
+    from vllm_steer.engine import compile_cache, intake, runtime
     from vllm_steer.engine.prefix_cache import steered_extra_keys
     from vllm_steer.serving import admission, configure, entry, flags, guard, outcome
 
     seams.patch(seams.ADD_CLI_ARGS, flags.add_flags)
     seams.patch(seams.FROM_CLI_ARGS, flags.read_flags)
     seams.patch(seams.CREATE_ENGINE_CONFIG, configure.resolve_config)
+    seams.patch(seams.COMPUTE_HASH, compile_cache.hash_graph_alone)
     seams.patch(seams.INPUT_PROCESSOR_INIT, admission.remember_engine)
     seams.patch(seams.PROCESS_INPUTS, entry.plan_inputs)
     for seam in seams.TO_SAMPLING_PARAMS:

@@ -4,6 +4,7 @@ The front desk and the workshop know each other by these names alone. Importing 
 neither torch nor vllm.
 """
 
+STAGE = "vllm_steer_stage"
 LOAD = "vllm_steer_load"
 FORGET = "vllm_steer_forget"
 TIMES = "vllm_steer_times"

@@ -82,6 +82,7 @@ FROM_CLI_ARGS = Seam("vllm.engine.arg_utils", "EngineArgs.from_cli_args", ("args
 CREATE_ENGINE_CONFIG = Seam(
     "vllm.engine.arg_utils", "EngineArgs.create_engine_config", ("self", "usage_context")
 )
+COMPUTE_HASH = Seam("vllm.config", "VllmConfig.compute_hash", ("self",))
 INPUT_PROCESSOR_INIT = Seam(
     "vllm.v1.engine.input_processor", "InputProcessor.__init__", ("self", "vllm_config")
 )

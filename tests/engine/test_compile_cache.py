@@ -1,4 +1,4 @@
-"""vLLM's compile cache never hands a steered engine the graph of an unsteered one.
+"""vLLM's compile cache never hands a steered engine the graph of an unsteered one; packs are no part of its key.
 
 vLLM compiles piecewise, with a cache of artifacts, on GPUs; on CPU it compiles anew each time. So
 these engines are told to compile as on a GPU.
@@ -14,6 +14,7 @@ from offline.reference import Reference
 from tests.conftest import engine_arguments
 from tests.engine.cases import CASES
 from tests.engine_process import EngineProcess
+from tests.random_pack import write_variant
 from tests.reference import assert_equals_hooks
 from vllm_steer.pack import SteeringPack
 
@@ -79,9 +80,16 @@ def test_a_cached_unsteered_graph_is_not_reused(
     # Without the salt the unsteered graph is found; nothing but the self-test would notice.
     with pytest.raises(RuntimeError, match="the model would run unsteered"):
         EngineProcess(steered, env, [compile_as_on_a_gpu, leave_the_salt_out])
-    # With it a graph of its own is compiled, and found again by the next engine.
-    for _ in range(2):
-        engine = EngineProcess(steered, env, [compile_as_on_a_gpu])
+    # With it a graph of its own is compiled, which the next engine finds, though its packs are others.
+    others = [
+        write_variant(pack, tmp_path / "others" / pack.name, pack.name, -1.0) for pack in packs
+    ]
+    elsewhere = engine_arguments(model, others, "compiled") | {"compilation_config": compilation}
+    compiled = []
+    for arguments, hooks in ((steered, reference), (elsewhere, Reference(model, others))):
+        engine = EngineProcess(arguments, env, [compile_as_on_a_gpu])
         outputs = engine.generate(prompts, list(CASES.values()), TOKENS)
         engine.close()
-        assert_equals_hooks(reference, prompts, CASES.values(), outputs, TOKENS)
+        assert_equals_hooks(hooks, prompts, CASES.values(), outputs, TOKENS)
+        compiled.append(sorted((tmp_path / "torch_compile_cache").iterdir()))
+    assert compiled[0] == compiled[1]

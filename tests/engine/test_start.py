@@ -13,6 +13,7 @@ import pytest
 
 from tests.conftest import engine_arguments
 from tests.engine_process import EngineProcess
+from vllm_steer.engine.row_values import ALWAYS
 from vllm_steer.pack import VECTORS_FILE, SteeringPack
 
 pytestmark = pytest.mark.engine
@@ -40,6 +41,70 @@ def test_a_process_reads_each_pack_once(
 ) -> None:
     """Configuration, admission and worker, all in this process, share what the first has read."""
     assert failed_start[1] == len(packs)
+
+
+def ignore_gates() -> None:
+    """Lets components act whether or not their probe fires."""
+    from vllm_steer.engine import affine
+
+    original = affine.affine_change
+
+    def always(block: Any, stream: Any, rows: Any) -> Any:
+        getattr(block, affine.NUMBERS_BUFFER)[..., affine.THRESHOLD, :] = ALWAYS
+        return original(block, stream, rows)
+
+    affine.affine_change = always
+
+
+def ignore_components() -> None:
+    from vllm_steer.engine import affine
+
+    affine.affine_change = lambda block, stream, rows: stream * 0.0
+
+
+def ignore_stream() -> None:
+    from vllm_steer.engine import affine
+
+    original = affine.affine_change
+    affine.affine_change = lambda block, stream, rows: original(block, stream * 0.0, rows)
+
+
+def ignore_factors() -> None:
+    from vllm_steer.engine import affine
+
+    affine.factors_of = lambda block, hidden: hidden.new_ones(hidden.shape[-2])
+
+
+def ignore_restore() -> None:
+    from vllm_steer.engine import affine
+
+    affine.restored = lambda block, stream, change, rows: change
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (ignore_components, "moved components after layer 1 and 8 of 8 tokens did not"),
+        pytest.param(
+            ignore_stream, "read components after layer 2 and 8 of 8", marks=pytest.mark.slow
+        ),
+        (ignore_restore, "restored a length after layer 1 and 8 of 8 tokens did not"),
+        pytest.param(
+            ignore_factors,
+            "gave a change the factor 0 after layer 1 and the output",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ignore_gates, "closed a gate after layer 1 and the output", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_form_that_does_not_reach_the_graph_stops_the_start(
+    fault: Callable[[], None], message: str, model: Path, packs: list[SteeringPack]
+) -> None:
+    arguments = engine_arguments(model, packs, "eager-affine")
+    with pytest.raises(RuntimeError, match=message):
+        EngineProcess(arguments, IN_PROCESS, [fault])
 
 
 def break_layer_2() -> None:

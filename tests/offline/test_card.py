@@ -18,7 +18,8 @@ from tests.offline.results_cases import sweep_result
 from tests.random_pack import random_identity, write_random_pack
 from vllm_steer.cli import main
 from vllm_steer.errors import EvaluationError
-from vllm_steer.pack import SteeringPack, load_pack
+from vllm_steer.forms import FormChoice
+from vllm_steer.pack import SteeringPack, load_pack, write_pack
 from vllm_steer.request import parse
 
 
@@ -54,7 +55,7 @@ def test_a_card_with_everything(pack: SteeringPack) -> None:
     assert "0.75 [0.38, 0.75] (20)" in text
     for name, record in pack.directions.items():
         cell = re.escape(name.replace("|", r"\|"))
-        assert re.search(rf"^\| {cell} \| {record.default_scale:g} ", text, re.MULTILINE)
+        assert re.search(rf"^\| {cell} \| add \| {record.default_scale:g} ", text, re.MULTILINE)
     for key in pack.manifest.method.settings:
         assert f"| {key} |" in text
     assert pack.manifest.tensors.sha256 in text
@@ -68,6 +69,27 @@ def test_the_request_of_the_card_is_one(pack: SteeringPack) -> None:
     assert request is not None
     name = request.directions[0].name
     assert name.removeprefix(f"{pack.name}/") in pack.directions
+
+
+def test_a_card_says_what_its_forms_need(pack: SteeringPack, tmp_path: Path) -> None:
+    assert "--steering-packs .\n" in write_card(pack).read_text()
+    (spiders, odd), form = pack.directions.values(), FormChoice(op="rotate", plane="it's | odd")
+    formed = write_pack(
+        tmp_path / "formed",
+        name="formed",
+        model=pack.manifest.model,
+        directions=[
+            spiders.model_copy(update={"form": form}),
+            odd,
+        ],
+        vectors=pack.vectors,
+        method=pack.manifest.method,
+        residual_norms={int(k): norm for k, norm in pack.manifest.residual_norms.items()},
+    )
+    text = write_card(formed).read_text()
+    assert "--steering-packs . --steering-ops affine\n" in text
+    assert '| spiders | rotate {"plane": "it\'s \\| odd"} |' in text
+    assert "| add |" in text
 
 
 def test_a_card_without_a_sweep_shows_none(pack: SteeringPack) -> None:

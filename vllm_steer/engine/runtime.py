@@ -2,7 +2,8 @@
 
 vLLM's engine core runs a method that the front end names, between two steps, and so does a worker
 that the core calls. A message from one front end is handled in the order of its requests, so a pack
-is there before the first request that needs it, and goes after the last.
+is there before the first request that needs it, and goes after the last. What takes long, the reading,
+is done beside the steps (``staging.py``).
 """
 
 from __future__ import annotations
@@ -11,35 +12,45 @@ from typing import Any
 
 from vllm_steer.config import ResolvedConfig
 from vllm_steer.engine.intake import core_config
+from vllm_steer.engine.staging import drop_staged, stage, staged_pack
 from vllm_steer.errors import ConfigError
-from vllm_steer.rpc import FORGET, LOAD
-from vllm_steer.store import configured_store, load_checked
+from vllm_steer.rpc import FORGET, LOAD, STAGE
+from vllm_steer.store import configured_store
 
 
 def install(engine_core: type) -> None:
-    """Gives ``EngineCore`` the two methods."""
+    """Gives ``EngineCore`` the three methods."""
+    setattr(engine_core, STAGE, _core_stage)
     setattr(engine_core, LOAD, _core_load)
     setattr(engine_core, FORGET, _core_forget)
 
 
 def install_in_worker(worker: Any, config: ResolvedConfig) -> None:
-    """Gives one worker the two methods."""
+    """Gives one worker the three methods."""
 
     def load(path: str, sha256: str) -> None:
-        configured_store(config).add(load_checked(path, sha256))
+        configured_store(config).add(staged_pack(path, sha256))
+        drop_staged()
 
     def forget(digests: list[str], names: list[str]) -> None:
         _forget(config, digests, names)
 
+    setattr(worker, STAGE, stage)
     setattr(worker, LOAD, load)
     setattr(worker, FORGET, forget)
 
 
+def _core_stage(self: Any, path: str, sha256: str) -> bool:
+    here = stage(path, sha256)
+    return all(self.model_executor.collective_rpc(STAGE, args=(path, sha256))) and here
+
+
 def _core_load(self: Any, path: str, sha256: str) -> None:
-    pack = load_checked(path, sha256)
+    pack = staged_pack(path, sha256)
     self.model_executor.collective_rpc(LOAD, args=(path, sha256))
     # Last, so that what a worker refuses is not kept here.
     configured_store(_config(self)).add(pack)
+    drop_staged()
 
 
 def _core_forget(self: Any, digests: list[str], names: list[str]) -> None:
@@ -48,6 +59,8 @@ def _core_forget(self: Any, digests: list[str], names: list[str]) -> None:
 
 
 def _forget(config: ResolvedConfig, digests: list[str], names: list[str]) -> None:
+    # One that another process could not read.
+    drop_staged()
     store = configured_store(config)
     for name in names:
         # A process that failed to load a pack has nothing to forget.

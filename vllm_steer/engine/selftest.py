@@ -3,16 +3,19 @@
 A model may return a residual that nobody reads, a compiler may fold a buffer into a constant, a
 cached graph may lack the addition: each would serve unsteered text without an error. So before
 the engine takes requests, each hooked layer gets a non-zero row once and the final hidden states
-must differ, by the very graph that will serve.
+must differ, by the very graph that will serve. Where it serves the affine form, so must each of
+the form's tensors.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
+from vllm_steer.engine.row_values import ALWAYS, BIAS, THRESHOLD
 from vllm_steer.engine.worker import WorkerSteering
 from vllm_steer.errors import CompatibilityError
 
@@ -28,7 +31,8 @@ def run_self_test(steering: WorkerSteering, forward: Callable[[int], torch.Tenso
             returns its final hidden states ``[num_tokens, hidden_size]``.
 
     Raises:
-        CompatibilityError: A block's row does not change the output, or the output is not finite.
+        CompatibilityError: A block's row does not change the output, or changes it where it must
+            not, or the output is not finite.
     """
     num_tokens = min(NUM_TOKENS, steering.bank.rows.shape[0])
     generator = np.random.default_rng(0)
@@ -40,25 +44,82 @@ def run_self_test(steering: WorkerSteering, forward: Callable[[int], torch.Tenso
         )
     for layer in steering.layers:
         direction = generator.standard_normal(hidden_size)
-        values = np.zeros((len(steering.layers), hidden_size), dtype=np.float32)
-        values[steering.bank.index[layer]] = (
+        values = steering.no_values()
+        values.vectors[steering.bank.index[layer]] = (
             steering.residual_norm(layer) * direction / np.linalg.norm(direction)
         )
         with steering.probing(values):
             steered = _hidden(forward, num_tokens)
-        if not torch.isfinite(steered).all():
-            raise CompatibilityError(
-                f"the steering self-test made layer {layer} overflow; the model cannot be steered"
-            )
-        untouched = (steered == plain).all(dim=-1)
-        if untouched.any():
-            raise CompatibilityError(
-                f"the steering self-test added a vector after layer {layer} and {int(untouched.sum())} of {num_tokens} "
-                f"tokens did not change: the model would run unsteered, so the engine does not start"
-            )
+        _must_differ(steered, plain, layer, "added a vector")
+        if steering.bank.rank:
+            _test_forms(steering, forward, layer, plain, generator)
     if not torch.equal(plain, _hidden(forward, num_tokens)):
         raise CompatibilityError(
             "the steering self-test left the model steered; the engine does not start"
+        )
+
+
+def _test_forms(
+    steering: WorkerSteering,
+    forward: Callable[[int], torch.Tensor],
+    layer: int,
+    plain: torch.Tensor,
+    generator: np.random.Generator,
+) -> None:
+    """Proves that each tensor of the affine form reaches the graph at one layer.
+
+    Where there is a hooked layer before, a vector is added there, since the stream of a dummy run may
+    be zero until then; so what the first layer reads is not proven.
+    """
+    at, norm, rank = steering.bank.index[layer], steering.residual_norm(layer), steering.bank.rank
+
+    def vectors(count: int, length: float) -> np.ndarray:
+        drawn = generator.standard_normal((count, steering.bank.hidden_size))
+        drawn *= length / np.linalg.norm(drawn, axis=-1, keepdims=True)
+        return drawn
+
+    def hidden(factor: float = 1.0) -> torch.Tensor:
+        with steering.probing(values, factor):
+            return _hidden(forward, len(plain))
+
+    values = steering.no_values()
+    if at:
+        values.vectors[at - 1] = vectors(1, norm)[0]
+    before = hidden()
+    values.left[at], values.numbers[at, BIAS] = vectors(rank, norm), 1.0
+    values.numbers[at, THRESHOLD] = ALWAYS
+    # As long as a vector of so many standard normal numbers, over the norm: what it reads is about 1.
+    values.readers[at, :rank] = vectors(rank, math.sqrt(steering.bank.hidden_size) / norm)
+    changed = hidden()
+    _must_differ(changed, before, layer, "moved components")
+    _must_equal(hidden(factor=0.0), plain, layer, "gave a change the factor 0")
+    if at:
+        values.readers[at] *= -1.0
+        _must_differ(hidden(), changed, layer, "read components")
+        values.readers[at] *= -1.0
+    values.restore[at] = 1.0
+    _must_differ(hidden(), changed, layer, "restored a length")
+    values.restore[at], values.numbers[at, THRESHOLD] = 0.0, -ALWAYS
+    _must_equal(hidden(), before, layer, "closed a gate")
+
+
+def _must_differ(found: torch.Tensor, other: torch.Tensor, layer: int, done: str) -> None:
+    if not torch.isfinite(found).all():
+        raise CompatibilityError(
+            f"the steering self-test made layer {layer} overflow; the model cannot be steered"
+        )
+    untouched = (found == other).all(dim=-1)
+    if untouched.any():
+        raise CompatibilityError(
+            f"the steering self-test {done} after layer {layer} and {int(untouched.sum())} of {len(found)} "
+            f"tokens did not change: the model would run unsteered, so the engine does not start"
+        )
+
+
+def _must_equal(found: torch.Tensor, other: torch.Tensor, layer: int, done: str) -> None:
+    if not torch.equal(found, other):
+        raise CompatibilityError(
+            f"the steering self-test {done} after layer {layer} and the output changed; the engine does not start"
         )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -83,7 +82,7 @@ class WorkerSteering:
         )
         self._planner = StepPlanner(config.rows, starts_are_exact=not speculative)
         self._watch = TriggerWatch(device)
-        self._probing = False
+        self._probing, self._probe_factor = False, 1.0
         self._steps, self._seconds = 0, 0.0
         hook_blocks(present, self.bank)
         log.WORKER_READY.write(
@@ -157,26 +156,32 @@ class WorkerSteering:
     def prepare_dummy_step(self) -> None:
         """Makes a profile, warm-up, capture or padding run unsteered, unless the self-test probes."""
         if self._probing:
-            self.bank.set_rows(np.full(len(self.bank.rows), PROBE_ROW, dtype=np.int32))
+            count = len(self.bank.rows)
+            factors = np.full(count, self._probe_factor, dtype=np.float32)
+            self.bank.set_rows(np.full(count, PROBE_ROW, dtype=np.int32), factors)
         else:
             self.bank.clear_rows()
 
     @contextmanager
-    def probing(self, values: np.ndarray) -> Iterator[None]:
+    def probing(self, values: RowValues, factor: float = 1.0) -> Iterator[None]:
         """Within it, every token of a dummy run is steered by ``values``.
 
         Args:
-            values: Float32 ``[len(layers), hidden_size]``.
+            values: The values of its row.
+            factor: The factor of its change; read by the affine form alone.
         """
-        self._probing = True
-        nothing = RowValues.zeros(len(self.layers), self.bank.rank, self.bank.hidden_size)
-        self.bank.write_row(PROBE_ROW, replace(nothing, vectors=values))
+        self._probing, self._probe_factor = True, factor
+        self.bank.write_row(PROBE_ROW, values)
         try:
             yield
         finally:
             self._probing = False
-            self.bank.write_row(PROBE_ROW, nothing)
+            self.bank.write_row(PROBE_ROW, self.no_values())
             self.bank.clear_rows()
+
+    def no_values(self) -> RowValues:
+        """Values of a row that change nothing."""
+        return RowValues.zeros(len(self.layers), self.bank.rank, self.bank.hidden_size)
 
     def residual_norm(self, layer: int) -> float:
         """Largest mean norm of the residual stream after a layer that a loaded pack has measured."""

@@ -20,7 +20,7 @@ from vllm_steer.manifest import PackName
 from vllm_steer.pack import SteeringPack, load_pack
 from vllm_steer.policy import AliasName
 from vllm_steer.request import SteeringRequest
-from vllm_steer.rpc import FORGET, LOAD
+from vllm_steer.rpc import FORGET, LOAD, STAGE
 from vllm_steer.serving import metrics
 from vllm_steer.serving.admission import Admission
 from vllm_steer.serving.uploads import write_upload
@@ -28,6 +28,8 @@ from vllm_steer.store import PackStore
 
 # How long vectors whose time is over wait for the requests that use them.
 _RETRY_SECONDS = 1.0
+# How long the engine goes on before it is asked again whether it has read a pack.
+_POLL_SECONDS = 0.02
 
 
 class LoadRequest(BaseModel):
@@ -159,8 +161,11 @@ class PackDesk:
         """Loads a pack in every process, in the place of one with its name."""
         self._admission.check_servable(pack)
         sha256 = pack.manifest.tensors.sha256
+        chosen = str(pack.path), sha256
         try:
-            await self._core.call_utility_async(LOAD, str(pack.path), sha256)
+            while not await self._core.call_utility_async(STAGE, *chosen):
+                await asyncio.sleep(_POLL_SECONDS)
+            await self._core.call_utility_async(LOAD, *chosen)
         # vLLM hands on an error of the engine as a bare Exception.
         except Exception as error:
             raise ConflictError(

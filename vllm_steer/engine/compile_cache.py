@@ -1,0 +1,33 @@
+"""The steering configuration -> the key of vLLM's compile cache.
+
+What shapes the traced graph stays in the key, so that no graph without steering is reused. Packs, their
+digests, the policy and the like are left out: rows are written long after the graph is compiled, so an
+engine with other packs finds the same graph.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vllm_steer.config import CONFIG_KEY, GRAPH_FIELDS
+
+
+def hash_graph_alone(original: Callable[..., str]) -> Callable[..., str]:
+    """Wraps ``VllmConfig.compute_hash`` to hash ``GRAPH_FIELDS`` of the steering configuration alone."""
+
+    def compute_hash(self: Any, *args: Any, **kwargs: Any) -> str:
+        given = self.additional_config
+        steering = given.get(CONFIG_KEY) if isinstance(given, Mapping) else None
+        if not isinstance(steering, Mapping) or not steering.keys() >= set(GRAPH_FIELDS):
+            # Off, or not resolved yet: all of it is hashed.
+            return original(self, *args, **kwargs)
+        hashed = copy.copy(self)
+        hashed.additional_config = {
+            **given,
+            CONFIG_KEY: {field: steering[field] for field in GRAPH_FIELDS},
+        }
+        return original(hashed, *args, **kwargs)
+
+    return compute_hash

@@ -1,0 +1,73 @@
+"""Reads a pack beside a running engine, so that its steps go on meanwhile.
+
+The front end asks every process to begin, asks again until all have read it, and then lets them serve it
+between two steps. A process holds one such pack, the one that was asked for last.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future, wait
+
+from vllm_steer.pack import SteeringPack
+from vllm_steer.store import load_checked
+
+_staged: dict[tuple[str, str], Future[SteeringPack]] = {}
+
+
+def stage(path: str, sha256: str) -> bool:
+    """Begins to read a pack, or looks how far that is.
+
+    Args:
+        path: Its directory.
+        sha256: Digest of its tensor file.
+
+    Returns:
+        Whether it has been read.
+
+    Raises:
+        PackError: It is malformed, or not the one that was asked for.
+    """
+    future = _staged.get((path, sha256))
+    if future is None:
+        future = Future()
+        drop_staged()
+        _staged[path, sha256] = future
+        threading.Thread(target=_read, args=(path, sha256, future), daemon=True).start()
+    if not future.done():
+        return False
+    if future.exception() is not None:
+        # Asked again, it is read again.
+        drop_staged()
+    future.result()
+    return True
+
+
+def staged_pack(path: str, sha256: str) -> SteeringPack:
+    """Returns a pack, read before or now.
+
+    Raises:
+        PackError: As :func:`stage` does.
+    """
+    stage(path, sha256)
+    future = _staged[path, sha256]
+    wait([future])
+    stage(path, sha256)
+    return future.result()
+
+
+def drop_staged() -> None:
+    """Forgets what was read."""
+    _staged.clear()
+
+
+def _read(path: str, sha256: str, future: Future[SteeringPack]) -> None:
+    try:
+        pack = load_checked(path, sha256)
+        # Kept with the pack; it takes as long as the reading.
+        _ = pack.digests
+    # Whatever went wrong is for the caller of stage, in another thread.
+    except Exception as error:
+        future.set_exception(error)
+    else:
+        future.set_result(pack)
