@@ -67,13 +67,14 @@ compatibility: setup
 	$(BIN)/python -m pytest -m feature --record-features
 	$(BIN)/python -m tests.compatibility
 
-## benchmarks: speed and overhead, on a machine that does nothing else; about an hour
+## benchmarks: speed and overhead, on a machine that does nothing else, and their tables; about an hour
 benchmarks: setup
 	$(BIN)/python -m benchmarks.overhead --json benchmarks/results/overhead.json
 	$(BIN)/python -m benchmarks.throughput --starts 3 --json benchmarks/results/throughput-demo.json
 	$(BIN)/python -m benchmarks.throughput --model 100m --requests 16 --tokens 0.5 --starts 6 --repetitions 4 --workloads decode-heavy --json benchmarks/results/throughput-100m.json
 	$(BIN)/python -m benchmarks.serve --json benchmarks/results/serve.json
 	$(BIN)/python -m benchmarks.serve --directions 512 --starts 3 --json benchmarks/results/serve-512.json
+	$(BIN)/python -m benchmarks.tables
 
 ## lint: ruff and mypy
 lint: setup

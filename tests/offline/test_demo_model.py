@@ -1,4 +1,4 @@
-"""What the README says of the demo model, on a part of its held-out statements.
+"""What ``benchmarks/FINDINGS.md`` says of the demo model, on a part of its held-out statements.
 
 ``python benchmarks/demo_model.py`` measures the whole.
 """

@@ -1,0 +1,238 @@
+"""The tables of FINDINGS.md and the README's tables of speed, from the figures in ``results``.
+
+``python -m benchmarks.tables`` writes them between their markers; a test fails when one is stale.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import extraction, fusion, interventions, methods
+from benchmarks.engine import ROOT
+
+FINDINGS = ROOT / "benchmarks" / "FINDINGS.md"
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+# Arm of a benchmark of throughput to its column.
+ADDITIONS = {
+    "idle": "idle",
+    "steered_half": "half steered",
+    "steered_one": "all by one direction",
+    "steered_distinct": "each by its own sum of 3",
+    "control": "control",
+}
+AFFINE = {
+    "affine_idle": "idle",
+    "affine_add_distinct": "each by its own sum of 3",
+    "affine_rank2_distinct": "each turned by its own angle",
+    "control": "control",
+}
+CLOCKS = {"wall": "ratios", "processor": "cpu_ratios"}
+STARTED = ("idle", "steered_distinct", "control")
+OVERHEAD = {
+    "idle_step": "none steered",
+    "half_steered_step": "half steered",
+    "steered_step": "all steered",
+    "arrival_step": "with a new row",
+    "admission": "admission of a request",
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """What stands between two markers of a document.
+
+    Attributes:
+        document: File that has the markers.
+        name: Name in the markers.
+        render: Returns the text, from the figures.
+    """
+
+    document: Path
+    name: str
+    render: Callable[[], str]
+
+    @property
+    def begin(self) -> str:
+        """The marker before the text."""
+        return f"<!-- {self.name}: begin -->"
+
+    @property
+    def end(self) -> str:
+        """The marker behind the text."""
+        return f"<!-- {self.name}: end -->"
+
+
+def results(name: str) -> dict[str, Any]:
+    """Returns the figures of a file in ``results``."""
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns a Markdown table."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+
+
+def speed_table(names: Sequence[str], columns: Mapping[str, str]) -> str:
+    """Returns ratios of tokens a second to plain vLLM's, a row for each model.
+
+    Args:
+        names: Files of results; the first workload of each is shown.
+        columns: Arm to its column.
+    """
+    rows = []
+    for name in names:
+        report = results(name)
+        requests = next(iter(report["workloads"].values()))["workload"]["requests"]
+        shown = f"{_model(report)}, {requests} requests"
+        rows.append([shown, *(_ratio(report["ratios"][arm]) for arm in columns)])
+    return markdown(["model", *columns.values()], rows)
+
+
+def clocks_table(names: Sequence[str], columns: Mapping[str, str]) -> str:
+    """Returns the ratios of every workload, by wall time and by processor time.
+
+    Args:
+        names: Files of results.
+        columns: Arm to its column.
+    """
+    rows = [
+        [_run(name, work), clock, *(_ratio(found[key][arm]) for arm in columns)]
+        for name in names
+        for work, found in results(name)["workloads"].items()
+        for clock, key in CLOCKS.items()
+    ]
+    return markdown(["run", "time", *columns.values()], rows)
+
+
+def starts_table(names: Sequence[str]) -> str:
+    """Returns starts, rounds, the speed of plain vLLM, and how far single starts lie apart."""
+    rows = []
+    for name in names:
+        for work, found in results(name)["workloads"].items():
+            starts = found["ratios_by_start"]
+            rows.append(
+                [
+                    _run(name, work),
+                    f"{len(starts)} × {len(found['times']) // len(starts)}",
+                    f"{found['tokens_per_second']['plain']:.0f}",
+                    *(_range([start[arm]["median"] for start in starts]) for arm in STARTED),
+                ]
+            )
+    head = ["run", "starts × rounds", "plain vLLM, tokens a second"]
+    return markdown([*head, *(ADDITIONS[arm] for arm in STARTED)], rows)
+
+
+def overhead_table() -> str:
+    """Returns the microseconds of planning and admission, by directions and layers."""
+    found = results("overhead")["microseconds"]
+    rows = [
+        [str(row["directions"]), str(row["layers"]), *(f"{row[key]:.0f}" for key in OVERHEAD)]
+        for row in found
+    ]
+    return markdown(["directions of a request", "layers", *OVERHEAD.values()], rows)
+
+
+def extraction_table() -> str:
+    """Returns speed and memory of extraction, as the benchmark prints them."""
+    report = results("extraction")
+    peaks = {
+        name: {int(layers): mib for layers, mib in of.items()}
+        for name, of in report["peak_memory"].items()
+    }
+    return f"```\n{extraction.table(report['models'], peaks)}\n```"
+
+
+def norms_table() -> str:
+    """Returns by how much each op changes the length of the residual stream at most."""
+    rows = [
+        [f"`{op}`", f"{share:.2g}"] for op, share in results("interventions")["norm_drift"].items()
+    ]
+    return markdown(["op", "largest change of ‖h‖, as a share of it"], rows)
+
+
+def _model(report: Mapping[str, Any]) -> str:
+    model = report["model"]
+    if model["name"] == "demo":
+        return "demo"
+    return f"random, {model['parameters'] / 1e6:.0f} M parameters"
+
+
+def _run(name: str, workload: str) -> str:
+    return f"[{name.removeprefix('throughput-')}](results/{name}.json), {workload}"
+
+
+def _ratio(found: Mapping[str, float]) -> str:
+    return f"{found['median']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+    return low if len(values) == 1 else f"{low} to {high}"
+
+
+QUIET = ("throughput-demo-quiet", "throughput-100m")
+ALL = ("throughput-demo-quiet", "throughput-demo", "throughput-100m")
+WITH_AFFINE = ("throughput-demo-affine", "throughput-100m-affine")
+BLOCKS = (
+    Block(README, "speed", lambda: speed_table(QUIET, ADDITIONS)),
+    Block(README, "affine-speed", lambda: speed_table(WITH_AFFINE, AFFINE)),
+    Block(FINDINGS, "throughput", lambda: clocks_table(ALL, ADDITIONS)),
+    Block(FINDINGS, "throughput-affine", lambda: clocks_table(WITH_AFFINE, AFFINE)),
+    Block(FINDINGS, "throughput-starts", lambda: starts_table([*ALL, *WITH_AFFINE])),
+    Block(FINDINGS, "overhead", overhead_table),
+    Block(FINDINGS, "extraction", extraction_table),
+    Block(FINDINGS, "methods", lambda: methods.matrix(results("methods"))),
+    Block(FINDINGS, "fusion", lambda: fusion.figures_table(results("fusion"))),
+    Block(FINDINGS, "fusion-seconds", lambda: fusion.seconds_table(results("fusion"))),
+    Block(FINDINGS, "fusion-distances", lambda: fusion.distances_table(results("fusion"))),
+    Block(FINDINGS, "interventions", lambda: interventions.matrix(results("interventions"))),
+    Block(FINDINGS, "norms", norms_table),
+)
+
+
+def blocks_of(document: Path) -> list[Block]:
+    """Returns the blocks of a document."""
+    return [block for block in BLOCKS if block.document == document]
+
+
+def replaced(text: str, block: Block, table: str) -> str:
+    """Returns a document's text with another table between a block's markers.
+
+    Raises:
+        ValueError: The document does not have each marker once, in their order.
+    """
+    before, _, rest = text.partition(block.begin)
+    _, _, after = rest.partition(block.end)
+    if text.count(block.begin) != 1 or text.count(block.end) != 1 or block.end not in rest:
+        raise ValueError(f"{block.begin} and {block.end} must stand once in {block.document.name}")
+    return f"{before}{block.begin}\n{table.strip()}\n{block.end}{after}"
+
+
+def stale(text: str, blocks: Iterable[Block]) -> list[str]:
+    """Returns the names of the blocks that do not say what the figures say.
+
+    Args:
+        text: Text of their document.
+        blocks: The blocks.
+    """
+    return [block.name for block in blocks if replaced(text, block, block.render()) != text]
+
+
+def main() -> None:
+    """Writes every table into its document."""
+    for document in dict.fromkeys(block.document for block in BLOCKS):
+        text = document.read_text()
+        for block in blocks_of(document):
+            text = replaced(text, block, block.render())
+        document.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""FINDINGS.md and the README say what the figures in ``benchmarks/results`` say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.tables import BLOCKS, FINDINGS, README, Block, blocks_of, replaced, results, stale
+
+DOCUMENTS = [FINDINGS, README]
+# Tables that others write.
+OTHERS = {"architectures", "compatibility"}
+
+
+def text_of(document: Path) -> str:
+    """A document on one line, so that a sentence is found however it is wrapped."""
+    return " ".join(document.read_text().split())
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_tables_are_those_of_the_results(document: Path) -> None:
+    assert stale(document.read_text(), blocks_of(document)) == [], "run python -m benchmarks.tables"
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+def test_a_changed_figure_is_noticed(block: Block) -> None:
+    text = block.document.read_text()
+    before, begin, rest = text.partition(block.begin)
+    *_, figure = re.finditer(r"\d", rest.partition(block.end)[0])
+    at = figure.start()
+    other = f"{rest[:at]}{(int(figure[0]) + 1) % 10}{rest[at + 1 :]}"
+    assert stale(before + begin + other, blocks_of(block.document)) == [block.name]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_marker_has_its_table(document: Path) -> None:
+    marked = re.findall(r"^<!-- (\S+): begin -->$", document.read_text(), re.MULTILINE)
+    assert [name for name in marked if name not in OTHERS] == [b.name for b in blocks_of(document)]
+
+
+def test_nothing_is_written_where_a_marker_is_missing() -> None:
+    block = blocks_of(FINDINGS)[0]
+    text = FINDINGS.read_text()
+    for broken in (text.replace(block.begin, ""), text.replace(block.end, ""), text + block.begin):
+        with pytest.raises(ValueError, match="must stand once in FINDINGS.md"):
+            replaced(broken, block, "")
+
+
+def test_what_the_sentences_say_of_fusion() -> None:
+    report = results("fusion")
+    asked = report["results"]["prefixed"]
+    segmented = asked["arms"]["segmented"]["by_trials"][asked["trials"] - 1]["right"]
+    full = asked["arms"]["full"]["by_trials"][asked["trials"] - 1]["right"]
+    others = asked["arms"]["segmented, scales of other questions"]["figures"]["right"]
+    seconds = report["speed"]["seconds"]
+    (uncached,) = (name for name in seconds if name.endswith("the uncached original"))
+    found = {
+        "wrong": asked["wrong"],
+        "trials": asked["trials"],
+        "segmented": _cell(segmented),
+        "others": _cell(others),
+        "engine": seconds["through the engine"],
+        "uncached": seconds[uncached],
+    }
+    readme = text_of(README)
+    assert (
+        "of {wrong} questions that it gets wrong unsteered, segmented scales of {trials} trials get "
+        "{segmented} right, and those of other questions {others}"
+    ).format(**found) in readme
+    assert (
+        "takes {engine:.1f} s through the engine and {uncached:.1f} s one question after another"
+    ).format(**found) in readme
+    findings = text_of(FINDINGS)
+    share = report["speed"]["same_answers"][uncached]
+    assert f"the same text in {share:.1%} of cases" in findings
+    assert f"three numbers reach {segmented['mean']:.2f} and one {full['mean']:.2f}" in findings
+
+
+def test_what_the_sentences_say_of_interventions() -> None:
+    report = results("interventions")
+    own = {
+        name.removesuffix(", own"): rate
+        for name, rate in report["ablation"].items()
+        if name.endswith(", own")
+    }
+    left = [rate["expressed"] for rate in own.values()]
+    drift = max(report["norm_drift"][op] for op in ("rotate", "angle"))
+    assert (
+        f"leaves {min(left):.2f} to {max(left):.2f}, by how the direction was learned; "
+        f"rotation holds ‖h‖ to {drift:.2g}"
+    ) in text_of(README)
+    assert drift < 1e-5 < 0.1 < report["norm_drift"]["add"]
+    gone = {name: _count(rate, 0.0) for name, rate in own.items()}
+    contrast, token = gone.pop("ablation_contrast"), gone.pop("ablation_contrast_token-2")
+    other = [
+        _count(report["ablation"][f"ablation_contrast{end}, unrelated"], 0.0)
+        for end in ("", "_token-2")
+    ]
+    assert (
+        f"ablation takes {min(gone.values())} to {max(gone.values())} of the "
+        f"{len(report['concepts'])} concepts out wholly. Of those learned against the other concepts "
+        f"it takes {contrast}, and with `--token -2` {token}, and leaves the other "
+        f"{_count(own['ablation_contrast_token-2'], 1.0)} as they were; an unrelated direction of "
+        f"theirs takes {other[0]} and {other[1]} out as well"
+    ) in text_of(FINDINGS)
+
+
+def test_what_the_sentences_say_of_extraction() -> None:
+    demo, wide = results("extraction")["models"]
+    assert (
+        f"concepts a minute are {wide['speedup']:.1f} times those of a straightforward reading of "
+        "the method for a random model of hidden size 1024, "
+        f"{demo['speedup']:.1f} times for the demo model"
+    ) in text_of(README)
+
+
+def test_what_the_sentences_say_of_methods() -> None:
+    report = results("methods")
+    arms, minutes = report["arms"], report["seconds"]["engine"] / 60
+    assert f"all {len(arms)} arms, 39,200 answers in {minutes:.0f} minutes" in text_of(FINDINGS)
+    by_name = {
+        (arm["token"], arm["estimator"], arm["labels"], arm["published"]): arm["single"]
+        for arm in arms.values()
+        if arm["blocks"] == "all"
+    }
+    for estimator, published, sentence in (
+        ("rfm", True, "with the RFM as published they fall from {hard} to {soft}"),
+        ("ridge", False, "with ridge regression from {hard} to {soft}"),
+    ):
+        given = {
+            labels: f"{by_name['attention', estimator, labels, published]['steerability']:.2f}"
+            for labels in ("hard", "soft")
+        }
+        assert sentence.format(**given) in text_of(FINDINGS)
+
+
+def test_what_the_sentences_say_of_overhead() -> None:
+    report = results("overhead")
+    steered = [
+        row[step]
+        for row in report["microseconds"]
+        for step in ("half_steered_step", "steered_step")
+    ]
+    idle = [row["idle_step"] for row in report["microseconds"]]
+    assert (
+        f"a step of {report['requests']} decoding requests takes {min(steered):.0f} to "
+        f"{max(steered):.0f} µs, {min(idle):.0f} to {max(idle):.0f} µs when none is steered"
+    ) in text_of(README)
+
+
+def test_the_files_that_the_findings_name_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)", FINDINGS.read_text()):
+        if not target.startswith("http"):
+            assert (FINDINGS.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_the_sections_that_are_linked_exist(document: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#]*)#([^)]+)\)", document.read_text()):
+        named = document.parent / target if target else document
+        if not target.startswith("http"):
+            headings = re.findall(r"^#+ (.*)$", named.read_text(), re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in headings]
+            assert anchor in slugs, f"{target}#{anchor}"
+
+
+def _cell(share: dict[str, float]) -> str:
+    return f"{share['mean']:.2f} [{share['low']:.2f}, {share['high']:.2f}]"
+
+
+def _count(rate: dict[str, dict[str, float]], share: float) -> int:
+    return sum(value == share for value in rate["by_concept"].values())
