@@ -22,8 +22,8 @@ MAX_RELATIVE_SCALE = 1000.0
 def relative_dose(plan: SteeringPlan, registry: PackRegistry) -> float:
     """Returns how strong a plan is at most: Σ‖change‖ over the norm of the residual stream.
 
-    For additions that is Σ|ε|·‖v‖/‖h‖; for the other forms the most that the change can be for a
-    residual stream of the measured norm.
+    For additions that is Σ|ε|·‖v‖/‖h‖, at the largest factor of a schedule; for the other forms the
+    most that the change can be for a residual stream of the measured norm.
 
     Args:
         plan: The plan.
@@ -84,11 +84,13 @@ def check_scale(where: str, term: Term, direction: LoadedDirection, registry: Pa
         doses = {layer: _unit_dose(term, direction, registry, layer) for layer in term.layers}
     layer = max(term.layers, key=doses.__getitem__)
     limit = MAX_RELATIVE_SCALE / doses[layer]
-    if abs(term.scale) > limit:
+    if abs(term.scale) * term.peak > limit:
+        limit /= term.peak
         safe = f", and up to {direction.record.safe_scale:g} the text was found fluent"
         raise DoseError(
             f"{where}.scale: {term.scale:g} would add a vector more than {MAX_RELATIVE_SCALE:g} times as long as the "
             f"residual stream at layer {layer}; |scale| must be at most {_floor(limit):g}"
+            + (" with this schedule" if term.schedule else "")
             + (safe if term.form.op == "add" else "")
         )
 
@@ -99,7 +101,7 @@ def _dose(term: Term, direction: LoadedDirection, registry: PackRegistry, layer:
         return 2.0 * abs(math.sin(math.radians(term.scale) / 2.0))
     if term.form.op == "angle":
         return 2.0
-    own = abs(term.scale) * _unit_dose(term, direction, registry, layer)
+    own = abs(term.scale) * term.peak * _unit_dose(term, direction, registry, layer)
     # What a clamp takes away is as long as the stream at most.
     return own + 1.0 if term.form.op == "clamp" else own
 

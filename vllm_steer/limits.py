@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from vllm_steer.config import ResolvedConfig
 from vllm_steer.errors import RequestError
+from vllm_steer.layout import layout_of
 from vllm_steer.request import REQUEST_KEY
 from vllm_steer.steering_plan import ADDITION, SteeringPlan, Term
 
@@ -34,10 +35,18 @@ def check_limits(plan: SteeringPlan, config: ResolvedConfig) -> None:
             f"--steering-rows"
         )
     for segment in plan.segments:
-        if segment.schedule is not None and config.ops == "additive":
+        if segment.schedules != (None,) and config.ops == "additive":
             raise RequestError(
                 f"{REQUEST_KEY}.schedule: this server has one strength for all tokens; start it with --steering-ops affine"
             )
+        if len(segment.schedules) > 1:
+            rank = layout_of(segment, config.rank).rank
+            if rank > config.rank:
+                raise RequestError(
+                    f"{REQUEST_KEY}.directions: with the schedules of their own, those that meet at a position have rank "
+                    f"{rank} together, the server has room for {config.rank}; give them one schedule, name fewer, or "
+                    f"start the server with a higher --steering-rank"
+                )
         if all(term.form == ADDITION for term in segment.terms):
             continue
         for layer in sorted({layer for term in segment.terms for layer in term.layers}):

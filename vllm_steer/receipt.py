@@ -16,10 +16,10 @@ HEADER = "x-steering"
 # Proxies refuse long headers; the body has everything.
 MAX_HEADER = 2048
 RECEIPT_FIELDS = {
-    "directions": "Each direction's `name`, `scale`, `layers` and content `digest`, as carried out; and the `op` with "
-    "what belongs to it, where that is not addition.",
+    "directions": "Each direction's `name`, `scale`, `layers` and content `digest`, as carried out; the `op` with "
+    "what belongs to it, where that is not addition; and the `schedule` if there is one.",
     "positions": "Ranges of absolute token positions, `start` to before `end` (null: to the end), each with the "
-    "indices of the directions that are summed there, and their `schedule` if they have one.",
+    "indices of the directions that are summed there.",
     "dose": "Largest relative dose: Σ&#124;ε&#124;·‖v‖ over the mean norm of the residual stream.",
     "clamped_by": "Factor that the server multiplied all scales by; 1 when it kept them.",
     "tokens_steered": "Tokens that went through the model at steered positions, of prompt and answers; the last "
@@ -110,6 +110,7 @@ class Receipt:
                     "digest": term.digest,
                 }
                 | self._form(term)
+                | ({"schedule": term.schedule.to_json()} if term.schedule else {})
                 for term in terms
             ],
             "positions": [
@@ -118,7 +119,6 @@ class Receipt:
                     "end": segment.end,
                     "directions": [numbers[term] for term in segment.terms],
                 }
-                | ({"schedule": segment.schedule.to_json()} if segment.schedule else {})
                 for segment in self.plan.segments
             ],
             "dose": round(self.dose, 6),

@@ -21,7 +21,7 @@ from vllm_steer.schedule import Schedule
 from vllm_steer.steering_plan import Form, Segment, SteeringPlan, Term
 from vllm_steer.until import Until
 
-_Span = tuple[Sequence[PositionRange], Term, Schedule | None]
+_Span = tuple[Sequence[PositionRange], Term]
 # Two directions with a smaller angle between them (its sine) span no plane.
 _LEAST_SINE = 1e-3
 
@@ -49,7 +49,7 @@ def resolve(
     spans = []
     for index, choice in enumerate(request.directions):
         where = f"{REQUEST_KEY}.directions.{index}"
-        term, direction = _term(where, choice, request, registry)
+        term, direction = _term(where, choice, request, registry, prompt_len)
         positions = choice.positions or request.positions or direction.record.positions
         try:
             ranges = absolute_ranges(positions, prompt_len, max_len)
@@ -57,7 +57,7 @@ def resolve(
             owner = where if choice.positions else REQUEST_KEY
             raise RequestError(f"{owner}.positions: {error}") from None
         if not _is_idle(term):
-            spans.append((ranges, term, _schedule(where, choice, request, term, prompt_len)))
+            spans.append((ranges, term))
     triggers = request.until_token_ids
     until = Until(prompt_len, tuple(triggers)) if triggers else None
     return SteeringPlan(tuple(replace(segment, until=until) for segment in _segments(spans)))
@@ -95,24 +95,18 @@ def content_names(
 
 def _segments(spans: Sequence[_Span]) -> list[Segment]:
     """Cuts overlapping ranges into disjoint ones; neighbours with equal sums become one."""
-    edges = {edge for ranges, *_ in spans for span in ranges for edge in span if edge is not None}
+    edges = {edge for ranges, _ in spans for span in ranges for edge in span if edge is not None}
     cuts = sorted(edges)
     segments: list[Segment] = []
     for start, end in zip_longest(cuts, cuts[1:]):
-        here = [span for span in spans if any(_holds(part, start) for part in span[0])]
+        here = [term for ranges, term in spans if any(_holds(part, start) for part in ranges)]
         if not here:
             continue
-        schedules = {schedule for _, _, schedule in here}
-        if len(schedules) > 1:
-            raise RequestError(
-                f"{REQUEST_KEY}.schedule: directions that meet at a position need one schedule; give it to the whole "
-                f"request, or keep their positions apart"
-            )
         order = sorted(
-            (term for _, term, _ in here),
-            key=lambda term: (term.digest, term.scale, term.layers, repr(term.form)),
+            here,
+            key=lambda t: (t.digest, t.scale, t.layers, repr(t.form), repr(t.schedule)),
         )
-        segment = Segment(start, end, tuple(order), schedules.pop())
+        segment = Segment(start, end, tuple(order))
         if segments and segments[-1].end == start and segments[-1].key == segment.key:
             segment = replace(segment, start=segments.pop().start)
         segments.append(segment)
@@ -125,7 +119,11 @@ def _holds(span: PositionRange, position: int) -> bool:
 
 
 def _term(
-    where: str, choice: DirectionChoice, request: SteeringRequest, registry: PackRegistry
+    where: str,
+    choice: DirectionChoice,
+    request: SteeringRequest,
+    registry: PackRegistry,
+    prompt_len: int,
 ) -> tuple[Term, LoadedDirection]:
     try:
         direction = registry.find(choice.name)
@@ -136,9 +134,9 @@ def _term(
     _check_layers(f"{where}.layers", direction, layers)
     chosen = choice.over(record.form)
     scale = _scale(where, choice, chosen, direction)
-    term = Term(
-        direction.digest, scale, tuple(layers), _form(where, chosen, direction, layers, registry)
-    )
+    form = _form(where, chosen, direction, layers, registry)
+    schedule = _schedule(where, choice, request, form, prompt_len)
+    term = Term(direction.digest, scale, tuple(layers), form, schedule)
     check_scale(where, term, direction, registry)
     return term, direction
 
@@ -227,14 +225,14 @@ def _check_plane(
 
 
 def _schedule(
-    where: str, choice: DirectionChoice, request: SteeringRequest, term: Term, prompt_len: int
+    where: str, choice: DirectionChoice, request: SteeringRequest, form: Form, prompt_len: int
 ) -> Schedule | None:
     chosen = choice.schedule or request.schedule
     if chosen is None:
         return None
-    if term.form.op not in LINEAR_OPS or term.form.restore_norm:
+    if form.op not in LINEAR_OPS or form.restore_norm:
         owner = where if choice.schedule else REQUEST_KEY
-        what = "restore_norm" if term.form.restore_norm else f"op {term.form.op!r}"
+        what = "restore_norm" if form.restore_norm else f"op {form.op!r}"
         raise RequestError(
             f"{owner}.schedule: {what} has no strength that could be scheduled; it may have positions, such as "
             f'{{"generated": [0, 16]}}'

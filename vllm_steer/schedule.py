@@ -83,10 +83,10 @@ def factors(positions: Any, table: Any) -> Any:
 
     Args:
         positions: int ``[num_tokens]``, absolute.
-        table: float32 ``[SCHEDULE_FIELDS, ranges, num_tokens]``.
+        table: float32 ``[SCHEDULE_FIELDS, ..., num_tokens]``.
 
     Returns:
-        float32 ``[ranges, num_tokens]``.
+        float32 ``[..., num_tokens]``.
     """
     origin, start, end, tokens, exponential = table
     passed = ((positions - origin) / tokens).clip(0.0, None)

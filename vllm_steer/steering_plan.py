@@ -51,12 +51,14 @@ class Term:
         scale: ε.
         layers: Layers, ascending.
         form: How it acts.
+        schedule: Factor of its change over the positions; None is 1 everywhere.
     """
 
     digest: str
     scale: float
     layers: tuple[int, ...]
     form: Form = ADDITION
+    schedule: Schedule | None = None
 
     @property
     def rank(self) -> int:
@@ -66,13 +68,18 @@ class Term:
         return int(self.form.op != "add" or self.form.gate is not None)
 
     @property
+    def peak(self) -> float:
+        """Largest factor of its change, without its sign."""
+        return max(abs(self.schedule.start), abs(self.schedule.end)) if self.schedule else 1.0
+
+    @property
     def digests(self) -> tuple[str, ...]:
         """All contents that it needs, its own first."""
         others = (self.form.partner, self.form.gate)
         return (self.digest, *(digest for digest in others if digest is not None))
 
     def identity(self) -> list[Any]:
-        """Returns plain lists that are equal for equal changes, bit for bit."""
+        """Returns plain lists that are equal for equal changes, bit for bit, but for the schedule."""
         content = [self.digest, float(self.scale).hex(), self.layers]
         if self.form != ADDITION:
             content += [v.hex() if isinstance(v, float) else v for v in astuple(self.form)]
@@ -87,7 +94,6 @@ class Segment:
         start: First position.
         end: Position after the last one; None has no end.
         terms: The terms in canonical order, at least one.
-        schedule: Factor of their change over the positions; None is 1 everywhere.
         until: Generated tokens after which the range ends early. It is no part of the identity:
             two requests whose ranges end at the same position are equal there.
     """
@@ -95,20 +101,31 @@ class Segment:
     start: int
     end: int | None
     terms: tuple[Term, ...]
-    schedule: Schedule | None = None
     until: Until | None = None
 
     @cached_property
+    def schedules(self) -> tuple[Schedule | None, ...]:
+        """The different schedules of the terms, in their order."""
+        return tuple(dict.fromkeys(term.schedule for term in self.terms))
+
+    @cached_property
     def row_key(self) -> str:
-        """Content identity of the terms: equal keys are equal rows, bit for bit."""
-        return _digest([term.identity() for term in self.terms])
+        """Content identity of the terms: equal keys are equal rows, bit for bit.
+
+        What is factored together lies together in a row, so that is part of it, and the schedules are not.
+        """
+        terms = [term.identity() for term in self.terms]
+        if len(self.schedules) == 1:
+            return _digest(terms)
+        return _digest([terms, [self.schedules.index(term.schedule) for term in self.terms]])
 
     @cached_property
     def key(self) -> str:
         """Content identity of the change: equal keys are equal changes at equal positions."""
-        if self.schedule is None:
+        if self.schedules == (None,):
             return self.row_key
-        return _digest([self.row_key, [float(v).hex() for v in self.schedule.to_list()]])
+        known = [schedule.to_list() if schedule else [] for schedule in self.schedules]
+        return _digest([self.row_key, [[float(v).hex() for v in values] for values in known]])
 
 
 @dataclass(frozen=True)
@@ -135,7 +152,6 @@ class SteeringPlan:
                 segment.end,
                 segment.key,
                 [_to_list(t) for t in segment.terms],
-                segment.schedule and segment.schedule.to_list(),
                 segment.until and segment.until.to_list(),
             ]
             for segment in self.segments
@@ -150,10 +166,9 @@ class SteeringPlan:
                     start,
                     end,
                     tuple(_from_list(*term) for term in terms),
-                    Schedule(*schedule) if schedule else None,
                     Until(until[0], tuple(until[1])) if until else None,
                 )
-                for start, end, _, terms, schedule, until in payload
+                for start, end, _, terms, until in payload
             )
         )
 
@@ -172,8 +187,18 @@ def _digest(content: Any) -> str:
 
 def _to_list(term: Term) -> list[Any]:
     plain = [term.digest, term.scale, list(term.layers)]
-    return plain if term.form == ADDITION else [*plain, list(astuple(term.form))]
+    if term.form == ADDITION and term.schedule is None:
+        return plain
+    return [*plain, list(astuple(term.form)), term.schedule.to_list() if term.schedule else None]
 
 
-def _from_list(digest: str, scale: float, layers: Sequence[int], form: Sequence[Any] = ()) -> Term:
-    return Term(digest, scale, tuple(layers), Form(*form))
+def _from_list(
+    digest: str,
+    scale: float,
+    layers: Sequence[int],
+    form: Sequence[Any] = (),
+    schedule: Sequence[Any] | None = None,
+) -> Term:
+    return Term(
+        digest, scale, tuple(layers), Form(*form), Schedule(*schedule) if schedule else None
+    )

@@ -109,6 +109,17 @@ FORM_CASES: dict[str, dict[str, Any] | None] = {
         "directions": [{"name": CHEERFUL, "scale": 9.0}, {"name": GLOOMY, "op": "ablate"}],
         "schedule": {"start": 1.0, "end": 0.2, "tokens": 6, "shape": "exponential"},
     },
+    "schedules that meet": {
+        "directions": [
+            {"name": SPIDERS, "scale": 8.0, "schedule": {"start": 1.0, "end": 0.0, "tokens": 9}},
+            {"name": CHEERFUL, "scale": 5.0},
+            {
+                "name": GLOOMY,
+                "op": "ablate",
+                "schedule": {"start": 0.0, "end": 1.0, "tokens": 4, "shape": "exponential"},
+            },
+        ]
+    },
     "first tokens of the answer": {
         "directions": [{"name": GLOOMY, "scale": 9.0}],
         "positions": {"generated": [0, 7]},

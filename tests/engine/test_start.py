@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.conftest import engine_arguments
 from tests.engine_process import EngineProcess
@@ -49,9 +50,9 @@ def ignore_gates() -> None:
 
     original = affine.affine_change
 
-    def always(block: Any, stream: Any, rows: Any) -> Any:
+    def always(block: Any, *args: Any) -> Any:
         getattr(block, affine.NUMBERS_BUFFER)[..., affine.THRESHOLD, :] = ALWAYS
-        return original(block, stream, rows)
+        return original(block, *args)
 
     affine.affine_change = always
 
@@ -59,20 +60,21 @@ def ignore_gates() -> None:
 def ignore_components() -> None:
     from vllm_steer.engine import affine
 
-    affine.affine_change = lambda block, stream, rows: stream * 0.0
+    affine.affine_change = lambda block, stream, rows, factors: stream * 0.0
 
 
 def ignore_stream() -> None:
     from vllm_steer.engine import affine
 
     original = affine.affine_change
-    affine.affine_change = lambda block, stream, rows: original(block, stream * 0.0, rows)
+    affine.affine_change = lambda block, stream, *rest: original(block, stream * 0.0, *rest)
 
 
 def ignore_factors() -> None:
     from vllm_steer.engine import affine
 
-    affine.factors_of = lambda block, hidden: hidden.new_ones(hidden.shape[-2])
+    original = affine.factors_of
+    affine.factors_of = lambda block, hidden: torch.ones_like(original(block, hidden))
 
 
 def ignore_restore() -> None:

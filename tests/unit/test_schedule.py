@@ -10,10 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from tests.unit.conftest import resolved
+from vllm_steer.dose import relative_dose
 from vllm_steer.engine.bank import SteeringBank
+from vllm_steer.engine.blocks import hook_blocks
 from vllm_steer.engine.plan import StepPlanner
+from vllm_steer.engine.row_values import row_values
 from vllm_steer.errors import RequestError
 from vllm_steer.limits import check_limits
 from vllm_steer.pack import SteeringPack
@@ -59,7 +63,7 @@ def test_factors_do_not_depend_on_how_tokens_are_scheduled(
         "constant": (3, None),
         "unsteered": (4, None),
     }
-    planner = StepPlanner(8, starts_are_exact=on_host)
+    planner = StepPlanner(8, 2, starts_are_exact=on_host)
     bank = SteeringBank([0, 1], 8, 16, 64, torch.float32, torch.device("cpu"), rank=2)
     for name, (prompt_len, schedule) in cases.items():
         if name != "unsteered":
@@ -82,7 +86,7 @@ def test_factors_do_not_depend_on_how_tokens_are_scheduled(
                 continue
             assert bank.rows[token] > 0
             wanted = expected(schedule, position - prompt_len)
-            assert float(bank.factors[token]) == pytest.approx(wanted, abs=1e-6)
+            assert bank.factors[token].tolist() == pytest.approx([wanted] * 3, abs=1e-6)
         assert not bank.rows[len(owners) :].any()
         assert (bank.factors[len(owners) :] == 1).all()
 
@@ -121,8 +125,8 @@ def test_one_row_serves_all_schedules_and_cache_keys_tell_them_apart(
             "restore_norm has no strength",
         ),
         (
-            {"directions": [{"name": "a", "schedule": RAMP}, {"name": "b"}]},
-            "directions that meet at a position need one schedule",
+            {"directions": [{"name": "a", "scale": 1e3}], "schedule": RAMP | {"end": -50.0}},
+            r"\|scale\| must be at most 200 with this schedule",
         ),
     ],
 )
@@ -136,6 +140,78 @@ def test_the_additive_tier_has_one_strength(registry: PackRegistry) -> None:
     with pytest.raises(RequestError, match="one strength for all tokens.*--steering-ops affine"):
         check_limits(found, resolved())
     check_limits(found, resolved(ops="affine"))
+
+
+# Additions and other forms, each with its schedule; together of rank 4.
+OF_THEIR_OWN: list[dict[str, Any]] = [
+    {"name": "a", "scale": 2.0},
+    {"name": "b", "scale": 3.0, "schedule": RAMP},
+    {"name": "a", "scale": 0.5, "op": "ablate", "schedule": DECAY, "layers": [1]},
+    {"name": "b", "scale": 40.0, "op": "rotate", "plane": "a"},
+    {"name": "b", "scale": 1.0},
+]
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+def test_directions_that_meet_have_schedules_of_their_own(
+    on_host: bool, registry: PackRegistry
+) -> None:
+    """What the block returns is the sum of what each direction would do alone, by its own factor."""
+    prompt_len, count = 5, 30
+    planner = StepPlanner(8, 4, starts_are_exact=on_host)
+    positions = torch.arange(count)
+    alone = [
+        plan(registry, prompt_len, directions=[{**one, "schedule": None}]) for one in OF_THEIR_OWN
+    ]
+    together = plan(registry, prompt_len, directions=OF_THEIR_OWN)
+    stream = torch.randn(count, 16, generator=torch.Generator().manual_seed(0))
+
+    def change(found: SteeringPlan, layer: int) -> torch.Tensor:
+        block, bank = nn.Identity(), new_bank()
+        hook_blocks([(layer, block)], bank)
+        planner.add("request", SteeringPlan.from_payload(found.to_payload()))
+        step = planner.plan(["request"], np.array([0]), np.array([count]))
+        for row, segment in step.new:
+            bank.write_row(row, row_values(segment, bank.index, 4, 16, registry.by_digest))
+        bank.apply(step, positions)
+        planner.remove("request")
+        return block(stream.clone()) - stream
+
+    for layer in (0, 1):
+        wanted = torch.zeros_like(stream)
+        for one, found in zip(OF_THEIR_OWN, alone, strict=True):
+            factors = [expected(one.get("schedule"), p - prompt_len) for p in range(count)]
+            wanted += torch.tensor(factors)[:, None] * change(found, layer)
+        torch.testing.assert_close(change(together, layer), wanted, atol=1e-5, rtol=1e-5)
+
+
+def new_bank() -> SteeringBank:
+    return SteeringBank([0, 1], 8, 16, 64, torch.float32, torch.device("cpu"), rank=4)
+
+
+def test_schedules_of_their_own_take_rank(registry: PackRegistry) -> None:
+    found = plan(registry, 5, directions=OF_THEIR_OWN)
+    with pytest.raises(RequestError, match="schedules of their own.* have rank 4 .*room for 2"):
+        check_limits(found, resolved(ops="affine"))
+    check_limits(found, resolved(ops="affine", rank=4))
+    again = plan(registry, 9, directions=OF_THEIR_OWN[::-1])
+    assert again.segments[0].row_key == found.segments[0].row_key
+    assert again.segments[0].key != found.segments[0].key
+    # One row serves both ways round, and another one what has a single schedule.
+    first, second = {"name": "a", "scale": 2.0}, {"name": "b", "scale": 3.0}
+    scheduled = {"schedule": RAMP}
+    pairs = [[first, second | scheduled], [first | scheduled, second], [first, second]]
+    segments = [plan(registry, 5, directions=pair).segments[0] for pair in pairs]
+    assert segments[0].row_key == segments[1].row_key != segments[2].row_key
+    assert len({segment.key for segment in segments}) == 3
+
+
+def test_the_dose_is_that_of_the_largest_factor(registry: PackRegistry) -> None:
+    """A unit vector beside a residual stream of norm 10."""
+    asked = {"directions": [{"name": "a", "scale": 2.0}]}
+    assert relative_dose(plan(registry, 5, **asked), registry) == pytest.approx(0.2)
+    found = plan(registry, 5, **asked, schedule={"start": 0.0, "end": -30.0, "tokens": 4})
+    assert relative_dose(found, registry) == pytest.approx(6.0)
 
 
 def test_ranges_of_generated_tokens(registry: PackRegistry) -> None:

@@ -1,5 +1,6 @@
-"""The affine form in the graph of a block: h ← h + vector + Σ_k c_k U_k, as ``row_values`` says.
+"""The affine form in the graph of a block: h ← h + f_0 vector + Σ_k f_k c_k U_k, as ``row_values`` says.
 
+The factors f are each token's own, by the schedules of a request.
 It acts on the true residual stream, which a block returns in two parts where vLLM fuses the addition
 with the next norm. A self-test at start (``residual_test``) proves that the parts are read right.
 """
@@ -62,18 +63,21 @@ def residual_of(block: nn.Module, output: Any) -> torch.Tensor | None:
 
 
 def factors_of(block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """The factor of each token's change, float32 ``[num_tokens]``."""
+    """The factors of each token's vector and components, float32 ``[num_tokens, 1 + rank]``."""
     factors: torch.Tensor = getattr(block, FACTORS_BUFFER)
     return factors[: hidden.shape[-2]]
 
 
-def affine_change(block: nn.Module, stream: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def affine_change(
+    block: nn.Module, stream: torch.Tensor, rows: torch.Tensor, factors: torch.Tensor
+) -> torch.Tensor:
     """Returns what each token's row changes, without its vector.
 
     Args:
         block: A block with the buffers.
         stream: Float32 ``[num_tokens, hidden_size]``, the residual stream.
         rows: int32 ``[num_tokens]``.
+        factors: Float32 ``[num_tokens, rank]``.
 
     Returns:
         Float32 ``[num_tokens, hidden_size]``.
@@ -88,7 +92,8 @@ def affine_change(block: nn.Module, stream: torch.Tensor, rows: torch.Tensor) ->
     lengths = pairs.square().sum(-1, keepdim=True).sqrt().expand_as(pairs).flatten(-2)
     values = own + numbers[..., BIAS, :] + numbers[..., TURN, :] * lengths
     fires = probed > numbers[..., THRESHOLD, :]
-    change: torch.Tensor = (torch.where(fires, values, 0.0).unsqueeze(-1) * left).sum(-2)
+    acting = torch.where(fires, factors * values, 0.0)
+    change: torch.Tensor = (acting.unsqueeze(-1) * left).sum(-2)
     return change
 
 

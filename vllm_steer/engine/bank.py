@@ -30,8 +30,8 @@ class SteeringBank:
         numbers: ``[len(layers), num_rows, 3, rank]``, float32.
         restore: ``[len(layers), num_rows]``, float32.
         rows: ``[max_num_tokens]`` int32, the row of each token of the step.
-        factors: ``[max_num_tokens]`` float32, the factor of each token's change; read by the affine
-            form alone.
+        factors: ``[max_num_tokens, 1 + rank]`` float32, the factors of each token's vector and
+            components; read by the affine form alone.
         rank: Components of the affine form.
         hidden_size: Width of the residual stream.
     """
@@ -70,7 +70,7 @@ class SteeringBank:
         self.numbers = make(3, rank, dtype=torch.float32)
         self.restore = make(dtype=torch.float32) if rank else make(0)
         self.rows = torch.zeros(max_num_tokens, dtype=torch.int32, device=device)
-        self.factors = torch.ones(max_num_tokens, dtype=torch.float32, device=device)
+        self.factors = torch.ones(max_num_tokens, 1 + rank, dtype=torch.float32, device=device)
         # Tokens from here on have factor 1.
         self._scaled = 0
         # Tokens from here on have row 0.
@@ -133,7 +133,8 @@ class SteeringBank:
             owners: int32 ``[num_tokens]``, index of each token's request.
             ranges: int32 ``[3, most ranges of a request, num_requests]``: first positions,
                 positions after the last, rows; disjoint for one request.
-            schedules: float32 ``[SCHEDULE_FIELDS, most ranges, num_requests]``; None for factor 1.
+            schedules: float32 ``[SCHEDULE_FIELDS, 1 + rank, most ranges, num_requests]``; None for
+                factor 1.
             positions: ``[num_tokens]``, absolute position of each token, on the device.
         """
         owner = self._upload(torch.from_numpy(owners))
@@ -144,8 +145,8 @@ class SteeringBank:
         if schedules is None:
             self._set_factors(None)
         else:
-            table = self._upload(torch.from_numpy(schedules))[:, :, owner]
-            self._set_factors((factors(positions, table) * inside).sum(0))
+            table = self._upload(torch.from_numpy(schedules))[..., owner]
+            self._set_factors((factors(positions, table) * inside).sum(1))
 
     def set_rows(self, rows: np.ndarray, factors: np.ndarray | None = None) -> None:
         """Sets the row of each token of the step; all other tokens, padding too, get row 0.
@@ -154,7 +155,7 @@ class SteeringBank:
 
         Args:
             rows: int32 ``[num_tokens]``.
-            factors: float32 ``[num_tokens]``; None is 1 everywhere.
+            factors: float32 ``[1 + rank, num_tokens]``; None is 1 everywhere.
         """
         self._set_factors(None if factors is None else self._upload(torch.from_numpy(factors)))
         if self._known is not None and np.array_equal(rows, self._known):
@@ -175,9 +176,9 @@ class SteeringBank:
             self._known = None
 
     def _set_factors(self, values: torch.Tensor | None) -> None:
-        count = 0 if values is None else len(values)
+        count = 0 if values is None else values.shape[1]
         if values is not None:
-            self.factors[:count].copy_(values)
+            self.factors[:count].copy_(values.T)
         if count < self._scaled:
             self.factors[count : self._scaled].fill_(1.0)
         self._scaled = count

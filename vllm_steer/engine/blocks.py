@@ -101,8 +101,9 @@ def _steer_affinely(block: nn.Module, args: Any, output: Any) -> Any:
     rows = getattr(block, ROWS_BUFFER)[: hidden.shape[-2]]
     residual = affine.residual_of(block, output)
     stream = hidden.float() if residual is None else hidden.float() + residual.float()
-    change = vectors[rows].float() + affine.affine_change(block, stream, rows)
-    change = change * affine.factors_of(block, hidden).unsqueeze(-1)
+    factors = affine.factors_of(block, hidden)
+    change = factors[:, :1] * vectors[rows].float()
+    change = change + affine.affine_change(block, stream, rows, factors[:, 1:])
     change = affine.restored(block, stream, change, rows)
     steered = (hidden.float() + change).to(hidden.dtype)
     return (steered, *output[1:]) if isinstance(output, tuple) else steered

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_steer.engine.rows import RowAllocator
+from vllm_steer.layout import layout_of
 from vllm_steer.schedule import CONSTANT, factors
 from vllm_steer.steering_plan import Segment, SteeringPlan
 
@@ -36,10 +37,10 @@ class StepPlan:
         ranges: int32 ``[3, most ranges of a request, num_requests]``: first positions, positions
             after the last, rows. The ranges of a request are disjoint; absent ones are empty.
             None where ``owners`` is.
-        factors: float32 ``[num_tokens]``, the factor of each token's change; None is 1 everywhere,
-            or, where ``owners`` is given, what ``schedules`` says.
-        schedules: float32 ``[SCHEDULE_FIELDS, ranges, num_requests]``, the schedule of each range;
-            None where every factor is 1 or the host knows it.
+        factors: float32 ``[1 + rank, num_tokens]``, the factors of each token's vector and
+            components; None is 1 everywhere, or, where ``owners`` is given, what ``schedules`` says.
+        schedules: float32 ``[SCHEDULE_FIELDS, 1 + rank, ranges, num_requests]``, the schedules of
+            each range; None where every factor is 1 or the host knows it.
     """
 
     new: tuple[tuple[int, Segment], ...] = ()
@@ -56,14 +57,16 @@ _UNSTEERED = StepPlan()
 class StepPlanner:
     """Knows the ranges of each steered request and plans the steps of one worker."""
 
-    def __init__(self, num_rows: int, *, starts_are_exact: bool = True) -> None:
+    def __init__(self, num_rows: int, rank: int = 0, *, starts_are_exact: bool = True) -> None:
         """Makes a planner.
 
         Args:
             num_rows: Rows of the bank, the zero row among them.
+            rank: Components of a row.
             starts_are_exact: Whether the host knows the positions of a step's tokens. It does not
                 under speculative decoding, where it counts drafts that may have been rejected.
         """
+        self._rank = rank
         self._starts_are_exact = starts_are_exact
         self._allocator = RowAllocator(num_rows)
         self._segments: dict[str, dict[str, Segment]] = {}
@@ -72,8 +75,8 @@ class StepPlanner:
         self._free_slots: list[int] = []
         # [start | end | row, range, slot]
         self._table = np.zeros((3, 1, 1), dtype=np.int32)
-        # [field of the schedule, range, slot]
-        self._schedules = _constant(1, 1)
+        # [field of the schedule, vector or component, range, slot]
+        self._schedules = _constant(1 + rank, 1, 1)
         # Slots of requests with a schedule.
         self._scheduled: set[int] = set()
         # Steered requests that have no rows yet, or lost one.
@@ -96,8 +99,10 @@ class StepPlanner:
         for number, segment in enumerate(plan.segments):
             end = NO_END if segment.end is None else segment.end
             self._table[:, number, slot] = segment.start, end, 0
-            if segment.schedule is not None:
-                self._schedules[:, number, slot] = segment.schedule.to_list()
+            if segment.schedules != (None,):
+                chosen = layout_of(segment, self._rank).schedules
+                fields = [schedule.to_list() if schedule else CONSTANT for schedule in chosen]
+                self._schedules[:, :, number, slot] = np.array(fields, dtype=np.float32).T
                 self._scheduled.add(slot)
         self._slots[request_id] = slot
         self._plans[request_id] = plan
@@ -116,7 +121,7 @@ class StepPlanner:
         self._rowless.discard(request_id)
         self._table[:, :, slot] = 0
         if slot in self._scheduled:
-            self._schedules[:, :, [slot]] = _constant(self._schedules.shape[1], 1)
+            self._schedules[..., [slot]] = _constant(*self._schedules.shape[1:3], 1)
             self._scheduled.remove(slot)
         self._free_slots.append(slot)
         self._batch = []
@@ -156,13 +161,13 @@ class StepPlanner:
             before = np.cumsum(lengths) - lengths
             positions = (positions - before)[owners] + np.arange(total)
             columns = columns[:, :, owners]
-            schedules = None if schedules is None else schedules[:, :, owners]
+            schedules = None if schedules is None else schedules[..., owners]
         inside = (columns[_START] <= positions) & (positions < columns[_END])
         rows = (columns[_ROW] * inside).sum(0, dtype=np.int32)
         if schedules is None:
             return StepPlan(new, rows=rows)
         # Ranges are disjoint, so the sum has one summand; tokens outside have the zero row.
-        scale = (factors(positions, schedules) * inside).sum(0, dtype=np.float32)
+        scale = (factors(positions, schedules) * inside).sum(1, dtype=np.float32)
         return StepPlan(new, rows=rows, factors=scale)
 
     def _gather(self) -> np.ndarray:
@@ -175,7 +180,7 @@ class StepPlanner:
         # Ranges that no request of the batch has.
         used = columns[_END].any(axis=1)
         scheduled = self._scheduled and not self._scheduled.isdisjoint(slots.tolist())
-        self._schedule_columns = self._schedules[:, :, slots][:, used] if scheduled else None
+        self._schedule_columns = self._schedules[..., slots][:, :, used] if scheduled else None
         return np.ascontiguousarray(columns[:, used])
 
     def _assign_rows(self) -> tuple[tuple[int, Segment], ...]:
@@ -202,13 +207,13 @@ class StepPlanner:
     def _grow(self, ranges: int = 0, slots: int = 0) -> None:
         width = self._table.shape[2]
         self._table = np.pad(self._table, ((0, 0), (0, ranges), (0, slots)))
-        more = _constant(*self._table.shape[1:])
-        more[:, : self._schedules.shape[1], : self._schedules.shape[2]] = self._schedules
+        more = _constant(1 + self._rank, *self._table.shape[1:])
+        more[:, :, : self._schedules.shape[2], : self._schedules.shape[3]] = self._schedules
         self._schedules = more
         self._free_slots += range(width, width + slots)
 
 
-def _constant(ranges: int, slots: int) -> np.ndarray:
-    """Schedules whose factor is 1, ``[SCHEDULE_FIELDS, ranges, slots]``."""
+def _constant(factors: int, ranges: int, slots: int) -> np.ndarray:
+    """Schedules whose factor is 1, ``[SCHEDULE_FIELDS, factors, ranges, slots]``."""
     fields = np.array(CONSTANT, dtype=np.float32)
-    return np.tile(fields[:, None, None], (1, ranges, slots))
+    return np.tile(fields[:, None, None, None], (1, factors, ranges, slots))

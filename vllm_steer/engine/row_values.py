@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_steer.forms import PLANE_OPS
+from vllm_steer.layout import layout_of
 from vllm_steer.limits import PLANE_RANK
 from vllm_steer.registry import LoadedDirection
 from vllm_steer.steering_plan import Segment, Term
@@ -77,39 +78,41 @@ def row_values(
         find: Direction by content digest.
     """
     values = RowValues.zeros(len(index), rank, hidden_size)
+    layout = layout_of(segment, rank)
     # Planes first, so that each finds a pair.
     used = dict.fromkeys(index, 0)
-    for term in sorted(segment.terms, key=lambda term: -term.rank):
+    for number in sorted(range(len(segment.terms)), key=lambda number: -layout.ranks[number]):
+        term, own = segment.terms[number], layout.ranks[number]
         here = [layer for layer in term.layers if layer in index]
         places, direction = [index[layer] for layer in here], find(term.digest)
         values.restore[places] = float(term.form.restore_norm)
-        if not term.rank:
+        if not own:
             rows = [direction.rows[layer] for layer in here]
             values.vectors[places] += np.float32(term.scale) * direction.vector[rows]
             continue
         for layer in here:
-            _enter(values, index[layer], used[layer], term, layer, find)
-            used[layer] += term.rank
+            slot = used[layer] if layout.slots is None else layout.slots[number]
+            _enter(values, index[layer], slice(slot, slot + own), term, layer, find)
+            used[layer] += own
     return values
 
 
 def _enter(
     values: RowValues,
     at: int,
-    slot: int,
+    slots: slice,
     term: Term,
     layer: int,
     find: Callable[[str], LoadedDirection],
 ) -> None:
-    """Enters a term's components at one layer, from ``slot`` on."""
+    """Enters a term's components at one layer."""
     vector, form = find(term.digest).at(layer), term.form
     partner = find(form.partner).at(layer) if form.partner is not None else None
-    slots = slice(slot, slot + term.rank)
-    rank = values.left.shape[1]
+    slot, rank = slots.start, values.left.shape[1]
     numbers, readers = values.numbers[at], values.readers[at]
     numbers[THRESHOLD, slots] = ALWAYS
     if form.gate is not None:
-        readers[rank + slot : rank + slot + term.rank] = find(form.gate).at(layer)
+        readers[rank + slot : rank + slots.stop] = find(form.gate).at(layer)
         numbers[THRESHOLD, slots] = form.threshold
     if form.op in PLANE_OPS and partner is not None:
         _enter_plane(values, at, slots, _basis(vector, partner), term)

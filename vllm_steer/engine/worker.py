@@ -80,7 +80,7 @@ class WorkerSteering:
             device,
             rank=config.rank if config.ops == "affine" else 0,
         )
-        self._planner = StepPlanner(config.rows, starts_are_exact=not speculative)
+        self._planner = StepPlanner(config.rows, self.bank.rank, starts_are_exact=not speculative)
         self._watch = TriggerWatch(device)
         self._probing, self._probe_factor = False, 1.0
         self._steps, self._seconds = 0, 0.0
@@ -157,7 +157,8 @@ class WorkerSteering:
         """Makes a profile, warm-up, capture or padding run unsteered, unless the self-test probes."""
         if self._probing:
             count = len(self.bank.rows)
-            factors = np.full(count, self._probe_factor, dtype=np.float32)
+            shape = 1 + self.bank.rank, count
+            factors = np.full(shape, self._probe_factor, dtype=np.float32)
             self.bank.set_rows(np.full(count, PROBE_ROW, dtype=np.int32), factors)
         else:
             self.bank.clear_rows()
