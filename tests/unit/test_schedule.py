@@ -153,17 +153,20 @@ OF_THEIR_OWN: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("on_host", [True, False])
+@pytest.mark.parametrize(
+    "directions", [OF_THEIR_OWN, [OF_THEIR_OWN[0] | {"schedule": DECAY}, OF_THEIR_OWN[1]]]
+)
 def test_directions_that_meet_have_schedules_of_their_own(
-    on_host: bool, registry: PackRegistry
+    directions: list[dict[str, Any]], on_host: bool, registry: PackRegistry
 ) -> None:
     """What the block returns is the sum of what each direction would do alone, by its own factor."""
     prompt_len, count = 5, 30
     planner = StepPlanner(8, 4, starts_are_exact=on_host)
     positions = torch.arange(count)
     alone = [
-        plan(registry, prompt_len, directions=[{**one, "schedule": None}]) for one in OF_THEIR_OWN
+        plan(registry, prompt_len, directions=[one | {"schedule": None}]) for one in directions
     ]
-    together = plan(registry, prompt_len, directions=OF_THEIR_OWN)
+    together = plan(registry, prompt_len, directions=directions)
     stream = torch.randn(count, 16, generator=torch.Generator().manual_seed(0))
 
     def change(found: SteeringPlan, layer: int) -> torch.Tensor:
@@ -179,7 +182,7 @@ def test_directions_that_meet_have_schedules_of_their_own(
 
     for layer in (0, 1):
         wanted = torch.zeros_like(stream)
-        for one, found in zip(OF_THEIR_OWN, alone, strict=True):
+        for one, found in zip(directions, alone, strict=True):
             factors = [expected(one.get("schedule"), p - prompt_len) for p in range(count)]
             wanted += torch.tensor(factors)[:, None] * change(found, layer)
         torch.testing.assert_close(change(together, layer), wanted, atol=1e-5, rtol=1e-5)
