@@ -121,7 +121,7 @@ class StepPlanner:
         self._rowless.discard(request_id)
         self._table[:, :, slot] = 0
         if slot in self._scheduled:
-            self._schedules[..., [slot]] = _constant(*self._schedules.shape[1:3], 1)
+            self._schedules[..., [slot]] = _constant(1 + self._rank, self._table.shape[1], 1)
             self._scheduled.remove(slot)
         self._free_slots.append(slot)
         self._batch = []
