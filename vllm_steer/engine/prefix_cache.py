@@ -31,7 +31,7 @@ def steered_extra_keys(original: ExtraKeys) -> ExtraKeys:
         keys = original(request, start, end)
         params = request.sampling_params
         payload = (params.extra_args or {}).get(PLAN_KEY) if params is not None else None
-        for low, high, key, _, _, until in payload or ():
+        for low, high, key, _, until in payload or ():
             first, last = max(low, start), end if high is None else min(high, end)
             if until is not None:
                 stop = stop_position(Until(until[0], tuple(until[1])), request.all_token_ids[:end])
