@@ -1,6 +1,6 @@
 """How long answers stand still while a large pack is loaded into a running server.
 
-    python -m benchmarks.reload_gap --json FILE
+    python -m benchmarks.reload_gap --model 100m --eager --json FILE
 
 Clients stream answers without end. A pack is loaded and unloaded again and again; the longest time
 between two chunks of a stream is taken in each load, and in as long a time before it, when nothing is
@@ -29,6 +29,7 @@ from benchmarks.models import PACK_NAME, prepare_model, write_pack  # noqa: E402
 from benchmarks.options import parser_of  # noqa: E402
 from benchmarks.serve import serving  # noqa: E402
 from benchmarks.traffic import SERVED_NAME  # noqa: E402
+from vllm_steer.pack import load_pack  # noqa: E402
 
 # Between a load and the next time of measurement.
 _PAUSE = 0.5
@@ -117,10 +118,10 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
     model = prepare_model(args.model, args.work)
     first = write_pack(model, args.work, 1)
     roots = args.work / f"{model.path.name}-roots-{args.directions}"
-    large = write_pack(model, roots, args.directions)
     served = roots / PACK_NAME
     if not served.exists():
-        large.path.rename(served)
+        write_pack(model, roots, args.directions).path.rename(served)
+    size = load_pack(served).manifest.tensors.size
     options = ["--steering-pack-roots", str(roots)]
     layers = [str(layer) for layer in range(model.identity.num_layers)]
     options += ["--steering-layers", *layers]
@@ -129,7 +130,7 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
     medians = {name: statistics.median(getattr(one, name) for one in loads) for name in _FIELDS}
     report.show(
         [
-            f"{args.directions} directions, {large.manifest.tensors.size / 2**20:.0f} MiB, {model.name}, "
+            f"{args.directions} directions, {size / 2**20:.0f} MiB, {model.name}, "
             f"{args.clients} streams, median and longest of {len(loads)} loads, ms",
             *(
                 f"{text:38s} {1000 * medians[name]:8.1f} {1000 * max(getattr(one, name) for one in loads):8.1f}"
@@ -141,7 +142,7 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
         **about,
         "model": model.name,
         "directions": args.directions,
-        "bytes": large.manifest.tensors.size,
+        "bytes": size,
         "clients": args.clients,
         "median": medians,
         "loads": [asdict(one) for one in loads],

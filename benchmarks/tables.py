@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import extraction, fusion, interventions, methods
 from benchmarks.engine import ROOT
+from tests.marked import Block
 
 FINDINGS = ROOT / "benchmarks" / "FINDINGS.md"
 README = ROOT / "README.md"
@@ -40,31 +40,6 @@ OVERHEAD = {
     "arrival_step": "with a new row",
     "admission": "admission of a request",
 }
-
-
-@dataclass(frozen=True)
-class Block:
-    """What stands between two markers of a document.
-
-    Attributes:
-        document: File that has the markers.
-        name: Name in the markers.
-        render: Returns the text, from the figures.
-    """
-
-    document: Path
-    name: str
-    render: Callable[[], str]
-
-    @property
-    def begin(self) -> str:
-        """The marker before the text."""
-        return f"<!-- {self.name}: begin -->"
-
-    @property
-    def end(self) -> str:
-        """The marker behind the text."""
-        return f"<!-- {self.name}: end -->"
 
 
 def results(name: str) -> dict[str, Any]:
@@ -202,19 +177,6 @@ def blocks_of(document: Path) -> list[Block]:
     return [block for block in BLOCKS if block.document == document]
 
 
-def replaced(text: str, block: Block, table: str) -> str:
-    """Returns a document's text with another table between a block's markers.
-
-    Raises:
-        ValueError: The document does not have each marker once, in their order.
-    """
-    before, _, rest = text.partition(block.begin)
-    _, _, after = rest.partition(block.end)
-    if text.count(block.begin) != 1 or text.count(block.end) != 1 or block.end not in rest:
-        raise ValueError(f"{block.begin} and {block.end} must stand once in {block.document.name}")
-    return f"{before}{block.begin}\n{table.strip()}\n{block.end}{after}"
-
-
 def stale(text: str, blocks: Iterable[Block]) -> list[str]:
     """Returns the names of the blocks that do not say what the figures say.
 
@@ -222,16 +184,13 @@ def stale(text: str, blocks: Iterable[Block]) -> list[str]:
         text: Text of their document.
         blocks: The blocks.
     """
-    return [block.name for block in blocks if replaced(text, block, block.render()) != text]
+    return [block.name for block in blocks if block.replaced(text, block.render()) != text]
 
 
 def main() -> None:
     """Writes every table into its document."""
-    for document in dict.fromkeys(block.document for block in BLOCKS):
-        text = document.read_text()
-        for block in blocks_of(document):
-            text = replaced(text, block, block.render())
-        document.write_text(text)
+    for block in BLOCKS:
+        block.write()
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
+from tests.marked import Block
+
 RESULTS = Path(__file__).with_name("compatibility.json")
 README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- compatibility: begin -->", "<!-- compatibility: end -->"
 
 
 class FeatureRecorder:
@@ -57,18 +58,8 @@ def render() -> str:
     return "\n".join([head, "", "| feature | with steering | test |", "|---|---|---|", *rows])
 
 
-def table_in(text: str) -> str:
-    """Returns what stands between the markers of a README."""
-    return text.partition(BEGIN)[2].partition(END)[0].strip()
-
-
-def main() -> None:
-    """Writes the table into the README."""
-    text = README.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{render()}\n{END}{after}")
+BLOCK = Block(README, "compatibility", render)
 
 
 if __name__ == "__main__":
-    main()
+    BLOCK.write()

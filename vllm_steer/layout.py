@@ -8,6 +8,7 @@ Importing this module imports neither torch nor vllm.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_steer.schedule import Schedule
@@ -34,6 +35,15 @@ class Layout:
         return sum(self.ranks)
 
 
+def planes_first(ranks: Sequence[int]) -> list[int]:
+    """Returns the numbers of terms in the order that they take components in: each plane finds a pair.
+
+    Args:
+        ranks: Components of each term.
+    """
+    return sorted(range(len(ranks)), key=lambda number: -ranks[number])
+
+
 def layout_of(segment: Segment, rank: int) -> Layout:
     """Returns where the terms of a segment go.
 
@@ -49,8 +59,7 @@ def layout_of(segment: Segment, rank: int) -> Layout:
     shared = next((term.schedule for term in terms if not term.rank), None)
     ranks = tuple(term.rank or int(term.schedule != shared) for term in terms)
     slots, schedules = [0] * len(terms), [shared]
-    # Planes first, so that each finds a pair.
-    for number in sorted(range(len(terms)), key=lambda number: -ranks[number]):
+    for number in planes_first(ranks):
         slots[number] = len(schedules) - 1
         schedules += [terms[number].schedule] * ranks[number]
     schedules += [None] * (1 + rank - len(schedules))

@@ -13,10 +13,10 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.architectures.families import FAMILIES, MODES
+from tests.marked import Block
 
 RESULTS = Path(__file__).with_name("parity.json")
 README = Path(__file__).parents[2] / "README.md"
-BEGIN, END = "<!-- architectures: begin -->", "<!-- architectures: end -->"
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,6 @@ def render(results: Results) -> str:
     )
 
 
-def table_in(text: str) -> str:
-    """Returns what stands between the markers of a README."""
-    return text.partition(BEGIN)[2].partition(END)[0].strip()
-
-
 def _notes(results: Results) -> list[str]:
     known = [FAMILIES[name] for name in results.differences]
     notes = [
@@ -93,13 +88,8 @@ def _cell(differences: dict[str, float], mode: str) -> str:
     return f"{differences[mode]:.0e}" if mode in differences else "–"
 
 
-def main() -> None:
-    """Writes the table into the README."""
-    text = README.read_text()
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    README.write_text(f"{before}{BEGIN}\n{render(read_results())}\n{END}{after}")
+BLOCK = Block(README, "architectures", lambda: render(read_results()))
 
 
 if __name__ == "__main__":
-    main()
+    BLOCK.write()

@@ -6,11 +6,11 @@ import tomllib
 
 from tests.architectures.families import FAMILIES
 from tests.architectures.parity import TOLERANCE
-from tests.architectures.table import README, read_results, render, table_in
+from tests.architectures.table import BLOCK, README, read_results, render
 
 
 def test_readme_is_fresh() -> None:
-    assert table_in(README.read_text()) == render(read_results()), "run make architectures"
+    assert BLOCK.inside(README.read_text()) == render(read_results()), "run make architectures"
 
 
 def test_every_family_was_measured() -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tables import BLOCKS, FINDINGS, README, Block, blocks_of, replaced, results, stale
+from benchmarks.tables import BLOCKS, FINDINGS, README, blocks_of, results, stale
+from tests.marked import Block
 
 DOCUMENTS = [FINDINGS, README]
 # Tables that others write.
@@ -46,7 +47,7 @@ def test_nothing_is_written_where_a_marker_is_missing() -> None:
     text = FINDINGS.read_text()
     for broken in (text.replace(block.begin, ""), text.replace(block.end, ""), text + block.begin):
         with pytest.raises(ValueError, match="must stand once in FINDINGS.md"):
-            replaced(broken, block, "")
+            block.replaced(broken, "")
 
 
 def test_what_the_sentences_say_of_fusion() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from offline.demo import demo_model_path
-from tests.compatibility import README, RESULTS, render, table_in
+from tests.compatibility import BLOCK, README, RESULTS, render
 from vllm_steer.errors import CompatibilityError
 from vllm_steer.serving.compatibility import refuse_unsupported
 
@@ -111,7 +111,7 @@ def test_connectors_that_key_on_block_hashes_are_accepted(name: str, vllm_config
 
 
 def test_readme_is_fresh() -> None:
-    assert table_in(README.read_text()) == render(), "run make compatibility"
+    assert BLOCK.inside(README.read_text()) == render(), "run make compatibility"
 
 
 def test_every_feature_was_tested_and_passed() -> None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_steer.forms import PLANE_OPS
-from vllm_steer.layout import layout_of
+from vllm_steer.layout import layout_of, planes_first
 from vllm_steer.limits import PLANE_RANK
 from vllm_steer.registry import LoadedDirection
 from vllm_steer.steering_plan import Segment, Term
@@ -79,9 +79,8 @@ def row_values(
     """
     values = RowValues.zeros(len(index), rank, hidden_size)
     layout = layout_of(segment, rank)
-    # Planes first, so that each finds a pair.
     used = dict.fromkeys(index, 0)
-    for number in sorted(range(len(segment.terms)), key=lambda number: -layout.ranks[number]):
+    for number in planes_first(layout.ranks):
         term, own = segment.terms[number], layout.ranks[number]
         here = [layer for layer in term.layers if layer in index]
         places, direction = [index[layer] for layer in here], find(term.digest)
