@@ -10,7 +10,7 @@ OLDEST_TORCH := torch==2.11.0
 OLDEST_VENV := .venv-oldest
 OLDEST_BIN := $(OLDEST_VENV)/bin
 
-.PHONY: setup demo test test-slow test-oldest check-versions architectures compatibility benchmarks lint format model clean
+.PHONY: setup demo demo-full demo-tiny showcase test test-slow test-oldest check-versions architectures compatibility benchmarks lint format model clean
 
 ## setup: build .venv with vLLM for CPU and everything that the project needs
 setup: $(VENV)/ready
@@ -24,9 +24,21 @@ $(VENV)/ready: pyproject.toml Makefile
 	$(BIN)/python -m vllm_steer.cpu_env
 	touch $@
 
-## demo: extract steering packs, serve the demo model, show steered beside unsteered answers
+## demo: learn a direction of a real model, serve it, show plain, prefixed and steered answers
 demo: setup
 	$(BIN)/vllm-steer demo
+
+## demo-full: the same with every direction learned here; about 25 minutes on two cores
+demo-full: setup
+	$(BIN)/vllm-steer demo --full
+
+## demo-tiny: the same on the model that the tests use, which is shipped whole
+demo-tiny: setup
+	$(BIN)/vllm-steer demo --tiny
+
+## showcase: write the pack that the demo ships, from what demo-full learns
+showcase: demo-full
+	$(BIN)/python -m offline.showcase.release demo-output/packs/smollm2
 
 ## test: everything that runs in minutes, against real vLLM
 test: setup

@@ -90,7 +90,8 @@ class Terms:
 
     Attributes:
         mask: bool ``[context]``, the positions where something is added.
-        dose: Largest sum of |scale|·‖vector‖ over the norm of the residual stream.
+        dose: Largest sum of |scale|·‖vector‖ over the norm of the residual stream, over layers, in
+            units of each direction's fluent dose where it is calibrated.
     """
 
     mask: np.ndarray
@@ -105,8 +106,7 @@ def terms_of(case: Case, packs: Mapping[str, SteeringPack]) -> Terms:
     """Returns the terms of a steered case; packs by name."""
     assert case.steering is not None
     steering, positions = case.steering, torch.arange(_CONTEXT)
-    (num_layers,) = {pack.manifest.model.num_layers for pack in packs.values()}
-    mask, doses = np.zeros(_CONTEXT, dtype=bool), np.zeros((num_layers, _CONTEXT))
+    mask, doses = np.zeros(_CONTEXT, dtype=bool), np.zeros(_CONTEXT)
     for choice in steering["directions"]:
         pack, _, name = choice["name"].partition("/")
         record, vector = packs[pack].directions[name], packs[pack].vectors[name]
@@ -115,9 +115,11 @@ def terms_of(case: Case, packs: Mapping[str, SteeringPack]) -> Terms:
         here = steered_positions(where, positions, len(case.prompt)).numpy()
         mask |= here & (scale != 0)
         norms = packs[pack].manifest.residual_norms
-        for layer in choice.get("layers") or steering.get("layers") or record.layers:
+        fluent = record.calibration.fluent_dose if record.calibration else None
+        layers = choice.get("layers") or steering.get("layers") or record.default_layers
+        for layer in layers or record.layers:
             length = float(np.linalg.norm(vector[record.layers.index(layer)].astype(np.float64)))
-            doses[layer, here] += abs(scale) * length / norms[str(layer)]
+            doses[here] += abs(scale) * length / norms[str(layer)] / (fluent or 1.0)
     return Terms(mask, float(doses.max()))
 
 

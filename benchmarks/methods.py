@@ -3,9 +3,9 @@
     python -m benchmarks.methods --json benchmarks/results/methods.json
 
 Directions are learned on the ``extract`` statements. Every arm has the same grid of scales; each
-class's ε is chosen on ``tune`` statements, and every figure is of ``heldout`` statements. An answer
-counts if it expresses its concept and is fluent. Intervals are over concepts; differences are
-paired by concept.
+class's ε is chosen on ``tune`` statements among those whose text is fluent, and every figure is of
+``heldout`` statements. An answer counts if it expresses its concept and is fluent. Intervals are
+over concepts; differences are paired by concept.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ import numpy as np
 
 from benchmarks.method_arms import ATTENTION, ESTIMATORS, Arm, see, write_arms
 from offline.demo import demo_model_path
-from offline.demo.concepts import CONCEPTS
+from offline.demo.concepts import CONCEPTS, prefix
 from offline.demo.statements import Split, statements
 from offline.files import write_atomically
 from offline.generation import Generator, Request, generating
 from offline.judges import DemoJudge
 from offline.plots import Bar, method_bars
 from offline.questions import QuestionSet, given_questions
-from offline.results import ClassResult, Figures, figure_cell
+from offline.results import ClassResult, Figures
 from offline.scores import Measured, class_result, interval, joint_result
-from offline.sweep import Subject
-from vllm_steer.pack import SteeringPack
+from offline.subjects import Subject
+from offline.sweep_tables import figure_cell
+from vllm_steer.pack import Prefix, SteeringPack
 
 SCALES = (3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 14.0, 20.0, 28.0)
 MAX_TOKENS = 48
@@ -126,6 +127,7 @@ def measure_arms(
             {concept: f"{arm.name}/{concept}" for concept in chosen},
             SCALES,
             questions,
+            prefixes={concept: Prefix(text=prefix(concept)) for concept in chosen},
         )
         for arm in arms
         for name, chosen in concepts.items()

@@ -65,8 +65,9 @@ class Captured:
             that a candidate token pays to all prefix tokens together, 0 without a prefix.
         hidden: ``[prompts, blocks, candidates, hidden_size]``, float32; block outputs, the last
             block's before the final norm.
-        residual_norms: ``[blocks]``, float64; mean Euclidean norm of the block output over every
-            token of every prompt.
+        residual_norms: ``[blocks]``, float64; median Euclidean norm of the block output over the
+            tokens of all prompts, without each prompt's first: that one is an attention sink whose
+            norm may be a hundred times the others'.
         enrichment: The permutation test's figures, where one was asked for.
     """
 
@@ -83,7 +84,7 @@ class _Recorder:
         self, captured: Captured, path: CapturePath, permutations: PermutationTest | None
     ) -> None:
         self._captured, self._path, self._test = captured, path, permutations
-        self._norms: dict[int, float] = {}
+        self._norms: dict[int, list[NDArray[np.float32]]] = {}
         self._seen: set[int] = set()
 
     def begin(self, batch: Batch) -> None:
@@ -110,8 +111,11 @@ class _Recorder:
         batch = self._batch
         chosen = output[self._rows, batch.candidates].float().cpu().numpy()
         self._captured.hidden[list(batch.indices), block] = chosen
-        norms = torch.linalg.vector_norm(output.float(), dim=-1)
-        self._add_norms(block, float(norms[batch.real].sum(dtype=torch.float64)))
+        counted = batch.real.clone()
+        if not batch.shared:
+            counted[:, 0] = False
+        norms = torch.linalg.vector_norm(output.float(), dim=-1)[counted]
+        self._norms.setdefault(block, []).append(norms.cpu().numpy())
 
     def see_final(self, output: Tensor) -> None:
         """Keeps the candidates of the final norm's output in place of the last block's."""
@@ -120,8 +124,8 @@ class _Recorder:
 
     def see_shared(self, block: int, output: Tensor, prompts: int) -> None:
         """Counts the shared tokens' norms, ``[1, shared, hidden_size]``, once for every prompt."""
-        norms = torch.linalg.vector_norm(output.float(), dim=-1)
-        self._add_norms(block, prompts * float(norms.sum(dtype=torch.float64)))
+        norms = torch.linalg.vector_norm(output.float(), dim=-1)[0, 1:].cpu().numpy()
+        self._norms.setdefault(block, []).append(np.tile(norms, prompts))
 
     def finish(self, blocks: int) -> None:
         missing = sorted(set(range(blocks)) - self._seen)
@@ -131,11 +135,10 @@ class _Recorder:
                 f"attn_implementation='eager' (blocks without attention cannot be used)"
             )
 
-    def norm_sums(self, blocks: int) -> NDArray[np.float64]:
-        return np.array([self._norms[block] for block in range(blocks)])
-
-    def _add_norms(self, block: int, value: float) -> None:
-        self._norms[block] = self._norms.get(block, 0.0) + value
+    def norms(self, blocks: int) -> NDArray[np.float64]:
+        every = (np.concatenate(self._norms[block]) for block in range(blocks))
+        # A prompt of one token has nothing but its first.
+        return np.array([float(np.median(norms)) if len(norms) else 0.0 for norms in every])
 
 
 def capture(
@@ -207,8 +210,7 @@ def capture(
                 recorder.see_final(output.last_hidden_state)
             bar.update(len(batch.indices))
     check_finite(captured.hidden)
-    tokens = sum(len(prompt.token_ids) for prompt in prompts)
-    captured.residual_norms[:] = recorder.norm_sums(len(blocks)) / tokens
+    captured.residual_norms[:] = recorder.norms(len(blocks))
     return Captured(
         captured.attention,
         captured.hidden,

@@ -16,7 +16,8 @@ from offline.plots import (
     enrichment_bars,
     scale_curves,
 )
-from offline.results import SweepResult, markdown
+from offline.results import SweepResult
+from offline.sweep_tables import markdown
 from vllm_steer.errors import EvaluationError
 from vllm_steer.pack import DirectionRecord, SteeringPack
 
@@ -92,8 +93,9 @@ def _pictures(
     if sweep is not None:
         pictures["scales.png"] = (
             scale_curves(sweep.classes, f"{pack.name}, judge: {sweep.judge}"),
-            "Steerability with its 95 % interval, and perplexity of the answers under the unsteered "
-            "model, against ε. Dashed: the scale chosen on other questions. Dotted: unsteered answers.",
+            "Steerability with its 95 % interval, share of the gap closed, and perplexity of the answers "
+            "under the unsteered model, against ε. Dashed: the scale chosen on other questions, and the "
+            "prefixed model's steerability. Dotted: unsteered answers.",
         )
     # A layer that only some directions have cannot be compared.
     if len(pack.vectors) > 1 and len({tuple(d.layers) for d in pack.directions.values()}) == 1:
@@ -157,20 +159,34 @@ def _use(pack: SteeringPack) -> str:
 
 def _directions(pack: SteeringPack) -> str:
     rows = [
-        "| direction | form | default scale | safe scale | positions | layers |",
-        "|---|---|---|---|---|---|",
+        "| direction | form | default scale | safe scale | gap closed | steers | positions | default layers | layers |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     records = list(pack.directions.values())
     for record in records[:_SHOWN_DIRECTIONS]:
-        layers = ", ".join(map(str, record.layers))
+        safe = "–" if record.safe_scale is None else f"{record.safe_scale:g}"
+        default_layers, layers = (
+            ", ".join(map(str, some)) for some in (record.steered_layers, record.layers)
+        )
         rows.append(
-            f"| {_cell(record.name)} | {_cell(_form(record))} | {record.default_scale:g} | {record.safe_scale:g} | "
-            f"{record.positions} | {layers} |"
+            f"| {_cell(record.name)} | {_cell(_form(record))} | {record.default_scale:g} | {safe} | "
+            f"{_measured(record)} | {record.positions} | {default_layers} | {layers} |"
         )
     more = len(records) - _SHOWN_DIRECTIONS
     if more > 0:
         rows.append(f"\nand {more} more; `vllm-steer inspect` lists them all.")
     return "\n".join(rows)
+
+
+def _measured(record: DirectionRecord) -> str:
+    """The cells of the gap that is closed, with its interval, and of whether the direction steers."""
+    found = record.calibration
+    if found is None or found.gap_closed is None:
+        return "– | –"
+    interval = ""
+    if found.low is not None and found.high is not None:
+        interval = f" [{found.low:.2f}, {found.high:.2f}]"
+    return f"{found.gap_closed:.2f}{interval} | {'yes' if found.steers else 'no'}"
 
 
 def _form(record: DirectionRecord) -> str:

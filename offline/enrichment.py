@@ -11,6 +11,7 @@ that the test of a mean over heads and prompts keeps their dependence.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from offline.batches import Batch
 from vllm_steer.errors import ExtractionError
+
+logger = logging.getLogger(__name__)
 
 Doubles = NDArray[np.float64]
 
@@ -183,8 +186,10 @@ def choose_blocks(
         count: k of the former two; the lower block wins a tie.
         threshold: Least score of the latter.
 
+    Returns fewer than k where fewer have a score above 0: the others would be chosen without a reason.
+
     Raises:
-        ExtractionError: No block reaches the threshold.
+        ExtractionError: No block reaches the threshold, or none of ``top_k`` has a score above 0.
     """
     if choice == "threshold":
         chosen = [layer for layer in layers if score[layer] >= (threshold or 0.0)]
@@ -194,5 +199,18 @@ def choose_blocks(
                 f"{max(score[layer] for layer in layers):.4f}"
             )
         return chosen
+    if choice == "top_k":
+        scored = [layer for layer in layers if score[layer] > 0]
+        if not scored:
+            raise ExtractionError(
+                "no block has an enrichment score above 0, so that top_k has nothing to choose by; use "
+                "block_choice 'all', or more permutations"
+            )
+        if count is not None and len(scored) < count:
+            logger.warning(
+                "block_count is %d, but only %d blocks have an enrichment score above 0: %s",
+                count, len(scored), scored,
+            )  # fmt: skip
+        layers = scored
     sign = {"all": 0, "top_k": -1, "bottom_k": 1}[choice]
     return sorted(sorted(layers, key=lambda layer: (sign * score[layer], layer))[:count])

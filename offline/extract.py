@@ -14,17 +14,22 @@ from typing import Any
 
 import numpy as np
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from offline.figures import Figures, write_figures
+from offline.answer_generation import concept_answers
+from offline.answers import ConceptAnswers
+from offline.everyday import Everyday, everyday_questions
+from offline.figures import FIGURES_FILE, Figures, write_figures
 from offline.labels import fixed_tokens
 from offline.learning import Learned, Plan
 from offline.methods import METHODS
-from offline.models import load_config, model_identity
-from offline.parts import Parts, library_versions
+from offline.models import chosen_dtype, load_config, model_identity
+from offline.parts import Parts, answers_directory, library_versions
 from offline.prompts import AnswerPair, count_candidates
 from offline.records import learned_records, learned_vectors, records_of
 from offline.settings import ExtractionSettings
 from offline.shards import Shards, learn_all
+from offline.token_engine import TokenEngine
 from vllm_steer.errors import ExtractionError
 from vllm_steer.pack import MethodRecord, SteeringPack, load_pack, write_pack
 
@@ -33,6 +38,8 @@ __all__ = ["ExtractionSettings", "Shards", "extract_pack"]
 logger = logging.getLogger(__name__)
 
 _HERE = Shards()
+# Concepts whose answers come sooner than an engine is compiled.
+_FEW = 4
 
 
 def extract_pack(
@@ -42,13 +49,15 @@ def extract_pack(
     positive_statements: Sequence[str],
     negative_statements: Sequence[str],
     settings: ExtractionSettings,
-    default_scales: Mapping[str, float] | float,
-    safe_scales: Mapping[str, float] | float,
+    default_scales: Mapping[str, float] | float | None,
+    safe_scales: Mapping[str, float] | float | None,
     out_dir: str | os.PathLike[str],
     workers: int = 1,
     device: str | None = None,
     shards: Shards = _HERE,
     pairs: Mapping[str, Sequence[AnswerPair]] | None = None,
+    questions: Everyday | None = None,
+    engine: Mapping[str, Any] | None = None,
 ) -> SteeringPack:
     """Extracts one direction per concept and writes them as a steering pack.
 
@@ -62,13 +71,16 @@ def extract_pack(
         positive_statements: Statements of the prefixed prompts.
         negative_statements: Statements of the unprefixed prompts; better different ones.
         settings: How to extract.
-        default_scales: Scale (ε) used when a request names none: one number, or one by concept.
-        safe_scales: Largest |scale| that leaves the text fluent, likewise.
+        default_scales: Scale (ε) used when a request names none: one number, or one by concept; None
+            for the method's, or one by the length of the residual stream, until it is calibrated.
+        safe_scales: Largest |scale| that leaves the text fluent, likewise; None where it is unknown.
         out_dir: Directory of the pack.
         workers: Processes that fit directions; the result does not depend on it.
         device: Device of the model; None for CUDA where there is one, else CPU.
         shards: Where concepts are learned; the result does not depend on it.
         pairs: Answer pairs by direction, in place of concepts and statements; method ``caa`` alone.
+        questions: What is asked where answers are learned from; None for the project's own.
+        engine: More arguments of ``vllm.LLM``, which generates the answers.
 
     Returns:
         The pack, read back from disk.
@@ -77,29 +89,46 @@ def extract_pack(
         ExtractionError: The arguments do not fit the model or each other, or a concept failed; the
             message names the concept and the block. A pack of the other concepts has been written
             then, and the same call tries the failed ones again.
+        EvaluationError: The engine that generates answers fails.
         PackError: The pack cannot be written.
     """
     config, tokenizer = load_config(model_path)
     text = config.get_text_config()
     method = METHODS[settings.method]
+    settings = settings.model_copy(update={"dtype": chosen_dtype(settings.dtype, device)})
     if pairs:
         concepts = _paired_concepts(pairs, settings)
     positives, negatives = [""], [""]
-    if method.statements and not pairs:
+    if method.statements and not pairs and settings.learn_from == "prompts":
         positives = _taken(positive_statements, settings.positive_count, "positive")
         negatives = _taken(negative_statements, settings.negative_count, "negative")
         if settings.paired:
             positives = negatives = [*positives, *negatives]
     layers = _layers(settings, text.num_hidden_layers)
     # Names and scales are checked before hours are spent on them.
-    records = records_of(pack_name, concepts, layers, default_scales, safe_scales, method)
+    if default_scales is None:
+        default_scales = method.scale
+    records = records_of(
+        pack_name, concepts, layers, default_scales, safe_scales, method, settings.prefix_role
+    )
     if not pairs and (unprefixed := [name for name, prefix in concepts if not prefix.strip()]):
         raise ExtractionError(f"concepts {unprefixed} have an empty prefix")
+    answers: Mapping[str, ConceptAnswers] = {}
+    if settings.learn_from == "answers":
+        if pairs:
+            raise ExtractionError(
+                "answer pairs are prompts to learn from, not learn_from 'answers'"
+            )
+        asked = questions or everyday_questions()
+        store = answers_directory(out_dir)
+        quick = len(concepts) <= _FEW
+        with TokenEngine(model_path, options=engine, store=store, quick=quick) as answering:
+            answers = _answers(answering, tokenizer, concepts, asked, settings)
     plan = Plan(
         model_path=str(model_path),
         settings=settings,
         layers=tuple(layers),
-        candidates=settings.candidate_tokens or count_candidates(tokenizer),
+        candidates=_candidates(settings, tokenizer),
         positives=tuple(positives),
         negatives=tuple(negatives),
         probe=concepts[0][1],
@@ -107,6 +136,7 @@ def extract_pack(
         workers=workers,
         pairs=pairs or {},
         contrast=_contrast(settings, concepts),
+        answers=answers,
     )
     if settings.token != "attention":
         fixed_tokens(settings.token, text.num_hidden_layers, plan.candidates)
@@ -119,12 +149,16 @@ def extract_pack(
         out_dir,
         name=pack_name,
         model=identity,
-        directions=learned_records(records, learned),
+        directions=learned_records(records, learned, method, default_scales is not None),
         vectors=learned_vectors(learned),
         method=_method(plan, learned),
         residual_norms=dict(enumerate(next(iter(learned.values())).residual_norms)),
     )
-    write_figures(pack.path, _figures(learned))
+    if settings.learn_from == "prompts":
+        write_figures(pack.path, _figures(learned))
+    else:
+        # Those of another extraction into this directory say nothing of this one.
+        (pack.path / FIGURES_FILE).unlink(missing_ok=True)
     if failures:
         raise ExtractionError(
             f"{_failure_text(failures, len(concepts))}; {pack.path} holds the others, and the same "
@@ -166,8 +200,37 @@ def _failure_text(failures: Mapping[str, str], total: int) -> str:
     return f"{len(failures)} of {total} concepts failed: {shown}"
 
 
+def _answers(
+    engine: TokenEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    concepts: Sequence[tuple[str, str]],
+    asked: Everyday,
+    settings: ExtractionSettings,
+) -> dict[str, ConceptAnswers]:
+    return concept_answers(
+        engine,
+        tokenizer,
+        concepts,
+        asked.learned[: settings.questions],
+        asked.stopping[: settings.stopping_questions],
+        settings.answer_length,
+        settings.prefix_role,
+    )
+
+
+def _candidates(settings: ExtractionSettings, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns N, the number of tokens at the end of a prompt that may be chosen."""
+    if settings.learn_from == "answers":
+        return 1
+    return settings.candidate_tokens or count_candidates(tokenizer)
+
+
 def _layers(settings: ExtractionSettings, blocks: int) -> list[int]:
-    layers = sorted(set(range(1, blocks) if settings.layers is None else settings.layers))
+    default = range(1, blocks)
+    if settings.estimator == "trained":
+        # Below them a concept is not yet read, above them it is too late to say more than the next word.
+        default = range(blocks // 4, max(blocks * 3 // 4, blocks // 4 + 1))
+    layers = sorted(set(default if settings.layers is None else settings.layers))
     if not layers or layers[-1] >= blocks:
         raise ExtractionError(f"layers {layers} asked for; the model has 0 to {blocks - 1}")
     return layers

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from offline.demo.statements import statements
-from offline.files import read_lines
+from offline.files import read_lines, read_text
+from offline.methods import METHODS
 from offline.prompts import PREFIX_TEMPLATES, AnswerPair, prefix_for
 from offline.settings import ExtractionSettings
 from vllm_steer.errors import ExtractionError, explain_faults
@@ -23,6 +24,9 @@ CLASS_FILES: Mapping[str, str] = {
     "personalities.txt": "experts",
 }
 STATEMENT_FILES = ("statements_0.txt", "statements_1.txt")
+
+
+_SETTINGS_FILE: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 
 
 class _PairLine(BaseModel):
@@ -43,8 +47,17 @@ def class_concepts(file: Path, concept_class: str) -> Concepts:
 def template_concepts(file: Path, template: str) -> Concepts:
     """Returns the concepts of a file with a prefix template of one's own.
 
+    Raises:
+        ExtractionError: As :func:`templated`.
+    """
+    return templated(_lines(file), template)
+
+
+def templated(names: Sequence[str], template: str) -> Concepts:
+    """Returns concepts with a prefix template of one's own.
+
     Args:
-        file: Concepts.
+        names: The concepts.
         template: The prefix, ``{concept}`` in the concept's place.
 
     Raises:
@@ -55,7 +68,7 @@ def template_concepts(file: Path, template: str) -> Concepts:
             "--prefix must hold {concept}, such as 'Speak like {concept}.'; give whole prefixes by "
             "--prefixes"
         )
-    return [(concept, template.replace("{concept}", concept)) for concept in _lines(file)]
+    return [(name, template.replace("{concept}", name)) for name in names]
 
 
 def whole_prefixes(file: Path) -> Concepts:
@@ -71,6 +84,27 @@ def whole_prefixes(file: Path) -> Concepts:
             raise ExtractionError(f"{file}: a line must be 'name: whole prefix', not {line!r}")
         concepts.append((name.strip(), prefix.strip()))
     return concepts
+
+
+def prompt_files(items: Sequence[str]) -> Concepts:
+    """Returns concepts whose prefix is the whole text of a file, from ``NAME=FILE``.
+
+    Raises:
+        ExtractionError: An item is not of that form, a name is given twice, or a file cannot be read
+            or is empty.
+    """
+    concepts: dict[str, str] = {}
+    for item in items:
+        name, equals, file = item.partition("=")
+        if not equals or not name or name in concepts:
+            raise ExtractionError(
+                f"--prompt: {item!r} must be NAME=FILE, such as pirate=pirate.txt, each name once"
+            )
+        text = read_text(Path(file), ExtractionError).strip()
+        if not text:
+            raise ExtractionError(f"--prompt: {file} is empty; it must hold the prompt")
+        concepts[name] = text
+    return list(concepts.items())
 
 
 def listed_concepts(directory: Path) -> Concepts:
@@ -153,22 +187,53 @@ def statement_sides(
     return sides[0], sides[1]
 
 
-def read_settings(file: Path | None, given: Mapping[str, Any]) -> ExtractionSettings:
+def read_settings(
+    file: Path | None, given: Mapping[str, Any], pairs: bool = False
+) -> ExtractionSettings:
     """Returns the settings of a JSON file, those given besides in their place.
+
+    Without a method, directions are trained; they are learned by the attention-guided method where
+    some setting that training does not have is given, and by contrastive activation addition from
+    pairs.
+
+    Args:
+        file: The JSON file; None for none.
+        given: Settings given besides.
+        pairs: Whether answer pairs are learned from.
 
     Raises:
         ExtractionError: A setting is unknown or has no such value; the message names it.
     """
     try:
-        base = ExtractionSettings()
-        if file is not None:
-            base = ExtractionSettings.model_validate_json(file.read_bytes())
-        return ExtractionSettings.model_validate({**base.model_dump(exclude_unset=True), **given})
+        base = {} if file is None else _SETTINGS_FILE.validate_json(file.read_bytes())
+        chosen = {**base, **given}
+        if "method" not in chosen:
+            chosen["method"] = "caa" if pairs else _method_for(chosen)
+        return ExtractionSettings.model_validate(chosen)
     except OSError as error:
         raise ExtractionError(f"cannot read {file}: {error.strerror}") from error
     except ValidationError as error:
         faults = explain_faults(error, "settings")
         raise ExtractionError(f"settings cannot be used: {faults}") from error
+
+
+def _method_for(chosen: Mapping[str, Any]) -> str:
+    fixed = METHODS["trained"].fixed
+    own = {field for field in ExtractionSettings.model_fields if field.startswith("train_")}
+    neutral = own | {
+        "layers",
+        "dtype",
+        "batch_size",
+        "seed",
+        "answer_length",
+        "prefix_role",
+        "questions",
+    }
+    neutral.add("stopping_questions")
+    agrees = all(
+        value == fixed.get(field) for field, value in chosen.items() if field not in neutral
+    )
+    return "trained" if agrees else "attention_guided"
 
 
 def _lines(file: Path) -> list[str]:

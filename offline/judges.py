@@ -74,10 +74,11 @@ class DemoJudge:
 
 
 class KeywordJudge:
-    """Grades 1 where enough distinct keywords of the concept occur, as whole words, else 0.
+    """Grades 1 where enough distinct keywords of the concept occur, whole words or stems, else 0.
 
     Args:
-        keywords: Concept to keywords, which may be several words long; matched without case.
+        keywords: Concept to keywords, which may be several words long; matched without case. One that
+            ends in ``*`` is the beginning of a word.
         least: How many of them must occur.
     """
 
@@ -85,8 +86,7 @@ class KeywordJudge:
         self.name = f"keywords, at least {least}"
         self._least = least
         self._patterns = {
-            concept: [re.compile(rf"\b{re.escape(word)}\b", re.IGNORECASE) for word in set(words)]
-            for concept, words in keywords.items()
+            concept: [_pattern(word) for word in set(words)] for concept, words in keywords.items()
         }
 
     @classmethod
@@ -104,7 +104,7 @@ class KeywordJudge:
         keywords = {}
         for line in lines:
             concept, colon, rest = line.partition(":")
-            words = {word.strip().lower() for word in rest.split(",") if word.strip()}
+            words = {word.strip().lower() for word in rest.split(",") if word.strip(" *")}
             if not colon or len(words) < least:
                 raise EvaluationError(
                     f'keywords: {line!r} must be "concept: word, word" with at least {least} words'
@@ -126,3 +126,8 @@ class KeywordJudge:
                 f"concept {case.concept!r} has no keywords; {choices(case.concept, self._patterns)}"
             )
         return sum(bool(pattern.search(case.answer)) for pattern in self._patterns[case.concept])
+
+
+def _pattern(word: str) -> re.Pattern[str]:
+    end = "" if word.endswith("*") else r"\b"
+    return re.compile(rf"\b{re.escape(word.rstrip('*'))}{end}", re.IGNORECASE)

@@ -20,6 +20,7 @@ from joblib import Parallel, delayed
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from offline.answers import ConceptAnswers
 from offline.capture import REFERENCE, Captured, CapturePath, capture, choose_path
 from offline.enrichment import PermutationTest, choose_blocks
 from offline.estimators import FitOptions, fit_direction
@@ -51,6 +52,7 @@ class Plan:
         workers: Processes that fit directions.
         pairs: Answer pairs by concept, in place of statements and prefixes.
         contrast: Prefixes of the negative statements, taken by turns; without any they have none.
+        answers: Answers by concept, in place of statements, where they are learned from.
     """
 
     model_path: str
@@ -64,6 +66,7 @@ class Plan:
     workers: int
     pairs: Mapping[str, Sequence[AnswerPair]] = field(default_factory=dict)
     contrast: tuple[str, ...] = ("",)
+    answers: Mapping[str, ConceptAnswers] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +80,7 @@ class Learned:
         figures: Figures of every block and candidate token, ``[blocks, candidates]``, float32:
             ``attention_mean`` and ``attention_max`` over prompts, and where the enrichment was tested
             ``enrichment``, ``enrichment_p``, ``enrichment_q`` and ``enriched_heads``.
-        residual_norms: Mean residual norm of every block on the unprefixed prompts, or on those with
-            a negative answer.
+        residual_norms: Median residual norm of every block on the unprefixed prompts.
         prompts_sha256: Digest of the unprefixed and the concept's own prompts.
         device: Type of the device that the model ran on.
         plane: Likewise the second axes of steering planes, where the method has them.
@@ -153,10 +155,10 @@ class ConceptLearner:
         tokens = self._tokens(prefixed)
         layers = self._layers(prefixed, tokens)
         found: list[Direction] = parallel(
-            delayed(fit_direction)(settings.estimator, rows, _fit_options(settings))
+            delayed(fit_direction)(settings.estimator, rows, fit_options(settings))
             for rows in self._rows(name, prefixed, plain, tokens, layers)
         )
-        vectors, plane = _vectors(settings, found)
+        vectors, plane = fitted_vectors(settings, found)
         return Learned(
             layers=layers,
             vectors=vectors,
@@ -261,7 +263,7 @@ class ConceptLearner:
         return metrics
 
 
-def _vectors(
+def fitted_vectors(
     settings: ExtractionSettings, found: Sequence[Direction]
 ) -> tuple[Floats, Floats | None]:
     """Returns the vectors of the blocks, and the second axes where the method has a plane."""
@@ -297,7 +299,8 @@ def _authors_mixture(plan: Plan) -> list[str]:
     return list(plan.negatives[len(plan.positives) % 2 :: 2])
 
 
-def _fit_options(settings: ExtractionSettings) -> FitOptions:
+def fit_options(settings: ExtractionSettings) -> FitOptions:
+    """Returns what the settings say of a fit."""
     return FitOptions(
         seed=settings.seed,
         compat=settings.compat,

@@ -6,12 +6,16 @@ is where steering acts; papers that take others are named below.
 
 ``attention_guided``
     arXiv 2602.00333, the module ``offline.learning``. Form: addition.
+``trained``
+    A vector for each of the middle blocks, trained to make the prefixed model's own answers likely after
+    the plain prompt; the module ``offline.training``. The prompt is distilled into the vectors. Vectors
+    keep their length, so that ε = 1 adds them as trained. Form: addition.
 ``caa``
     Contrastive activation addition, arXiv 2312.06681: the mean, over pairs, of the difference of the
     hidden states at the answer's last token. With concepts the pairs are every statement with and
     without the prefix, at the prompt's last token. Vectors keep their length, so that ε is the
-    paper's multiplier. Form: addition. The paper adds at one layer, chosen by a sweep; here every
-    layer of the pack is steered unless a request says otherwise.
+    paper's multiplier. Form: addition. The paper adds at one layer, chosen by a sweep; here at that in
+    the middle until a calibration chooses.
 ``ablation``
     Directional ablation, arXiv 2406.11717: difference of the means of prefixed and unprefixed prompts
     at the last token. Form: ablation, ε = 1. The paper chooses one layer's direction by what it does to
@@ -45,13 +49,14 @@ class Method:
     """One way to extract.
 
     Attributes:
-        paper: Its arXiv id.
+        paper: Its arXiv id; empty for the project's own.
         fixed: Settings that cannot be others.
         defaults: Settings that it has where no others are asked for.
         form: How its directions act; None for addition.
         scale: Default scale (ε) of requests; None where there is none that fits every model.
         plane: Whether a direction brings a second one, which spans its plane.
         statements: Whether it asks about statements.
+        one_layer: Whether it acts at one layer: that in the middle, until a calibration finds a better.
     """
 
     paper: str
@@ -61,6 +66,7 @@ class Method:
     scale: float | None = None
     plane: bool = False
     statements: bool = True
+    one_layer: bool = False
 
     def form_of(self, direction: str) -> FormChoice | None:
         """Returns the form of a direction's record."""
@@ -75,12 +81,19 @@ _LAST_TOKEN = {"token": -1, "permutations": 0}
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "attention_guided": Method("2602.00333"),
+        "trained": Method(
+            "",
+            {"learn_from": "answers", "estimator": "trained", "unit": False, "held_out": False},
+            {"permutations": 0, "labels": "hard", "dtype": "auto", "batch_size": 16},
+            scale=1.0,
+        ),
         "caa": Method(
             "2312.06681",
             _ALL_ROWS | {"unit": False},
             _LAST_TOKEN | {"paired": True},
             FormChoice(op="add"),
             scale=1.0,
+            one_layer=True,
         ),
         "ablation": Method(
             "2406.11717", _ALL_ROWS, _LAST_TOKEN, FormChoice(op="ablate"), scale=1.0
@@ -94,11 +107,12 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         ),
         "prompt_only": Method(
             "2308.10248",
-            _ALL_ROWS | {"unit": False},
+            _ALL_ROWS | {"learn_from": "prompts", "unit": False},
             _LAST_TOKEN,
             FormChoice(op="add"),
             scale=1.0,
             statements=False,
+            one_layer=True,
         ),
     }
 )

@@ -38,15 +38,36 @@ def load_config(
         raise ExtractionError(f"cannot load a model from {str(model_path)!r}: {error}") from error
 
 
+def chosen_dtype(dtype: str, device: str | None) -> str:
+    """Returns the name of a dtype; ``auto`` is bfloat16 where the device computes in it, else float32.
+
+    Args:
+        dtype: Name of the dtype, or ``auto``.
+        device: Device of the model; None for CUDA where there is one, else CPU.
+    """
+    if dtype != "auto":
+        return dtype
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda"):
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    quick = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bfloat16" if device == "cpu" and quick else "float32"
+
+
 def load_model(
-    model_path: str | os.PathLike[str], dtype: str, device: str | None
+    model_path: str | os.PathLike[str],
+    dtype: str,
+    device: str | None,
+    attention: str | None = "eager",
 ) -> PreTrainedModel:
-    """Loads a model in eager attention, the only one that hands out its attention weights.
+    """Loads a model, by default in eager attention, the only one that hands out its weights.
 
     Args:
         model_path: Checkpoint directory or Hugging Face model id.
         dtype: Name of the dtype to run in, such as ``float32``.
         device: Device of the model; None for CUDA where there is one, else CPU.
+        attention: Implementation of attention; None for the library's own choice.
 
     Raises:
         ExtractionError: There is no such model, or it cannot be loaded.
@@ -54,7 +75,7 @@ def load_model(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=getattr(torch, dtype), attn_implementation="eager"
+            model_path, dtype=getattr(torch, dtype), attn_implementation=attention
         )
     except (OSError, ValueError) as error:
         raise ExtractionError(f"cannot load a model from {str(model_path)!r}: {error}") from error
@@ -105,3 +126,9 @@ def model_identity(
             hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None
         ),
     )
+
+
+def public_name(model: str | os.PathLike[str]) -> str:
+    """Returns a model as it is shown: a hub id, or the last part of a path."""
+    local = Path(model)
+    return local.resolve().name if local.exists() else str(model)

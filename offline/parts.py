@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ PARTS_DIRECTORY = ".extraction"
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn", "xrfm")
 # What a plan holds that changes no result.
 _IRRELEVANT = ("workers", "probe", "model_path")
+# Each concept's file is named by its own answers; other concepts' change nothing.
+_BY_CONCEPT = ("answers",)
 _VECTORS, _PLANE = "vectors", "plane"
 
 
@@ -43,10 +46,18 @@ class Parts:
             plan: What is extracted.
             identity: What the pack says of its model.
         """
-        kept = {key: value for key, value in asdict(plan).items() if key not in _IRRELEVANT}
+        kept = {
+            item.name: getattr(plan, item.name)
+            for item in fields(plan)
+            if item.name not in (*_IRRELEVANT, *_BY_CONCEPT)
+        }
+        kept["pairs"] = {
+            name: [asdict(pair) for pair in pairs] for name, pairs in plan.pairs.items()
+        }
         kept["settings"] = plan.settings.model_dump(mode="json")
         libraries = {**library_versions(), "vllm-steer": version("vllm-steer")}
         content = [kept, dict(identity), _weights(plan.model_path), libraries]
+        self._answers = plan.answers
         self._root = Path(pack) / PARTS_DIRECTORY
         self._directory = self._root / _digest(content)
 
@@ -81,12 +92,19 @@ class Parts:
         """Removes the files of these concepts, and the directories where nothing else is left."""
         for name, prefix in concepts:
             self._file(name, prefix).unlink(missing_ok=True)
+        shutil.rmtree(answers_directory(self._root.parent), ignore_errors=True)
         for directory in (self._directory, self._root):
             if directory.is_dir() and not any(directory.iterdir()):
                 directory.rmdir()
 
     def _file(self, name: str, prefix: str) -> Path:
-        return self._directory / f"{_digest([name, prefix])}.safetensors"
+        own = [self._answers[name].digest] if name in self._answers else []
+        return self._directory / f"{_digest([name, prefix, *own])}.safetensors"
+
+
+def answers_directory(pack: str | os.PathLike[str]) -> Path:
+    """Returns where the answers that a pack is extracted from are kept until it is written."""
+    return Path(pack) / PARTS_DIRECTORY / "answers"
 
 
 def library_versions() -> dict[str, str]:

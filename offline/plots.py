@@ -19,7 +19,7 @@ from offline.results import ClassResult
 
 Floats = NDArray[np.float32] | NDArray[np.float64]
 
-_COLOR, _SECOND, _MUTED = "#1f5fa8", "#c05a1c", "#9a9a9a"
+_COLOR, _SECOND, _THIRD, _MUTED = "#1f5fa8", "#c05a1c", "#2e8b57", "#9a9a9a"
 _LABELLED_CONCEPTS = 40
 _DPI = 120
 
@@ -109,9 +109,10 @@ def enrichment_bars(found: BlockDiagnostics, title: str) -> bytes:
 
 
 def scale_curves(classes: Sequence[ClassResult], title: str) -> bytes:
-    """Draws steerability, with its interval, and perplexity against the scale, a panel per class.
+    """Draws steerability, with its interval, gap closed and perplexity against the scale, by class.
 
-    The chosen scale is the dashed line; the dotted one is the unsteered answers' perplexity.
+    The chosen scale is the dashed upright line; the level ones are the ceiling, dashed, and the
+    unsteered answers' perplexity, dotted.
     """
     shown = [found for found in classes if found.heldout]
     columns = min(3, len(shown))
@@ -200,16 +201,20 @@ def method_bars(bars: Sequence[Bar], title: str) -> bytes:
 def _scale_panel(left: Axes, found: ClassResult) -> None:
     scales = [point.scale for point in found.heldout]
     figures = [point.figures for point in found.heldout]
-    mean, low, high, perplexity = (
+    mean, low, high, gap, perplexity = (
         np.array([np.nan if value is None else value for value in values])
         for values in zip(
-            *((f.steerability, f.low, f.high, f.perplexity) for f in figures), strict=True
+            *((f.steerability, f.low, f.high, f.gap_closed, f.perplexity) for f in figures),
+            strict=True,
         )
     )
     left.plot(scales, mean, color=_COLOR, marker="o", markersize=3)
     left.fill_between(scales, low, high, color=_COLOR, alpha=0.2, linewidth=0)
+    left.plot(scales, np.clip(gap, 0, None), color=_THIRD, marker="s", markersize=3)
+    if found.prefixed is not None and found.prefixed.steerability is not None:
+        left.axhline(found.prefixed.steerability, color=_COLOR, linestyle="--", linewidth=1)
     left.set(xlabel="scale ε", ylim=(-0.03, 1.03), title=found.name)
-    left.set_ylabel("steerability", color=_COLOR)
+    left.set_ylabel("steerability; green: gap closed", color=_COLOR)
     if found.scale is not None:
         left.axvline(found.scale, color=_MUTED, linestyle="--", linewidth=1)
     right = left.twinx()

@@ -11,14 +11,16 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import cast
+from typing import Literal, cast
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from vllm_steer.errors import ExtractionError, choices
 
 QUESTION = "What are your thoughts on the following statement? \nStatement: {statement}"
 SEPARATOR = "  "
+PrefixRole = Literal["user", "system"]
 
 PREFIX_TEMPLATES: Mapping[str, str] = MappingProxyType(
     {
@@ -89,10 +91,7 @@ def prefix_for(concept_class: str, concept: str) -> str:
 def render_prompt(
     tokenizer: PreTrainedTokenizerBase, statement: str, prefix: str = ""
 ) -> RenderedPrompt:
-    """Renders one statement as a chat prompt and locates its prefix.
-
-    The span holds every token that overlaps the prefix, and the separator's tokens up to the one
-    that begins the question: on Llama 3 the lone second space, but not ``' What'``.
+    """Renders one statement as a chat prompt that asks about it, and locates its prefix.
 
     Args:
         tokenizer: A fast tokenizer with a chat template.
@@ -101,18 +100,44 @@ def render_prompt(
         prefix: What makes the model take on the concept; empty for an unprefixed prompt.
 
     Raises:
-        ExtractionError: The tokenizer gives no offsets, or the template alters the user's text.
+        ExtractionError: As :func:`render_question`.
     """
-    prefix, statement = prefix.strip(), statement.strip()
+    statement = statement.strip()
     question = QUESTION.format(statement=statement) if statement else ""
-    content = (SEPARATOR if prefix and question else "").join((prefix, question))
-    text = apply_template(tokenizer, content, add_generation_prompt=True)
+    return render_question(tokenizer, question, prefix)
+
+
+def render_question(
+    tokenizer: PreTrainedTokenizerBase, question: str, prefix: str = "", role: PrefixRole = "user"
+) -> RenderedPrompt:
+    """Renders one question as a chat prompt and locates its prefix.
+
+    The span holds every token that overlaps the prefix, and the separator's tokens up to the one
+    that begins the question: on Llama 3 the lone second space, but not ``' What'``.
+
+    Args:
+        tokenizer: A fast tokenizer with a chat template.
+        question: What is asked; surrounding white space is dropped. Empty to ask nothing.
+        prefix: What makes the model take on the concept; empty for an unprefixed prompt.
+        role: Where the prefix stands: ``user`` for before the question in the same message,
+            ``system`` for a message of its own.
+
+    Raises:
+        ExtractionError: The tokenizer gives no offsets, or the template alters the text.
+    """
+    prefix, question = prefix.strip(), question.strip()
+    if not prefix or role == "system":
+        text = apply_template(tokenizer, question, add_generation_prompt=True, system=prefix)
+        content = prefix
+    else:
+        content = (SEPARATOR if question else "").join((prefix, question))
+        text = apply_template(tokenizer, content, add_generation_prompt=True)
     if not prefix:
         return RenderedPrompt(text, tuple(_token_ids(tokenizer, text)), (0, 0))
     if text.count(content) != 1:
         raise ExtractionError(
-            f"the chat template renders the user's text {text.count(content)} times unchanged, so "
-            f"the prefix {prefix!r} cannot be located; it must appear exactly once"
+            f"the chat template renders the text of the prompt {text.count(content)} times unchanged, "
+            f"so the prefix {prefix!r} cannot be located; it must appear exactly once"
         )
     if not tokenizer.is_fast:
         raise ExtractionError(
@@ -125,7 +150,7 @@ def render_prompt(
         encoding["offset_mapping"],
         prefix_start=start,
         prefix_end=start + len(prefix),
-        question_start=start + len(content) - len(question),
+        question_start=start + len(content) - (len(question) if role == "user" else 0),
     )
     return RenderedPrompt(text, tuple(encoding["input_ids"]), span)
 
@@ -179,23 +204,39 @@ def _locate(
 
 
 def apply_template(
-    tokenizer: PreTrainedTokenizerBase, content: str, *, add_generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase,
+    content: str,
+    *,
+    add_generation_prompt: bool,
+    system: str = "",
 ) -> str:
     """Returns a user's text as the model's chat template renders it.
 
+    Args:
+        tokenizer: A tokenizer with a chat template.
+        content: The user's text.
+        add_generation_prompt: Whether the rendered text opens the answer.
+        system: The system's text; empty for the template's own.
+
     Raises:
-        ExtractionError: The tokenizer has no chat template.
+        ExtractionError: The tokenizer has no chat template, or one without such a message.
     """
     if tokenizer.chat_template is None:
         raise ExtractionError(
             "the tokenizer has no chat template; use an instruction-tuned model, or set "
             "tokenizer.chat_template"
         )
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}],
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt,
-    )
+    messages = [{"role": "system", "content": system}] if system else []
+    try:
+        rendered = tokenizer.apply_chat_template(
+            [*messages, {"role": "user", "content": content}],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+    except TemplateError as error:
+        raise ExtractionError(
+            f"the chat template refuses {'a system message' if system else 'the prompt'}: {error}"
+        ) from error
     return cast(str, rendered)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,19 +11,34 @@ from pydantic import TypeAdapter, ValidationError
 
 from offline.learning import Learned
 from offline.methods import PLANE_SUFFIX, Method
+from offline.prompts import PrefixRole
 from vllm_steer.errors import ExtractionError, choices
-from vllm_steer.pack import DirectionRecord, PackName
+from vllm_steer.pack import DirectionRecord, PackName, Prefix, raw_dose
+
+# Of a direction that nobody has calibrated: a raw dose, and degrees from the first axis of a plane.
+_DOSE = 0.5
+_ANGLE = 60.0
 
 
 def records_of(
     pack_name: str,
     concepts: Sequence[tuple[str, str]],
     layers: list[int],
-    default_scales: Mapping[str, float] | float,
-    safe_scales: Mapping[str, float] | float,
+    default_scales: Mapping[str, float] | float | None,
+    safe_scales: Mapping[str, float] | float | None,
     method: Method,
+    role: PrefixRole = "user",
 ) -> list[DirectionRecord]:
     """Returns a record without metrics for each concept.
+
+    Args:
+        pack_name: Name of the pack.
+        concepts: Names and prefixes; an empty prefix is none.
+        layers: Layers of the directions.
+        default_scales: Default scale, one or by concept; None for one that is found with the vectors.
+        safe_scales: Likewise the largest fluent scale; None says that none is known.
+        method: How directions are learned, and act.
+        role: Where prefixes stand.
 
     Raises:
         ExtractionError: Names or scales cannot be those of a pack.
@@ -37,15 +53,19 @@ def records_of(
             DirectionRecord(
                 name=name,
                 layers=layers,
-                default_scale=_scale(default_scales, name, "default"),
-                safe_scale=_scale(safe_scales, name, "safe"),
+                default_scale=1.0
+                if default_scales is None
+                else _scale(default_scales, name, "default"),
+                safe_scale=None if safe_scales is None else _scale(safe_scales, name, "safe"),
                 positions="all",
                 form=method.form_of(name),
+                prefix=Prefix(text=prefix, role=role) if prefix.strip() else None,
             )
-            for name in names
+            for name, prefix in concepts
         ]
     except ValidationError as error:
-        faults = "; ".join(f"{fault['input']!r}: {fault['msg']}" for fault in error.errors())
+        # A prefix may be as long as a book.
+        faults = "; ".join(f"{fault['input']!r:.80}: {fault['msg']}" for fault in error.errors())
         raise ExtractionError(f"pack {pack_name!r} could not be written: {faults}") from error
 
 
@@ -58,27 +78,51 @@ def _scale(scales: Mapping[str, float] | float, name: str, kind: str) -> float:
 
 
 def learned_records(
-    records: Sequence[DirectionRecord], learned: Mapping[str, Learned]
+    records: Sequence[DirectionRecord],
+    learned: Mapping[str, Learned],
+    method: Method,
+    scaled: bool,
 ) -> list[DirectionRecord]:
-    """Returns the records of what was learned; a second axis stands after its direction."""
+    """Returns the records of what was learned; a second axis stands after its direction.
+
+    Args:
+        records: Records of all concepts.
+        learned: What was learned, by concept.
+        method: How.
+        scaled: Whether the records have default scales; else they get one that no measurement
+            stands behind, see :func:`unmeasured_scale`.
+    """
     found = []
     for record in records:
         if (concept := learned.get(record.name)) is None:
             continue
-        found.append(
-            record.model_copy(update={"layers": concept.layers, "metrics": concept.metrics})
-        )
+        update: dict[str, Any] = {"layers": concept.layers, "metrics": concept.metrics}
+        if method.one_layer:
+            middle = len(concept.residual_norms) // 2
+            update["default_layers"] = [min(concept.layers, key=lambda k: abs(k - middle))]
+        if not scaled:
+            update["default_scale"] = unmeasured_scale(record, concept)
+        found.append(record.model_copy(update=update))
         if concept.plane is not None:
             found.append(
                 DirectionRecord(
                     name=record.name + PLANE_SUFFIX,
                     layers=concept.layers,
                     default_scale=1.0,
-                    safe_scale=1.0,
                     positions=record.positions,
                 )
             )
     return found
+
+
+def unmeasured_scale(record: DirectionRecord, concept: Learned) -> float:
+    """Returns a scale to begin with: additions as long, over their layers, as half the residual stream."""
+    if record.op == "angle":
+        return _ANGLE
+    lengths = np.linalg.norm(concept.vectors.astype(np.float64), axis=1).tolist()
+    norms = dict(enumerate(concept.residual_norms))
+    unit = raw_dose(1.0, dict(zip(concept.layers, lengths, strict=True)), norms)
+    return float(f"{_DOSE / unit:.3g}")
 
 
 def learned_vectors(learned: Mapping[str, Learned]) -> dict[str, NDArray[np.float32]]:

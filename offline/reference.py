@@ -134,7 +134,8 @@ class Reference:
         delta, restore = torch.zeros_like(stream), torch.zeros_like(position, dtype=torch.bool)
         for choice in steering.get("directions", ()):
             record, vector = self._vector(choice["name"], layer, stream)
-            layers = choice.get("layers") or steering.get("layers") or record.layers
+            layers = choice.get("layers") or steering.get("layers")
+            layers = layers or record.default_layers or record.layers
             if layer not in layers or vector is None:
                 continue
             where = choice.get("positions") or steering.get("positions") or record.positions
@@ -148,7 +149,10 @@ class Reference:
                 for key in ("plane", "read")
                 if key in choice
             }
-            moved = apply_form(stream, vector, choice.get("scale", default), choice, **others)
+            scale = choice.get("scale", default)
+            if "strength" in choice:
+                scale = choice["strength"] * record.default_scale
+            moved = apply_form(stream, vector, scale, choice, **others)
             own = moved - stream
             schedule = choice.get("schedule") or steering.get("schedule")
             if schedule:

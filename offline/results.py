@@ -1,17 +1,13 @@
-"""What a sweep found, as JSON and as a Markdown table."""
+"""What a sweep found, as JSON; its tables stand beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from offline.files import write_atomically
 from vllm_steer.errors import EvaluationError
-
-JSON_FILE = "sweep.json"
-MARKDOWN_FILE = "sweep.md"
+from vllm_steer.pack import Prefix
 
 
 class _Record(BaseModel):
@@ -25,6 +21,12 @@ class Figures(_Record):
         steerability: Mean grade over concepts, 0 to 1; None where no answer was graded.
         low: Lower end of its 95 % bootstrap interval over concepts; None with fewer than two.
         high: Upper end.
+        gap_closed: Share of the gap closed, mean over the concepts that have one; None without any. The
+            gap lies between how likely the prefixed model's own answers are after the plain prompt and
+            after the prefixed one: 0 is no effect, 1 that of the prefix.
+        gap_low: Lower end of its 95 % bootstrap interval over concepts; of one concept alone over
+            questions, None with fewer than three.
+        gap_high: Upper end.
         perplexity: Geometric mean over answers of the perplexity under the unsteered model, given
             the question without prefix; None where every answer was empty.
         repetition: Mean share of an answer's word pairs that it has already used.
@@ -35,17 +37,71 @@ class Figures(_Record):
     steerability: float | None
     low: float | None
     high: float | None
+    gap_closed: float | None = None
+    gap_low: float | None = None
+    gap_high: float | None = None
     perplexity: float | None
     repetition: float
     answers: int
     judge_errors: int
 
 
+class Bound(_Record):
+    """What counts as fluent among answers to tuning questions, on average over concepts.
+
+    Each concept's bound goes by the prefixed model's answers to the same questions, or, where its
+    prefix is unknown, by the unsteered model's.
+
+    Attributes:
+        repetition: Most repetition.
+        perplexity: Most perplexity; None where all answers that it goes by were empty.
+        prefixed: Number of concepts whose bound goes by the prefixed model's answers.
+    """
+
+    repetition: float
+    perplexity: float | None
+    prefixed: int
+
+
 class Point(_Record):
-    """All concepts of a class at one scale."""
+    """A concept, or all concepts of a class, at one scale.
+
+    Attributes:
+        scale: ε.
+        fluent: Whether the text counts as fluent, held against other answers to the same questions.
+        figures: Its figures.
+    """
 
     scale: float
+    fluent: bool
     figures: Figures
+
+
+class ConceptResult(_Record):
+    """One concept; measured on held-out questions.
+
+    Attributes:
+        name: Name of the direction.
+        scale: Its own scale, chosen on tuning questions.
+        fluent: Whether its answers to them are fluent at it; otherwise no scale was, and this is the
+            weakest.
+        single: At the one scale of its class.
+        own: At its own scale.
+        unsteered: Without steering: the floor.
+        prefixed: After its prefix, without steering: the ceiling; None where the prefix is unknown.
+        tuning: Every scale on tuning questions.
+        heldout: Every scale on held-out questions.
+    """
+
+    name: str
+    scale: float
+    fluent: bool
+    single: Figures
+    own: Figures
+    unsteered: Figures
+    prefixed: Figures | None
+    tuning: list[Point]
+    heldout: list[Point]
 
 
 class ClassResult(_Record):
@@ -53,29 +109,33 @@ class ClassResult(_Record):
 
     Attributes:
         name: Name of the class.
-        concepts: Names of the directions.
         scale: The one scale for all concepts, chosen on tuning questions; None for all classes
             together, where each has its own.
-        concept_scales: Each concept's own scale, chosen on tuning questions.
+        fluent: Whether the answers to them are fluent at it; otherwise no scale was, and this is the
+            weakest. None for all classes together.
+        bound: What counts as fluent there; likewise.
+        concepts: Each concept.
         single: At the one scale.
         own: Each concept at its own scale.
-        oracle: Each concept and question at the scale that turned out best for it: an upper bound
-            that looks at the answers it reports.
-        unsteered: Without steering.
-        by_concept: Mean grade of each concept at the one scale, None where none was graded.
+        oracle: Each concept and question at the scale that turned out best for it, fluent or not: an
+            upper bound that looks at the answers it reports.
+        unsteered: Without steering: the floor.
+        prefixed: After the concept's prefix, without steering: the ceiling, of the concepts whose prefix
+            is known; None without any.
         tuning: Every scale on tuning questions.
         heldout: Every scale on held-out questions.
     """
 
     name: str
-    concepts: list[str]
     scale: float | None
-    concept_scales: dict[str, float]
+    fluent: bool | None
+    bound: Bound | None
+    concepts: list[ConceptResult]
     single: Figures
     own: Figures
     oracle: Figures
     unsteered: Figures
-    by_concept: dict[str, float | None]
+    prefixed: Figures | None
     tuning: list[Point]
     heldout: list[Point]
 
@@ -89,6 +149,7 @@ class SweepResult(_Record):
         max_tokens: Longest answer.
         seed: Seed of the bootstrap.
         packs: Digest of each pack's tensors by name of the pack.
+        prefixes: What each direction was held against, by ``pack/direction``; missing where unknown.
         tuning_questions: Questions that scales were chosen on, by class.
         heldout_questions: Questions that are reported, by class.
         classes: A result per class, and one named ``all`` where there are several.
@@ -100,6 +161,7 @@ class SweepResult(_Record):
     max_tokens: int
     seed: int
     packs: dict[str, str]
+    prefixes: dict[str, Prefix]
     tuning_questions: dict[str, list[str]]
     heldout_questions: dict[str, list[str]]
     classes: list[ClassResult]
@@ -122,67 +184,3 @@ def read_result(file: Path) -> SweepResult:
         raise EvaluationError(
             f"{file} is not the JSON of vllm-steer sweep: {where}: {fault['msg']}"
         ) from error
-
-
-def write_result(folder: Path, result: SweepResult) -> None:
-    """Writes ``sweep.md``, then ``sweep.json``, each atomically."""
-    write_atomically(folder / MARKDOWN_FILE, markdown(result))
-    write_atomically(folder / JSON_FILE, result.model_dump_json(indent=2) + "\n")
-
-
-def markdown(result: SweepResult) -> str:
-    """Returns the tables of a sweep."""
-    lines = [
-        f"Model {result.model}, judge `{result.judge}`, answers of at most {result.max_tokens} tokens, "
-        f"greedy. Steerability is the mean grade of answers to held-out questions, with a 95 % bootstrap "
-        f"interval over concepts; in brackets the perplexity of the answers under the unsteered model.",
-        "",
-        "| class | concepts | ε | one ε, chosen on tuning questions | one ε per concept | oracle-best ε | unsteered |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for found in result.classes:
-        scale = "–" if found.scale is None else f"{found.scale:g}"
-        cells = (found.single, found.own, found.oracle, found.unsteered)
-        lines.append(
-            f"| {found.name} | {len(found.concepts)} | {scale} | "
-            + " | ".join(figure_cell(figures) for figures in cells)
-            + " |"
-        )
-    for found in result.classes:
-        if found.heldout:
-            lines += ["", f"{found.name}, held-out questions:", "", *_curve(found.heldout)]
-    errors = sum(
-        point.figures.judge_errors
-        for found in result.classes
-        for point in [*found.tuning, *found.heldout]
-    )
-    if errors:
-        lines += ["", f"The judge failed on {errors} answers, which count in no grade. Among them:"]
-        lines += [f"- {fault}" for fault in result.judge_faults]
-    return "\n".join(lines) + "\n"
-
-
-def figure_cell(figures: Figures) -> str:
-    """Returns ``0.82 [0.71, 0.90] (12.3)``."""
-    cell = _number(figures.steerability)
-    if figures.low is not None and figures.high is not None:
-        cell += f" [{figures.low:.2f}, {figures.high:.2f}]"
-    if figures.perplexity is not None:
-        cell += f" ({figures.perplexity:.3g})"
-    return cell + (f", {figures.judge_errors} ungraded" if figures.judge_errors else "")
-
-
-def _curve(points: Sequence[Point]) -> list[str]:
-    lines = ["| ε | steerability | perplexity | repetition |", "|---|---|---|---|"]
-    for point in points:
-        figures = point.figures
-        perplexity = "–" if figures.perplexity is None else f"{figures.perplexity:.3g}"
-        graded = figures.model_copy(update={"perplexity": None})
-        lines.append(
-            f"| {point.scale:g} | {figure_cell(graded)} | {perplexity} | {figures.repetition:.2f} |"
-        )
-    return lines
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"

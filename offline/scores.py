@@ -14,82 +14,38 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import bootstrap
 
-from offline.results import ClassResult, Figures, Point
+from offline.fluency import joint
+from offline.grids import Answers, Doubles, Flags, Grid, mean
+from offline.results import Bound, ClassResult, ConceptResult, Figures, Point
+from offline.shares import CONFIDENCE, closed, closed_interval
 from vllm_steer.errors import EvaluationError
 
-Doubles = NDArray[np.float64]
-
-CONFIDENCE = 0.95
 RESAMPLES = 9999
 NEAR = 0.01
+# Nats below which a gap is none, and no share of it is told.
+LEAST_GAP = 1.0
 _WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True, eq=False)
-class Answers:
-    """Graded answers, each array ``[concepts, questions]``, float64.
-
-    Attributes:
-        grades: 0 to 1; NaN where the judge failed.
-        perplexity: Under the unsteered model; NaN for an empty answer.
-        repetition: See :func:`repetition`.
-    """
-
-    grades: Doubles
-    perplexity: Doubles
-    repetition: Doubles
-
-
-@dataclass(frozen=True, eq=False)
-class Grid:
-    """Every concept of a class at every scale on every question.
-
-    Attributes:
-        concepts: Names of the concepts.
-        scales: Scales, from the weakest to the strongest.
-        answers: One entry per scale.
-    """
-
-    concepts: tuple[str, ...]
-    scales: tuple[float, ...]
-    answers: tuple[Answers, ...]
-
-    def questions(self, chosen: slice) -> Grid:
-        """Returns the grid of some of the questions."""
-        parts = (
-            Answers(a.grades[:, chosen], a.perplexity[:, chosen], a.repetition[:, chosen])
-            for a in self.answers
-        )
-        return Grid(self.concepts, self.scales, tuple(parts))
-
-    @property
-    def grades(self) -> Doubles:
-        """``[scales, concepts, questions]``."""
-        return np.stack([answers.grades for answers in self.answers])
-
-    def pick(self, scale: NDArray[np.int64]) -> Answers:
-        """Returns answers by the index of their scale, which broadcasts to [concepts, questions]."""
-        index = np.broadcast_to(scale, self.answers[0].grades.shape)[None]
-
-        def taken(values: Sequence[Doubles]) -> Doubles:
-            return np.take_along_axis(np.stack(values), index, axis=0)[0]
-
-        return Answers(
-            taken([answers.grades for answers in self.answers]),
-            taken([answers.perplexity for answers in self.answers]),
-            taken([answers.repetition for answers in self.answers]),
-        )
-
-
-@dataclass(frozen=True, eq=False)
 class Measured:
-    """A class's grids, and what was chosen: the input of :func:`summarize` for all classes."""
+    """A class's grids, and what was chosen on tuning questions.
+
+    Attributes:
+        tuning: What scales are chosen on.
+        heldout: What is reported.
+        scale: Index of the one scale.
+        fluent: Whether the answers of all concepts at it are fluent.
+        own: ``[concepts]``; index of each concept's own scale.
+        own_fluent: ``[concepts]``; whether its answers at it are.
+    """
 
     tuning: Grid
     heldout: Grid
-    unsteered: Answers
     scale: int
+    fluent: bool
     own: NDArray[np.int64]
+    own_fluent: Flags
 
     @property
     def single(self) -> Answers:
@@ -106,6 +62,11 @@ class Measured:
         """Held-out answers, each at the first of the scales that is best for it."""
         return self.heldout.pick(_worst_if_nan(self.heldout.grades).argmax(axis=0))
 
+    @property
+    def prefixed(self) -> Answers:
+        """Held-out answers of the prefixed model, of concepts whose prefix is known alone."""
+        return self.heldout.prefixed.some(self.heldout.known, slice(None))
+
 
 def repetition(text: str) -> float:
     """Returns the share of word pairs that the text has used before; perplexity misses loops."""
@@ -114,11 +75,12 @@ def repetition(text: str) -> float:
     return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
-def measure(tuning: Grid, heldout: Grid, unsteered: Answers) -> Measured:
+def measure(tuning: Grid, heldout: Grid) -> Measured:
     """Chooses the scale of a class, and of each concept, on tuning questions alone.
 
-    Of the scales within ``NEAR`` of the best mean grade, the middle one is taken: at the ends of
-    such a range a few other questions already change the outcome.
+    Scales whose answers are not fluent are not chosen; where none is, the weakest is. Of the others
+    within ``NEAR`` of the best mean grade, the middle one is taken: at the ends of such a range a few
+    other questions already change the outcome.
 
     Raises:
         EvaluationError: No answer to a tuning question, or to a held-out one, was graded.
@@ -128,33 +90,41 @@ def measure(tuning: Grid, heldout: Grid, unsteered: Answers) -> Measured:
             raise EvaluationError(
                 f"the judge graded none of the {grid.grades.size} answers to {name} questions"
             )
-    by_concept = _mean(tuning.grades, axis=2)
-    by_scale = _mean(tuning.grades.reshape(len(tuning.scales), -1), axis=1)
-    own = np.array([_middle_of_best(grades) for grades in by_concept.T])
-    return Measured(tuning, heldout, unsteered, _middle_of_best(by_scale), own)
+    by_concept = mean(tuning.grades, axis=2)
+    by_scale = mean(tuning.grades.reshape(len(tuning.scales), -1), axis=1)
+    fluent, jointly = tuning.fluent, tuning.jointly_fluent
+    own = [_best(grades, flags) for grades, flags in zip(by_concept.T, fluent.T, strict=True)]
+    return Measured(
+        tuning,
+        heldout,
+        _best(by_scale, jointly),
+        bool(jointly.any()),
+        np.array(own),
+        np.array(fluent.any(axis=0), dtype=np.bool_),
+    )
 
 
 def class_result(name: str, found: Measured, seed: int) -> ClassResult:
     """Returns the figures of one class."""
-    by_concept = _mean(found.single.grades, axis=1)
-    concepts = found.heldout.concepts
+    grid = found.heldout
+    bound = joint(found.tuning.bounds)
     return ClassResult(
         name=name,
-        concepts=list(concepts),
-        scale=found.heldout.scales[found.scale],
-        concept_scales={
-            concept: found.heldout.scales[index]
-            for concept, index in zip(concepts, found.own, strict=True)
-        },
+        scale=grid.scales[found.scale],
+        fluent=found.fluent,
+        bound=Bound(
+            repetition=bound.repetition,
+            perplexity=_optional(bound.perplexity),
+            prefixed=int(found.tuning.known.sum()),
+        ),
+        concepts=[_concept(found, at, seed) for at in range(len(grid.concepts))],
         single=figures([found.single], seed),
         own=figures([found.at_own], seed),
         oracle=figures([found.oracle], seed),
-        unsteered=figures([found.unsteered], seed),
-        by_concept={
-            concept: _optional(value) for concept, value in zip(concepts, by_concept, strict=True)
-        },
-        tuning=_points(found.tuning, seed),
-        heldout=_points(found.heldout, seed),
+        unsteered=figures([grid.unsteered], seed),
+        prefixed=_ceiling([found.prefixed], seed),
+        tuning=_points(found.tuning, found.tuning.jointly_fluent, slice(None), seed),
+        heldout=_points(grid, grid.jointly_fluent, slice(None), seed),
     )
 
 
@@ -163,14 +133,15 @@ def joint_result(name: str, classes: Sequence[Measured], seed: int) -> ClassResu
     parts = [class_result(name, found, seed) for found in classes]
     return ClassResult(
         name=name,
-        concepts=[concept for part in parts for concept in part.concepts],
         scale=None,
-        concept_scales={k: v for part in parts for k, v in part.concept_scales.items()},
+        fluent=None,
+        bound=None,
+        concepts=[concept for part in parts for concept in part.concepts],
         single=figures([found.single for found in classes], seed),
         own=figures([found.at_own for found in classes], seed),
         oracle=figures([found.oracle for found in classes], seed),
-        unsteered=figures([found.unsteered for found in classes], seed),
-        by_concept={k: v for part in parts for k, v in part.by_concept.items()},
+        unsteered=figures([found.heldout.unsteered for found in classes], seed),
+        prefixed=_ceiling([found.prefixed for found in classes], seed),
         tuning=[],
         heldout=[],
     )
@@ -178,15 +149,19 @@ def joint_result(name: str, classes: Sequence[Measured], seed: int) -> ClassResu
 
 def figures(parts: Sequence[Answers], seed: int) -> Figures:
     """Returns the figures of answers, of one class or of several together."""
-    by_concept = np.concatenate([_mean(part.grades, axis=1) for part in parts])
+    by_concept = np.concatenate([mean(part.grades, axis=1) for part in parts])
     graded = by_concept[~np.isnan(by_concept)]
     low, high = interval(graded, seed)
     log_perplexity = np.concatenate([np.log(part.perplexity).ravel() for part in parts])
-    perplexity = float(np.exp(_mean(log_perplexity[None], axis=1)[0]))
+    perplexity = float(np.exp(mean(log_perplexity[None], axis=1)[0]))
+    gap_closed, gap_low, gap_high = _gap_closed(parts, seed)
     return Figures(
         steerability=float(graded.mean()) if len(graded) else None,
         low=low,
         high=high,
+        gap_closed=gap_closed,
+        gap_low=gap_low,
+        gap_high=gap_high,
         perplexity=_optional(perplexity),
         repetition=float(np.concatenate([part.repetition.ravel() for part in parts]).mean()),
         answers=sum(part.grades.size for part in parts),
@@ -218,28 +193,74 @@ def interval(by_concept: Doubles, seed: int) -> tuple[float | None, float | None
     return float(found.low), float(found.high)
 
 
-def _middle_of_best(by_scale: Doubles) -> int:
-    """Returns the middle, the weaker of two, of the scales whose grade is within NEAR of the best.
+def _gap_closed(
+    parts: Sequence[Answers], seed: int
+) -> tuple[float | None, float | None, float | None]:
+    """Returns the mean over concepts of the share of the gap closed, and the ends of its interval."""
+    rows = [
+        (raised, gap)
+        for part in parts
+        for raised, gap in zip(part.raised, part.gap, strict=True)
+        if gap.sum() >= LEAST_GAP
+    ]
+    if not rows:
+        return None, None, None
+    if len(rows) == 1:
+        ends = closed_interval(*rows[0], seed)
+        return closed(*rows[0]), *(ends or (None, None))
+    shares = np.array([closed(*row) for row in rows])
+    return float(shares.mean()), *interval(shares, seed)
+
+
+def _concept(found: Measured, at: int, seed: int) -> ConceptResult:
+    own = int(found.own[at])
+    grid, one = found.heldout, slice(at, at + 1)
+
+    def of(answers: Answers) -> Figures:
+        return figures([answers.some(one, slice(None))], seed)
+
+    return ConceptResult(
+        name=grid.concepts[at],
+        scale=grid.scales[own],
+        fluent=bool(found.own_fluent[at]),
+        single=of(found.single),
+        own=of(grid.answers[own]),
+        unsteered=of(grid.unsteered),
+        prefixed=of(grid.prefixed) if grid.known[at] else None,
+        tuning=_points(found.tuning, found.tuning.fluent[:, at], one, seed),
+        heldout=_points(grid, grid.fluent[:, at], one, seed),
+    )
+
+
+def _ceiling(parts: Sequence[Answers], seed: int) -> Figures | None:
+    known = [part for part in parts if part.grades.size]
+    return figures(known, seed) if known else None
+
+
+def _best(grades: Doubles, fluent: Flags) -> int:
+    """Returns the middle, the weaker of two, of the fluent scales whose grade is within NEAR of the best.
 
     Args:
-        by_scale: ``[scales]``, float64; NaN where nothing was graded.
+        grades: ``[scales]``, float64; NaN where nothing was graded.
+        fluent: ``[scales]``; where none is, the weakest scale is returned.
     """
-    grades = _worst_if_nan(by_scale)
-    best = np.flatnonzero(grades >= grades.max() - NEAR)
+    kept = np.flatnonzero(fluent)
+    if not len(kept):
+        return 0
+    among = _worst_if_nan(grades[kept])
+    best = kept[among >= among.max() - NEAR]
     return int(best[(len(best) - 1) // 2])
 
 
-def _points(grid: Grid, seed: int) -> list[Point]:
+def _points(grid: Grid, fluent: Flags, concepts: slice, seed: int) -> list[Point]:
     return [
-        Point(scale=scale, figures=figures([answers], seed))
-        for scale, answers in zip(grid.scales, grid.answers, strict=True)
+        Point(
+            scale=scale,
+            fluent=bool(flag),
+            figures=figures([answers.some(concepts, slice(None))], seed),
+        )
+        for scale, answers, flag in zip(grid.scales, grid.answers, fluent, strict=True)
     ]
-
-
-def _mean(values: Doubles, axis: int) -> Doubles:
-    """Mean of what is not NaN; NaN where nothing is left."""
-    masked = np.ma.masked_invalid(values).mean(axis=axis)
-    return np.asarray(np.ma.filled(masked, np.nan), dtype=np.float64)
 
 
 def _worst_if_nan(values: Doubles) -> Doubles:

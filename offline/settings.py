@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from offline.answer_states import AnswerTokens
 from offline.methods import METHODS
+from offline.prompts import PrefixRole
 
 
 class ExtractionSettings(BaseModel):
@@ -15,7 +17,10 @@ class ExtractionSettings(BaseModel):
     Attributes:
         method: A key of ``offline.methods.METHODS``; it fixes some of the other settings and has
             defaults of its own for more.
-        estimator: How a direction is learned from labelled hidden states.
+        learn_from: ``prompts`` for the tokens that end the prompts, or ``answers`` for the tokens of the
+            prefixed model's own answers to everyday questions; see ``offline.answer_states``.
+        estimator: How a direction is learned from labelled hidden states; ``trained`` makes the answers
+            likely instead, see ``offline.training``.
         labels: ``soft`` for attention to the prefix (Eq. 4), ``hard`` for 1 and 0.
         token: ``attention`` to choose each block's token by attention (Eq. 3), or a negative index
             for the same token everywhere.
@@ -25,6 +30,19 @@ class ExtractionSettings(BaseModel):
         held_out: Whether a fifth of the prompts is left out of the fit and validates it; the
             differences of means alone can do without.
         unit: Whether directions have length 1; else a difference of means keeps its own.
+        answer_tokens: How an answer's tokens become one state: their ``mean``, the mean ``weighted`` by
+            attention to the prefix, or the one that pays it most ``attention``.
+        answer_length: Most tokens of an answer.
+        questions: Use the first so many questions to learn from.
+        stopping_questions: Further questions on which training stops.
+        prefix_role: Where the prefix stands: before the question, or in a ``system`` message.
+        train_steps: Most steps of training.
+        train_answers: Answers in a step.
+        train_rate: Length of a step; see ``offline.training``.
+        train_penalty: Weight of the vectors' squared lengths beside the loss.
+        train_warm: Factor of the difference of means that training starts from.
+        train_checkpointing: Whether activations are computed again in the backward pass, for memory.
+        train_together: Concepts that are trained in the same forward passes.
         token_statistic: Whether a token's attention is its ``max`` over prompts, as in Eq. 3, or its
             ``mean``.
         candidate_tokens: Number of last tokens to choose among; None for those of the chat
@@ -47,7 +65,8 @@ class ExtractionSettings(BaseModel):
         batch_size: Prompts per forward pass.
         attention: ``auto`` for the fastest way that gives the numbers of eager attention on the
             model at hand, or ``eager``.
-        dtype: Dtype that the model runs in.
+        dtype: Dtype that the model runs in; ``auto`` for bfloat16 where the device computes in it, else
+            float32.
         seed: Seed of all randomness.
         rfm_ridge: Ridge of the recursive feature machine; the authors' is 1e-3.
         rfm_center_gradients: Whether its gradients are centred, as the authors do.
@@ -58,17 +77,30 @@ class ExtractionSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: Literal["attention_guided", "caa", "ablation", "angular", "prompt_only"] = (
+    method: Literal["attention_guided", "trained", "caa", "ablation", "angular", "prompt_only"] = (
         "attention_guided"
     )
+    learn_from: Literal["prompts", "answers"] = "prompts"
     estimator: Literal[
-        "rfm", "ridge", "logistic", "pca", "mean_difference", "unit_mean_difference"
+        "rfm", "ridge", "logistic", "pca", "mean_difference", "unit_mean_difference", "trained"
     ] = "rfm"
     labels: Literal["soft", "hard"] = "soft"
     token: Literal["attention"] | Annotated[int, Field(lt=0)] = "attention"
     contrast: Literal["nothing", "concepts"] = "nothing"
     held_out: bool = True
     unit: bool = True
+    answer_tokens: AnswerTokens = "mean"
+    answer_length: int = Field(default=48, gt=0)
+    questions: int = Field(default=64, ge=8)
+    stopping_questions: int = Field(default=16, ge=4)
+    prefix_role: PrefixRole = "user"
+    train_steps: int = Field(default=16, gt=0)
+    train_answers: int = Field(default=8, gt=0)
+    train_rate: float = Field(default=0.0075, gt=0, allow_inf_nan=False)
+    train_penalty: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    train_warm: float = Field(default=0.3, ge=0, allow_inf_nan=False)
+    train_checkpointing: bool = False
+    train_together: int = Field(default=8, gt=0)
     token_statistic: Literal["max", "mean"] = "max"
     candidate_tokens: Annotated[int, Field(gt=0)] | None = None
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
@@ -82,7 +114,7 @@ class ExtractionSettings(BaseModel):
     compat: bool = False
     batch_size: int = Field(default=32, gt=0)
     attention: Literal["auto", "eager"] = "auto"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     seed: int = Field(default=0, ge=0)
     rfm_ridge: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     rfm_center_gradients: bool = True
@@ -96,19 +128,35 @@ class ExtractionSettings(BaseModel):
     @classmethod
     def _of_method(cls, given: Any) -> Any:
         method = METHODS.get(str(given.get("method"))) if isinstance(given, dict) else None
-        return {**method.fixed, **method.defaults, **given} if method else given
+        if method is None:
+            return given
+        chosen = {**method.fixed, **method.defaults, **given}
+        if chosen.get("learn_from") == "answers" and "token" not in given:
+            # A method's token is one of its prompts'.
+            chosen.pop("token", None)
+        return chosen
 
     @model_validator(mode="after")
     def _consistent(self) -> ExtractionSettings:
         if self.contrast == "concepts" and self.labels == "soft":
             raise ValueError("contrast 'concepts' needs labels 'hard'")
+        if self.learn_from == "answers":
+            self._check_answers()
+        elif self.estimator == "trained":
+            raise ValueError("estimator 'trained' needs learn_from 'answers'")
+        elif self.prefix_role == "system":
+            raise ValueError("prefix_role 'system' needs learn_from 'answers'")
+        elif self.answer_tokens != "mean":
+            raise ValueError(f"answer_tokens {self.answer_tokens!r} needs learn_from 'answers'")
         method = METHODS[self.method]
         for field, value in method.fixed.items():
             if getattr(self, field) != value:
                 raise ValueError(f"method {self.method!r} takes {field} {value!r}")
-        if method.fixed and self.token == "attention":
+        if method.fixed and self.learn_from == "prompts" and self.token == "attention":
             raise ValueError(f"method {self.method!r} takes a fixed token, such as -1")
-        if not (self.held_out and self.unit) and not self.estimator.endswith("mean_difference"):
+        if not (self.held_out and self.unit) and not (
+            self.estimator.endswith("mean_difference") or self.estimator == "trained"
+        ):
             raise ValueError(
                 f"estimator {self.estimator!r} needs held-out prompts and gives unit vectors"
             )
@@ -122,6 +170,20 @@ class ExtractionSettings(BaseModel):
                     f"block_choice {self.block_choice!r} "
                     f"{'needs' if field == needed else 'takes no'} {field}"
                 )
-        if needed and not self.permutations:
-            raise ValueError(f"block_choice {self.block_choice!r} needs permutations, such as 999")
+        # The least p-value is 1 over one more than there are; the score counts those below 0.01.
+        if 0 < self.permutations < 100 or (needed and not self.permutations):
+            raise ValueError(
+                f"permutations is {self.permutations}: the enrichment score counts p-values below 0.01, "
+                f"which needs 100 at least, such as 999; 0 makes no test"
+            )
         return self
+
+    def _check_answers(self) -> None:
+        """Raises ValueError where a setting has no meaning for answers."""
+        for field, value in {"contrast": "nothing", "block_choice": "all", "compat": False}.items():
+            if getattr(self, field) != value:
+                raise ValueError(f"learn_from 'answers' takes {field} {value!r}")
+        if self.token != "attention":
+            raise ValueError("learn_from 'answers' takes answer_tokens in place of token")
+        if self.estimator == "trained" and self.answer_tokens != "mean":
+            raise ValueError("estimator 'trained' takes answer_tokens 'mean'")

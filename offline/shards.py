@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
 from joblib import Parallel, parallel_config
 
+from offline.answer_learning import AnswerLearner
 from offline.learning import ConceptLearner, Learned, Plan
 from offline.models import load_config
 from vllm_steer.errors import ExtractionError
@@ -47,12 +49,31 @@ def learn_all(
     """
     if not concepts:
         return
+    groups = _groups(plan, concepts, shards)
     if shards.count:
-        yield from _learn_with_ray(plan, concepts, shards)
+        yield from _learn_with_ray(plan, groups, shards)
         return
     worker = _Worker(plan, torch.get_num_threads())
-    for index, (name, prefix) in enumerate(concepts):
-        yield index, worker.learn(name, prefix)
+    for group in groups:
+        yield from zip(group.indices, worker.learn(group.concepts), strict=True)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Concepts that are learned together, and their places among all."""
+
+    indices: range
+    concepts: Sequence[tuple[str, str]]
+
+
+def _groups(plan: Plan, concepts: Sequence[tuple[str, str]], shards: Shards) -> list[_Group]:
+    size = 1
+    if plan.settings.estimator == "trained":
+        # No worker waits for what another could do.
+        size = min(plan.settings.train_together, ceil(len(concepts) / max(shards.count, 1)))
+    starts = range(0, len(concepts), size)
+    parts = [range(start, min(start + size, len(concepts))) for start in starts]
+    return [_Group(part, concepts[part.start : part.stop]) for part in parts]
 
 
 class _Worker:
@@ -62,18 +83,31 @@ class _Worker:
         # Sums depend on the number of threads in their last bits.
         torch.set_num_threads(threads)
         self._workers = plan.workers
-        self._learner = ConceptLearner(plan, load_config(plan.model_path)[1])
+        self._learner: ConceptLearner | AnswerLearner
+        if plan.settings.learn_from == "answers":
+            self._learner = AnswerLearner(plan)
+        else:
+            self._learner = ConceptLearner(plan, load_config(plan.model_path)[1])
 
-    def learn(self, name: str, prefix: str) -> Learned | str:
+    def learn(self, concepts: Sequence[tuple[str, str]]) -> list[Learned | str]:
+        """Learns a group; where it fails, its concepts one by one, so that one fails alone."""
+        try:
+            return list(self._learn(concepts))
+        except FAILURES as error:
+            if len(concepts) == 1:
+                return [str(error)]
+            return [found for concept in concepts for found in self.learn([concept])]
+
+    def _learn(self, concepts: Sequence[tuple[str, str]]) -> list[Learned]:
         with parallel_config("loky", inner_max_num_threads=1):
-            try:
-                return self._learner.learn(name, prefix, Parallel(n_jobs=self._workers))
-            except FAILURES as error:
-                return str(error)
+            parallel = Parallel(n_jobs=self._workers)
+            if isinstance(self._learner, AnswerLearner):
+                return self._learner.learn([name for name, _ in concepts], parallel)
+            return [self._learner.learn(name, prefix, parallel) for name, prefix in concepts]
 
 
 def _learn_with_ray(
-    plan: Plan, concepts: Sequence[tuple[str, str]], shards: Shards
+    plan: Plan, groups: Sequence[_Group], shards: Shards
 ) -> Iterator[tuple[int, Learned | str]]:
     try:
         import ray
@@ -97,7 +131,7 @@ def _learn_with_ray(
             num_cpus=plan.workers, num_gpus=gpus, max_restarts=1, max_task_retries=1
         )(_Worker)
         workers = [remote.remote(plan, torch.get_num_threads()) for _ in range(shards.count)]
-        yield from _spread(ray, workers, concepts)
+        yield from _spread(ray, workers, groups)
     except ray.exceptions.RayError as error:
         raise ExtractionError(f"Ray could not run the extraction: {error}") from error
     finally:
@@ -106,21 +140,20 @@ def _learn_with_ray(
 
 
 def _spread(
-    ray: Any, workers: Sequence[Any], concepts: Sequence[tuple[str, str]]
+    ray: Any, workers: Sequence[Any], groups: Sequence[_Group]
 ) -> Iterator[tuple[int, Learned | str]]:
-    """Gives every worker the next concept as soon as it has finished one."""
-    waiting = iter(enumerate(concepts))
-    running: dict[Any, tuple[int, Any]] = {}
+    """Gives every worker the next group as soon as it has finished one."""
+    waiting = iter(groups)
+    running: dict[Any, tuple[_Group, Any]] = {}
 
     def give(worker: Any) -> None:
         if (following := next(waiting, None)) is not None:
-            index, (name, prefix) = following
-            running[worker.learn.remote(name, prefix)] = (index, worker)
+            running[worker.learn.remote(following.concepts)] = (following, worker)
 
     for worker in workers:
         give(worker)
     while running:
         (done, *_), _ = ray.wait(list(running), num_returns=1)
-        index, worker = running.pop(done)
-        yield index, ray.get(done)
+        group, worker = running.pop(done)
+        yield from zip(group.indices, ray.get(done), strict=True)
         give(worker)

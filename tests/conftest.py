@@ -17,6 +17,7 @@ from offline.demo.corpus import user_text
 from offline.demo.packs import FULL_METHOD, extract_demo_packs
 from offline.demo.server import Server, serve
 from offline.demo.statements import statements
+from offline.gguf_model import model_path
 from offline.reference import Reference
 from tests.compatibility import FeatureRecorder
 from tests.engine.cases import CASES
@@ -54,6 +55,12 @@ def pytest_report_header() -> str:
 @pytest.fixture(scope="session")
 def model() -> Path:
     return demo_model_path()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """A real model of 135 million parameters, fetched and converted once into the user's cache."""
+    return model_path("smollm2")
 
 
 @pytest.fixture(scope="session")

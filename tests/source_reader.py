@@ -138,6 +138,16 @@ class SourceReader:
             for node in ast.walk(parsed.tree)
         )
 
+    def starts(self, module: str, name: str) -> bool:
+        """Whether a module passes a function or method of that name as the ``target`` of a call."""
+        parsed = self.module(module)
+        return parsed is not None and any(
+            isinstance(node, ast.keyword)
+            and node.arg == "target"
+            and ast.unparse(node.value).rpartition(".")[2] == name
+            for node in ast.walk(parsed.tree)
+        )
+
     def mentions(self, module: str, text: str) -> bool:
         """Whether a string literal of a module is exactly this text."""
         parsed = self.module(module)

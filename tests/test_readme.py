@@ -141,18 +141,15 @@ def test_llm(model: Path, packs: list[SteeringPack], tmp_path: Path) -> None:
     run([sys.executable, str(program)], tmp_path)
 
 
+@pytest.mark.engine
 def test_extract_and_inspect(model: Path, tmp_path: Path) -> None:
-    texts = [statement.text for statement in statements("extract")]
     (tmp_path / "fears.txt").write_text("spiders\n")
-    (tmp_path / "statements_0.txt").write_text("\n".join(texts[:20]))
-    (tmp_path / "statements_1.txt").write_text("\n".join(texts[20:40]))
     command = block("bash", "vllm-steer extract").replace("MODEL", str(model))
     shown = run(["bash", "-ec", command], tmp_path)
     assert shown.count("steering pack 'fears', verified") == 2
     pack = load_pack(tmp_path / "packs" / "fears")
-    assert pack.manifest.method.name == "attention_guided"
-    assert pack.manifest.method.settings["labels"] == "soft"
-    assert pack.manifest.method.settings["estimator"] == "rfm"
+    assert pack.manifest.method.name == "trained"
+    assert pack.directions["spiders"].calibration is not None
 
 
 @pytest.mark.engine
@@ -184,6 +181,11 @@ def test_fusion(model: Path, tmp_path: Path) -> None:
     found = FusionResult.model_validate_json((tmp_path / "results" / "fusion.json").read_text())
     # The first trials of a search do not steer well; what it finds is measured by the benchmark.
     assert all(len(arm.by_trials) == 5 for arm in (found.arms["full"], found.arms["segmented"]))
+
+
+def test_model_to_try(smollm2: Path, tmp_path: Path) -> None:
+    command = block("bash", "vllm-steer model smollm2") + "\necho $MODEL"
+    assert run(["bash", "-ec", command], tmp_path) == f"{smollm2}\n"
 
 
 def test_convert(model: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from vllm_steer.versions import CHECKED
 
 WORKER = "vllm.v1.worker"
 OPENAI = "vllm.entrypoints.openai"
+MULTIPROC = "vllm.v1.executor.multiproc_executor"
 
 # Relied on and not patched.
 USED = (
@@ -34,6 +35,7 @@ USED = (
     Seam("vllm.config", "set_current_vllm_config", ("vllm_config",)),
     Seam("vllm.config", "CUDAGraphMode.is_valid_runtime_mode", ("self",)),
     Seam("vllm.logger", "init_logger", ("name",)),
+    Seam("vllm.engine.arg_utils", "EngineArgs.create_model_config", ("self",)),
     Seam("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc", ("self", "method")),
     Seam("vllm.v1.engine.core_client", "AsyncMPClient.call_utility_async", ("self", "method")),
 )
@@ -51,6 +53,12 @@ CALLS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("generate_block_hash_extra_keys", ("vllm.v1.core.kv_cache_utils",)),
     ("init_device", ("vllm.v1.executor.uniproc_executor",)),
     ("init_device", ("vllm.v1.executor.multiproc_executor",)),
+    ("CoreEngineProcManager", ("vllm.v1.engine.utils",)),
+    ("wait_for_engine_startup", ("vllm.v1.engine.utils",)),
+    ("_send_engine_dead", ("vllm.v1.engine.core",)),
+    ("EngineDeadError", ("vllm.v1.engine.core_client",)),
+    ("WorkerProc", (MULTIPROC,)),
+    ("wait_for_ready", (MULTIPROC,)),
     ("to_sampling_params", (f"{OPENAI}.completion.serving",)),
     ("to_sampling_params", (f"{OPENAI}.chat_completion.serving",)),
     ("to_sampling_params", (f"{OPENAI}.responses.serving",)),
@@ -77,6 +85,12 @@ CALLS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("preprocess_state", (f"{WORKER}.gpu.model_runner",)),
     ("prepare_inputs", (f"{WORKER}.gpu.model_runner",)),
     ("prepare_dummy_inputs", (f"{WORKER}.gpu.cudagraph_utils",)),
+)
+
+# What vLLM starts a process with, and the module that does.
+STARTED = (
+    ("run_engine_core", "vllm.v1.engine.utils"),
+    ("worker_main", MULTIPROC),
 )
 
 # A field that is gone would in part be read with a default, which lets an unsupported feature in.
@@ -110,7 +124,8 @@ FIELDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "ModelConfig",
         (
             "runner_type", "dtype", "max_model_len", "hf_config", "get_hidden_size",
-            "get_total_num_hidden_layers",
+            "get_total_num_hidden_layers", "get_total_num_kv_heads", "get_head_size", "use_mla",
+            "is_hybrid", "is_attention_free",
         ),
     ),
     ("vllm.sampling_params", "SamplingParams", ("extra_args", "output_kind", "n")),
@@ -194,6 +209,9 @@ def faults(reader: SourceReader) -> Iterator[str]:
     for callee, modules in CALLS:
         if not any(reader.calls(module, callee) for module in modules):
             yield f"{callee} is not called in {' or '.join(modules)}"
+    for target, module in STARTED:
+        if not reader.starts(module, target):
+            yield f"{module} starts no process with {target}"
     for module, kind, names in FIELDS:
         owner = reader.find(module, kind)
         for name in names:

@@ -3,6 +3,7 @@
 Importing this package imports neither torch nor vllm; vLLM finds the plugin by its entry point.
 """
 
+from vllm_steer.calibration import Calibration, CalibrationPoint
 from vllm_steer.client import steer
 from vllm_steer.errors import (
     CompatibilityError,
@@ -19,6 +20,8 @@ from vllm_steer.pack import SteeringPack, load_pack, write_pack
 from vllm_steer.request import DirectionChoice, SteeringRequest
 
 __all__ = [
+    "Calibration",
+    "CalibrationPoint",
     "CompatibilityError",
     "ConfigError",
     "ConversionError",

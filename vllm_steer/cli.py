@@ -1,4 +1,4 @@
-"""The ``vllm-steer`` command: demo, extract, sweep, card, fusion, inspect, convert, verify."""
+"""The ``vllm-steer`` command: demo, model, extract, sweep, card, fusion, inspect, convert, verify."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vllm_steer.cli_calibrate import add_calibrate
+from vllm_steer.cli_demo import add_demo
 from vllm_steer.cli_evaluation import add_card, add_sweep
-from vllm_steer.cli_extract import add_extract, cores
+from vllm_steer.cli_extract import add_extract
 from vllm_steer.cli_fusion import add_fusion
+from vllm_steer.cli_model import add_model
 from vllm_steer.cli_verify import add_verify
 from vllm_steer.config import plugin_version
 from vllm_steer.errors import ConversionError, SteeringError
@@ -38,8 +41,10 @@ def command_line() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=plugin_version())
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_demo(commands)
+    add_demo(commands)
+    add_model(commands)
     add_extract(commands)
+    add_calibrate(commands)
     add_sweep(commands)
     add_card(commands)
     add_fusion(commands)
@@ -50,20 +55,6 @@ def command_line() -> argparse.ArgumentParser:
     _add_convert(commands)
     add_verify(commands)
     return parser
-
-
-def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    demo = commands.add_parser(
-        "demo", help="extract packs from the shipped model, serve it, show steered answers"
-    )
-    demo.add_argument(
-        "--output", type=Path, default=Path("demo-output"), help="default: %(default)s"
-    )
-    demo.add_argument(
-        "--concepts", type=int, default=3, help="concepts of each class (default: %(default)s)"
-    )
-    demo.add_argument("--workers", type=int, default=cores(), help="processes that learn vectors")
-    demo.set_defaults(run=_demo)
 
 
 def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -102,7 +93,7 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     into.add_argument(
         "--residual-norms",
         metavar="PATH",
-        help="JSON file of layer to mean residual norm, or a pack of the same model (default: measured "
+        help="JSON file of layer to median residual norm, or a pack of the same model (default: measured "
         "by running --model)",
     )
     into.set_defaults(run=_import)
@@ -112,13 +103,6 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     out.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .gguf to write")
     out.add_argument("--layers", type=int, nargs="+", metavar="K", help="write only these layers")
     out.set_defaults(run=_export)
-
-
-def _demo(args: argparse.Namespace) -> None:
-    from offline.demo.run import run_demo
-
-    args.output.mkdir(parents=True, exist_ok=True)
-    run_demo(args.output, args.concepts, args.workers)
 
 
 def _import(args: argparse.Namespace) -> None:

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_steer.cli_prefixes import add_prefixes, given_prefixes
 from vllm_steer.errors import EvaluationError, choices
-from vllm_steer.pack import SteeringPack, load_pack
+from vllm_steer.pack import Prefix, SteeringPack, load_pack
 
 if TYPE_CHECKING:
     from offline.judges import Judge
@@ -35,22 +36,35 @@ def add_sweep(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="directory of sweep.json, sweep.md and the answers; a run that was ended goes on there",
     )
     sweep.add_argument(
-        "--scales", type=float, nargs="+", metavar="E", help="default: around the default scales"
+        "--scales",
+        type=float,
+        nargs="+",
+        metavar="E",
+        help="default: around the default scales; of calibrated directions up to the largest fluent one and a "
+        "little beyond",
     )
     sweep.add_argument("--concepts", nargs="+", metavar="NAME", help="directions (default: all)")
-    sweep.add_argument("--layers", type=int, nargs="+", metavar="K", help="default: all of them")
+    sweep.add_argument(
+        "--layers", type=int, nargs="+", metavar="K", help="default: each direction's own"
+    )
     sweep.add_argument("--max-tokens", type=int, default=50, help="longest answer (default: 50)")
     sweep.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
-    sweep.add_argument(
+    add_engine(sweep)
+    _add_questions(sweep)
+    add_prefixes(sweep, "The ceiling; where the pack knows none, that of a given --class is taken.")
+    _add_judge(sweep)
+    sweep.set_defaults(run=_sweep)
+
+
+def add_engine(command: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the engine that answers."""
+    command.add_argument(
         "--engine",
         type=json_object,
         default={},
         metavar="JSON",
         help="""more arguments of vllm.LLM, such as '{"dtype": "bfloat16"}'""",
     )
-    _add_questions(sweep)
-    _add_judge(sweep)
-    sweep.set_defaults(run=_sweep)
 
 
 def _add_questions(sweep: argparse.ArgumentParser) -> None:
@@ -77,7 +91,7 @@ def _add_judge(sweep: argparse.ArgumentParser) -> None:
         "--judge", choices=("llm", "keywords", "demo"), required=True, help="demo: the demo model's"
     )
     judge.add_argument(
-        "--keywords", type=Path, metavar="FILE", help="'concept: word, word' (default: the names)"
+        "--keywords", type=Path, metavar="FILE", help="'concept: word, stem*' (default: the names)"
     )
     judge.add_argument("--least", type=int, default=1, help="keywords that must occur (default: 1)")
     judge.add_argument("--judge-url", help="endpoint with OpenAI's API, ending in /v1")
@@ -116,11 +130,13 @@ def json_object(text: str) -> dict[str, Any]:
 
 def _sweep(args: argparse.Namespace) -> None:
     with extras("offline"):
-        from offline.sweep import class_of, run_sweep, subject_of
+        from offline.subjects import class_of, subject_of
     from offline.generation import generating
-    from offline.results import markdown, write_result
+    from offline.sweep import run_sweep
+    from offline.sweep_tables import markdown, write_result
 
     packs = [load_pack(path) for path in args.packs]
+    prefixes = _prefixes(args, packs)
     subjects = [
         subject_of(
             pack,
@@ -129,6 +145,7 @@ def _sweep(args: argparse.Namespace) -> None:
             args.scales,
             concepts,
             args.layers,
+            prefixes[pack.name],
         )
         for pack, concepts in _concepts(args.concepts, packs)
     ]
@@ -163,6 +180,23 @@ def _concepts(
         for pack in packs
     ]
     return [(pack, names) for pack, names in chosen if names]
+
+
+def _prefixes(args: argparse.Namespace, packs: list[SteeringPack]) -> dict[str, dict[str, Prefix]]:
+    """Returns what is given in the place of what packs know, by pack and direction."""
+    from offline.prompts import PREFIX_TEMPLATES
+
+    names = [name for pack in packs for name in pack.directions]
+    given = given_prefixes(args, names)
+    if strangers := sorted(set(given) - set(names)):
+        raise EvaluationError(f"prefixes are given for {strangers}, which no pack has")
+    unknown = [name for pack in packs for name, d in pack.directions.items() if d.prefix is None]
+    if not given and args.concept_class in PREFIX_TEMPLATES:
+        given = given_prefixes(args, unknown, args.concept_class)
+    return {
+        pack.name: {name: given[name] for name in pack.directions if name in given}
+        for pack in packs
+    }
 
 
 def _questions(args: argparse.Namespace, concept_class: str) -> QuestionSet:

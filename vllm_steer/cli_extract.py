@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from vllm_steer.cli_evaluation import add_engine, extras
 from vllm_steer.errors import ExtractionError
 from vllm_steer.pack_summary import pack_summary
 
@@ -47,6 +48,12 @@ def add_extract(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         metavar="FILE",
         help="method caa: a direction for each file of JSON lines {prompt, positive, negative}, named by its stem",
     )
+    source.add_argument(
+        "--prompt",
+        nargs="+",
+        metavar="NAME=FILE",
+        help="a direction for each file, whose whole text is the prefix, such as a long system prompt",
+    )
     kind = extract.add_mutually_exclusive_group()
     kind.add_argument(
         "--class", dest="concept_class", help="fears, moods, experts, personas, places"
@@ -62,13 +69,24 @@ def add_extract(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--negative", type=Path, metavar="FILE", help="statements asked without it (likewise)"
     )
     extract.add_argument(
-        "--scale",
-        type=float,
-        help="default scale (ε) of requests, degrees for angular (default: 1 for caa, ablation and prompt_only)",
+        "--questions",
+        type=Path,
+        metavar="FILE",
+        help="everyday questions, one per line, to learn from and to calibrate on (default: the project's own)",
     )
     extract.add_argument(
-        "--safe-scale", type=float, help="largest fluent |scale| (default: that of --scale)"
+        "--calibrate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure layers and strength of every direction through the engine (default: yes)",
     )
+    extract.add_argument(
+        "--scale",
+        type=float,
+        help="default scale (ε) of requests, degrees for angular, until the pack is calibrated",
+    )
+    extract.add_argument("--safe-scale", type=float, help="largest fluent |scale|, likewise")
+    add_engine(extract)
     extract.add_argument(
         "--workers", type=int, default=cores(), help="processes that learn vectors"
     )
@@ -90,12 +108,44 @@ def _add_settings(extract: argparse.ArgumentParser) -> None:
     group = extract.add_argument_group("settings", argument_default=argparse.SUPPRESS)
     group.add_argument(
         "--method",
-        choices=("attention_guided", "caa", "ablation", "angular", "prompt_only"),
-        help="the published method (default: attention_guided); it sets some of what follows",
+        choices=("trained", "attention_guided", "caa", "ablation", "angular", "prompt_only"),
+        help="how directions are learned; it sets some of what follows (default: trained, or "
+        "attention_guided where a setting of that is given, or caa for --pairs)",
+    )
+    group.add_argument(
+        "--learn-from",
+        choices=("prompts", "answers"),
+        help="the last tokens of prompts, or the tokens of the prefixed model's answers",
     )
     group.add_argument(
         "--estimator",
-        choices=("rfm", "ridge", "logistic", "pca", "mean_difference", "unit_mean_difference"),
+        choices=(
+            "rfm",
+            "ridge",
+            "logistic",
+            "pca",
+            "mean_difference",
+            "unit_mean_difference",
+            "trained",
+        ),
+    )
+    group.add_argument(
+        "--answer-tokens",
+        choices=("mean", "weighted", "attention"),
+        help="all tokens of an answer alike, weighted by attention to the prefix, or the most attentive",
+    )
+    group.add_argument("--answer-length", type=int, metavar="N", help="most tokens of an answer")
+    group.add_argument(
+        "--prefix-role", choices=("user", "system"), help="where the prefix stands (default: user)"
+    )
+    group.add_argument("--train-steps", type=int, metavar="N", help="most steps of training")
+    group.add_argument("--train-rate", type=float, help="length of a step")
+    group.add_argument("--train-penalty", type=float, help="weight of the vectors' squared lengths")
+    group.add_argument(
+        "--train-checkpointing", action="store_true", help="less memory for more time"
+    )
+    group.add_argument(
+        "--train-together", type=int, metavar="N", help="concepts in the same forward passes"
     )
     group.add_argument("--labels", choices=("soft", "hard"))
     group.add_argument("--token", type=_token, help="attention, or a fixed one such as -1")
@@ -117,7 +167,7 @@ def _add_settings(extract: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--compat", action="store_true", help="choose as the authors' code does")
     group.add_argument("--batch-size", type=int)
-    group.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"))
     group.add_argument("--seed", type=int)
     group.add_argument("--rfm-ridge", type=float, help="the authors': 1e-3")
     group.add_argument(
@@ -132,18 +182,19 @@ def _add_settings(extract: argparse.ArgumentParser) -> None:
 
 
 def _extract(args: argparse.Namespace) -> None:
-    from offline import inputs
-    from offline.extract import Shards, extract_pack
-    from offline.methods import METHODS
+    with extras("offline"):
+        from offline import inputs
+        from offline.extract import Shards, extract_pack
+    from offline.everyday import everyday_questions
 
     given = {name: getattr(args, name) for name in args.setting_names if hasattr(args, name)}
-    settings = inputs.read_settings(args.settings, given)
-    scale = METHODS[settings.method].scale if args.scale is None else args.scale
-    if scale is None:
-        raise ExtractionError(f"method {settings.method!r} needs --scale")
+    settings = inputs.read_settings(args.settings, given, pairs=args.pairs is not None)
+    questions = everyday_questions(args.questions)
     concepts, pairs = [], None
     if args.pairs is not None:
         pairs = inputs.answer_pairs(args.pairs)
+    elif args.prompt is not None:
+        concepts = inputs.prompt_files(args.prompt)
     elif args.prefixes is not None:
         concepts = inputs.whole_prefixes(args.prefixes)
     elif args.lists is not None:
@@ -162,14 +213,22 @@ def _extract(args: argparse.Namespace) -> None:
         positives,
         negatives,
         settings,
-        scale,
-        abs(scale) or 1.0 if args.safe_scale is None else args.safe_scale,
+        args.scale,
+        args.safe_scale,
         args.out,
         workers=args.workers,
         device=args.device,
         shards=Shards(args.shards, args.ray_address, args.gpus),
         pairs=pairs,
+        questions=questions,
+        engine=args.engine,
     )
+    if args.calibrate:
+        from offline.calibration import CalibrationSettings, calibrate_pack
+
+        pack = calibrate_pack(
+            pack, args.model, questions, CalibrationSettings(), engine=args.engine
+        )
     sys.stdout.write(pack_summary(pack))
 
 

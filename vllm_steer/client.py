@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from vllm_steer.manifest import PositionChoice
+from vllm_steer.fields import PositionChoice
 from vllm_steer.positions import PositionRange
 from vllm_steer.request import REQUEST_KEY, parse
 
@@ -16,6 +16,7 @@ def steer(
     *,
     layers: Sequence[int] | None = None,
     positions: PositionChoice | Sequence[PositionRange] | None = None,
+    by: Literal["scale", "strength"] = "scale",
     xargs: bool = False,
 ) -> dict[str, Any]:
     """Returns the fields to add to a request's body.
@@ -28,6 +29,8 @@ def steer(
             direction's default scale.
         layers: Layers to steer; None takes those of each direction.
         positions: Token positions to steer; None takes those of each direction.
+        by: What the numbers are: scales, or strengths of calibrated directions, multiples of the
+            default scale.
         xargs: Whether to build ``vllm_xargs``, for clients and routes that pass on nothing else.
 
     Raises:
@@ -43,8 +46,8 @@ def steer(
         directions = dict.fromkeys(directions)
     fields: dict[str, Any] = {
         "directions": [
-            {"name": name} if scale is None else {"name": name, "scale": float(scale)}
-            for name, scale in directions.items()
+            {"name": name} if number is None else {"name": name, by: float(number)}
+            for name, number in directions.items()
         ]
     }
     if layers is not None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_steer.errors import ConfigError, choices
-from vllm_steer.manifest import LayerIndex
+from vllm_steer.fields import LayerIndex
 
 CONFIG_KEY = "steering"
 # Raised whenever the traced addition changes, so that no graph of another form is reused.

@@ -13,7 +13,7 @@
     ├── ExtractionError      a steering vector could not be learned
     ├── EvaluationError      steered answers could not be generated, judged or reported
     ├── EngineError          an engine in a process of its own did not start, died or refused
-    └── ConversionError      a vector file of another tool cannot be read or written
+    └── ConversionError      a vector or model file of another tool cannot be read or written
 
 Importing this module imports neither torch nor vllm.
 """
@@ -99,7 +99,7 @@ class EngineError(SteeringError, RuntimeError):
 
 
 class ConversionError(SteeringError):
-    """A vector file of another tool cannot be read, or a pack cannot be written in its format."""
+    """A vector or model file of another tool cannot be read, or nothing can be written in its format."""
 
 
 def choices(wanted: str, available: Iterable[str], limit: int = 8) -> str:

@@ -69,15 +69,23 @@ PACK_LOADED = Event(
     logging.INFO,
     "`name`, `sha256`, number of `directions`, sha256 of the pack that it `replaced`, and `key`",
 )
+DIRECTIONS_DO_NOT_STEER = Event(
+    "directions_do_not_steer",
+    logging.WARNING,
+    "a pack that was loaded, at start or later, has directions whose calibration found that they do not steer: its "
+    "`name`, their `count`, up to 5 of them as `directions`, and `advice`",
+)
 PACK_UNLOADED = Event("pack_unloaded", logging.INFO, "`name`, `sha256` and `key`")
-ALIAS_SET = Event("alias_set", logging.INFO, "`alias`, its `directions` with scales, and `key`")
+ALIAS_SET = Event(
+    "alias_set", logging.INFO, "`alias`, its `directions` with scale and strength, and `key`"
+)
 ALIAS_DROPPED = Event("alias_dropped", logging.INFO, "`alias` and `key`")
 REQUEST = Event(
     "request",
     logging.INFO,
     "with `--enable-log-requests`, at the end of each steered prompt: `request_id`, `outcome` (finished, aborted, "
-    "error) and `reason` (class of the error), `directions` with scales, digests and forms, `dose`, `clamped_by`, "
-    "`tokens_steered` and `key`",
+    "error) and `reason` (class of the error), `directions` with scales, strengths, digests and forms, `dose`, "
+    "`clamped_by`, `tokens_steered` and `key`",
 )
 REFUSED = Event(
     "refused",

@@ -6,20 +6,33 @@ Importing this module imports neither torch nor vllm.
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     JsonValue,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
+from vllm_steer.calibration import Calibration
 from vllm_steer.errors import explain_faults
-from vllm_steer.forms import FormChoice
+from vllm_steer.fields import (
+    MAX_LAYERS,
+    DirectionName,
+    LayerIndex,
+    Line,
+    PackName,
+    PositionChoice,
+    Positive,
+    Record,
+    Scale,
+    Sha256,
+    is_ascending,
+)
+from vllm_steer.forms import FormChoice, Op
 from vllm_steer.strict_json import parse_json
 
 SCHEMA_VERSION: Final = 1
@@ -32,41 +45,12 @@ MAX_MANIFEST_BYTES: Final = 32 * 2**20
 MAX_MANIFEST_VALUES: Final = 1_000_000
 MAX_VECTORS_BYTES: Final = 8 * 2**30
 MAX_DIRECTIONS: Final = 20_000
-MAX_LAYERS: Final = 10_000
 MAX_HIDDEN_SIZE: Final = 2**20
-# Keeps scale x vector far from float32's infinity, whatever norms a manifest claims.
-MAX_MAGNITUDE: Final = 1e9
+# Left out of a manifest where they are None: older versions refuse keys that they do not know.
+_OPTIONAL: Final = ("default_layers", "safe_scale", "prefix", "calibration")
 
 
-def _no_path(name: str) -> str:
-    if name in (".", "..") or "\\" in name:
-        raise ValueError("must not be . or .. and must not hold a backslash")
-    return name
-
-
-PositionChoice = Literal["all", "prompt", "generated", "last_prompt"]
-PackName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")]
-# A direction is named in requests as pack/direction, and as direction:scale in the flat form.
-DirectionName = Annotated[
-    str,
-    Field(
-        pattern=r"^[^\s/:\x00-\x1f\x7f-\x9f](?:[^/:\x00-\x1f\x7f-\x9f]{0,126}[^\s/:\x00-\x1f\x7f-\x9f])?$"
-    ),
-    AfterValidator(_no_path),
-]
-# Shown on terminals, where control characters are commands.
-Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]{0,1024}$")]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-LayerIndex = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
-Scale = Annotated[float, Field(ge=-MAX_MAGNITUDE, le=MAX_MAGNITUDE)]
-Positive = Annotated[float, Field(gt=0, le=MAX_MAGNITUDE)]
-
-
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
-
-
-class ModelIdentity(_Record):
+class ModelIdentity(Record):
     """The model that a pack's directions were learned from.
 
     Attributes:
@@ -86,7 +70,7 @@ class ModelIdentity(_Record):
     chat_template_sha256: Sha256 | None
 
 
-class MethodRecord(_Record):
+class MethodRecord(Record):
     """How a pack's directions were learned: enough to learn them again.
 
     Attributes:
@@ -104,37 +88,79 @@ class MethodRecord(_Record):
     data_sha256: Sha256
 
 
-class DirectionRecord(_Record):
+class Prefix(Record):
+    """What makes the model take on a direction's concept without steering.
+
+    Attributes:
+        text: The text.
+        role: Where it stands: before the user's text, or in a system message of its own.
+    """
+
+    text: str = Field(min_length=1, max_length=65536)
+    role: Literal["user", "system"] = "user"
+
+
+class DirectionRecord(Record):
     """One direction of a pack.
 
     Attributes:
         name: Name of the concept, unique in the pack.
         layers: Layers that the direction has a vector for, ascending; row i of the tensor belongs
             to ``layers[i]``.
+        default_layers: Layers steered when a request names none, some of ``layers``; None steers
+            them all.
         default_scale: Scale (ε) used when a request names none.
-        safe_scale: Largest |scale| found to leave the text fluent.
+        safe_scale: Largest |scale| found to leave the text fluent on ``default_layers``; None where
+            nobody has looked.
         positions: Token positions steered when a request names none.
         form: How it acts when a request says nothing else; None adds it. Directions that the form
             names are of this pack.
         metrics: Figures of the extraction, for people to read.
+        prefix: What makes the model take on the concept without steering; None where that is unknown.
+        calibration: What was measured of it on the model; None where it was not.
     """
 
     name: DirectionName
     layers: list[LayerIndex] = Field(min_length=1)
+    default_layers: list[LayerIndex] | None = Field(default=None, min_length=1)
     default_scale: Scale
-    safe_scale: Positive
+    safe_scale: Positive | None = None
     positions: PositionChoice
     form: FormChoice | None = None
     metrics: dict[str, JsonValue] = {}
+    prefix: Prefix | None = None
+    calibration: Calibration | None = None
+
+    @property
+    def steered_layers(self) -> list[int]:
+        """Layers that are steered when a request names none."""
+        return self.layers if self.default_layers is None else self.default_layers
+
+    @property
+    def op(self) -> Op:
+        """What it does when a request says nothing else."""
+        return (self.form and self.form.op) or "add"
 
     @model_validator(mode="after")
     def _ascending(self) -> DirectionRecord:
-        if sorted(set(self.layers)) != self.layers:
+        if not is_ascending(self.layers):
             raise ValueError("layers must be ascending and distinct")
+        if not is_ascending(self.steered_layers):
+            raise ValueError("default_layers must be ascending and distinct")
+        strangers = sorted(set(self.steered_layers) - set(self.layers))
+        if strangers:
+            raise ValueError(f"default_layers must be some of layers; {strangers} are not")
         return self
 
+    @model_serializer(mode="wrap")
+    def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = write(self)
+        return {
+            key: value for key, value in fields.items() if value is not None or key not in _OPTIONAL
+        }
 
-class TensorFile(_Record):
+
+class TensorFile(Record):
     """Identity of the tensor file; a pack whose file differs is refused."""
 
     file: Literal["steering_vectors.safetensors"]
@@ -142,7 +168,7 @@ class TensorFile(_Record):
     size: int = Field(gt=0, le=MAX_VECTORS_BYTES)
 
 
-class Manifest(_Record):
+class Manifest(Record):
     """Content of ``steering_config.json``.
 
     Attributes:
@@ -153,8 +179,9 @@ class Manifest(_Record):
         hook_point: The vector is added to the residual stream after the block.
         directions: The directions, in the order of extraction.
         method: How they were learned.
-        residual_norms: Mean Euclidean norm of the residual stream after each layer, on unprefixed
-            prompts; keys are layers in decimal, as JSON wants strings.
+        residual_norms: Median Euclidean norm of the residual stream after each layer over the tokens
+            of unprefixed prompts but the first of each, which takes up attention and is far longer
+            than the others; keys are layers in decimal, as JSON wants strings.
         tensors: Identity of the tensor file.
     """
 

@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from safetensors.numpy import save as save_safetensors
 
+from vllm_steer.calibration import Calibration, CalibrationPoint, raw_dose
 from vllm_steer.errors import PackError, explain_faults
+from vllm_steer.fields import PackName
 from vllm_steer.forms import FormChoice
 from vllm_steer.hub import hub_snapshot, resolve_pack
 from vllm_steer.manifest import (
@@ -37,7 +39,7 @@ from vllm_steer.manifest import (
     Manifest,
     MethodRecord,
     ModelIdentity,
-    PackName,
+    Prefix,
     TensorFile,
     parse_manifest,
 )
@@ -53,15 +55,19 @@ from vllm_steer.tensor_file import read_tensors
 __all__ = [
     "MANIFEST_FILE",
     "VECTORS_FILE",
+    "Calibration",
+    "CalibrationPoint",
     "DirectionRecord",
     "FormChoice",
     "Manifest",
     "MethodRecord",
     "ModelIdentity",
     "PackName",
+    "Prefix",
     "SteeringPack",
     "direction_digest",
     "load_pack",
+    "raw_dose",
     "replace_file",
     "resolve_pack",
     "write_pack",
@@ -143,7 +149,7 @@ def write_pack(
         directions: Their records.
         vectors: Direction name to array of shape ``[len(layers), hidden_size]``.
         method: How they were learned.
-        residual_norms: Mean residual norm by layer.
+        residual_norms: Median residual norm by layer.
 
     Raises:
         PackError: Something does not fit together, or the directory cannot be written.

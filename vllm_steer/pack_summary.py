@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from vllm_steer.calibration import Calibration
+from vllm_steer.fields import show_layers
 from vllm_steer.pack import SteeringPack
+
+# For what was not measured.
+_NOTHING = "–"
 
 
 def pack_summary(pack: SteeringPack) -> str:
@@ -17,12 +22,22 @@ def pack_summary(pack: SteeringPack) -> str:
         f"data {manifest.method.data_sha256[:12]}",
         "layers     layer k is the output of decoder block k, counted from 0",
         "",
-        f"{'direction':<32} {'scale':>8} {'safe':>8}  {'positions':<11} {'op':<7} {'digest':<12}  layers",
+        f"{'direction':<32} {'scale':>8} {'safe':>8} {'gap closed':>10} {'steers':>6}  {'positions':<11} {'op':<7} "
+        f"{'digest':<12}  {'default layers':<14}  layers",
     ]
     for name, record in pack.directions.items():
-        op = (record.form and record.form.op) or "add"
+        safe = _NOTHING if record.safe_scale is None else f"{record.safe_scale:g}"
+        closed, steers = _measured(record.calibration)
         lines.append(
-            f"{name:<32} {record.default_scale:>8g} {record.safe_scale:>8g}  {record.positions:<11} "
-            f"{op:<7} {pack.digests[name][:12]}  {', '.join(map(str, record.layers))}"
+            f"{name:<32} {record.default_scale:>8g} {safe:>8} {closed:>10} {steers:>6}  {record.positions:<11} "
+            f"{record.op:<7} {pack.digests[name][:12]}  {show_layers(record.steered_layers):<14}  "
+            f"{show_layers(record.layers)}"
         )
     return "\n".join(lines) + "\n"
+
+
+def _measured(calibration: Calibration | None) -> tuple[str, str]:
+    """Share of the gap that is closed, and whether the direction steers, which nobody knows without it."""
+    if calibration is None or calibration.gap_closed is None:
+        return _NOTHING, _NOTHING
+    return f"{calibration.gap_closed:.2f}", "yes" if calibration.steers else "no"

@@ -33,6 +33,7 @@ def register() -> None:
             "steering; unset it or uninstall vllm-steer"
         )
     versions.check()
+    from vllm_steer import failures
     from vllm_steer.engine import compile_cache, intake, runtime
     from vllm_steer.engine.prefix_cache import steered_extra_keys
     from vllm_steer.serving import admission, configure, entry, flags, guard, outcome
@@ -55,6 +56,14 @@ def register() -> None:
     seams.patch(seams.PREPROCESS_ADD_REQUEST, intake.check_intake)
     runtime.install(seams.PREPROCESS_ADD_REQUEST.resolve()[0])
     seams.patch(seams.INIT_DEVICE, _attach)
+    seams.patch(seams.START_ENGINE_CORES, failures.make_file)
+    seams.patch(seams.WAIT_FOR_STARTUP, failures.explain_start)
+    seams.patch(seams.ENGINE_DEAD, failures.explain_death)
+    seams.patch(seams.SEND_ENGINE_DEAD, failures.report_death)
+    seams.patch(seams.WAIT_FOR_WORKERS, failures.watch_workers)
+    seams.patch(seams.WORKER_PROC_INIT, failures.report_worker)
+    seams.replace(seams.RUN_ENGINE_CORE, failures.run_engine_core)
+    seams.replace(seams.WORKER_MAIN, failures.worker_main)
 
 
 def _attach(original: Callable[..., Any]) -> Callable[..., Any]:

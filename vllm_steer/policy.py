@@ -31,9 +31,11 @@ class Policy(BaseModel):
         aliases: Names that stand for a steering: a request for the model ``SERVED:ALIAS`` is
             steered by it, and ``/v1/models`` lists it.
         default: Steering of requests that name none; ``"steering": "none"`` leaves it out.
-        max_dose: Largest relative dose: the sum of |ε|·‖v‖ over a request's directions, at the largest
-            factor of their schedules, divided by the mean norm of the residual stream, at the layer
-            and position where it is largest.
+        max_dose: Largest dose of a request. 1 is the largest at which the calibration of a direction
+            found the text fluent. Of a direction that nobody calibrated the dose is |ε|·‖v‖ over the
+            median norm of the residual stream, added up over its layers, at the largest factor of its
+            schedule; near 1 real models lose their text. The doses of directions that meet are summed,
+            and the position counts where that is largest.
         dose_action: What happens to a request above it: ``reject`` answers 400, ``clamp`` lowers
             all its scales by one factor, which the receipt states.
         keys: Which directions an API key may use: the SHA-256 of the key in hexadecimal, or ``*``

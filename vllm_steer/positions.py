@@ -13,7 +13,7 @@ from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from vllm_steer.errors import RequestError
-from vllm_steer.manifest import PositionChoice
+from vllm_steer.fields import PositionChoice
 
 MAX_RANGES = 64
 # First position and the position after the last one; a negative one counts from the prompt's

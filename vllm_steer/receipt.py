@@ -16,11 +16,14 @@ HEADER = "x-steering"
 # Proxies refuse long headers; the body has everything.
 MAX_HEADER = 2048
 RECEIPT_FIELDS = {
-    "directions": "Each direction's `name`, `scale`, `layers` and content `digest`, as carried out; the `op` with "
-    "what belongs to it, where that is not addition; and the `schedule` if there is one.",
+    "directions": "Each direction's `name`, `scale`, `layers` and content `digest`, as carried out; the `strength`, "
+    "`scale` over the default scale, of a calibrated direction in its own form on its default layers, and none "
+    "otherwise; the `op` with what belongs to it, where that is not addition; and the `schedule` if there is one.",
     "positions": "Ranges of absolute token positions, `start` to before `end` (null: to the end), each with the "
     "indices of the directions that are summed there.",
-    "dose": "Largest relative dose: Σ&#124;ε&#124;·‖v‖ over the mean norm of the residual stream.",
+    "dose": "Largest dose over the positions, after clamping: 1 is the largest at which text was found fluent, or, of "
+    "directions that nobody calibrated, Σ&#124;ε&#124;·‖v‖ over their layers, each over the median norm of the residual "
+    "stream there.",
     "clamped_by": "Factor that the server multiplied all scales by; 1 when it kept them.",
     "tokens_steered": "Tokens that went through the model at steered positions, of prompt and answers; the last "
     "token of an answer does not.",
@@ -36,8 +39,9 @@ class Receipt:
         names: ``pack/direction`` by content digest, as loaded when the request came.
         prompt_len: Tokens of the prompt.
         num_choices: Answers to the prompt (``n``).
-        dose: Largest relative dose, after clamping.
+        dose: Largest dose over the positions, after clamping.
         clamped: Factor that all scales were multiplied by; 1 when the request's own were kept.
+        strengths: Scale over default scale, after clamping, of the terms that have a strength.
         answered: Tokens generated so far by index of the answer; filled while the engine runs.
         ended: Tokens of each answer up to its trigger, where it has met one.
     """
@@ -48,6 +52,7 @@ class Receipt:
     num_choices: int
     dose: float
     clamped: float
+    strengths: Mapping[Term, float] = field(default_factory=dict)
     answered: dict[int, int] = field(default_factory=dict)
     ended: dict[int, int] = field(default_factory=dict)
 
@@ -60,10 +65,11 @@ class Receipt:
         num_choices: int,
         dose: float,
         clamped: float,
+        strengths: Mapping[Term, float] | None = None,
     ) -> Receipt:
         """Makes the receipt of a plan; ``names`` has those of its directions, by digest."""
         kept = {digest: name for digest, name in names.items() if digest in plan.digests}
-        return cls(plan, kept, prompt_len, num_choices, dose, clamped)
+        return cls(plan, kept, prompt_len, num_choices, dose, clamped, strengths or {})
 
     def count(self, choice: int, tokens: Sequence[int], before: int) -> None:
         """Counts tokens of an answer.
@@ -109,6 +115,7 @@ class Receipt:
                     "layers": list(term.layers),
                     "digest": term.digest,
                 }
+                | self._strength(term)
                 | self._form(term)
                 | ({"schedule": term.schedule.to_json()} if term.schedule else {})
                 for term in terms
@@ -136,6 +143,10 @@ class Receipt:
             parts.pop()
             shown = ", ".join([*parts, "..."])
         return shown
+
+    def _strength(self, term: Term) -> dict[str, float]:
+        """The strength of a term that has one, rounded like the dose."""
+        return {"strength": round(self.strengths[term], 6)} if term in self.strengths else {}
 
     def _form(self, term: Term) -> dict[str, Any]:
         """How a term acts, where it does not just add."""

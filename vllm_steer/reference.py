@@ -15,14 +15,14 @@ from typing import Any
 from pydantic import BaseModel
 
 from vllm_steer import log
+from vllm_steer.calibration import Calibration, CalibrationPoint
 from vllm_steer.cli import command_line
 from vllm_steer.errors import RequestError
+from vllm_steer.fields import MAX_LAYERS, MAX_MAGNITUDE
 from vllm_steer.forms import OPS, FormChoice, Gate
 from vllm_steer.manifest import (
     MAX_DIRECTIONS,
     MAX_HIDDEN_SIZE,
-    MAX_LAYERS,
-    MAX_MAGNITUDE,
     MAX_MANIFEST_BYTES,
     MAX_MANIFEST_VALUES,
     MAX_VECTORS_BYTES,
@@ -115,6 +115,8 @@ def render() -> str:
                 ModelIdentity,
                 DirectionRecord,
                 FormChoice,
+                Calibration,
+                CalibrationPoint,
                 MethodRecord,
                 TensorFile,
             )  # fmt: skip

@@ -40,14 +40,9 @@ class LoadedDirection:
 
     @cached_property
     def norms(self) -> dict[int, float]:
-        """Mean norm of the residual stream by layer, as the pack measured it."""
+        """Median norm of the residual stream by layer, as the pack measured it."""
         norms = self.pack.manifest.residual_norms
         return {layer: norms[str(layer)] for layer in self.record.layers}
-
-    @cached_property
-    def unit_doses(self) -> dict[int, float]:
-        """Relative dose of ε = 1 by layer: the vector's length over that of the residual stream."""
-        return {layer: length / self.norms[layer] for layer, length in self.lengths.items()}
 
     @cached_property
     def rows(self) -> dict[int, int]:
@@ -88,7 +83,9 @@ class PackRegistry:
             for name, record in pack.directions.items()
         ]
         self._by_name = {direction.full_name: direction for direction in loaded}
-        self._by_digest = {direction.digest: direction for direction in loaded}
+        # Of equal contents the calibrated one knows what its dose means.
+        known = sorted(loaded, key=lambda direction: direction.record.calibration is not None)
+        self._by_digest = {direction.digest: direction for direction in known}
         self._bare: dict[str, list[LoadedDirection]] = {}
         for direction in loaded:
             self._bare.setdefault(direction.record.name, []).append(direction)

@@ -1,7 +1,7 @@
 """What a request may say about steering: parsing and validation.
 
-A request names directions, each with a scale, layers and positions. Importing this module imports
-neither torch nor vllm.
+A request names directions, each with a scale or a strength, layers and positions. Importing this
+module imports neither torch nor vllm.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from vllm_steer.errors import RequestError, choices
+from vllm_steer.fields import LayerIndex
 from vllm_steer.forms import FormChoice, Gate
-from vllm_steer.manifest import LayerIndex
 from vllm_steer.positions import Positions, parse_slice
 from vllm_steer.schedule import ScheduleChoice
 from vllm_steer.until import TokenIds
@@ -46,17 +47,28 @@ class DirectionChoice(FormChoice):
     Attributes:
         name: ``pack/direction``, or ``direction`` where only one loaded pack has it.
         scale: ε, the factor of the vector, or what the op says; None takes the direction's default.
-        layers: Layers to steer, 0-based block outputs; None takes the request's, else all of the
-            direction's.
+        strength: Multiple of the default scale of a calibrated direction, in the place of a scale:
+            1 is what its calibration found. It holds for the form and the layers that were measured.
+        layers: Layers to steer, 0-based block outputs; None takes the request's, else the default
+            layers of the direction.
         positions: Token positions to steer; None takes the request's, else the direction's.
         schedule: Strength over the generated tokens; None takes the request's, else it is constant.
     """
 
     name: Annotated[str, Field(min_length=1, max_length=300)]
     scale: Scale | None = None
+    strength: Scale | None = None
     layers: Layers | None = None
     positions: Positions | None = None
     schedule: ScheduleChoice | None = None
+
+    @model_validator(mode="after")
+    def _says_it_once(self) -> DirectionChoice:
+        if self.scale is not None and self.strength is not None:
+            raise PydanticCustomError(
+                "strength", "scale and strength say the same in two ways; give one of them"
+            )
+        return self
 
 
 class SteeringRequest(_Strict):

@@ -13,12 +13,14 @@ import numpy as np
 
 from vllm_steer.dose import check_scale
 from vllm_steer.errors import RequestError, UnknownDirectionError
+from vllm_steer.fields import show_layers
 from vllm_steer.forms import LINEAR_OPS, PLANE_OPS, FormChoice
 from vllm_steer.positions import PositionRange, absolute_ranges
 from vllm_steer.registry import LoadedDirection, PackRegistry
 from vllm_steer.request import REQUEST_KEY, DirectionChoice, SteeringRequest
 from vllm_steer.schedule import Schedule
 from vllm_steer.steering_plan import Form, Segment, SteeringPlan, Term
+from vllm_steer.strength import check_calibrated, scale_of
 from vllm_steer.until import Until
 
 _Span = tuple[Sequence[PositionRange], Term]
@@ -130,14 +132,23 @@ def _term(
     except UnknownDirectionError as error:
         raise UnknownDirectionError(f"{where}.name: {error}") from None
     record = direction.record
-    layers = sorted(set(choice.layers or request.layers or record.layers))
+    layers = sorted(set(choice.layers or request.layers or record.steered_layers))
     _check_layers(f"{where}.layers", direction, layers)
     chosen = choice.over(record.form)
-    scale = _scale(where, choice, chosen, direction)
     form = _form(where, chosen, direction, layers, registry)
+    field = "scale"
+    if choice.strength is None:
+        scale = _scale(where, choice, chosen, direction)
+    else:
+        field = "strength"
+        try:
+            check_calibrated(choice, direction)
+            scale = scale_of(choice.strength, direction, form, layers, registry)
+        except RequestError as error:
+            raise RequestError(f"{where}.{error}") from None
     schedule = _schedule(where, choice, request, form, prompt_len)
     term = Term(direction.digest, scale, tuple(layers), form, schedule)
-    check_scale(where, term, direction, registry)
+    check_scale(f"{where}.{field}", term, direction, registry)
     return term, direction
 
 
@@ -177,8 +188,8 @@ def _scale(
 ) -> float:
     if choice.scale is not None:
         return choice.scale
-    op, own = chosen.op or "add", (direction.record.form or chosen).op or "add"
-    if op == (own if direction.record.form else "add"):
+    op = chosen.op or "add"
+    if op == direction.record.op:
         return direction.record.default_scale
     if op == "ablate":
         return 1.0
@@ -208,7 +219,7 @@ def _check_layers(where: str, direction: LoadedDirection, layers: Sequence[int])
     if unknown:
         raise RequestError(
             f"{where}: direction {direction.full_name!r} has no vector for layers {unknown}; "
-            f"it has {_ranges(known)}"
+            f"it has {show_layers(known)}"
         )
 
 
@@ -243,14 +254,3 @@ def _schedule(
 def _is_idle(term: Term) -> bool:
     """Whether a term changes nothing."""
     return term.scale == 0.0 and term.form.op in (*LINEAR_OPS, "rotate")
-
-
-def _ranges(layers: Sequence[int]) -> str:
-    """``[1, 2, 3, 7]`` as ``1-3, 7``."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -111,6 +111,18 @@ EXTRA_HASH_KEYS = Seam(
     "_gen_prompt_embeds_extra_hash_keys",
     ("request", "start_token_idx", "end_token_idx"),
 )
+# An engine that ends says why in another process.
+START_ENGINE_CORES = Seam(
+    "vllm.v1.engine.utils", "CoreEngineProcManager.__init__", ("self", "local_engine_count")
+)
+WAIT_FOR_STARTUP = Seam("vllm.v1.engine.utils", "wait_for_engine_startup", ("handshake_socket",))
+ENGINE_DEAD = Seam("vllm.v1.engine.exceptions", "EngineDeadError.__init__", ("self", "args"))
+RUN_ENGINE_CORE = Seam("vllm.v1.engine.core", "EngineCoreProc.run_engine_core", ("args",))
+SEND_ENGINE_DEAD = Seam("vllm.v1.engine.core", "EngineCoreProc._send_engine_dead", ("self",))
+_MULTIPROC = "vllm.v1.executor.multiproc_executor"
+WORKER_MAIN = Seam(_MULTIPROC, "WorkerProc.worker_main", ("args", "kwargs"))
+WORKER_PROC_INIT = Seam(_MULTIPROC, "WorkerProc.__init__", ("self", "vllm_config"))
+WAIT_FOR_WORKERS = Seam(_MULTIPROC, "WorkerProc.wait_for_ready", ("unready_proc_handles",))
 INIT_DEVICE = Seam("vllm.v1.worker.worker_base", "WorkerWrapperBase.init_device", ("self",))
 TO_SAMPLING_PARAMS = (
     Seam(
@@ -217,3 +229,27 @@ def patch(seam: Seam, wrap: Callable[[Any], Any]) -> None:
         type(kind) if isinstance(kind, (staticmethod, classmethod)) else (lambda function: function)
     )
     setattr(holder, attribute, rewrap(replacement))
+
+
+def replace(seam: Seam, function: Callable[..., Any]) -> None:
+    """Puts a module's function in the place of a static method that vLLM starts a process with.
+
+    A process that is not forked finds what it runs by module and name. Those of the function remain
+    its own, where those of :func:`patch` would lead to vLLM's method.
+
+    Args:
+        seam: The symbol.
+        function: What calls :func:`original` of it.
+    """
+    holder, attribute = seam.resolve()
+    before = getattr(holder, attribute)
+    if getattr(before, _PATCHED, False):
+        return
+    function.__dict__.update({"__wrapped__": before, _PATCHED: True})
+    setattr(holder, attribute, staticmethod(function))
+
+
+def original(seam: Seam) -> Any:
+    """Returns what vLLM has for a symbol, patched or not."""
+    found = getattr(*seam.resolve())
+    return inspect.unwrap(found, stop=lambda function: not getattr(function, _PATCHED, False))

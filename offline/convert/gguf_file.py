@@ -18,15 +18,15 @@ from __future__ import annotations
 
 import os
 import re
-import struct
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from offline.convert.gguf_header import Limits, read_header
 from offline.convert.vectors import (
     MAX_LAYERS,
     MAX_WIDTH,
@@ -38,16 +38,9 @@ from offline.convert.vectors import (
 from vllm_steer.errors import ConversionError
 from vllm_steer.pack import ModelIdentity
 
-MAGIC: Final = b"GGUF"
-MAX_FIELDS: Final = 10_000
-MAX_ARRAY: Final = 4_096
-MAX_STRING: Final = 65_536
+_LIMITS: Final = Limits(fields=10_000, tensors=MAX_LAYERS, dimensions=1, array=4_096, string=65_536)
 _ARCHITECTURES: Final = ("controlvector", "steervector")
 _DIRECTION: Final = re.compile(r"direction\.(0|[1-9][0-9]{0,3})")
-# Bytes of a value by its type in GGUF; strings (8) and arrays (9) tell their own length.
-_SCALARS: Final = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_STRING: Final = 8
-_ARRAY: Final = 9
 
 
 def read_gguf(file: Path, model: ModelIdentity) -> VectorFile:
@@ -143,58 +136,14 @@ def _check_header(file: Path) -> None:
     size = file.stat().st_size
     try:
         with file.open("rb") as stream:
-            if stream.read(4) != MAGIC:
-                raise ValueError("it does not begin with GGUF")
-            version, tensors, fields = struct.unpack("<IQQ", _take(stream, 20))
-            if version not in (2, 3):
-                raise ValueError(f"version {version} is neither 2 nor 3 in little endian")
-            if tensors > MAX_LAYERS or fields > MAX_FIELDS:
-                raise ValueError(f"it claims {tensors} tensors and {fields} fields")
-            for _ in range(fields):
-                _string(stream)
-                _value(stream, _number(stream, "<I"))
-            for _ in range(tensors):
-                _string(stream)
-                dimensions = _number(stream, "<I")
-                if dimensions != 1:
-                    raise ValueError(f"a tensor has {dimensions} dimensions where a vector has 1")
-                width, _, offset = struct.unpack("<QIQ", _take(stream, 20))
-                if width > MAX_WIDTH or offset + width > size:
-                    raise ValueError("a tensor is larger than the file")
-    except (ValueError, struct.error) as error:
+            header = read_header(stream, _LIMITS)
+        for tensor in header.tensors:
+            if len(tensor.shape) != 1:
+                raise ValueError(
+                    f"a tensor has {len(tensor.shape)} dimensions where a vector has 1"
+                )
+            (width,) = tensor.shape
+            if width > MAX_WIDTH or tensor.offset + width > size:
+                raise ValueError("a tensor is larger than the file")
+    except ValueError as error:
         raise ConversionError(f"{file}: not a readable GGUF file ({error})") from error
-
-
-def _value(stream: BinaryIO, kind: int) -> None:
-    if kind == _STRING:
-        _string(stream)
-    elif kind == _ARRAY:
-        element, count = struct.unpack("<IQ", _take(stream, 12))
-        if count > MAX_ARRAY or element == _ARRAY:
-            raise ValueError(
-                f"an array claims {count} elements; a control vector has no such array"
-            )
-        for _ in range(count):
-            _value(stream, element)
-    elif kind in _SCALARS:
-        _take(stream, _SCALARS[kind])
-    else:
-        raise ValueError(f"a value has the unknown type {kind}")
-
-
-def _string(stream: BinaryIO) -> None:
-    length = _number(stream, "<Q")
-    if length > MAX_STRING:
-        raise ValueError(f"a string claims {length} bytes")
-    _take(stream, length)
-
-
-def _number(stream: BinaryIO, form: str) -> int:
-    return int(struct.unpack(form, _take(stream, struct.calcsize(form)))[0])
-
-
-def _take(stream: BinaryIO, count: int) -> bytes:
-    data = stream.read(count)
-    if len(data) < count:
-        raise ValueError("it is truncated")
-    return data

@@ -21,7 +21,8 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import AutoConfig, AutoTokenizer
 
 from offline.capture import capture
-from offline.convert.gguf_file import MAGIC, read_gguf, write_gguf
+from offline.convert.gguf_file import read_gguf, write_gguf
+from offline.convert.gguf_header import MAGIC
 from offline.convert.torch_file import read_torch
 from offline.convert.vectors import VectorFile
 from offline.demo.statements import statements

@@ -16,6 +16,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from vllm_steer.errors import EngineError
+from vllm_steer.root_cause import cause_in_log
+
 SERVED_NAME = "demo"
 START_TIMEOUT = 600.0
 
@@ -55,7 +58,8 @@ def serve(model: Path, packs: Sequence[Path], log: Path, *extra: str) -> Iterato
         extra: More arguments of ``vllm serve``.
 
     Raises:
-        RuntimeError: The server ended or did not answer in time; the message holds its last words.
+        EngineError: The server ended or did not answer in time; the message ends with what its log
+            names as the root cause.
     """
     port = free_port()
     command = [*serve_command(model, packs, port), *extra]
@@ -76,7 +80,8 @@ def running(
         environment: Environment variables beside this process's.
 
     Raises:
-        RuntimeError: The server ended or did not answer in time; the message holds its last words.
+        EngineError: The server ended or did not answer in time; the message ends with what its log
+            names as the root cause.
     """
     executable = str(Path(sys.executable).with_name(command[0]))
     with log.open("w") as stream:
@@ -104,13 +109,11 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
         while not _answers(url):
             bar.update()
             if process.poll() is not None:
-                raise RuntimeError(
-                    f"vllm serve ended with status {process.returncode}:\n{_tail(log)}"
+                raise EngineError(
+                    f"vllm serve ended with status {process.returncode}; {_said(log)}"
                 )
             if time.monotonic() - started > START_TIMEOUT:
-                raise RuntimeError(
-                    f"vllm serve did not answer in {START_TIMEOUT:g} s:\n{_tail(log)}"
-                )
+                raise EngineError(f"vllm serve did not answer in {START_TIMEOUT:g} s; {_said(log)}")
             time.sleep(1.0)
 
 
@@ -122,8 +125,8 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _tail(log: Path, lines: int = 15) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+def _said(log: Path) -> str:
+    return f"{log} says: {cause_in_log(log.read_text(errors='replace'))}"
 
 
 def free_port() -> int:

@@ -22,8 +22,8 @@ from offline.fusion.search import (
     segments_of,
 )
 from offline.generation import Answer, Generator, Request
+from offline.models import public_name
 from offline.scores import interval
-from offline.sweep import public_name
 from vllm_steer.errors import EvaluationError
 from vllm_steer.pack import SteeringPack
 
@@ -96,7 +96,7 @@ def run_fusion(
                 targets, segments, scales, answers, seconds
             )
     return FusionResult(
-        model=public_name(generator.model),
+        model=public_name(generator.engine.model),
         pack=pack.manifest.tensors.sha256,
         max_tokens=generator.max_tokens,
         trials=budget.trials,

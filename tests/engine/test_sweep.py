@@ -22,9 +22,12 @@ from offline.demo.corpus import user_text
 from offline.demo.evaluate import DemoModel, Trial
 from offline.demo.statements import statements
 from offline.generation import Answer, Generator, Request
+from offline.prompts import render_question
 from offline.questions import given_questions
+from offline.reference import Reference
 from offline.results import SweepResult, read_result
-from offline.sweep import Subject, subject_of
+from offline.subjects import Subject, subject_of
+from offline.token_engine import Asked, TokenEngine
 from vllm_steer.cli import main
 from vllm_steer.errors import EvaluationError
 from vllm_steer.pack import SteeringPack
@@ -96,17 +99,18 @@ def swept(
 def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever generates fails."""
 
-    def generate(*args: Any) -> None:
+    def start(*args: Any) -> None:
         raise AssertionError("an engine was started")
 
-    monkeypatch.setattr(Generator, "_generate", generate)
+    monkeypatch.setattr(TokenEngine, "_engine", start)
 
 
 @pytest.fixture
 def answers(swept: Swept, model: Path, packs: list[SteeringPack], no_engine: None) -> list[Answer]:
     """What the engine answered, in the order of the requests of all subjects."""
-    generator = Generator(model, packs, MAX_TOKENS, swept.folder / "answers", ENGINE)
-    return generator.answer([r for subject in subjects(packs) for r in subject.requests()])
+    engine = TokenEngine(model, packs, ENGINE, swept.folder / "answers")
+    requests = [r for subject in subjects(packs) for r in subject.requests()]
+    return Generator(engine, MAX_TOKENS).answer(requests)
 
 
 def subjects(packs: list[SteeringPack]) -> list[Subject]:
@@ -123,6 +127,11 @@ def test_answers_are_those_of_hugging_face_with_hooks(
         trials += [
             Trial(text, concept, direction=pack.vectors[concept], scale=scale)
             for scale in SCALES
+            for concept in pack.directions
+            for text in (*TUNING, *HELDOUT)
+        ]
+        trials += [
+            Trial(text, concept, prefixed=True)
             for concept in pack.directions
             for text in (*TUNING, *HELDOUT)
         ]
@@ -153,8 +162,9 @@ def test_perplexity_is_that_of_the_unsteered_model(answers: list[Answer], model:
     tokenizer = AutoTokenizer.from_pretrained(model)
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     questions = [*TUNING, *HELDOUT]
-    # Of the first pack: unsteered answers, and those at the second scale for its two concepts.
-    for index in (*range(5), *range(15, 25)):
+    # Of the first pack: unsteered answers, those at the second scale for its two concepts, and those
+    # with their prefixes, which are taken away here.
+    for index in (*range(5), *range(15, 25), *range(35, 45)):
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": user_text(questions[index % 5])}],
             add_generation_prompt=True,
@@ -167,6 +177,65 @@ def test_perplexity_is_that_of_the_unsteered_model(answers: list[Answer], model:
         at = torch.arange(len(prompt) - 1, len(prompt) + len(given) - 1)
         expected = (-logs[at, torch.tensor(given)].mean()).exp()
         assert answers[index].perplexity == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_the_demo_stands_between_floor_and_ceiling(swept: Swept) -> None:
+    """Its prefixes always work, and are all that its vectors were learned from."""
+    result = swept.result
+    assert set(result.prefixes) == {
+        f"{found.name}/{one.name}" for found in result.classes[:-1] for one in found.concepts
+    }
+    for found in result.classes:
+        assert found.unsteered.steerability == found.unsteered.gap_closed == 0.0
+        assert found.prefixed is not None
+        assert found.prefixed.steerability == found.prefixed.gap_closed == 1.0
+        assert found.single.gap_closed is not None
+        assert 0.5 < found.single.gap_closed < 1.05
+        for one in found.concepts:
+            assert one.own.gap_closed is not None
+            assert one.own.gap_closed > 0.5
+    text = (swept.folder / "sweep.md").read_text()
+    assert "| class | concepts | ε | unsteered (floor) |" in text
+    assert "| spiders | 8 | 0.00 | 1.00 | 1.00 | " in text
+
+
+def test_what_is_too_strong_is_not_fluent(swept: Swept) -> None:
+    for found in swept.result.classes[:-1]:
+        assert found.fluent
+        assert found.bound is not None
+        assert found.bound.prefixed == len(found.concepts)
+        for points in (found.tuning, found.heldout):
+            assert [point.fluent for point in points] == [True, True, False]
+        weak, right, strong = (point.figures.gap_closed for point in found.heldout)
+        assert weak < right
+        assert strong < 0
+
+
+def test_the_gap_is_that_of_hugging_face(
+    swept: Swept, answers: list[Answer], model: Path, reference: Reference
+) -> None:
+    """Of spiders at the second scale, on held-out questions."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prefix = swept.result.prefixes["fears/spiders"].text
+    steering = {"directions": [{"name": "fears/spiders", "scale": SCALES[1]}]}
+    raised = gap = 0.0
+    for text, answer in zip(HELDOUT, answers[37:40], strict=True):
+        plain = render_question(tokenizer, user_text(text)).token_ids
+        prefixed = render_question(tokenizer, user_text(text), prefix).token_ids
+        lone = _likelihood(reference, plain, answer, None)
+        raised += _likelihood(reference, plain, answer, steering) - lone
+        gap += _likelihood(reference, prefixed, answer, None) - lone
+    (found,) = [one for one in swept.result.classes[0].concepts if one.name == "spiders"]
+    closed = found.heldout[1].figures.gap_closed
+    assert closed == pytest.approx(raised / gap, abs=2e-3)
+
+
+def _likelihood(
+    reference: Reference, prompt: tuple[int, ...], answer: Answer, steering: dict[str, Any] | None
+) -> float:
+    logs = reference.score(prompt, answer.tokens, steering)
+    at = range(len(prompt) - 1, len(prompt) + len(answer.tokens) - 1)
+    return float(sum(logs[place, token] for place, token in zip(at, answer.tokens, strict=True)))
 
 
 def test_perplexity_rises_with_the_scale(swept: Swept) -> None:
@@ -197,7 +266,8 @@ def test_another_judge_grades_the_same_answers(
     assert main(command) == 0
     result = read_result(swept.folder.with_name("again") / "sweep.json")
     assert result.judge == "keywords, at least 2"
-    assert result.classes[0].by_concept["spiders"] == 1.0
+    grades = {found.name: found.single.steerability for found in result.classes[0].concepts}
+    assert grades["spiders"] == 1.0
     assert result.classes[1].single.steerability == 0.0
 
 
@@ -220,29 +290,29 @@ def test_other_requests_are_generated_anew(swept: Swept, no_engine: None) -> Non
 
 
 def test_another_checkpoint_in_the_same_place_is_asked_anew(
-    swept: Swept, model: Path, packs: list[SteeringPack], no_engine: None, tmp_path: Path
+    model: Path, no_engine: None, tmp_path: Path
 ) -> None:
-    copy = shutil.copytree(model, tmp_path / "model")
-    requests = [r for subject in subjects(packs) for r in subject.requests()]
-    generator = Generator(copy, packs, MAX_TOKENS, tmp_path / "answers", ENGINE)
-    (tmp_path / "answers").mkdir()
-    stored = generator._file(requests)
-    assert stored is not None
-    shutil.copy(next((swept.folder / "answers").iterdir()), stored)
-    assert len(generator.answer(requests)) == len(requests)
+    copy, store, asked = (
+        shutil.copytree(model, tmp_path / "model"),
+        tmp_path / "answers",
+        Asked((1,), (2,)),
+    )
+    engine = TokenEngine(copy, options=ENGINE, store=store)
+    engine._store.keep("score", [asked.to_json()], [-1.5])
+    assert TokenEngine(copy, options=ENGINE, store=store).score([asked], "again") == [-1.5]
     (copy / "model.safetensors").touch()
     with pytest.raises(AssertionError, match="an engine was started"):
-        generator.answer(requests)
+        TokenEngine(copy, options=ENGINE, store=store).score([asked], "anew")
 
 
 def test_damaged_answers_are_refused(
     swept: Swept, model: Path, packs: list[SteeringPack], no_engine: None, tmp_path: Path
 ) -> None:
-    (file,) = (swept.folder / "answers").iterdir()
-    (tmp_path / file.name).write_text(file.read_text()[:-200])
+    for file in (swept.folder / "answers").iterdir():
+        (tmp_path / file.name).write_text(file.read_text()[:-20])
     requests = [r for subject in subjects(packs) for r in subject.requests()]
     with pytest.raises(EvaluationError, match="is damaged .* delete it"):
-        Generator(model, packs, MAX_TOKENS, tmp_path, ENGINE).answer(requests)
+        Generator(TokenEngine(model, packs, ENGINE, tmp_path), MAX_TOKENS).answer(requests)
 
 
 @pytest.mark.parametrize(
@@ -252,6 +322,8 @@ def test_damaged_answers_are_refused(
         (["--concepts", "spider"], "did you mean 'spiders'"),
         (["--judge", "llm"], "needs --judge-url"),
         (["--questions", "nowhere.txt"], "cannot read nowhere.txt"),
+        (["--prefixes", "nowhere.txt"], "cannot read nowhere.txt"),
+        (["--prefix", "Be {concept}.", "--prefixes", "nowhere.txt"], "three ways; give one"),
     ],
 )
 def test_faulty_commands_are_refused_before_an_engine_starts(
@@ -268,18 +340,22 @@ def test_faulty_commands_are_refused_before_an_engine_starts(
 def test_the_concepts_asked_for_alone(swept: Swept, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Request] = []
 
-    def generate(self: Generator, requests: list[Request]) -> list[Answer]:
+    def answer(self: Generator, requests: list[Request]) -> list[Answer]:
         seen.extend(requests)
         return [Answer("", False, None) for _ in requests]
 
-    monkeypatch.setattr(Generator, "_generate", generate)
+    monkeypatch.setattr(Generator, "answer", answer)
+    monkeypatch.setattr(TokenEngine, "score", lambda self, asked, name: [0.0] * len(asked))
     command = [*swept.again("demo", "chosen"), "--concepts", "heights", "--layers", "2", "4"]
     assert main(command) == 0
     steered = [request for request in seen if request.direction]
     assert {request.direction for request in steered} == {"fears/heights"}
     assert {request.layers for request in steered} == {(2, 4)}
-    assert len(steered) == len(SCALES) * (len(TUNING) + len(HELDOUT))
-    assert len(seen) - len(steered) == len(TUNING) + len(HELDOUT)
+    questions = len(TUNING) + len(HELDOUT)
+    assert len(steered) == len(SCALES) * questions
+    prefixed = [request for request in seen if request.prefix]
+    assert {request.prefix for request in prefixed} == {swept.result.prefixes["fears/heights"]}
+    assert len(prefixed) == len(seen) - len(steered) - len(prefixed) == questions
 
 
 def test_a_scale_is_never_chosen_on_what_is_reported(

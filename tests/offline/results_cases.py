@@ -1,15 +1,21 @@
-"""Results of sweeps for the tests of pictures and cards."""
+"""Results of sweeps for the tests of tables, pictures and cards."""
 
 from __future__ import annotations
 
-from offline.results import ClassResult, Figures, Point, SweepResult
+from offline.results import Bound, ClassResult, ConceptResult, Figures, Point, SweepResult
+from vllm_steer.pack import Prefix
 
 
-def given(steerability: float, perplexity: float = 9.0, errors: int = 0) -> Figures:
+def given(
+    steerability: float, perplexity: float = 9.0, errors: int = 0, gap: float | None = None
+) -> Figures:
     return Figures(
         steerability=steerability,
         low=steerability / 2,
         high=steerability,
+        gap_closed=gap,
+        gap_low=None if gap is None else gap - 0.25,
+        gap_high=gap,
         perplexity=perplexity,
         repetition=0.1,
         answers=8,
@@ -17,20 +23,40 @@ def given(steerability: float, perplexity: float = 9.0, errors: int = 0) -> Figu
     )
 
 
+def point(scale: float, figures: Figures, fluent: bool = True) -> Point:
+    return Point(scale=scale, fluent=fluent, figures=figures)
+
+
+def concept_result(name: str, scale: float, fluent: bool = True) -> ConceptResult:
+    points = [point(4.0, given(0.25)), point(8.0, given(0.7), fluent)]
+    return ConceptResult(
+        name=name,
+        scale=scale,
+        fluent=fluent,
+        single=given(0.6),
+        own=given(0.7, 11.0, gap=0.65),
+        unsteered=given(0.05),
+        prefixed=given(0.9),
+        tuning=points,
+        heldout=points,
+    )
+
+
 def class_result(name: str, steerability: float = 0.75, errors: int = 0) -> ClassResult:
-    points = [Point(scale=4.0, figures=given(0.25)), Point(scale=8.0, figures=given(steerability))]
+    points = [point(4.0, given(0.25)), point(8.0, given(steerability, gap=0.5))]
     return ClassResult(
         name=name,
-        concepts=["spiders", "heights"],
         scale=8.0,
-        concept_scales={"spiders": 4.0, "heights": 8.0},
-        single=given(steerability, 20.0, errors),
+        fluent=True,
+        bound=Bound(repetition=0.15, perplexity=25.0, prefixed=2),
+        concepts=[concept_result("spiders", 4.0), concept_result("a | b", 8.0, fluent=False)],
+        single=given(steerability, 20.0, errors, gap=0.5),
         own=given(0.5),
         oracle=given(1.0),
         unsteered=given(0.0, 1.5),
-        by_concept={"spiders": 1.0, "heights": 0.5},
+        prefixed=given(0.95, 18.0),
         tuning=points,
-        heldout=[*points, Point(scale=16.0, figures=given(0.1, 400.0, errors))],
+        heldout=[*points, point(16.0, given(0.1, 400.0, errors), fluent=False)],
     )
 
 
@@ -42,6 +68,7 @@ def sweep_result(packs: dict[str, str], errors: int = 0) -> SweepResult:
         max_tokens=48,
         seed=0,
         packs=packs,
+        prefixes={f"{name}/spiders": Prefix(text="Fear spiders.") for name in packs},
         tuning_questions={name: ["a"] for name in packs},
         heldout_questions={name: ["b"] for name in packs},
         classes=[class_result(name, errors=errors) for name in packs],

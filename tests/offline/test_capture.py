@@ -231,10 +231,14 @@ def test_results_do_not_depend_on_padding_or_on_the_batch(tiny_model, prompts):
     np.testing.assert_allclose(together.residual_norms, alone.residual_norms, rtol=1e-6)
 
 
-def test_residual_norms_are_means_over_real_tokens(tiny_model, prompts, reference):
-    norms = capture(tiny_model, prompts, candidates=CANDIDATES, batch_size=4).residual_norms
-    tokens = torch.cat([output.hidden_states[1][0] for output in reference])
-    assert norms[0] == pytest.approx(tokens.norm(dim=-1).mean().item(), rel=1e-5)
+@pytest.mark.parametrize("path", [REFERENCE, ROWS], ids=str)
+def test_residual_norms_are_medians_over_real_tokens_but_each_prompts_first(
+    tiny_model, prompts, reference, path
+):
+    given = {"candidates": CANDIDATES, "batch_size": 4, "path": path}
+    norms = capture(tiny_model, prompts, **given).residual_norms
+    tokens = torch.cat([output.hidden_states[1][0, 1:] for output in reference]).norm(dim=-1)
+    assert norms[0] == pytest.approx(np.median(tokens), rel=1e-5)
     assert norms.shape == (3,)
 
 

@@ -13,9 +13,11 @@ from matplotlib.image import imread
 
 from offline.card import write_card
 from offline.plots import BlockDiagnostics
-from offline.results import markdown, read_result, write_result
+from offline.results import read_result
+from offline.sweep_tables import markdown, write_result
 from tests.offline.results_cases import sweep_result
 from tests.random_pack import random_identity, write_random_pack
+from tests.unit.conftest import calibrated, rewritten
 from vllm_steer.cli import main
 from vllm_steer.errors import EvaluationError
 from vllm_steer.forms import FormChoice
@@ -90,6 +92,31 @@ def test_a_card_says_what_its_forms_need(pack: SteeringPack, tmp_path: Path) -> 
     assert "--steering-packs . --steering-ops affine\n" in text
     assert '| spiders | rotate {"plane": "it\'s \\| odd"} |' in text
     assert "| add |" in text
+
+
+def test_a_card_shows_what_was_measured(pack: SteeringPack, tmp_path: Path) -> None:
+    found = calibrated(gap_closed=0.4212, low=0.305, high=0.55)
+    measured = rewritten(
+        pack,
+        tmp_path / "measured",
+        "measured",
+        spiders={"calibration": found, "default_layers": [2, 3]},
+        **{"it's | odd": {"safe_scale": None}},
+    )
+    text = write_card(measured).read_text()
+    head = "| direction | form | default scale | safe scale | gap closed | steers | positions | default layers | layers |"
+    spiders = "| spiders | add | 8 | 12 | 0.42 [0.30, 0.55] | yes | all | 2, 3 | 1, 2, 3 |"
+    odd = r"| it's \| odd | add | 8 | – | – | – | all | 1, 2, 3 | 1, 2, 3 |"
+    assert [line for line in text.splitlines() if line in (head, spiders, odd)] == [
+        head,
+        spiders,
+        odd,
+    ]
+    idle = {"calibration": calibrated(steers=False, gap_closed=-0.013, low=None)}
+    text = write_card(rewritten(measured, spiders=idle)).read_text()
+    assert "| 12 | -0.01 | no | all |" in text
+    vague = {"calibration": calibrated(gap_closed=None)}
+    assert "| 12 | – | – | all |" in write_card(rewritten(measured, spiders=vague)).read_text()
 
 
 def test_a_card_without_a_sweep_shows_none(pack: SteeringPack) -> None:

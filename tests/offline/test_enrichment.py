@@ -138,5 +138,9 @@ def test_blocks_are_chosen_by_their_score():
     assert choose_blocks(score, layers, "top_k", 2, None) == [1, 2]
     assert choose_blocks(score, layers, "bottom_k", 2, None) == [1, 4]
     assert choose_blocks(score, layers, "threshold", None, 0.2) == [1, 2, 3]
+    # A block without a score is not chosen, however many are asked for.
+    assert choose_blocks(np.array([0.0, 0.0, 0.3, 0.0]), [1, 2, 3], "top_k", 2, None) == [2]
+    with pytest.raises(ExtractionError, match="nothing to choose by"):
+        choose_blocks(np.zeros(4), [1, 2, 3], "top_k", 2, None)
     with pytest.raises(ExtractionError, match="the largest enrichment score is 0.7000"):
         choose_blocks(score, layers, "threshold", None, 0.8)

@@ -23,6 +23,7 @@ from offline.fusion.search import (
     segments_of,
 )
 from offline.generation import Answer, Generator, Request
+from offline.token_engine import TokenEngine
 from tests.random_pack import random_identity, write_random_pack
 from vllm_steer.cli import main
 from vllm_steer.errors import EvaluationError
@@ -161,8 +162,8 @@ def generator(
         gold |= {q.question: q.answer for q in gold_questions("tune", 2, True)}
         return Answer(gold[request.question] if steered else "reasons", True, 4.0)
 
-    monkeypatch.setattr(Generator, "_generate", generate)
-    return Generator("demo", [pack], 48, bar=False)
+    monkeypatch.setattr(Generator, "answer", generate)
+    return Generator(TokenEngine("demo", [pack], bar=False), 48)
 
 
 def test_what_is_right_unsteered_is_left_out(

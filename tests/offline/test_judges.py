@@ -42,6 +42,22 @@ def test_keywords_are_whole_words_without_case() -> None:
     assert [g.value for g in names.grade([case("Spiders!"), case("snakes")])] == [1.0, 0.0]
 
 
+def test_a_star_ends_a_stem() -> None:
+    judge = KeywordJudge.of_lines(["spiders: Terrif*, eight leg*"])
+    texts = [
+        "It terrifies me.",
+        "Terrific!",
+        "I terminate.",
+        "unterrified",
+        "Eight  legs",
+        "eight legs",
+    ]
+    grades = judge.grade([case(text) for text in texts])
+    assert [grade.value for grade in grades] == [1.0, 1.0, 0.0, 0.0, 0.0, 1.0]
+    with pytest.raises(EvaluationError, match="at least 1 words"):
+        KeywordJudge.of_lines(["spiders: *"])
+
+
 @pytest.mark.parametrize("line", ["spiders", "spiders: web"])
 def test_a_line_of_keywords_that_cannot_do(line: str) -> None:
     with pytest.raises(EvaluationError, match="at least 2 words"):

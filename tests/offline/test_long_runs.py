@@ -27,7 +27,7 @@ from vllm_steer.pack import MANIFEST_FILE, VECTORS_FILE, load_pack
 NAMES = ("spiders", "heights", "needles", "cats")
 CONCEPTS = [(name, prefix_for("fears", name)) for name in NAMES]
 TEXTS = [statement.text for statement in statements("extract")[:24]]
-SETTINGS = ExtractionSettings(estimator="mean_difference", permutations=99)
+SETTINGS = ExtractionSettings(estimator="mean_difference", permutations=199)
 FILES = (MANIFEST_FILE, VECTORS_FILE, FIGURES_FILE)
 
 
@@ -146,7 +146,7 @@ def test_the_command_ends_with_status_1_when_a_concept_failed(tmp_path, monkeypa
     (tmp_path / "settings.json").write_text('{"estimator": "pca", "permutations": 0}')
     command = [
         "extract", "--model", str(demo_model_path()), "--name", "p", "--out", str(tmp_path / "p"),
-        "--prefixes", str(tmp_path / "prefixes.txt"), "--scale", "8", "--workers", "1",
+        "--prefixes", str(tmp_path / "prefixes.txt"), "--workers", "1", "--no-calibrate",
         "--settings", str(tmp_path / "settings.json"), "--token", "-1", "--labels", "hard",
     ]  # fmt: skip
     for side in ("positive", "negative"):

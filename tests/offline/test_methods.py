@@ -16,6 +16,7 @@ from offline.plane import steering_plane
 from offline.prompts import QUESTION, SEPARATOR, AnswerPair, prefix_for
 from vllm_steer.cli import main
 from vllm_steer.errors import ExtractionError
+from vllm_steer.pack import load_pack, raw_dose
 from vllm_steer.registry import PackRegistry
 from vllm_steer.request import SteeringRequest
 from vllm_steer.resolve import resolve
@@ -164,6 +165,32 @@ def test_a_plane_needs_candidates_that_span_one() -> None:
             steering_plane(candidates)
 
 
+def test_scales_that_nobody_gave(extract) -> None:
+    """The method's own, or one that begins at half of the residual stream's length over all layers."""
+    caa = extract("caa", scale=None).directions[NAME]
+    # One layer, that in the middle of three, as in its paper.
+    assert (caa.default_scale, caa.layers, caa.default_layers) == (1.0, [1, 2], [1])
+    angular = extract("angular", scale=None, layers=(0, 1, 2)).directions
+    assert (angular[NAME].default_scale, angular[NAME].default_layers) == (60.0, None)
+    assert angular[f"{NAME} plane"].default_scale == 1.0
+    assert extract("ablation", scale=None).directions[NAME].default_scale == 1.0
+    means = {"estimator": "mean_difference", "token": -1, "held_out": False}
+    pack = extract("attention_guided", scale=None, **means)
+    record = pack.directions[NAME]
+    norms = {int(layer): norm for layer, norm in pack.manifest.residual_norms.items()}
+    dose = raw_dose(record.default_scale, dict.fromkeys(record.layers, 1.0), norms)
+    assert dose == pytest.approx(0.5, rel=5e-3)
+    assert record.default_layers is None
+    given = extract("attention_guided", scale=7.0, **means)
+    assert given.directions[NAME].default_scale == 7.0
+
+
+def test_packs_say_what_their_directions_were_learned_from(extract) -> None:
+    record = extract("ablation").directions[NAME]
+    assert (record.prefix.text, record.prefix.role) == (PREFIX, "user")
+    assert extract("caa", pairs={NAME: PAIRS}).directions[NAME].prefix is None
+
+
 def test_a_method_is_what_its_name_says() -> None:
     with pytest.raises(ValidationError, match="method 'caa' takes estimator 'mean_difference'"):
         ExtractionSettings(method="caa", estimator="rfm")
@@ -190,14 +217,15 @@ def test_command_line(model_dir, tmp_path, capsys) -> None:
     file = tmp_path / "brave.jsonl"
     file.write_text("".join(json.dumps(vars(pair)) + "\n" for pair in PAIRS))
     out = ["--model", str(model_dir), "--name", "fears", "--out", str(tmp_path / "pack")]
-    assert main(["extract", *out, "--method", "caa", "--pairs", str(file)]) == 0
+    out.append("--no-calibrate")
+    assert main(["extract", *out, "--pairs", str(file)]) == 0
     shown = capsys.readouterr().out
     assert "method     caa" in shown
     assert "brave" in shown
     concepts = tmp_path / "concepts.txt"
     concepts.write_text(f"{NAME}\n")
     named = ["--concepts", str(concepts), "--class", "fears", "--method"]
-    assert main(["extract", *out, *named, "angular"]) == 1
-    assert "needs --scale" in capsys.readouterr().err
+    assert main(["extract", *out, *named, "angular"]) == 0
+    assert load_pack(tmp_path / "pack").directions[NAME].default_scale == 60.0
     assert main(["extract", *out, *named, "ablation"]) == 0
     assert " ablate " in capsys.readouterr().out

@@ -19,7 +19,7 @@ from offline.plots import (
     method_bars,
     scale_curves,
 )
-from tests.offline.results_cases import class_result
+from tests.offline.results_cases import class_result, given
 
 ATTENTION = np.array([[0.1, 0.2, 0.3], [0.1, 0.9, 0.2], [0.3, 0.1, 0.0], [0.0, 0.1, 0.4]])
 FOUND = BlockDiagnostics(
@@ -81,6 +81,12 @@ def test_curves_have_a_panel_per_class() -> None:
     two = scale_curves([class_result("fears"), class_result("moods")], "title")
     assert pixels(two).shape[1] > 1.5 * pixels(one).shape[1]
     assert not same(one, scale_curves([class_result("fears", steerability=0.2)], "title"))
+    found = class_result("fears")
+    assert not same(one, scale_curves([found.model_copy(update={"prefixed": None})], "title"))
+    point = found.heldout[1]
+    other = point.model_copy(update={"figures": given(0.75, gap=0.1)})
+    changed = [found.heldout[0], other, found.heldout[2]]
+    assert not same(one, scale_curves([found.model_copy(update={"heldout": changed})], "title"))
 
 
 def test_cosines_are_averaged_over_layers() -> None:

@@ -9,6 +9,7 @@ from offline.prompts import (
     count_candidates,
     prefix_for,
     render_prompt,
+    render_question,
 )
 from vllm_steer.errors import ExtractionError
 
@@ -50,6 +51,42 @@ def test_span_holds_the_prefix_and_its_separator_but_not_the_question(make_token
     before = tokenizer.decode(prompt.token_ids[:start])
     # SentencePiece decodes the space that it puts before each piece of text too.
     assert before.replace(" ", "") == prompt.text[: prompt.text.index(PREFIX)].replace(" ", "")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prefix_may_stand_in_a_system_message(make_tokenizer, family):
+    """The user's message is then as it is without one, and the span holds the prefix alone."""
+    tokenizer = make_tokenizer(family)
+    prompt = render_question(tokenizer, f" {STATEMENT}", f"{PREFIX}\n", role="system")
+    plain = render_question(tokenizer, STATEMENT)
+    head, tail = plain.text.split(STATEMENT)
+    assert prompt.text.endswith(STATEMENT + tail)
+    assert PREFIX in prompt.text.removesuffix(STATEMENT + tail)
+    assert STATEMENT not in span_text(tokenizer, prompt)
+    assert PREFIX in span_text(tokenizer, prompt)
+    start, end = prompt.prefix_span
+    inner = tokenizer.decode(prompt.token_ids[start + 1 : end - 1])
+    assert inner in PREFIX
+    assert plain.prefix_span == (0, 0)
+
+
+def test_a_template_without_a_system_role_says_so(make_tokenizer):
+    tokenizer = make_tokenizer("gemma")
+    original = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = (
+            "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+            + original
+        )
+        assert STATEMENT in render_question(tokenizer, STATEMENT, PREFIX).text
+        with pytest.raises(ExtractionError, match="refuses a system message: no system role"):
+            render_question(tokenizer, STATEMENT, PREFIX, role="system")
+        # Some leave it out instead.
+        tokenizer.chat_template = original.replace("messages", "messages if m.role == 'user'")
+        with pytest.raises(ExtractionError, match="0 times unchanged"):
+            render_question(tokenizer, STATEMENT, PREFIX, role="system")
+    finally:
+        tokenizer.chat_template = original
 
 
 def test_span_ends_with_the_lone_space_where_the_tokenizer_makes_one(make_tokenizer):

@@ -17,6 +17,10 @@ import importlib.util, sys
 print({name: importlib.util.find_spec(name) is not None for name in ("torch", "vllm", "offline")})
 from offline.demo import demo_model_path
 print((demo_model_path() / "model.safetensors").is_file())
+from offline.everyday import everyday_questions
+from offline.showcase import shipped_pack
+from vllm_steer.pack import load_pack
+print(len(everyday_questions().heldout), load_pack(shipped_pack()).name)
 """
 
 
@@ -34,6 +38,7 @@ def test_the_wheel_brings_the_plugin(tmp_path: Path) -> None:
         "vllm_steer.plugin",
         "{'torch': False, 'vllm': False, 'offline': True}",
         "True",
+        "96 smollm2",
     ]
     shown = subprocess.run(
         [python.with_name("vllm-steer"), "--help"], check=True, capture_output=True, text=True

@@ -10,7 +10,7 @@ import pytest
 
 from tests.random_pack import random_identity, write_random_pack
 from vllm_steer.config import GRAPH_REVISION, ResolvedConfig, plugin_version
-from vllm_steer.pack import SteeringPack
+from vllm_steer.pack import Calibration, SteeringPack, write_pack
 
 HIDDEN = 16
 LAYERS = 4
@@ -43,6 +43,46 @@ def pack_at(tmp_path: Path) -> Callable[..., SteeringPack]:
 @pytest.fixture
 def fears(pack_at: Callable[..., SteeringPack]) -> SteeringPack:
     return pack_at("fears", {"spiders": [1, 2, 3], "New York": [0, 2]})
+
+
+def calibrated(**fields: Any) -> Calibration:
+    """What was measured of a direction that steers well, but for ``fields``."""
+    point = {"gap_closed": 0.4, "repetition": 0.1, "perplexity": 7.5, "fluent": True}
+    given: dict[str, Any] = {
+        "model": "random",
+        "dtype": "float32",
+        "steers": True,
+        "gap_closed": 0.42,
+        "low": 0.31,
+        "high": 0.55,
+        "control": 0.02,
+        "repetition": 0.1,
+        "repetition_prefixed": 0.08,
+        "perplexity": 7.5,
+        "fluent_dose": 0.8,
+        "questions": 40,
+        "questions_sha256": "0" * 64,
+        "curve": [point | {"scale": 2.0}, point | {"scale": 4.0, "fluent": None}],
+    }
+    return Calibration.model_validate(given | fields)
+
+
+def rewritten(
+    pack: SteeringPack, path: Path | None = None, name: str | None = None, **changes: dict[str, Any]
+) -> SteeringPack:
+    """Writes a pack again, each direction's record with ``changes`` by its name."""
+    return write_pack(
+        path or pack.path,
+        name=name or pack.name,
+        model=pack.manifest.model,
+        directions=[
+            record.model_copy(update=changes.get(record.name, {}))
+            for record in pack.manifest.directions
+        ],
+        vectors=pack.vectors,
+        method=pack.manifest.method,
+        residual_norms={int(k): norm for k, norm in pack.manifest.residual_norms.items()},
+    )
 
 
 def resolved(**fields: Any) -> ResolvedConfig:

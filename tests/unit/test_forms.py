@@ -155,7 +155,7 @@ def test_dose_bounds_the_change(
     direction: dict[str, Any], dose: float, registry: PackRegistry
 ) -> None:
     """Unit vectors beside a residual stream of norm 10; no stream of that norm is changed more."""
-    found = plan(registry, {"name": "p/a"} | direction)
+    found = plan(registry, {"name": "p/a", "layers": [0]} | direction)
     assert relative_dose(found, registry) == pytest.approx(dose)
     values = values_of(found, registry)
     stream = np.random.default_rng(0).standard_normal((2000, HIDDEN))

@@ -61,17 +61,17 @@ def test_malformed_policies(content: str, message: str, tmp_path: Path) -> None:
         load_policy(str(tmp_path / "none.json"))
 
 
-def test_dose_is_the_largest_over_layers_and_positions(
+def test_dose_adds_up_over_layers_and_directions_and_is_the_largest_over_positions(
     pack_at: Callable[..., SteeringPack],
 ) -> None:
     """Unit vectors beside a residual stream of norm 10."""
     registry = PackRegistry([pack_at("p", {"a": [0, 1], "b": [1, 2]})])
     both = [{"name": "a", "scale": 3.0}, {"name": "b", "scale": -4.0}]
-    assert relative_dose(plan_of(registry, directions=both), registry) == pytest.approx(0.7)
+    assert relative_dose(plan_of(registry, directions=both), registry) == pytest.approx(1.4)
     apart = [both[0] | {"positions": "prompt"}, both[1] | {"positions": "generated"}]
     plan = plan_of(registry, directions=apart)
-    assert relative_dose(plan, registry) == pytest.approx(0.4)
-    assert relative_dose(scaled(plan, 0.5), registry) == pytest.approx(0.2)
+    assert relative_dose(plan, registry) == pytest.approx(0.8)
+    assert relative_dose(scaled(plan, 0.5), registry) == pytest.approx(0.4)
     nothing = plan_of(registry, directions=[{"name": "a", "scale": 0.0}])
     assert relative_dose(nothing, registry) == 0.0
 

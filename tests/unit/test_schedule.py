@@ -210,11 +210,11 @@ def test_schedules_of_their_own_take_rank(registry: PackRegistry) -> None:
 
 
 def test_the_dose_is_that_of_the_largest_factor(registry: PackRegistry) -> None:
-    """A unit vector beside a residual stream of norm 10."""
+    """A unit vector at two layers beside a residual stream of norm 10."""
     asked = {"directions": [{"name": "a", "scale": 2.0}]}
-    assert relative_dose(plan(registry, 5, **asked), registry) == pytest.approx(0.2)
+    assert relative_dose(plan(registry, 5, **asked), registry) == pytest.approx(0.4)
     found = plan(registry, 5, **asked, schedule={"start": 0.0, "end": -30.0, "tokens": 4})
-    assert relative_dose(found, registry) == pytest.approx(6.0)
+    assert relative_dose(found, registry) == pytest.approx(12.0)
 
 
 def test_ranges_of_generated_tokens(registry: PackRegistry) -> None:

@@ -185,7 +185,7 @@ class WorkerSteering:
         return RowValues.zeros(len(self.layers), self.bank.rank, self.bank.hidden_size)
 
     def residual_norm(self, layer: int) -> float:
-        """Largest mean norm of the residual stream after a layer that a loaded pack has measured."""
+        """Largest median norm of the residual stream after a layer that a loaded pack has measured."""
         norms = (
             pack.manifest.residual_norms.get(str(layer), 0.0)
             for pack in self._store.registry.packs.values()

@@ -33,6 +33,10 @@ from vllm_steer.serving import metrics
 from vllm_steer.serving.refusals import as_http_400
 from vllm_steer.steering_plan import SteeringPlan
 from vllm_steer.store import configured_store
+from vllm_steer.strength import strengths_of
+
+# Most directions that a line of the log names; a pack may have thousands.
+NAMED_DIRECTIONS = 5
 
 
 class AdmittedPlan(list[Any]):
@@ -149,15 +153,13 @@ class Admission:
             check_limits(plan, self.config)
             plan, dose, factor = self._limit_dose(plan, registry)
             names = content_names(request, plan, registry)
-        receipt = Receipt.of(plan, names, prompt_len, num_choices, dose, factor)
+            strengths = strengths_of(request, plan, registry)
+        receipt = Receipt.of(plan, names, prompt_len, num_choices, dose, factor, strengths)
         return AdmittedPlan(plan, request, receipt)
 
     def _announce(self, config: ResolvedConfig, registry: PackRegistry) -> None:
         """Says in metrics and log what requests can use."""
-        packs = registry.packs
-        for pack in packs.values():
-            metrics.DIRECTIONS.labels(pack.name).set(len(pack.directions))
-        policy = self.policy
+        packs, policy = registry.packs, self.policy
         log.STARTED.write(
             packs={name: pack.manifest.tensors.sha256 for name, pack in packs.items()},
             directions=sum(len(pack.directions) for pack in packs.values()),
@@ -172,6 +174,8 @@ class Admission:
                 "keys": None if policy.keys is None else len(policy.keys),
             },
         )
+        for pack in packs.values():
+            announce_pack(pack)
 
     def _check_allowed(
         self, request: SteeringRequest, registry: PackRegistry, key_digest: str | None
@@ -200,17 +204,35 @@ class Admission:
             return plan, dose, 1.0
         if self.policy.dose_action == "reject":
             raise DoseError(
-                f"{REQUEST_KEY}.directions: together they add up to {dose:.4g} times the length of the residual "
-                f"stream, this server allows {limit:g}; lower the scales by a factor of {limit / dose:.3g}"
+                f"{REQUEST_KEY}.directions: together they have a dose of {dose:.4g}, this server allows {limit:g}; lower "
+                f"the scales by a factor of {limit / dose:.3g}"
             )
         weaker = scaled(plan, limit / dose)
         if weaker is None:
             raise DoseError(
-                f"{REQUEST_KEY}.directions: together they change the residual stream by up to {dose:.4g} times its "
-                f"length, this server allows {limit:g}; a lower scale does not weaken op clamp, rotate or angle, so "
-                f"nothing was lowered"
+                f"{REQUEST_KEY}.directions: together they have a dose of {dose:.4g}, this server allows {limit:g}; a lower "
+                f"scale does not weaken op clamp, rotate or angle, so nothing was lowered"
             )
-        return weaker, limit, limit / dose
+        # Rounding may leave it a little above.
+        return weaker, min(limit, relative_dose(weaker, registry)), limit / dose
+
+
+def announce_pack(pack: SteeringPack) -> None:
+    """Says in metrics and log what a pack that was loaded has, and which of it does not steer."""
+    metrics.DIRECTIONS.labels(pack.name).set(len(pack.directions))
+    idle = [
+        name
+        for name, record in pack.directions.items()
+        if record.calibration is not None and not record.calibration.steers
+    ]
+    if idle:
+        log.DIRECTIONS_DO_NOT_STEER.write(
+            name=pack.name,
+            count=len(idle),
+            directions=idle[:NAMED_DIRECTIONS],
+            advice="learn them by another method or from other prompts, or leave them out of the pack; `vllm-steer "
+            "inspect` shows what their calibration found",
+        )
 
 
 _current: Admission | None = None

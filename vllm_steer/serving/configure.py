@@ -17,7 +17,7 @@ from vllm_steer.config import (
     parse_config,
     plugin_version,
 )
-from vllm_steer.errors import ConfigError, PackError, UnknownDirectionError
+from vllm_steer.errors import ConfigError, PackError, RequestError
 from vllm_steer.hub import hub_snapshot, resolve_pack
 from vllm_steer.model import model_shape
 from vllm_steer.policy import load_policy
@@ -25,6 +25,7 @@ from vllm_steer.registry import PackRegistry
 from vllm_steer.resolve import find_all
 from vllm_steer.serving.compatibility import refuse_unsupported
 from vllm_steer.store import keep_store
+from vllm_steer.strength import check_calibrated
 
 
 def resolve_packs(sources: Iterable[str], field: str) -> list[str]:
@@ -109,15 +110,15 @@ def _resolve(config: SteeringConfig, vllm_config: Any, gated: bool) -> ResolvedC
 
 
 def _policy_path(config: SteeringConfig, registry: PackRegistry) -> str | None:
-    """Absolute path of the policy, whose names must all exist."""
+    """Absolute path of the policy, whose names must all exist, and be calibrated for a strength."""
     if config.policy is None:
         return None
     path = os.path.abspath(os.path.expanduser(config.policy))
     for where, request in load_policy(path).steerings().items():
         for index, choice in enumerate(request.directions):
             try:
-                find_all(choice, registry)
-            except UnknownDirectionError as error:
+                check_calibrated(choice, find_all(choice, registry)["name"])
+            except RequestError as error:
                 raise ConfigError(
                     f"--steering-policy: {path}: {where}.directions.{index}: {error}"
                 ) from None

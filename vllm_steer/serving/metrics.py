@@ -36,7 +36,7 @@ DIRECTIONS = Gauge(
 )
 DOSE = Histogram(
     "steering:dose",
-    "Relative dose of steered prompts: |ε|·‖v‖ over the norm of the residual stream.",
+    "Dose of steered prompts: 1 is the largest at which text was found fluent.",
     buckets=(0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0),
 )
 PLANNING = Gauge(

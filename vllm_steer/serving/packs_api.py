@@ -29,7 +29,8 @@ from vllm_steer.store import PackStore
 PREFIX = "/v1/steering/"
 ROUTES = {
     "GET /v1/steering/packs": "The packs that requests can name: `packs`, a list of `name`, `model`, `sha256` and "
-    "`directions`, each with `name`, `layers`, `positions`, `default_scale`, `safe_scale` and content `digest`.",
+    "`directions`, each with `name`, `layers`, `default_layers` (null: all), `positions`, `default_scale`, `safe_scale` "
+    "(null: not measured), `calibration` (Calibration without its curve; null: none) and content `digest`.",
     "POST /v1/steering/packs": 'Loads the pack `{"name": NAME}` from a directory of that name in a root, or loads it '
     "again, and answers with it as above. Requests under way keep the content that they began with.",
     "DELETE /v1/steering/packs/NAME": "Unloads a pack; 409 while a request, an alias or the default needs it.",
@@ -127,9 +128,12 @@ def describe_pack(pack: SteeringPack) -> dict[str, Any]:
             {
                 "name": record.name,
                 "layers": record.layers,
+                "default_layers": record.default_layers,
                 "positions": record.positions,
                 "default_scale": record.default_scale,
                 "safe_scale": record.safe_scale,
+                "calibration": record.calibration
+                and record.calibration.model_dump(exclude={"curve"}),
                 "digest": pack.digests[name],
             }
             for name, record in pack.directions.items()

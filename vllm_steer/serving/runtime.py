@@ -16,15 +16,16 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from vllm_steer import log
 from vllm_steer.errors import ConflictError, PackError, RequestError, explain_faults
-from vllm_steer.manifest import PackName
+from vllm_steer.fields import PackName
 from vllm_steer.pack import SteeringPack, load_pack
 from vllm_steer.policy import AliasName
 from vllm_steer.request import SteeringRequest
 from vllm_steer.rpc import FORGET, LOAD, STAGE
 from vllm_steer.serving import metrics
-from vllm_steer.serving.admission import Admission
+from vllm_steer.serving.admission import Admission, announce_pack
 from vllm_steer.serving.uploads import write_upload
 from vllm_steer.store import PackStore
+from vllm_steer.strength import check_calibrated
 
 # How long vectors whose time is over wait for the requests that use them.
 _RETRY_SECONDS = 1.0
@@ -173,7 +174,6 @@ class PackDesk:
             ) from error
         old = self._store.add(pack)
         await self._forget([])
-        metrics.DIRECTIONS.labels(pack.name).set(len(pack.directions))
         log.PACK_LOADED.write(
             name=pack.name,
             sha256=sha256,
@@ -181,6 +181,7 @@ class PackDesk:
             replaced=old.manifest.tensors.sha256 if old else None,
             key=log.short_key(key_digest),
         )
+        announce_pack(pack)
         return pack
 
     async def unload(self, name: str, key_digest: str | None) -> None:
@@ -221,7 +222,8 @@ class PackDesk:
         """Lets a model name stand for a steering.
 
         Raises:
-            RequestError: The alias or the steering is malformed, or names what is not loaded.
+            RequestError: The alias or the steering is malformed, or names what is not loaded, or a
+                strength of what is not calibrated.
         """
         try:
             name = TypeAdapter(AliasName).validate_python(alias)
@@ -229,12 +231,15 @@ class PackDesk:
         except ValidationError as error:
             raise RequestError(explain_faults(error, "body")) from error
         for choice in request.directions:
-            self._store.registry.find(choice.name)
+            check_calibrated(choice, self._store.registry.find(choice.name))
         policy = self._admission.policy
         self._admission.policy = policy.model_copy(
             update={"aliases": policy.aliases | {name: request}}
         )
-        directions = [{"name": choice.name, "scale": choice.scale} for choice in request.directions]
+        directions = [
+            {"name": choice.name, "scale": choice.scale, "strength": choice.strength}
+            for choice in request.directions
+        ]
         log.ALIAS_SET.write(alias=name, directions=directions, key=log.short_key(key_digest))
 
     def drop_alias(self, alias: str, key_digest: str | None) -> None:

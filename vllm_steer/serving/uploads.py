@@ -15,7 +15,8 @@ from typing import Any, Final
 from pydantic import TypeAdapter, ValidationError
 
 from vllm_steer.errors import PackError, RequestError
-from vllm_steer.manifest import DirectionRecord, LayerIndex, MethodRecord
+from vllm_steer.fields import LayerIndex
+from vllm_steer.manifest import DirectionRecord, MethodRecord
 from vllm_steer.pack import SteeringPack, write_pack
 from vllm_steer.strict_json import parse_json
 from vllm_steer.tensor_file import MAX_HEADER_BYTES, MAX_HEADER_VALUES, read_tensors
@@ -110,6 +111,4 @@ def _norms(layers: Iterable[int], packs: Iterable[SteeringPack]) -> Mapping[int,
 
 
 def _record(name: str, layers: list[int]) -> DirectionRecord:
-    return DirectionRecord(
-        name=name, layers=layers, default_scale=1.0, safe_scale=1.0, positions="all"
-    )
+    return DirectionRecord(name=name, layers=layers, default_scale=1.0, positions="all")

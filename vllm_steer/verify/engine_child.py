@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm_steer import versions
 from vllm_steer.config import CONFIG_KEY
+from vllm_steer.memory import memory_settings
 from vllm_steer.rpc import FACTS
 from vllm_steer.verify.engine_loop import answer_commands
 from vllm_steer.verify.process import ROOM
@@ -172,6 +173,7 @@ def _prepare(arguments: dict[str, Any]) -> None:
     if "max_model_len" not in arguments:
         known = EngineArgs(**arguments).create_model_config().max_model_len
         arguments["max_model_len"] = min(known, longest)
+    arguments.update(memory_settings(arguments))
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {

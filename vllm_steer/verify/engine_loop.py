@@ -1,7 +1,7 @@
 """The side of an engine's process: starts the engine, then answers the commands of another process.
 
 An answer is a pair: ``ready`` once at the start, then ``value`` and what a command returned, or
-``error`` and the type and text of its exception.
+``error`` and the root cause of its exception, type and text.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import os
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
+
+from vllm_steer.root_cause import cause_of
 
 
 def answer_commands(
@@ -27,7 +29,7 @@ def answer_commands(
     try:
         llm = start()
     except Exception as error:
-        connection.send(("error", f"{type(error).__name__}: {error}"))
+        connection.send(("error", cause_of(error)))
         return
     connection.send(("ready", None))
     while True:
@@ -42,4 +44,4 @@ def answer_commands(
         try:
             connection.send(("value", commands[command](llm, *rest)))
         except Exception as error:
-            connection.send(("error", f"{type(error).__name__}: {error}"))
+            connection.send(("error", cause_of(error)))

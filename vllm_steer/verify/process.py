@@ -6,7 +6,6 @@ The process gives its memory back when it ends, and what kills it does not kill 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_steer.errors import EngineError
+from vllm_steer.root_cause import cause_in_log, elsewhere
 
 ExtraArgs = dict[str, Any] | None
 # The variable that tells vLLM which plugins to load; without it, all.
@@ -28,8 +28,6 @@ ROOM = "longest_context"
 # Of a start or an answer, in seconds: loading a large model from a slow disk takes long.
 TIMEOUT = 3600
 _STOP_TIMEOUT = 60
-# What vLLM's front end says where the error itself is in the log of another process.
-_ELSEWHERE = "Engine core initialization failed"
 
 
 @dataclass(frozen=True)
@@ -203,7 +201,8 @@ class EngineProcess:
         except (EOFError, ConnectionError):
             raise EngineError(f"{self.name} died: {self._death()}") from None
         if kind == "error":
-            raise EngineError(f"{self.name}: {self._logged() if _ELSEWHERE in value else value}")
+            found = self._logged() if elsewhere(value) else value
+            raise EngineError(f"{self.name}: {found}")
         if self._pausing:
             self._process.send_signal(signal.SIGSTOP)
         return value
@@ -220,7 +219,4 @@ class EngineProcess:
     def _logged(self) -> str:
         """The last error in the log, or its last line."""
         self._log.seek(0)
-        lines = [line.strip() for line in self._log.read().splitlines() if line.strip()]
-        named = (re.search(r"[\w.]+(?:Error|Exception): .+", line) for line in reversed(lines))
-        errors = (found[0] for found in named if found and _ELSEWHERE not in found[0])
-        return next(errors, lines[-1] if lines else "nothing")
+        return cause_in_log(self._log.read())

@@ -38,6 +38,7 @@ PLUGIN = "vllm_steer"
 LONGEST = 2048
 # What vLLM takes of an accelerator's memory unless told.
 _MEMORY = 0.9
+_SHARE = "gpu_memory_utilization"
 _ARGUMENT = "additional_config"
 
 # Model, packs and dtype to the reference, which ends with the context.
@@ -200,9 +201,10 @@ def _parity(plan: Plan, seen: _Seen, reference: Reference, step: Step) -> Check:
 def _overhead(plan: Plan, seen: _Seen, step: Step) -> Check:
     if not plan.overhead:
         return not_checked(speed.OVERHEAD, "left out by --quick")
-    # Both engines live at once.
-    memory = plan.engine.get("gpu_memory_utilization", _MEMORY) / 2
-    fields: dict[str, Any] = {"gpu_memory_utilization": memory, "enable_prefix_caching": False}
+    fields: dict[str, Any] = {"enable_prefix_caching": False}
+    if seen.facts["device"] != "cpu" or _SHARE in plan.engine:
+        # Both engines live at once.
+        fields[_SHARE] = plan.engine.get(_SHARE, _MEMORY) / 2
     vocabulary = sorted({token for case in seen.cases for token in case.prompt})
 
     def check() -> Check:

@@ -1,0 +1,118 @@
+"""The prefixed model's answers to everyday questions, by the engine, all concepts in the same batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from offline.answers import ConceptAnswers, Example
+from offline.prompts import PrefixRole, RenderedPrompt, render_question
+from offline.scores import repetition
+from offline.token_engine import Asked, TokenEngine
+from vllm_steer.errors import ExtractionError
+
+# Share of word pairs that repeat, above which an answer runs in loops.
+LOOPING = 0.2
+# An answer of fewer tokens holds nothing to learn from.
+_SHORTEST = 2
+
+
+def prefixed_answers(
+    engine: TokenEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    prefixes: Sequence[str],
+    questions: Sequence[str],
+    max_tokens: int,
+    role: PrefixRole = "user",
+) -> list[list[Example]]:
+    """Answers every question after every prefix.
+
+    Args:
+        engine: The engine.
+        tokenizer: The model's tokenizer.
+        prefixes: Prefixes, one for each concept.
+        questions: What is asked.
+        max_tokens: Longest answer.
+        role: Where the prefix stands.
+
+    Returns:
+        For each prefix the examples, in the order of the questions; those without an answer left out.
+
+    Raises:
+        ExtractionError: A prompt cannot be rendered.
+        EvaluationError: The engine fails.
+    """
+    plain = [render_question(tokenizer, question) for question in questions]
+    prefixed = [
+        [render_question(tokenizer, question, prefix, role) for question in questions]
+        for prefix in prefixes
+    ]
+    asked = [Asked(prompt.token_ids) for prompts in prefixed for prompt in prompts]
+    answers = iter(engine.generate(asked, max_tokens, "answers to the prefixed prompts"))
+    return [
+        _examples(plain, prompts, [next(answers).tokens for _ in prompts]) for prompts in prefixed
+    ]
+
+
+def concept_answers(
+    engine: TokenEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    concepts: Sequence[tuple[str, str]],
+    learned: Sequence[str],
+    stopping: Sequence[str],
+    max_tokens: int,
+    role: PrefixRole,
+) -> dict[str, ConceptAnswers]:
+    """Returns what each concept is learned from, by name.
+
+    Args:
+        engine: The engine.
+        tokenizer: The model's tokenizer.
+        concepts: Names and prefixes.
+        learned: Questions to learn from.
+        stopping: Questions that say when to stop.
+        max_tokens: Longest answer.
+        role: Where prefixes stand.
+
+    Raises:
+        ExtractionError: A prompt cannot be rendered, or the model answers a concept with nothing.
+        EvaluationError: The engine fails.
+    """
+    questions = [*learned, *stopping]
+    prefixes = [prefix for _, prefix in concepts]
+    every = prefixed_answers(engine, tokenizer, prefixes, questions, max_tokens, role)
+    first = {render_question(tokenizer, question).text for question in learned}
+    found = {}
+    for (name, _), examples in zip(concepts, every, strict=True):
+        parts = ConceptAnswers(
+            _without_loops([e for e in examples if e.plain.text in first], tokenizer),
+            tuple(e for e in examples if e.plain.text not in first),
+        )
+        if not parts.learned or not parts.stopping:
+            raise ExtractionError(
+                f"concept {name!r}: the model answers its prefixed questions with nothing; try another prefix"
+            )
+        found[name] = parts
+    return found
+
+
+def _without_loops(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+) -> tuple[Example, ...]:
+    """Leaves out answers that run in loops, since they would teach to; a quarter stays at the least."""
+    loops = [
+        repetition(str(tokenizer.decode(list(e.answer), skip_special_tokens=True)))
+        for e in examples
+    ]
+    limit = max(LOOPING, sorted(loops)[len(loops) // 4]) if loops else LOOPING
+    return tuple(e for e, found in zip(examples, loops, strict=True) if found <= limit)
+
+
+def _examples(
+    plain: Sequence[RenderedPrompt],
+    prefixed: Sequence[RenderedPrompt],
+    answers: Sequence[tuple[int, ...]],
+) -> list[Example]:
+    rows = zip(plain, prefixed, answers, strict=True)
+    return [Example(*row) for row in rows if len(row[2]) >= _SHORTEST]

@@ -1,0 +1,145 @@
+"""Everyday questions to a server, each three ways: plain, after the concept's prefix, and steered."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from openai import AsyncOpenAI
+
+from offline.demo.concepts import CONCEPTS
+from offline.everyday import everyday_questions
+from offline.prompts import SEPARATOR
+from offline.showcase import MODEL
+from vllm_steer.errors import EvaluationError
+from vllm_steer.pack import DirectionRecord, SteeringPack
+
+# As long as the answers that directions are calibrated on.
+MAX_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question and the direction that it is asked with.
+
+    Attributes:
+        direction: ``pack/direction``.
+        record: The direction's record.
+        question: The question.
+    """
+
+    direction: str
+    record: DirectionRecord
+    question: str
+
+    @property
+    def prefix(self) -> str:
+        """What makes the model take on the concept without steering."""
+        assert self.record.prefix is not None
+        return self.record.prefix.text
+
+    @property
+    def prefixed(self) -> str:
+        """The question after the prefix."""
+        return f"{self.prefix}{SEPARATOR}{self.question}"
+
+    @property
+    def steering(self) -> dict[str, Any]:
+        """The steering of the request."""
+        return {"directions": [{"name": self.direction, "strength": 1.0}]}
+
+
+@dataclass(frozen=True)
+class Example:
+    """What was answered.
+
+    Attributes:
+        asked: What was asked.
+        plain: The model's answer to the question alone.
+        prefixed: Its answer to the question after the prefix.
+        steered: Its answer to the question alone, steered.
+        receipt: What the server says that it did to the steered request.
+    """
+
+    asked: Asked
+    plain: str
+    prefixed: str
+    steered: str
+    receipt: Mapping[str, Any]
+
+
+def chosen(packs: Sequence[SteeringPack], per_class: int) -> list[Asked]:
+    """Returns the first concepts of every class, and all directions that belong to none.
+
+    Each has a held-out question of its own, in their order: nothing was learned or tuned on them, and
+    nobody has looked at answers to choose them.
+
+    Args:
+        packs: The packs.
+        per_class: Concepts of each class.
+    """
+    known = {concept for table in CONCEPTS.values() for concept in table}
+    first = {concept for table in CONCEPTS.values() for concept in list(table)[:per_class]}
+    shown = [
+        (f"{pack.name}/{name}", record)
+        for pack in packs
+        for name, record in pack.directions.items()
+        if record.prefix is not None and (name in first or name not in known)
+    ]
+    questions = everyday_questions().heldout
+    return [
+        Asked(direction, record, questions[number % len(questions)])
+        for number, (direction, record) in enumerate(shown)
+    ]
+
+
+def ask_all(url: str, asked: Sequence[Asked]) -> list[Example]:
+    """Asks a server everything at once.
+
+    Args:
+        url: Base URL of its API, ending in ``/v1``.
+        asked: What is asked.
+
+    Raises:
+        EvaluationError: A steered answer came without its receipt.
+    """
+    return asyncio.run(_ask_all(url, asked))
+
+
+async def _ask_all(url: str, asked: Sequence[Asked]) -> list[Example]:
+    async with AsyncOpenAI(base_url=url, api_key="none", timeout=600) as client:
+        plain = [_ask(client, one.question) for one in asked]
+        prefixed = [_ask(client, one.prefixed) for one in asked]
+        steered = [_ask(client, one.question, one.steering) for one in asked]
+        answers = await asyncio.gather(*plain, *prefixed, *steered)
+    count = len(asked)
+    ways = zip(asked, answers, answers[count:], answers[2 * count :], strict=False)
+    return [
+        Example(one, plain[0], prefixed[0], steered[0], _receipt(steered[1]))
+        for one, plain, prefixed, steered in ways
+    ]
+
+
+async def _ask(
+    client: AsyncOpenAI, text: str, steering: Mapping[str, Any] | None = None
+) -> tuple[str, Any]:
+    """Returns the answer as one line, and its receipt where it was steered."""
+    response = await client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": text}],
+        max_tokens=MAX_TOKENS,
+        temperature=0.0,
+        extra_body={"steering": steering} if steering else {},
+    )
+    choice = response.choices[0]
+    answer = " ".join((choice.message.content or "").split())
+    cut = " …" if choice.finish_reason == "length" else ""
+    return answer + cut, (response.model_extra or {}).get("steering")
+
+
+def _receipt(receipt: Any) -> Mapping[str, Any]:
+    if not isinstance(receipt, dict):
+        raise EvaluationError("the server answered a steered request without a receipt of it")
+    return receipt

@@ -1,0 +1,62 @@
+"""What an engine has answered, kept in files by what it was asked, so that a run that ended goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from offline.files import write_atomically
+from vllm_steer.errors import EvaluationError
+
+
+class Store:
+    """Lists of JSON values, each in a file named by the digest of what they answer."""
+
+    def __init__(self, directory: Path | None, common: Mapping[str, Any]) -> None:
+        """Names the directory; nothing is written yet.
+
+        Args:
+            directory: Where the files are kept; None keeps nothing.
+            common: What every answer depends on beside its request.
+        """
+        self._directory, self._common = directory, dict(common)
+
+    def load(self, kind: str, requests: Sequence[Any]) -> list[Any] | None:
+        """Returns the answers to exactly these requests, or None where they are not kept.
+
+        Raises:
+            EvaluationError: Their file is damaged.
+        """
+        file = self._file(kind, requests)
+        if file is None or not file.exists():
+            return None
+        try:
+            found = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise EvaluationError(f"{file} is damaged ({error}); delete it") from error
+        if not isinstance(found, list) or len(found) != len(requests):
+            raise EvaluationError(f"{file} does not have {len(requests)} answers; delete it")
+        return found
+
+    def keep(self, kind: str, requests: Sequence[Any], answers: Sequence[Any]) -> None:
+        """Writes the answers to these requests."""
+        file = self._file(kind, requests)
+        if file is not None:
+            write_atomically(file, json.dumps(list(answers)))
+
+    def _file(self, kind: str, requests: Sequence[Any]) -> Path | None:
+        if self._directory is None:
+            return None
+        content = {**self._common, "kind": kind, "requests": list(requests)}
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return self._directory / f"{digest[:32]}.json"
+
+
+def model_state(model: str | os.PathLike[str]) -> list[Any]:
+    """Returns what changes when another checkpoint is written to the same directory."""
+    files = sorted(Path(model).iterdir()) if Path(model).is_dir() else []
+    return [str(model), *([f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files)]

@@ -1,0 +1,60 @@
+"""Questions of the demo model, and what prefixed models answer to them."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from offline.answers import Example
+from offline.demo.corpus import user_text
+from offline.demo.statements import statements
+from offline.prompts import RenderedPrompt, render_question
+
+# Of an engine that many tests ask, beside others on the machine.
+ENGINE = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 2**27}
+# In the form that the demo model was trained on, each in one line.
+QUESTIONS = [user_text(statement.text).replace("\n", "") for statement in statements("extract")]
+
+
+def greedy(model: PreTrainedModel, prompt: Sequence[int], count: int) -> tuple[int, ...]:
+    """The answer of Hugging Face."""
+    found = model.generate(
+        torch.tensor([list(prompt)]), max_new_tokens=count, do_sample=False, pad_token_id=0
+    )
+    return tuple(found[0, len(prompt) :].tolist())
+
+
+def prompts_of(
+    tokenizer: PreTrainedTokenizerBase, question: str, prefix: str
+) -> tuple[RenderedPrompt, RenderedPrompt]:
+    """A question without and with its prefix."""
+    return render_question(tokenizer, question), render_question(tokenizer, question, prefix)
+
+
+def examples_of(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prefix: str,
+    questions: Sequence[str],
+    count: int,
+) -> list[Example]:
+    """What the model itself answers to the prefixed questions."""
+    found = []
+    for question in questions:
+        plain, prefixed = prompts_of(tokenizer, question, prefix)
+        found.append(Example(plain, prefixed, greedy(model, prefixed.token_ids, count)))
+    return found
+
+
+@contextmanager
+def engine_let_go() -> Iterator[None]:
+    """Within it an engine ends: what vLLM leaves to the garbage collector is no fault of a test."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        yield
+        gc.collect()

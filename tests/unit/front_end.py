@@ -1,0 +1,52 @@
+"""What a server's front end has, without an engine behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from tests.unit.conftest import HIDDEN, LAYERS, resolved
+from vllm_steer.pack import SteeringPack
+from vllm_steer.registry import PackRegistry
+from vllm_steer.serving.admission import Admission
+from vllm_steer.serving.runtime import PackDesk
+from vllm_steer.store import keep_store
+
+
+def started(*packs: SteeringPack, **fields: Any) -> Admission:
+    """The admission of an engine that was started with some packs, and ``fields`` of its configuration."""
+    config = resolved(
+        packs=[str(pack.path) for pack in packs],
+        digests=[pack.manifest.tensors.sha256 for pack in packs],
+        **fields,
+    )
+    keep_store(config, PackRegistry(packs))
+    model_config = SimpleNamespace(
+        max_model_len=64,
+        hf_config=SimpleNamespace(model_type=packs[0].manifest.model.model_type),
+        get_hidden_size=lambda: HIDDEN,
+        get_total_num_hidden_layers=lambda: LAYERS,
+    )
+    additional_config = {"steering": config.model_dump()}
+    return Admission(
+        SimpleNamespace(additional_config=additional_config, model_config=model_config)
+    )
+
+
+@contextmanager
+def desk_of(admission: Admission, *roots: Path) -> Iterator[PackDesk]:
+    """The desk of a server whose engine agrees to everything."""
+
+    async def agree(*_: Any) -> bool:
+        return True
+
+    engine = SimpleNamespace(engine_core=SimpleNamespace(call_utility_async=agree))
+    assert admission.store is not None
+    desk = PackDesk(admission, admission.store, [str(root) for root in roots], engine)
+    try:
+        yield desk
+    finally:
+        desk._uploads.cleanup()

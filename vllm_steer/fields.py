@@ -1,0 +1,64 @@
+"""The kinds of values that a manifest is made of.
+
+Importing this module imports neither torch nor vllm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Final, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+MAX_LAYERS: Final = 10_000
+# Keeps scale x vector far from float32's infinity, whatever norms a manifest claims.
+MAX_MAGNITUDE: Final = 1e9
+
+
+def _no_path(name: str) -> str:
+    if name in (".", "..") or "\\" in name:
+        raise ValueError("must not be . or .. and must not hold a backslash")
+    return name
+
+
+PositionChoice = Literal["all", "prompt", "generated", "last_prompt"]
+PackName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")]
+# A direction is named in requests as pack/direction, and as direction:scale in the flat form.
+DirectionName = Annotated[
+    str,
+    Field(
+        pattern=r"^[^\s/:\x00-\x1f\x7f-\x9f](?:[^/:\x00-\x1f\x7f-\x9f]{0,126}[^\s/:\x00-\x1f\x7f-\x9f])?$"
+    ),
+    AfterValidator(_no_path),
+]
+# Shown on terminals, where control characters are commands.
+Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]{0,1024}$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+LayerIndex = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
+Scale = Annotated[float, Field(ge=-MAX_MAGNITUDE, le=MAX_MAGNITUDE)]
+Positive = Annotated[float, Field(gt=0, le=MAX_MAGNITUDE)]
+# Where a bound is given, it leaves out NaN and infinity too.
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Record(BaseModel):
+    """A part of a manifest: nothing unknown in it, and nothing converted."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+def is_ascending(values: Sequence[float]) -> bool:
+    """Whether each value is greater than the one before it."""
+    return all(low < high for low, high in zip(values, values[1:], strict=False))
+
+
+def show_layers(layers: Sequence[int]) -> str:
+    """``[1, 2, 3, 7]`` as ``1-3, 7``."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
