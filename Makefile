@@ -28,7 +28,7 @@ $(VENV)/ready: pyproject.toml Makefile
 demo: setup
 	$(BIN)/vllm-steer demo
 
-## demo-full: the same with every direction learned here; about 25 minutes on two cores
+## demo-full: the same with every direction learned here; about an hour on two cores
 demo-full: setup
 	$(BIN)/vllm-steer demo --full
 

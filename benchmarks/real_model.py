@@ -78,8 +78,9 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "caa": {"method": "caa"},
 }
 MAX_TOKENS = 48
-# Calibration reports on the first held-out questions; these come after them.
-SKIPPED, ASKED = 16, 16
+# Calibration reports on the first held-out questions, and answers to the next were looked at when the rule was
+# chosen by which it takes a strength; these come after them.
+SKIPPED, ASKED = 32, 16
 PASSAGES, ITEMS = 6, 20
 
 
@@ -275,6 +276,9 @@ class Benchmark:
         )
         report["scales"] = {n: s.record.default_scale for n, s in by_name.items()}
         report["layers"] = {n: s.record.steered_layers for n, s in by_name.items()}
+        report["gap_interval_by_concept"] = [
+            gap.interval(steered, self.seed) for gap, steered in zip(gaps, own, strict=True)
+        ]
         report["examples"] = {
             concept.name: [[self.asked[i], answers[at * count + i].text] for i in range(2)]
             for at, concept in enumerate(self.concepts)

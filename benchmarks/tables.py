@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import extraction, fusion, interventions, methods
+from benchmarks import extraction, fusion, interventions, methods, real_model
 from benchmarks.engine import ROOT
 from tests.marked import Block
 
@@ -163,6 +163,7 @@ BLOCKS = (
     Block(FINDINGS, "throughput-starts", lambda: starts_table([*ALL, *WITH_AFFINE])),
     Block(FINDINGS, "overhead", overhead_table),
     Block(FINDINGS, "extraction", extraction_table),
+    Block(FINDINGS, "real-model", lambda: real_model.table(results("real-model")).strip()),
     Block(FINDINGS, "methods", lambda: methods.matrix(results("methods"))),
     Block(FINDINGS, "fusion", lambda: fusion.figures_table(results("fusion"))),
     Block(FINDINGS, "fusion-seconds", lambda: fusion.seconds_table(results("fusion"))),

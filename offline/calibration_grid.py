@@ -17,7 +17,7 @@ from vllm_steer.pack import DirectionRecord, SteeringPack, raw_dose
 # From a change that is hardly felt to one that breaks the text.
 DOSES = (0.1, 0.2, 0.4, 0.8, 1.6)
 # Around the best of these.
-FINER = (0.5, 0.7, 1.0, 1.4)
+FINER = (0.5, 0.7, 1.0, 1.4, 2.0)
 # Degrees from the first axis: the residual stream stands at about a right angle by itself.
 _RIGHT = 90.0
 ANGLES = (80.0, 70.0, 60.0, 50.0, 40.0, 30.0)

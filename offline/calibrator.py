@@ -212,7 +212,11 @@ class Calibrator:
     def _choose(
         self, m: _Measured, layers: tuple[int, ...], curve: list[CalibrationPoint]
     ) -> Chosen:
-        """Returns the best of the fluent scales; without any, half of the weakest that was tried."""
+        """Returns the strongest fluent scale that closes much of the gap; without any, half of the weakest.
+
+        The gap is smallest where the voice is right. An answer that is scored has its first words given,
+        and one that is generated has to find them, which takes more strength.
+        """
         # An angle is strong where it is small.
         by_strength = curve[::-1] if m.subject.record.op == "angle" else curve
         fluent: list[CalibrationPoint] = []
@@ -225,8 +229,9 @@ class Calibrator:
         safe = fluent[-1].scale
         if m.tuning is None:
             return Chosen(layers, m.subject.half(safe), safe, curve)
-        best = max(fluent, key=_gap_or_zero)
-        return Chosen(layers, best.scale, safe, curve)
+        best = max(_gap_or_zero(point) for point in fluent)
+        strongest = [p for p in fluent if _gap_or_zero(p) >= self._settings.share * best][-1]
+        return Chosen(layers, strongest.scale, safe, curve)
 
     def _reported(
         self, measured: Sequence[_Measured], chosen: Sequence[Chosen]
@@ -263,7 +268,11 @@ class Calibrator:
                     model=public_name(self._engine.model),
                     dtype=self._engine.dtype,
                     steers=gap is None
-                    or (gap >= self._settings.least and (interval is None or interval[0] > 0)),
+                    or (
+                        gap >= self._settings.least
+                        and (interval is None or interval[0] > 0)
+                        and (other is None or gap > other)
+                    ),
                     gap_closed=gap,
                     low=interval[0] if interval else None,
                     high=interval[1] if interval else None,

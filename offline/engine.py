@@ -61,13 +61,15 @@ def asking() -> Iterator[None]:
     Raises:
         EvaluationError: The engine refuses a request or has died; the message ends with the cause.
     """
+    from vllm.exceptions import VLLMValidationError
     from vllm.v1.engine.exceptions import EngineDeadError
 
     try:
         yield
     except EngineDeadError as error:
         raise EvaluationError(f"the engine died: {cause_of(error)}") from error
-    except ValueError as error:
+    # Which is a ValueError in some versions and not in others.
+    except (ValueError, VLLMValidationError) as error:
         raise EvaluationError(f"the engine refused a request: {error}") from error
 
 

@@ -259,11 +259,8 @@ class TokenEngine:
             paths = [str(pack.path) for pack in self.packs]
             # An answer that is scored leaves room for a token after it.
             self._room = max(self._room, longest + 1, _ROOM)
-            affine = any(
-                record.op != "add" or record.form is not None and record.form.gate is not None
-                for pack in self.packs
-                for record in pack.directions.values()
-            )
+            forms = [r.form for pack in self.packs for r in pack.directions.values() if r.form]
+            affine = any(f.op not in (None, "add") or f.gate or f.restore_norm for f in forms)
             self._llm = start_engine(
                 self.model, paths, self._options, room=self._room, affine=affine
             )

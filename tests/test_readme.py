@@ -18,7 +18,6 @@ import torch
 from offline.convert.gguf_file import write_gguf
 from offline.demo.gold import gold_questions
 from offline.demo.server import Server
-from offline.demo.statements import statements
 from offline.fusion.results import FusionResult
 from vllm_steer.pack import SteeringPack, load_pack
 from vllm_steer.policy import Policy

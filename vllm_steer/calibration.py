@@ -40,7 +40,8 @@ class Calibration(Record):
     Attributes:
         model: Name or path of the model that it was measured on.
         dtype: Data type that the model ran in.
-        steers: Whether it closes a share of the gap that is worth having, and not by chance.
+        steers: Whether it closes a share of the gap that is worth having, not by chance, and more than
+            another concept's vector does.
         gap_closed: Share of the gap that it closes. The gap lies between how likely the answers to
             the prefixed prompt are after the plain prompt and after the prefixed one: 0 is no effect,
             1 that of the prefix. None where no prefix is known that makes the model take on the

@@ -26,8 +26,8 @@ def add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     kind.add_argument(
         "--full",
         action="store_true",
-        help="learn and calibrate all 30 directions in place of those that are shipped: about 25 minutes on two "
-        "cores; a run that was ended goes on where it was",
+        help="learn and calibrate all 30 directions in place of those that are shipped: about an hour on two cores; "
+        "a run that was ended goes on where it was",
     )
     kind.add_argument(
         "--tiny",

@@ -1,15 +1,16 @@
 """Lets the front end of an engine say why the engine's processes ended.
 
-A process that fails adds a line to a file that the front end made and named in an environment
-variable, which all processes of the engine inherit. The first line is the root cause: a worker fails
-before the engine core that waits for it. Of a process that was killed, its exit status tells. The
-cause joins the message of the start that failed. To ``EngineDeadError``, whose
+A process that fails adds a line to a file that the front end named in an environment variable, which
+all processes of the engine inherit; there is no file until something fails. The first line is the
+root cause: a worker fails before the engine core that waits for it. Of a process that was killed, its
+exit status tells. The cause joins the message of the start that failed. To ``EngineDeadError``, whose
 message is sent to clients, it is added as a note, which only tracebacks show.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import sys
 import tempfile
@@ -36,13 +37,12 @@ _started: dict[str, Callable[[], Iterable[Any]]] = {}
 _workers: list[Any] = []
 
 
-def make_file(original: Callable[..., Any]) -> Callable[..., Any]:
+def name_file(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps ``CoreEngineProcManager.__init__``, which starts the engine cores."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        descriptor, path = tempfile.mkstemp(".failures", "vllm-steer-")
-        os.close(descriptor)
-        os.environ[VARIABLE] = path
+        file = f"vllm-steer-{secrets.token_hex(8)}.failures"
+        path = os.environ[VARIABLE] = str(Path(tempfile.gettempdir(), file))
         known = weakref.ref(self)
         _started[path] = lambda: getattr(known(), "processes", ())
         weakref.finalize(self, _forget, path)
@@ -108,7 +108,7 @@ def report_death(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def _send_engine_dead(self: Any) -> Any:
         if (error := sys.exc_info()[1]) is not None:
-            _report_all(error)
+            _report(error)
         return original(self)
 
     return _send_engine_dead
@@ -126,7 +126,7 @@ def reported() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        _report_all(error)
+        _report(error)
         raise
 
 
@@ -145,19 +145,19 @@ def _lines(path: str) -> list[str]:
         return []
 
 
-def _report_all(error: BaseException) -> None:
-    """Reports an error, and before it the end of a worker that may have led to it."""
-    for line in filter(None, (_killed(_workers), told(error))):
-        _report(line)
+def _report(error: BaseException) -> None:
+    """Reports an error, and before it the end of a worker that may have led to it.
 
-
-def _report(line: str) -> None:
+    Once: by the next time the front end may have removed the file.
+    """
+    path = os.environ.pop(VARIABLE, "")
+    lines = filter(None, (_killed(_workers), told(error)))
     # Whatever goes wrong with the report, the error itself is still raised and logged.
-    with suppress(OSError, KeyError):
-        # Not created: a front end that has removed it no longer asks.
-        descriptor = os.open(os.environ[VARIABLE], os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
+    with suppress(OSError):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+        descriptor = os.open(path, flags, 0o600)
         with open(descriptor, "w", encoding="utf-8", errors="replace") as file:
-            file.write(f"{line}\n")
+            file.writelines(f"{line}\n" for line in lines)
 
 
 def _killed(processes: Iterable[Any]) -> str | None:

@@ -56,7 +56,7 @@ def register() -> None:
     seams.patch(seams.PREPROCESS_ADD_REQUEST, intake.check_intake)
     runtime.install(seams.PREPROCESS_ADD_REQUEST.resolve()[0])
     seams.patch(seams.INIT_DEVICE, _attach)
-    seams.patch(seams.START_ENGINE_CORES, failures.make_file)
+    seams.patch(seams.START_ENGINE_CORES, failures.name_file)
     seams.patch(seams.WAIT_FOR_STARTUP, failures.explain_start)
     seams.patch(seams.ENGINE_DEAD, failures.explain_death)
     seams.patch(seams.SEND_ENGINE_DEAD, failures.report_death)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from offline.demo.concepts import all_concepts, prefix
 from offline.files import write_atomically
@@ -26,16 +24,13 @@ class Wanted:
     Attributes:
         name: Its name.
         concepts: Names of its directions, and their prefixes.
-        engine: Arguments of ``vllm.LLM``.
     """
 
     name: str
     concepts: tuple[tuple[str, str], ...]
-    engine: Mapping[str, Any] = field(default_factory=dict)
 
 
-# The graph takes longer to compile than one concept's answers take without it.
-LIVE = Wanted("own", (("pirate", "Take on the role of a pirate."),), {"enforce_eager": True})
+LIVE = Wanted("own", (("pirate", "Take on the role of a pirate."),))
 """What every run of the demo learns; the pack that is shipped has no such direction."""
 
 FULL = Wanted(MODEL, tuple((concept, prefix(concept)) for concept in all_concepts()))
@@ -66,7 +61,7 @@ def learned_pack(
         write_atomically(prefixes, "".join(lines))
         _run(extract_command(model, wanted, out, prefixes), say)
     elif any(record.calibration is None for record in pack.directions.values()):
-        _run(calibrate_command(model, wanted, out), say)
+        _run(calibrate_command(model, out), say)
     else:
         say(f"{out} was learned before; remove it to learn it again.")
     return load_pack(out)
@@ -75,16 +70,12 @@ def learned_pack(
 def extract_command(model: Path, wanted: Wanted, out: Path, prefixes: Path) -> list[str]:
     """Returns the command that learns a pack and calibrates it."""
     what = ["--name", wanted.name, "--prefixes", str(prefixes), "--out", str(out)]
-    return ["vllm-steer", "extract", "--model", str(model), *what, *_engine(wanted)]
+    return ["vllm-steer", "extract", "--model", str(model), *what]
 
 
-def calibrate_command(model: Path, wanted: Wanted, out: Path) -> list[str]:
+def calibrate_command(model: Path, out: Path) -> list[str]:
     """Returns the command that calibrates a pack whose calibration was ended."""
-    return ["vllm-steer", "calibrate", str(out), "--model", str(model), *_engine(wanted)]
-
-
-def _engine(wanted: Wanted) -> list[str]:
-    return ["--engine", json.dumps(dict(wanted.engine))] if wanted.engine else []
+    return ["vllm-steer", "calibrate", str(out), "--model", str(model)]
 
 
 def _found(wanted: Wanted, out: Path) -> SteeringPack | None:

@@ -19,10 +19,10 @@ from vllm_steer.pack import SteeringPack, load_pack, write_pack
 
 _MADE = """## How it was made
 
-The model is the float32 checkpoint that `vllm-steer model {model}` writes from `{file}` of the package `{package}`
-{version} (Apache-2.0; sha256 of the file `{sha256}`). `make showcase`, from a clone, does what follows, in about 25
-minutes on two cores; the lines of the file of prefixes are the directions' names and prefixes, `spiders: Personify
-someone who is terrified of spiders.` first.
+The model is the float32 checkpoint that `vllm-steer model {model}` writes from `{file}` of the package
+`{package}` {version} (Apache-2.0; sha256 of the file `{sha256}`).
+`make showcase`, from a clone, does what follows, in about an hour on two cores; the lines of the file of prefixes are
+names and prefixes of the directions, `spiders: Personify someone who is terrified of spiders.` first.
 
 ```
 vllm-steer extract --model "$(vllm-steer model {model})" --name {model} --prefixes {model}.prefixes --out {model}

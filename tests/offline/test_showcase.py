@@ -115,7 +115,7 @@ def test_a_pack_without_calibration_is_calibrated_alone(
     model, raw = Path("model"), _without_calibration(shipped, tmp_path / "raw")
     ran = Recorder(monkeypatch, shipped)
     learned_pack(model, FULL, raw.path, print)
-    assert ran.commands == [calibrate_command(model, FULL, raw.path)]
+    assert ran.commands == [calibrate_command(model, raw.path)]
 
 
 def test_a_command_that_fails_ends_the_demo(
