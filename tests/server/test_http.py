@@ -146,8 +146,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "|scale| must be at most",
     ),
     (
-        {"steering": {"directions": [{"name": "fears/spiders", "strength": 1}]}},
-        "strength: unknown key",
+        {"steering": {"directions": [{"name": "fears/spiders", "power": 1}]}},
+        "power: unknown key",
     ),
     (
         {"steering": {"directions": [{"name": "fears/spiders"}], "position": "all"}},
