@@ -17,7 +17,7 @@ from offline.showcase import shipped_pack
 from tests.reference import TOLERANCE
 from vllm_steer.pack import SteeringPack, load_pack
 from vllm_steer.verify.compare import Difference, joined, to_reference
-from vllm_steer.verify.process import Answer, EngineProcess
+from vllm_steer.verify.process import ROOM, Answer, EngineProcess
 
 pytestmark = pytest.mark.engine
 
@@ -70,7 +70,7 @@ def answers_of(
 ) -> Iterator[EngineProcess]:
     given = {
         "model": str(model),
-        "max_model_len": 512,
+        ROOM: 512,
         "max_num_seqs": 16,
         "kv_cache_memory_bytes": 2**28,
         "block_size": 32,
