@@ -140,6 +140,9 @@ async def _ask(
 
 
 def _receipt(receipt: Any) -> Mapping[str, Any]:
+    # One for each prompt of the request.
+    if isinstance(receipt, list) and len(receipt) == 1:
+        receipt = receipt[0]
     if not isinstance(receipt, dict):
         raise EvaluationError("the server answered a steered request without a receipt of it")
     return receipt
