@@ -150,6 +150,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "power: unknown key",
     ),
     (
+        {"steering": {"directions": [{"name": "fears/spiders", "strength": 1}]}},
+        "0.strength: direction 'fears/spiders' is not calibrated; give scale",
+    ),
+    (
+        {"steering": {"directions": [{"name": "fears/spiders", "strength": 1, "scale": 2}]}},
+        "0: scale and strength say the same",
+    ),
+    (
         {"steering": {"directions": [{"name": "fears/spiders"}], "position": "all"}},
         "did you mean 'positions'?",
     ),
