@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -9,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from offline.answers import ConceptAnswers, Example
 from offline.prompts import PrefixRole, RenderedPrompt, render_question
 from offline.scores import repetition
-from offline.token_engine import Asked, TokenEngine
+from offline.token_engine import Asked, Generated, TokenEngine
 from vllm_steer.errors import ExtractionError
 
 # Share of word pairs that repeat, above which an answer runs in loops.
@@ -50,9 +51,7 @@ def prefixed_answers(
     ]
     asked = [Asked(prompt.token_ids) for prompts in prefixed for prompt in prompts]
     answers = iter(engine.generate(asked, max_tokens, "answers to the prefixed prompts"))
-    return [
-        _examples(plain, prompts, [next(answers).tokens for _ in prompts]) for prompts in prefixed
-    ]
+    return [_examples(plain, prompts, [next(answers) for _ in prompts]) for prompts in prefixed]
 
 
 def concept_answers(
@@ -63,8 +62,11 @@ def concept_answers(
     stopping: Sequence[str],
     max_tokens: int,
     role: PrefixRole,
+    share: float,
 ) -> dict[str, ConceptAnswers]:
     """Returns what each concept is learned from, by name.
+
+    Many answers have nothing of their prefix, so that the most telling of them are kept.
 
     Args:
         engine: The engine.
@@ -74,6 +76,7 @@ def concept_answers(
         stopping: Questions that say when to stop.
         max_tokens: Longest answer.
         role: Where prefixes stand.
+        share: Share of the answers that is kept, of those to learn from and of the others.
 
     Raises:
         ExtractionError: A prompt cannot be rendered, or the model answers a concept with nothing.
@@ -83,12 +86,14 @@ def concept_answers(
     prefixes = [prefix for _, prefix in concepts]
     every = prefixed_answers(engine, tokenizer, prefixes, questions, max_tokens, role)
     first = {render_question(tokenizer, question).text for question in learned}
+    groups = []
+    for examples in every:
+        groups.append(_without_loops([e for e in examples if e.plain.text in first], tokenizer))
+        groups.append(tuple(e for e in examples if e.plain.text not in first))
+    telling = iter(_telling(engine, groups, share))
     found = {}
-    for (name, _), examples in zip(concepts, every, strict=True):
-        parts = ConceptAnswers(
-            _without_loops([e for e in examples if e.plain.text in first], tokenizer),
-            tuple(e for e in examples if e.plain.text not in first),
-        )
+    for name, _ in concepts:
+        parts = ConceptAnswers(next(telling), next(telling))
         if not parts.learned or not parts.stopping:
             raise ExtractionError(
                 f"concept {name!r}: the model answers its prefixed questions with nothing; try another prefix"
@@ -109,10 +114,30 @@ def _without_loops(
     return tuple(e for e, found in zip(examples, loops, strict=True) if found <= limit)
 
 
+def _telling(
+    engine: TokenEngine, groups: Sequence[Sequence[Example]], share: float
+) -> list[tuple[Example, ...]]:
+    """Keeps, of each group, the answers that the prefix makes most likely beside the plain prompt."""
+    asked = [Asked(e.plain.token_ids, e.answer) for examples in groups for e in examples]
+    plain = iter(engine.score(asked, "answers after the plain prompts"))
+    kept = []
+    for examples in groups:
+        # A sum over tokens grows with their number by the concept, and with its root by chance.
+        telling = [(e.log_likelihood - next(plain)) / len(e.answer) ** 0.5 for e in examples]
+        count = math.ceil(share * len(examples))
+        best = set(sorted(range(len(examples)), key=lambda at: -telling[at])[:count])
+        kept.append(tuple(e for at, e in enumerate(examples) if at in best))
+    return kept
+
+
 def _examples(
     plain: Sequence[RenderedPrompt],
     prefixed: Sequence[RenderedPrompt],
-    answers: Sequence[tuple[int, ...]],
+    answers: Sequence[Generated],
 ) -> list[Example]:
     rows = zip(plain, prefixed, answers, strict=True)
-    return [Example(*row) for row in rows if len(row[2]) >= _SHORTEST]
+    return [
+        Example(first, second, answer.tokens, answer.log_likelihood)
+        for first, second, answer in rows
+        if len(answer.tokens) >= _SHORTEST
+    ]

@@ -23,11 +23,13 @@ class Example:
         plain: The question as a chat prompt, without the prefix.
         prefixed: The same question with it; the answer was generated after this one.
         answer: Token ids of the answer, greedy; its last is the one that ended it, where one did.
+        log_likelihood: Of the answer after the prefixed prompt, natural logarithm.
     """
 
     plain: RenderedPrompt
     prefixed: RenderedPrompt
     answer: tuple[int, ...]
+    log_likelihood: float
 
 
 @dataclass(frozen=True)

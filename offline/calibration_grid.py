@@ -16,8 +16,8 @@ from vllm_steer.pack import DirectionRecord, SteeringPack, raw_dose
 
 # From a change that is hardly felt to one that breaks the text.
 DOSES = (0.1, 0.2, 0.4, 0.8, 1.6)
-# Around the best of these.
-FINER = (0.5, 0.7, 1.0, 1.4, 2.0)
+# Around the best of these. What a direction speaks of takes more strength than what it makes likely.
+FINER = (0.75, 1.0, 1.2, 1.5)
 # Degrees from the first axis: the residual stream stands at about a right angle by itself.
 _RIGHT = 90.0
 ANGLES = (80.0, 70.0, 60.0, 50.0, 40.0, 30.0)
@@ -67,7 +67,8 @@ class Subject:
     def scales(self, layers: tuple[int, ...]) -> list[float]:
         """Returns the scales to try first, from the weakest."""
         op = self.record.op
-        if op == "ablate":
+        if op == "ablate" or self.joint:
+            # Trained vectors are as long as they should be.
             return [1.0]
         if op == "angle":
             return list(ANGLES)

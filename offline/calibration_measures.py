@@ -1,4 +1,10 @@
-"""What a calibration measures, all directions in the same batches: gaps closed, and how fluent the text is."""
+"""What a calibration measures, all directions in the same batches.
+
+Two shares say how much of what the prefix does a direction does. *Gap closed*: how likely the prefixed
+model's answers become after the plain prompt; their words are given, so that a direction which has but
+the voice closes it. *Expression*: how much likelier the direction's own answers are after the prefixed
+prompt than after the plain one, over the same of the prefixed model's answers; it has to find the words.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +24,7 @@ from offline.shares import closed, closed_interval
 from offline.token_engine import Asked, TokenEngine
 
 Doubles = NDArray[np.float64]
+Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +52,20 @@ class Gap:
     def closed(self, steered: Doubles) -> float:
         """Returns the share of the gap closed by answers that are as likely as ``steered`` says."""
         return closed(steered - self.plain, self.prefixed - self.plain)
+
+    def expressed(self, plain: Doubles, prefixed: Doubles) -> float:
+        """Returns how much of the concept other answers to the same questions express.
+
+        Args:
+            plain: ``[examples]``, float64; log-likelihood of each answer after the plain prompt.
+            prefixed: The same after the prefixed prompt.
+        """
+        return closed(prefixed - plain, self.prefixed - self.plain)
+
+    @property
+    def prompts(self) -> list[Tokens]:
+        """Token ids of the plain prompts."""
+        return [e.plain.token_ids for e in self.examples]
 
     def interval(self, steered: Doubles, seed: int) -> tuple[float, float] | None:
         """Returns the 95 % bootstrap interval over questions; None with fewer than three."""
@@ -77,20 +98,31 @@ class Trial:
         return {"directions": [chosen | {"positions": positions}]}
 
 
+@dataclass(frozen=True)
+class Spoken:
+    """What a direction's answers are like.
+
+    Attributes:
+        fluency: How fluent they are.
+        expression: How much of the concept they express, 1 for as much as the prefixed model's; None
+            where no prefix is known and for what is taken away.
+    """
+
+    fluency: Fluency
+    expression: float | None
+
+
 def measured_gaps(
     engine: TokenEngine, examples: Sequence[Sequence[Example]], name: str
 ) -> list[Gap]:
     """Returns the gap of each direction's examples."""
-    flat = [example for part in examples for example in part]
-    asked = [Asked(e.plain.token_ids, e.answer) for e in flat]
-    asked += [Asked(e.prefixed.token_ids, e.answer) for e in flat]
-    found = np.array(engine.score(asked, name))
-    plain, prefixed = iter(found[: len(flat)]), iter(found[len(flat) :])
+    asked = [Asked(e.plain.token_ids, e.answer) for part in examples for e in part]
+    plain = iter(engine.score(asked, name))
     return [
         Gap(
             tuple(part),
             np.array([next(plain) for _ in part]),
-            np.array([next(prefixed) for _ in part]),
+            np.array([e.log_likelihood for e in part]),
         )
         for part in examples
     ]
@@ -122,45 +154,74 @@ def _takes_away(trial: Trial) -> bool:
     return trial.subject.record.op == "ablate"
 
 
-def fluencies(
+def spoken(
     engine: TokenEngine,
-    trials: Sequence[tuple[Trial | None, Sequence[tuple[int, ...]]]],
+    trials: Sequence[tuple[Trial | None, Gap | Sequence[Tokens]]],
     max_tokens: int,
     name: str,
-) -> list[Fluency]:
-    """Returns how fluent greedy answers are.
+) -> list[Spoken]:
+    """Returns what greedy answers are like.
 
     Args:
         engine: The engine.
-        trials: Steering (None for none) and the token ids of the prompts.
+        trials: Steering (None for none), and the gap of the questions to ask; or, where no prefix is
+            known, the token ids of their prompts.
         max_tokens: Longest answer.
         name: Text beside the progress bars.
     """
     asked = [
         Asked(prompt, steering=trial.steering(len(prompt)) if trial else None)
-        for trial, prompts in trials
-        for prompt in prompts
+        for trial, questions in trials
+        for prompt in _prompts(questions)
     ]
     answers = engine.generate(asked, max_tokens, name)
-    texts = iter([answer.text for answer in answers])
-    surprise = iter(
-        surprises(
-            engine, [(one.prompt, a.tokens) for one, a in zip(asked, answers, strict=True)], name
-        )
-    )
-    return [
-        fluency_of([next(texts) for _ in prompts], [next(surprise) for _ in prompts])
-        for _, prompts in trials
-    ]
+    plain_asked = [(one.prompt, a.tokens) for one, a in zip(asked, answers, strict=True)]
+    prefixed_asked: list[tuple[Tokens, Tokens]] = []
+    given = iter(answers)
+    for trial, questions in trials:
+        own = [next(given).tokens for _ in _prompts(questions)]
+        if _expresses(trial) and isinstance(questions, Gap):
+            prompts = [e.prefixed.token_ids for e in questions.examples]
+            prefixed_asked += zip(prompts, own, strict=True)
+    plain = iter(_likelihoods(engine, plain_asked, f"{name}, after the plain prompts"))
+    prefixed = iter(_likelihoods(engine, prefixed_asked, f"{name}, after the prefixed prompts"))
+    given, found = iter(answers), []
+    for trial, questions in trials:
+        own_answers = [next(given) for _ in _prompts(questions)]
+        likely = np.array([next(plain) for _ in own_answers])
+        surprise = [
+            -value / max(len(a.tokens), 1) for value, a in zip(likely, own_answers, strict=True)
+        ]
+        expression = None
+        if _expresses(trial) and isinstance(questions, Gap):
+            expression = questions.expressed(likely, np.array([next(prefixed) for _ in likely]))
+        found.append(Spoken(fluency_of([a.text for a in own_answers], surprise), expression))
+    return found
+
+
+def _prompts(questions: Gap | Sequence[Tokens]) -> Sequence[Tokens]:
+    return questions.prompts if isinstance(questions, Gap) else questions
+
+
+def _expresses(trial: Trial | None) -> bool:
+    """Whether a trial brings a concept; what is taken away speaks of nothing."""
+    return trial is not None and not _takes_away(trial)
+
+
+def _likelihoods(
+    engine: TokenEngine, pairs: Sequence[tuple[Tokens, Tokens]], name: str
+) -> list[float]:
+    """Returns the log-likelihood of each answer after its prompt without steering; 0 for an empty one."""
+    scores = iter(engine.score([Asked(*pair) for pair in pairs if pair[1]], name))
+    return [next(scores) if answer else 0.0 for _, answer in pairs]
 
 
 def surprises(
-    engine: TokenEngine, pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], name: str
+    engine: TokenEngine, pairs: Sequence[tuple[Tokens, Tokens]], name: str
 ) -> list[float]:
     """Returns the mean negative log-likelihood of each answer's tokens without steering; 0 for none."""
-    asked = [Asked(prompt, answer) for prompt, answer in pairs if answer]
-    scores = iter(engine.score(asked, f"{name}, perplexity"))
-    return [-next(scores) / len(answer) if answer else 0.0 for _, answer in pairs]
+    found = _likelihoods(engine, pairs, f"{name}, perplexity")
+    return [-value / max(len(answer), 1) for value, (_, answer) in zip(found, pairs, strict=True)]
 
 
 def fluency_of(texts: Sequence[str], surprise: Sequence[float]) -> Fluency:

@@ -20,20 +20,19 @@ class CalibrationSettings(BaseModel):
         perplexity: How many times the perplexity of the prefixed model's answers under the unsteered
             model that of steered ones may be.
         unknown_perplexity: The same over the unsteered model's own answers, where no prefix is known.
-        share: The strongest fluent scale is taken that closes so much of what the best one closes.
-        least: Least share of the gap that a direction closes to be said to steer.
+        least: Least share of the gap that a direction closes, and of the concept that its answers
+            express, to be said to steer.
         seed: Seed of the bootstrap.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     window_questions: int = Field(default=4, gt=0)
-    tuning_questions: int = Field(default=12, gt=0)
+    tuning_questions: int = Field(default=10, gt=0)
     heldout_questions: int = Field(default=16, gt=0)
     max_tokens: int = Field(default=48, gt=0)
     repetition: float = Field(default=REPETITION, ge=0)
     perplexity: float = Field(default=PERPLEXITY, ge=1)
     unknown_perplexity: float = Field(default=UNKNOWN_PERPLEXITY, ge=1)
-    share: float = Field(default=0.5, gt=0, le=1)
     least: float = Field(default=0.1, ge=0)
     seed: int = 0

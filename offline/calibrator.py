@@ -13,10 +13,11 @@ from offline.answer_generation import prefixed_answers
 from offline.calibration_grid import Subject, subjects
 from offline.calibration_measures import (
     Gap,
+    Tokens,
     Trial,
-    fluencies,
     fluency_of,
     measured_gaps,
+    spoken,
     steered_likelihoods,
 )
 from offline.calibration_settings import CalibrationSettings
@@ -149,11 +150,10 @@ class Calibrator:
 
     def _plain_fluency(self) -> Fluency:
         prompts = self._prompts(self._tuning)
-        return fluencies(
-            self._engine, [(None, prompts)], self._settings.max_tokens, "plain answers"
-        )[0]
+        asked = [(None, prompts)]
+        return spoken(self._engine, asked, self._settings.max_tokens, "plain answers")[0].fluency
 
-    def _prompts(self, questions: Sequence[str]) -> list[tuple[int, ...]]:
+    def _prompts(self, questions: Sequence[str]) -> list[Tokens]:
         return [render_question(self._tokenizer, question).token_ids for question in questions]
 
     def _starts(self, measured: Sequence[_Measured]) -> list[Trial]:
@@ -166,9 +166,13 @@ class Calibrator:
             if m.tuning is None:
                 continue
             gap = m.tuning.some(self._settings.window_questions)
-            for layers in m.subject.windows(self._blocks):
-                for scale in m.subject.scales(layers):
-                    trials.append((at, Trial(m.subject, scale, layers), gap))
+            tried = [
+                Trial(m.subject, scale, layers)
+                for layers in m.subject.windows(self._blocks)
+                for scale in m.subject.scales(layers)
+            ]
+            # One alone is the best.
+            trials += [(at, trial, gap) for trial in tried if len(tried) > 1]
         found = steered_likelihoods(self._engine, [(t, g) for _, t, g in trials], "layers")
         for (at, trial, gap), steered in zip(trials, found, strict=True):
             if (closed := gap.closed(steered)) > best[at][0]:
@@ -192,19 +196,23 @@ class Calibrator:
         with_gap = [(t, m.tuning) for m, t in trials if m.tuning is not None]
         likely = iter(steered_likelihoods(self._engine, with_gap, "scales"))
         prompts = self._prompts(self._tuning)
-        texts = fluencies(
-            self._engine, [(t, prompts) for _, t in trials], self._settings.max_tokens, "answers"
+        answers = spoken(
+            self._engine,
+            [(t, prompts if m.tuning is None else m.tuning) for m, t in trials],
+            self._settings.max_tokens,
+            "answers",
         )
         points = iter(
             [
                 CalibrationPoint(
                     scale=trial.scale,
                     gap_closed=None if m.tuning is None else m.tuning.closed(next(likely)),
-                    repetition=text.repetition,
-                    perplexity=text.perplexity,
-                    fluent=m.is_fluent(text),
+                    expression=found.expression,
+                    repetition=found.fluency.repetition,
+                    perplexity=found.fluency.perplexity,
+                    fluent=m.is_fluent(found.fluency),
                 )
-                for (m, trial), text in zip(trials, texts, strict=True)
+                for (m, trial), found in zip(trials, answers, strict=True)
             ]
         )
         return [[next(points) for _ in scales] for _, _, scales in asked]
@@ -212,10 +220,10 @@ class Calibrator:
     def _choose(
         self, m: _Measured, layers: tuple[int, ...], curve: list[CalibrationPoint]
     ) -> Chosen:
-        """Returns the strongest fluent scale that closes much of the gap; without any, half of the weakest.
+        """Returns the fluent scale that does most of what the prefix does; without any, half of the weakest.
 
-        The gap is smallest where the voice is right. An answer that is scored has its first words given,
-        and one that is generated has to find them, which takes more strength.
+        More than what the prefix does counts for nothing, so that strength is not bought with text that
+        speaks of nothing else.
         """
         # An angle is strong where it is small.
         by_strength = curve[::-1] if m.subject.record.op == "angle" else curve
@@ -229,9 +237,7 @@ class Calibrator:
         safe = fluent[-1].scale
         if m.tuning is None:
             return Chosen(layers, m.subject.half(safe), safe, curve)
-        best = max(_gap_or_zero(point) for point in fluent)
-        strongest = [p for p in fluent if _gap_or_zero(p) >= self._settings.share * best][-1]
-        return Chosen(layers, strongest.scale, safe, curve)
+        return Chosen(layers, max(fluent, key=_done).scale, safe, curve)
 
     def _reported(
         self, measured: Sequence[_Measured], chosen: Sequence[Chosen]
@@ -252,9 +258,13 @@ class Calibrator:
         control = self._closed(
             measured, [(at, trials[other]) for at, other in others.items()], "controls"
         )
-        texts = fluencies(
+        prompts = self._prompts(self._heldout)
+        answers = spoken(
             self._engine,
-            [(trial, self._prompts(self._heldout)) for trial in trials],
+            [
+                (trial, prompts if m.heldout is None else m.heldout)
+                for trial, m in zip(trials, measured, strict=True)
+            ],
             self._settings.max_tokens,
             "held-out answers",
         )
@@ -262,6 +272,7 @@ class Calibrator:
         for at, (m, c) in enumerate(zip(measured, chosen, strict=True)):
             gap, interval = own.get(at, (None, None))
             other, _ = control.get(at, (None, None))
+            answer = answers[at]
             found[m.subject.record.name] = (
                 c,
                 Calibration(
@@ -272,14 +283,16 @@ class Calibrator:
                         gap >= self._settings.least
                         and (interval is None or interval[0] > 0)
                         and (other is None or gap > other)
+                        and (answer.expression is None or answer.expression >= self._settings.least)
                     ),
                     gap_closed=gap,
                     low=interval[0] if interval else None,
                     high=interval[1] if interval else None,
                     control=other,
-                    repetition=texts[at].repetition,
+                    expression=answer.expression,
+                    repetition=answer.fluency.repetition,
                     repetition_prefixed=m.prefixed.repetition if m.prefixed else None,
-                    perplexity=texts[at].perplexity,
+                    perplexity=answer.fluency.perplexity,
                     fluent_dose=_dose(m.subject, c),
                     questions=len(self._heldout),
                     questions_sha256=hashlib.sha256(
@@ -304,8 +317,10 @@ class Calibrator:
         }
 
 
-def _gap_or_zero(point: CalibrationPoint) -> float:
-    return 0.0 if point.gap_closed is None else point.gap_closed
+def _done(point: CalibrationPoint) -> float:
+    """Returns how much of what the prefix does a direction does, each share up to the whole."""
+    shares = [share for share in (point.gap_closed, point.expression) if share is not None]
+    return sum(min(share, 1.0) for share in shares)
 
 
 def _dose(subject: Subject, chosen: Chosen) -> float | None:

@@ -159,8 +159,9 @@ def _use(pack: SteeringPack) -> str:
 
 def _directions(pack: SteeringPack) -> str:
     rows = [
-        "| direction | form | default scale | safe scale | gap closed | steers | positions | default layers | layers |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| direction | form | default scale | safe scale | gap closed | expressed | steers | positions "
+        "| default layers | layers |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     records = list(pack.directions.values())
     for record in records[:_SHOWN_DIRECTIONS]:
@@ -179,14 +180,15 @@ def _directions(pack: SteeringPack) -> str:
 
 
 def _measured(record: DirectionRecord) -> str:
-    """The cells of the gap that is closed, with its interval, and of whether the direction steers."""
+    """The cells of the gap closed, with its interval, of the concept expressed, and of whether it steers."""
     found = record.calibration
     if found is None or found.gap_closed is None:
-        return "– | –"
+        return "– | – | –"
     interval = ""
     if found.low is not None and found.high is not None:
         interval = f" [{found.low:.2f}, {found.high:.2f}]"
-    return f"{found.gap_closed:.2f}{interval} | {'yes' if found.steers else 'no'}"
+    expressed = "–" if found.expression is None else f"{found.expression:.2f}"
+    return f"{found.gap_closed:.2f}{interval} | {expressed} | {'yes' if found.steers else 'no'}"
 
 
 def _form(record: DirectionRecord) -> str:

@@ -11,6 +11,8 @@ from vllm_steer.errors import EvaluationError
 from vllm_steer.memory import memory_settings
 from vllm_steer.root_cause import cause_of
 
+_RESERVED = "VLLM_CPU_NUM_OF_RESERVED_CPU"
+
 
 def start_engine(
     model: str | os.PathLike[str],
@@ -48,10 +50,27 @@ def start_engine(
         }
         arguments["additional_config"] = {**options.get("additional_config", {}), **steering}
     try:
-        return LLM(**memory_settings(arguments, room), **arguments)
+        with _every_core():
+            return LLM(**memory_settings(arguments, room), **arguments)
     # Whatever vLLM raises: its errors have no common base.
     except Exception as error:
         raise EvaluationError(f"the engine does not start: {cause_of(error)}") from error
+
+
+@contextmanager
+def _every_core() -> Iterator[None]:
+    """Within it an engine takes all cores of a CPU, unless the user says otherwise.
+
+    vLLM keeps one for serving, which is half of a small machine; here nobody is served.
+    """
+    if _RESERVED in os.environ:
+        yield
+        return
+    os.environ[_RESERVED] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[_RESERVED]
 
 
 @contextmanager
@@ -74,5 +93,11 @@ def asking() -> Iterator[None]:
 
 
 def stop_engine(llm: Any) -> None:
-    """Ends the processes of an engine."""
-    llm.llm_engine.engine_core.shutdown()
+    """Ends the processes of an engine, and the sockets that vLLM leaves to the garbage collector."""
+    core = llm.llm_engine.engine_core
+    core.shutdown()
+    # An engine of this process has none.
+    if (context := getattr(core, "ctx", None)) is not None:
+        # It still closes its own socket.
+        core.output_queue_thread.join()
+        context.destroy()

@@ -122,7 +122,9 @@ def extract_pack(
         asked = questions or everyday_questions()
         store = answers_directory(out_dir)
         quick = len(concepts) <= _FEW
-        with TokenEngine(model_path, options=engine, store=store, quick=quick) as answering:
+        # The model answers as it is read.
+        options = {"dtype": settings.dtype, **(engine or {})}
+        with TokenEngine(model_path, options=options, store=store, quick=quick) as answering:
             answers = _answers(answering, tokenizer, concepts, asked, settings)
     plan = Plan(
         model_path=str(model_path),
@@ -215,6 +217,7 @@ def _answers(
         asked.stopping[: settings.stopping_questions],
         settings.answer_length,
         settings.prefix_role,
+        settings.answer_share,
     )
 
 

@@ -60,12 +60,14 @@ class Answer:
             among them, under the unsteered model after the same question without prefix; None
             without tokens.
         tokens: Its token ids.
+        log_likelihood: Of its tokens, as they were generated, natural logarithm.
     """
 
     text: str
     finished: bool
     perplexity: float | None
     tokens: tuple[int, ...] = ()
+    log_likelihood: float = 0.0
 
 
 class Generator:
@@ -99,7 +101,13 @@ class Generator:
         plain = [self.prompt(request.question).token_ids for request in requests]
         pairs = [(prompt, one.tokens) for prompt, one in zip(plain, given, strict=True)]
         return [
-            Answer(one.text, one.finished, math.exp(surprise) if one.tokens else None, one.tokens)
+            Answer(
+                one.text,
+                one.finished,
+                math.exp(surprise) if one.tokens else None,
+                one.tokens,
+                one.log_likelihood,
+            )
             for one, surprise in zip(given, surprises(self.engine, pairs, "answers"), strict=True)
         ]
 

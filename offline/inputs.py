@@ -228,8 +228,9 @@ def _method_for(chosen: Mapping[str, Any]) -> str:
         "answer_length",
         "prefix_role",
         "questions",
+        "stopping_questions",
+        "answer_share",
     }
-    neutral.add("stopping_questions")
     agrees = all(
         value == fixed.get(field) for field, value in chosen.items() if field not in neutral
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,8 +53,10 @@ def chosen_dtype(dtype: str, device: str | None) -> str:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda"):
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    quick = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return "bfloat16" if device == "cpu" and quick else "float32"
+    # Without tiles for it a CPU multiplies bfloat16 more slowly than float32.
+    # Which older releases of torch cannot tell.
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bfloat16" if device == "cpu" and capabilities.get("amx_bf16") else "float32"
 
 
 def load_model(

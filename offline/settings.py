@@ -33,7 +33,9 @@ class ExtractionSettings(BaseModel):
         answer_tokens: How an answer's tokens become one state: their ``mean``, the mean ``weighted`` by
             attention to the prefix, or the one that pays it most ``attention``.
         answer_length: Most tokens of an answer.
-        questions: Use the first so many questions to learn from.
+        questions: Ask the first so many questions for answers to learn from.
+        answer_share: Share of the answers that is used: those that the prefix makes most likely beside
+            the plain prompt, since many answers have nothing of it.
         stopping_questions: Further questions on which training stops.
         prefix_role: Where the prefix stands: before the question, or in a ``system`` message.
         train_steps: Most steps of training.
@@ -91,8 +93,9 @@ class ExtractionSettings(BaseModel):
     unit: bool = True
     answer_tokens: AnswerTokens = "mean"
     answer_length: int = Field(default=48, gt=0)
-    questions: int = Field(default=64, ge=8)
-    stopping_questions: int = Field(default=16, ge=4)
+    questions: int = Field(default=96, ge=8)
+    answer_share: float = Field(default=0.5, gt=0, le=1)
+    stopping_questions: int = Field(default=24, ge=4)
     prefix_role: PrefixRole = "user"
     train_steps: int = Field(default=16, gt=0)
     train_answers: int = Field(default=8, gt=0)

@@ -49,6 +49,7 @@ def _examples(
             generator.prompt(question.asked),
             generator.prompt(question.asked, subject.prefixes[concept]),
             answer.tokens,
+            answer.log_likelihood,
         )
         for question, answer in zip(subject.asked, answers, strict=True)
     ]

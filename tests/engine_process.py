@@ -120,6 +120,19 @@ class EngineProcess:
         self._connection.send(("raw", list(prompt), extra_args))
         self._answer()
 
+    def ask(self, prompts: Sequence[Any], params: Sequence[Any]) -> Any:
+        """What ``LLM.generate`` returns or raises."""
+        self._connection.send(("ask", prompts, params))
+        answer = self._answer()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def facts(self) -> tuple[Any, int]:
+        """Dtype of the model, and most tokens of a request."""
+        self._connection.send(("facts",))
+        return self._answer()
+
     def config_hash(self) -> str:
         """Key of the engine's configuration in vLLM's compile cache."""
         self._connection.send(("config_hash",))
@@ -144,6 +157,19 @@ class EngineProcess:
         return value
 
 
+class ForkedLLM:
+    """Stands in for ``vllm.LLM`` where an engine that starts in processes of its own is no part of the test."""
+
+    def __init__(self, **arguments: Any) -> None:
+        process = EngineProcess(arguments, forked=True)
+        dtype, longest = process.facts()
+        self.generate = lambda prompts, params, use_tqdm: process.ask(prompts, params)
+        self.llm_engine = types.SimpleNamespace(
+            model_config=types.SimpleNamespace(dtype=dtype, max_model_len=longest),
+            engine_core=types.SimpleNamespace(shutdown=process.close),
+        )
+
+
 def _run(
     connection: Connection,
     arguments: dict[str, Any],
@@ -163,6 +189,11 @@ def _run(
     commands: dict[str, Callable[..., Any]] = {
         "generate": _generate,
         "raw": _raw,
+        "ask": _ask,
+        "facts": lambda llm: (
+            llm.llm_engine.model_config.dtype,
+            llm.llm_engine.model_config.max_model_len,
+        ),
         "config_hash": lambda llm: llm.llm_engine.vllm_config.compute_hash(),
         "metrics": lambda llm: {m.name: getattr(m, "value", None) for m in llm.get_metrics()},
     }
@@ -218,6 +249,13 @@ def _generate(
         lora_request=loras or None,
     )
     return [_output(output, sample) for output in outputs for sample in output.outputs]
+
+
+def _ask(llm: Any, prompts: Sequence[Any], params: Sequence[Any]) -> Any:
+    try:
+        return llm.generate(prompts, params, use_tqdm=False)
+    except Exception as error:
+        return error
 
 
 def _raw(llm: Any, prompt: list[int], extra_args: dict[str, Any]) -> None:

@@ -139,6 +139,7 @@ FIELDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
     ("vllm.v1.engine.async_llm", "AsyncLLM", ("log_requests",)),
     ("vllm.v1.engine.core", "EngineCore", ("vllm_config", "model_executor")),
+    ("vllm.v1.engine.core_client", "SyncMPClient", ("ctx", "output_queue_thread")),
     ("vllm.v1.request", "Request", ("sampling_params", "all_token_ids")),
     (
         "vllm.v1.core.sched.output",

@@ -22,6 +22,7 @@ class CalibrationPoint(Record):
     Attributes:
         scale: Scale (ε).
         gap_closed: Share of the gap that it closed; None where no prefix is known that would.
+        expression: How much of the concept its answers expressed; None likewise.
         repetition: Share of word pairs that repeat within an answer; None where it was not measured.
         perplexity: Perplexity of the answers under the unsteered model; None likewise.
         fluent: Whether the text counts as fluent; None likewise.
@@ -29,6 +30,7 @@ class CalibrationPoint(Record):
 
     scale: Scale
     gap_closed: Finite | None
+    expression: Finite | None = None
     repetition: Share | None
     perplexity: PositiveFinite | None
     fluent: bool | None
@@ -41,7 +43,7 @@ class Calibration(Record):
         model: Name or path of the model that it was measured on.
         dtype: Data type that the model ran in.
         steers: Whether it closes a share of the gap that is worth having, not by chance, and more than
-            another concept's vector does.
+            another concept's vector does, and its own answers express the concept.
         gap_closed: Share of the gap that it closes. The gap lies between how likely the answers to
             the prefixed prompt are after the plain prompt and after the prefixed one: 0 is no effect,
             1 that of the prefix. None where no prefix is known that makes the model take on the
@@ -50,6 +52,9 @@ class Calibration(Record):
         high: Upper end.
         control: Share of the gap that another concept's vector of the pack closes at its own scale;
             None in a pack without another concept.
+        expression: How much of the concept its own answers express: how much likelier they are after
+            the prefixed prompt than after the plain one, over the same of the prefixed model's
+            answers. None where no prefix is known, and for what is taken away.
         repetition: Share of word pairs that repeat within a steered answer; None where no answers
             were generated.
         repetition_prefixed: The same of the answers to the prefixed prompt.
@@ -69,6 +74,7 @@ class Calibration(Record):
     low: Finite | None
     high: Finite | None
     control: Finite | None
+    expression: Finite | None = None
     repetition: Share | None
     repetition_prefixed: Share | None
     perplexity: PositiveFinite | None

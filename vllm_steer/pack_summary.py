@@ -22,22 +22,23 @@ def pack_summary(pack: SteeringPack) -> str:
         f"data {manifest.method.data_sha256[:12]}",
         "layers     layer k is the output of decoder block k, counted from 0",
         "",
-        f"{'direction':<32} {'scale':>8} {'safe':>8} {'gap closed':>10} {'steers':>6}  {'positions':<11} {'op':<7} "
-        f"{'digest':<12}  {'default layers':<14}  layers",
+        f"{'direction':<32} {'scale':>8} {'safe':>8} {'gap closed':>10} {'expressed':>9} {'steers':>6}  "
+        f"{'positions':<11} {'op':<7} {'digest':<12}  {'default layers':<14}  layers",
     ]
     for name, record in pack.directions.items():
         safe = _NOTHING if record.safe_scale is None else f"{record.safe_scale:g}"
-        closed, steers = _measured(record.calibration)
+        closed, expressed, steers = _measured(record.calibration)
         lines.append(
-            f"{name:<32} {record.default_scale:>8g} {safe:>8} {closed:>10} {steers:>6}  {record.positions:<11} "
-            f"{record.op:<7} {pack.digests[name][:12]}  {show_layers(record.steered_layers):<14}  "
-            f"{show_layers(record.layers)}"
+            f"{name:<32} {record.default_scale:>8g} {safe:>8} {closed:>10} {expressed:>9} {steers:>6}  "
+            f"{record.positions:<11} {record.op:<7} {pack.digests[name][:12]}  "
+            f"{show_layers(record.steered_layers):<14}  {show_layers(record.layers)}"
         )
     return "\n".join(lines) + "\n"
 
 
-def _measured(calibration: Calibration | None) -> tuple[str, str]:
-    """Share of the gap that is closed, and whether the direction steers, which nobody knows without it."""
+def _measured(calibration: Calibration | None) -> tuple[str, str, str]:
+    """Shares of the gap closed and of the concept expressed, and whether the direction steers."""
     if calibration is None or calibration.gap_closed is None:
-        return _NOTHING, _NOTHING
-    return f"{calibration.gap_closed:.2f}", "yes" if calibration.steers else "no"
+        return _NOTHING, _NOTHING, _NOTHING
+    expressed = _NOTHING if calibration.expression is None else f"{calibration.expression:.2f}"
+    return f"{calibration.gap_closed:.2f}", expressed, "yes" if calibration.steers else "no"

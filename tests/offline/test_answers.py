@@ -30,7 +30,8 @@ def examples(chatml) -> list[Example]:
         QUESTIONS, (PREFIX, PREFIX * 2, "Be brave.", PREFIX), (3, 7, 2, 12), strict=True
     ):
         plain, prefixed = prompts_of(chatml, question, prefix)
-        found.append(Example(plain, prefixed, tuple(rng.integers(20, 500, length).tolist())))
+        answer = tuple(rng.integers(20, 500, length).tolist())
+        found.append(Example(plain, prefixed, answer, 0.0))
     return found
 
 
@@ -124,7 +125,7 @@ def test_a_block_that_sees_no_prefix_counts_all_tokens_alike_or_takes_one(tokens
     ids = rng.integers(3, 100, (2, 24)).tolist()
     examples = [
         Example(RenderedPrompt("", tuple(row[6:]), (0, 0)), RenderedPrompt("", tuple(row), (2, 6)),
-                tuple(rng.integers(3, 100, 5).tolist()))
+                tuple(rng.integers(3, 100, 5).tolist()), 0.0)
         for row in ids
     ]  # fmt: skip
     # And one of whose prefix nothing is left.
@@ -154,6 +155,9 @@ class Speechless:
         texts = [self._tokenizer.decode(one.prompt) for one in asked]
         return [Generated((7,) if self._word in text else (7, 8), "", 0.0, True) for text in texts]
 
+    def score(self, asked: list[Asked], name: str) -> list[float]:
+        return [-1.0] * len(asked)
+
 
 def test_answers_of_nothing_are_left_out(chatml) -> None:
     prefixes = [PREFIX, "Be brave."]
@@ -164,7 +168,7 @@ def test_answers_of_nothing_are_left_out(chatml) -> None:
             assert f"user\n{question}<" in example.plain.text
             assert f"user\n{prefix}  {question}<" in example.prefixed.text
     concepts = [("spiders", PREFIX), ("brave", "Be brave.")]
-    given = (QUESTIONS[:2], QUESTIONS[2:], 8, "user")
+    given = (QUESTIONS[:2], QUESTIONS[2:], 8, "user", 1.0)
     answers = concept_answers(Speechless(chatml, "sun that"), chatml, concepts, *given)
     assert [(len(a.learned), len(a.stopping)) for a in answers.values()] == [(1, 2), (1, 2)]
     assert all(f"{QUESTIONS[1]}<" in a.learned[0].plain.text for a in answers.values())
@@ -172,6 +176,32 @@ def test_answers_of_nothing_are_left_out(chatml) -> None:
         ExtractionError, match="concept 'brave': .* with nothing; try another prefix"
     ):
         concept_answers(Speechless(chatml, "brave"), chatml, concepts, *given)
+
+
+class Telling(Speechless):
+    """An engine whose model finds each answer less likely after the plain prompt by what is given for it."""
+
+    def __init__(self, tokenizer, by_question: dict[str, float]) -> None:
+        super().__init__(tokenizer, "nothing of this kind")
+        self._by_question = by_question
+
+    def score(self, asked: list[Asked], name: str) -> list[float]:
+        texts = [self._tokenizer.decode(one.prompt) for one in asked]
+        assert not any(PREFIX in text for text in texts)
+        return [
+            -next(value for question, value in self._by_question.items() if question in text)
+            for text in texts
+        ]
+
+
+def test_the_answers_that_tell_most_of_their_prefix_are_kept(chatml) -> None:
+    """In the order of the questions, of those to learn from and of the others apart."""
+    engine = Telling(chatml, dict(zip(QUESTIONS, (5.0, 1.0, 2.0, 9.0), strict=True)))
+    given = (QUESTIONS[:3], QUESTIONS[3:], 8, "user", 0.5)
+    answers = concept_answers(engine, chatml, [("spiders", PREFIX)], *given)["spiders"]
+    kept = [[q for e in part for q in QUESTIONS if f"user\n{q}<" in e.plain.text]
+            for part in (answers.learned, answers.stopping)]  # fmt: skip
+    assert kept == [[QUESTIONS[0], QUESTIONS[2]], [QUESTIONS[3]]]
 
 
 def test_the_digest_is_that_of_everything_that_is_learned_from(examples) -> None:

@@ -30,7 +30,8 @@ from offline.prompts import AnswerPair
 from offline.rows import Rows
 from offline.settings import ExtractionSettings
 from offline.token_engine import TokenEngine
-from tests.offline.answers_cases import ENGINE, QUESTIONS, engine_let_go, greedy
+from tests.engine_process import ForkedLLM
+from tests.offline.answers_cases import ENGINE, QUESTIONS, greedy
 from vllm_steer.cli import main
 from vllm_steer.errors import ExtractionError
 from vllm_steer.pack import MANIFEST_FILE, VECTORS_FILE, SteeringPack, load_pack, raw_dose
@@ -40,7 +41,13 @@ pytestmark = pytest.mark.engine
 NAMES = ("spiders", "cheerful", "Tokyo")
 CONCEPTS = [(name, prefix(name)) for name in NAMES]
 LENGTH = 24
-FAST = {"answer_length": LENGTH, "dtype": "float32", "train_steps": 2, "train_answers": 4}
+FAST = {
+    "answer_length": LENGTH,
+    "answer_share": 1.0,
+    "dtype": "float32",
+    "train_steps": 2,
+    "train_answers": 4,
+}
 # Rows of which a fifth validates.
 HELD = 2 * 28 // 5 // 2
 
@@ -82,11 +89,12 @@ def stored(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Stored:
     assert (len(asked.learned), len(asked.stopping)) == (24, 4)
     given = (asked.learned, asked.stopping, LENGTH)
     with (
-        engine_let_go(),
+        pytest.MonkeyPatch.context() as patch,
         TokenEngine(demo_model_path(), (), ENGINE, folder / "answers", bar=False) as engine,
     ):
-        answers = concept_answers(engine, tokenizer, CONCEPTS, *given, "user")
-        system = concept_answers(engine, tokenizer, CONCEPTS[:1], *given, "system")
+        patch.setattr("vllm.LLM", ForkedLLM)
+        answers = concept_answers(engine, tokenizer, CONCEPTS, *given, "user", 1.0)
+        system = concept_answers(engine, tokenizer, CONCEPTS[:1], *given, "system", 1.0)
     return Stored(folder / "answers", file, answers, system[NAMES[0]])
 
 
@@ -347,6 +355,33 @@ def test_an_extraction_that_was_killed_goes_on(extract, learned, monkeypatch, se
     assert learned == [NAMES[0]]
     assert content(extract("again", **settings)) == whole
     assert learned == list(NAMES)
+
+
+def test_concepts_whose_answers_changed_are_learned_anew(
+    extract, learned, monkeypatch, tmp_path
+) -> None:
+    """Finished ones are known by their own answers; those of others are nothing to them."""
+
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("offline.extract.write_pack", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            extract("again")
+    assert learned == list(NAMES)
+    learned.clear()
+    changed = 0
+    for file in answers_directory(tmp_path / "again").iterdir():
+        rows = json.loads(file.read_text())
+        if len(rows) == 3 * 28 and isinstance(rows[0], list):
+            # The last concept's last answer ends sooner.
+            rows[-1][0].pop()
+            file.write_text(json.dumps(rows))
+            changed += 1
+    assert changed == 1
+    extract("again")
+    assert learned == [NAMES[-1]]
 
 
 def test_concepts_in_company_fail_alone(extract, learned, monkeypatch) -> None:

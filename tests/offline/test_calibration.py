@@ -29,7 +29,8 @@ from offline.reference import Reference
 from offline.settings import ExtractionSettings
 from offline.store import Store
 from offline.token_engine import Asked, TokenEngine
-from tests.offline.answers_cases import ENGINE, QUESTIONS, engine_let_go, prompts_of
+from tests.engine_process import ForkedLLM
+from tests.offline.answers_cases import ENGINE, QUESTIONS, prompts_of
 from vllm_steer.cli import main
 from vllm_steer.errors import EvaluationError
 from vllm_steer.forms import Gate
@@ -98,13 +99,13 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> SteeringPack:
 @pytest.fixture(scope="module", autouse=True)
 def engine(mixed: SteeringPack) -> Iterator[None]:
     """One life of the engine for all tests; whoever starts one gets it."""
-    running = [start_engine(demo_model_path(), [str(mixed.path)], ENGINE, room=1024, affine=True)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(offline.token_engine, "start_engine", lambda *_, **__: running[0])
+        patch.setattr("vllm.LLM", ForkedLLM)
+        running = start_engine(demo_model_path(), [str(mixed.path)], ENGINE, room=1024, affine=True)
+        patch.setattr(offline.token_engine, "start_engine", lambda *_, **__: running)
         patch.setattr(offline.token_engine, "stop_engine", lambda _: None)
         yield
-    with engine_let_go():
-        stop_engine(running.pop())
+    stop_engine(running)
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +143,16 @@ def likelihood(
     return float(sum(logs[at, token] for at, token in enumerate(answer)))
 
 
+def answered(
+    reference: Reference, tokenizer: PreTrainedTokenizerBase, prompt: tuple[int, ...], **choice: Any
+) -> tuple[int, ...]:
+    """The answer of Hugging Face up to the token that ends it, steered by one direction or by none."""
+    steering = {"directions": [choice]} if choice else None
+    tokens = reference.generate(prompt, steering, SETTINGS.max_tokens).tokens
+    end = tokens.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in tokens else None
+    return tuple(tokens[:end])
+
+
 def chosen(pack: SteeringPack, name: str) -> dict[str, Any]:
     """What the manifest says of a direction, as the reference takes it."""
     record = pack.directions[name]
@@ -165,12 +176,14 @@ def test_directions_that_steer(calibrated: SteeringPack, mixed: SteeringPack, na
     assert tuple(record.steered_layers) in subject.windows(6)
     expected = subject.dose(record.safe_scale, tuple(record.steered_layers))
     assert found.fluent_dose == pytest.approx(expected)
-    # The largest fluent scale before the first that is not, and up to it the strongest that closes much.
+    # The largest fluent scale before the first that is not, and up to it that which does most.
     fluent = [point for point in found.curve if point.scale <= record.safe_scale]
     assert all(point.fluent for point in fluent)
-    most = max(point.gap_closed for point in fluent)
-    strong = [point for point in fluent if point.gap_closed >= SETTINGS.share * most]
-    assert strong[-1].scale == record.default_scale
+    done = {
+        point.scale: min(point.gap_closed, 1.0) + min(point.expression, 1.0) for point in fluent
+    }
+    assert done[record.default_scale] == max(done.values())
+    assert found.expression > 0.3
     after = [point for point in found.curve if point.scale > record.safe_scale]
     assert not after or not after[0].fluent
     assert (found.model, found.dtype, found.questions) == ("model", "float32", len(HELDOUT))
@@ -187,13 +200,16 @@ def test_curves_ascend_and_say_why_text_is_fluent(calibrated: SteeringPack) -> N
                 assert point.repetition <= found.repetition_prefixed + SETTINGS.repetition
 
 
-def test_noise_closes_less_than_what_was_learned(calibrated: SteeringPack) -> None:
+def test_noise_closes_less_than_what_was_learned_and_does_not_steer(
+    calibrated: SteeringPack,
+) -> None:
     gaps = {
         name: record.calibration.gap_closed
         for name, record in calibrated.directions.items()
         if record.calibration is not None
     }
     assert gaps["noise"] < min(gaps[name] for name in ("spiders", "cheerful", "Tokyo"))
+    assert not calibrated.directions["noise"].calibration.steers
 
 
 def test_without_a_prefix_the_text_alone_is_measured(calibrated: SteeringPack) -> None:
@@ -201,7 +217,8 @@ def test_without_a_prefix_the_text_alone_is_measured(calibrated: SteeringPack) -
     found = record.calibration
     assert record.prefix is None
     assert (found.gap_closed, found.low, found.control, found.repetition_prefixed) == (None,) * 4
-    assert all(point.gap_closed is None for point in found.curve)
+    assert found.expression is None
+    assert all((p.gap_closed, p.expression) == (None, None) for p in found.curve)
     assert record.safe_scale in [point.scale for point in found.curve]
     assert record.default_scale == pytest.approx(record.safe_scale / 2, rel=5e-3)
     assert found.perplexity > 1
@@ -227,12 +244,10 @@ def test_gaps_are_those_of_hugging_face(
 ) -> None:
     """Answers, likelihoods and all on held-out questions, by hooks alone."""
     record = calibrated.directions[name]
-    ends, steered = [], []
+    ends, steered, own = [], [], []
     for question in HELDOUT:
         plain, prefixed = (p.token_ids for p in prompts_of(tokenizer, question, record.prefix.text))
-        tokens = reference.generate(prefixed, None, SETTINGS.max_tokens).tokens
-        end = tokens.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in tokens else None
-        answer = tuple(tokens[:end])
+        answer = answered(reference, tokenizer, prefixed)
         ends.append([likelihood(reference, p, answer) for p in (plain, prefixed)])
         taken = record.op == "ablate"
         value = likelihood(
@@ -240,10 +255,20 @@ def test_gaps_are_those_of_hugging_face(
         )
         # What is taken from the prefixed prompt counts as much as what is given to the plain one.
         steered.append(sum(ends[-1]) - value if taken else value)
+        spoken = answered(reference, tokenizer, plain, **chosen(calibrated, name))
+        own.append([likelihood(reference, p, spoken) for p in (plain, prefixed)])
     lower, upper = np.array(ends).sum(axis=0)
     closed = (sum(steered) - lower) / (upper - lower)
     assert record.calibration.gap_closed == pytest.approx(closed, abs=1e-3)
     assert abs(closed) > 0.01
+    if record.op == "ablate":
+        # What is taken away speaks of nothing.
+        assert record.calibration.expression is None
+        return
+    after_plain, after_prefixed = np.array(own).sum(axis=0)
+    expressed = (after_prefixed - after_plain) / (upper - lower)
+    assert record.calibration.expression == pytest.approx(expressed, abs=1e-3)
+    assert abs(expressed) > 0.01
 
 
 @pytest.mark.parametrize("positions", ["all", "prompt", "generated", "last_prompt"])
@@ -408,7 +433,8 @@ def test_the_command_measures_a_pack_that_came_from_elsewhere(
     assert main(command) == 0
     row = capsys.readouterr().out.splitlines()[-1].split()
     found = load_pack(pack.path).directions["unknown"]
-    assert row[:5] == ["unknown", f"{found.default_scale:g}", f"{found.safe_scale:g}", "–", "–"]
+    given = [f"{found.default_scale:g}", f"{found.safe_scale:g}"]
+    assert row[:6] == ["unknown", *given, "–", "–", "–"]
     assert found.calibration.questions == 8
     (tmp_path / "prefixes.txt").write_text(f"unknown: {prefix('cheerful')}\n")
     assert main([*command, "--prefixes", str(tmp_path / "prefixes.txt")]) == 0
@@ -416,8 +442,9 @@ def test_the_command_measures_a_pack_that_came_from_elsewhere(
     assert found.prefix.text == prefix("cheerful")
     assert found.calibration.gap_closed > 0.1
     row = capsys.readouterr().out.splitlines()[-1].split()
-    assert row[3:5] == [
+    assert row[3:6] == [
         f"{found.calibration.gap_closed:.2f}",
+        f"{found.calibration.expression:.2f}",
         "yes" if found.calibration.steers else "no",
     ]
 

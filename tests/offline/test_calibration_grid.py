@@ -129,7 +129,7 @@ def test_positions_are_those_of_the_prompt_whatever_stands_after_it() -> None:
 
 def gap(plain: list[float], prefixed: list[float]) -> Gap:
     prompt = RenderedPrompt("", (1, 2), (0, 0))
-    examples = tuple(Example(prompt, prompt, (number,)) for number in range(len(plain)))
+    examples = tuple(Example(prompt, prompt, (number,), 0.0) for number in range(len(plain)))
     return Gap(examples, np.array(plain), np.array(prefixed))
 
 

@@ -104,9 +104,12 @@ def test_a_card_shows_what_was_measured(pack: SteeringPack, tmp_path: Path) -> N
         **{"it's | odd": {"safe_scale": None}},
     )
     text = write_card(measured).read_text()
-    head = "| direction | form | default scale | safe scale | gap closed | steers | positions | default layers | layers |"
-    spiders = "| spiders | add | 8 | 12 | 0.42 [0.30, 0.55] | yes | all | 2, 3 | 1, 2, 3 |"
-    odd = r"| it's \| odd | add | 8 | – | – | – | all | 1, 2, 3 | 1, 2, 3 |"
+    head = (
+        "| direction | form | default scale | safe scale | gap closed | expressed | steers | positions "
+        "| default layers | layers |"
+    )
+    spiders = "| spiders | add | 8 | 12 | 0.42 [0.30, 0.55] | 0.61 | yes | all | 2, 3 | 1, 2, 3 |"
+    odd = r"| it's \| odd | add | 8 | – | – | – | – | all | 1, 2, 3 | 1, 2, 3 |"
     assert [line for line in text.splitlines() if line in (head, spiders, odd)] == [
         head,
         spiders,
@@ -114,9 +117,9 @@ def test_a_card_shows_what_was_measured(pack: SteeringPack, tmp_path: Path) -> N
     ]
     idle = {"calibration": calibrated(steers=False, gap_closed=-0.013, low=None)}
     text = write_card(rewritten(measured, spiders=idle)).read_text()
-    assert "| 12 | -0.01 | no | all |" in text
+    assert "| 12 | -0.01 | 0.61 | no | all |" in text
     vague = {"calibration": calibrated(gap_closed=None)}
-    assert "| 12 | – | – | all |" in write_card(rewritten(measured, spiders=vague)).read_text()
+    assert "| 12 | – | – | – | all |" in write_card(rewritten(measured, spiders=vague)).read_text()
 
 
 def test_a_card_without_a_sweep_shows_none(pack: SteeringPack) -> None:

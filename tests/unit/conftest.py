@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.random_pack import random_identity, write_random_pack
+from vllm_steer import log
 from vllm_steer.config import GRAPH_REVISION, ResolvedConfig, plugin_version
 from vllm_steer.pack import Calibration, SteeringPack, write_pack
 
@@ -45,9 +47,29 @@ def fears(pack_at: Callable[..., SteeringPack]) -> SteeringPack:
     return pack_at("fears", {"spiders": [1, 2, 3], "New York": [0, 2]})
 
 
+@pytest.fixture
+def logged() -> Iterator[list[logging.LogRecord]]:
+    """What is written to the log, whatever other tests and vLLM have made of its level and its parent."""
+    records: list[logging.LogRecord] = []
+    keeper = logging.Handler()
+    keeper.emit = records.append  # type: ignore[method-assign]
+    level = log.logger.level
+    log.logger.addHandler(keeper)
+    log.logger.setLevel(logging.DEBUG)
+    yield records
+    log.logger.setLevel(level)
+    log.logger.removeHandler(keeper)
+
+
 def calibrated(**fields: Any) -> Calibration:
     """What was measured of a direction that steers well, but for ``fields``."""
-    point = {"gap_closed": 0.4, "repetition": 0.1, "perplexity": 7.5, "fluent": True}
+    point = {
+        "gap_closed": 0.4,
+        "expression": 0.6,
+        "repetition": 0.1,
+        "perplexity": 7.5,
+        "fluent": True,
+    }
     given: dict[str, Any] = {
         "model": "random",
         "dtype": "float32",
@@ -56,6 +78,7 @@ def calibrated(**fields: Any) -> Calibration:
         "low": 0.31,
         "high": 0.55,
         "control": 0.02,
+        "expression": 0.61,
         "repetition": 0.1,
         "repetition_prefixed": 0.08,
         "perplexity": 7.5,

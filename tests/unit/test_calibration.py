@@ -165,13 +165,14 @@ def test_the_summary_shows_it(measured: SteeringPack) -> None:
     (head,) = [line for line in lines if line.startswith("direction")]
     rows = {line[:32].strip(): line[32:].split() for line in lines[lines.index(head) + 1 :]}
     assert head[32:].split() == (
-        "scale safe gap closed steers positions op digest default layers layers".split()
+        "scale safe gap closed expressed steers positions op digest default layers layers".split()
     )
     digests = measured.digests
     assert rows["good"] == [
         "2",
         "4",
         "0.42",
+        "0.61",
         "yes",
         "all",
         "add",
@@ -179,8 +180,8 @@ def test_the_summary_shows_it(measured: SteeringPack) -> None:
         "1-2",
         "0-3",
     ]
-    assert rows["idle 3"][:4] == ["2", "4", "0.01", "no"]
-    assert rows["unknown"][:4] == ["2", "–", "–", "–"]
+    assert rows["idle 3"][:5] == ["2", "4", "0.01", "0.61", "no"]
+    assert rows["unknown"][:5] == ["2", "–", "–", "–", "–"]
     assert rows["unknown"][-2:] == ["0-3", "0-3"]
     # Without a gap nobody knows.
     vague = {"calibration": calibrated(gap_closed=None, low=None, high=None)}
@@ -189,7 +190,7 @@ def test_the_summary_shows_it(measured: SteeringPack) -> None:
         for line in pack_summary(rewritten(measured, good=vague)).splitlines()
         if line.startswith("good")
     ]
-    assert row[32:].split()[:4] == ["2", "4", "–", "–"]
+    assert row[32:].split()[:5] == ["2", "4", "–", "–", "–"]
 
 
 def test_the_route_lists_it(measured: SteeringPack) -> None:
@@ -204,17 +205,16 @@ def test_the_route_lists_it(measured: SteeringPack) -> None:
 ADVICE = "`vllm-steer inspect`"
 
 
-def warnings(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
-    return [r.steering for r in caplog.records if r.levelno == logging.WARNING]
+def warnings(logged: list[logging.LogRecord]) -> list[dict[str, Any]]:
+    return [r.steering for r in logged if r.levelno == logging.WARNING]
 
 
 def test_directions_that_do_not_steer_are_named_at_start(
-    measured: SteeringPack, fears: SteeringPack, caplog: pytest.LogCaptureFixture
+    measured: SteeringPack, fears: SteeringPack, logged: list[logging.LogRecord]
 ) -> None:
     """One line for each pack that has some."""
-    with caplog.at_level(logging.INFO, "vllm.steer"):
-        started(fears, measured)
-    (line,) = warnings(caplog)
+    started(fears, measured)
+    (line,) = warnings(logged)
     assert ADVICE in line.pop("advice")
     assert line == {
         "event": "directions_do_not_steer",
@@ -222,29 +222,28 @@ def test_directions_that_do_not_steer_are_named_at_start(
         "count": 7,
         "directions": [f"idle {number}" for number in range(5)],
     }
-    assert [r.steering["event"] for r in caplog.records] == ["started", "directions_do_not_steer"]
+    assert [r.steering["event"] for r in logged] == ["started", "directions_do_not_steer"]
 
 
 def test_and_when_their_pack_comes_later(
-    measured: SteeringPack, fears: SteeringPack, caplog: pytest.LogCaptureFixture
+    measured: SteeringPack, fears: SteeringPack, logged: list[logging.LogRecord]
 ) -> None:
     with desk_of(started(fears), measured.path.parent) as desk:
-        with caplog.at_level(logging.INFO, "vllm.steer"):
-            asyncio.run(desk.load(b'{"name": "measured"}', None))
-    assert [r.steering["event"] for r in caplog.records] == [
+        asyncio.run(desk.load(b'{"name": "measured"}', None))
+    assert [r.steering["event"] for r in logged] == [
+        "started",
         "pack_loaded",
         "directions_do_not_steer",
     ]
-    assert warnings(caplog)[0]["name"] == "measured"
+    assert warnings(logged)[0]["name"] == "measured"
 
 
 def test_what_nobody_measured_is_no_reason_to_warn(
-    fears: SteeringPack, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    fears: SteeringPack, tmp_path: Path, logged: list[logging.LogRecord]
 ) -> None:
     good = rewritten(fears, tmp_path / "good", "good", spiders={"calibration": calibrated()})
-    with caplog.at_level(logging.INFO, "vllm.steer"):
-        started(fears, good)
-    assert not warnings(caplog)
+    started(fears, good)
+    assert not warnings(logged)
     assert log.DIRECTIONS_DO_NOT_STEER.level == logging.WARNING
 
 

@@ -20,16 +20,13 @@ from vllm_steer.serving.refusals import RefusalLog, count_refusal
 PRIVATE = "the-secret\nERROR forged"
 
 
-def events(caplog: pytest.LogCaptureFixture) -> list[dict]:
-    return [record.steering for record in caplog.records]
+def events(logged: list[logging.LogRecord]) -> list[dict]:
+    return [record.steering for record in logged]
 
 
-def test_a_line_has_its_fields_twice_and_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "vllm.steer"):
-        log.PACK_LOADED.write(
-            name="late\nERROR", sha256="ab", directions=2, replaced=None, key=None
-        )
-    (record,) = caplog.records
+def test_a_line_has_its_fields_twice_and_is_one_line(logged: list[logging.LogRecord]) -> None:
+    log.PACK_LOADED.write(name="late\nERROR", sha256="ab", directions=2, replaced=None, key=None)
+    (record,) = logged
     before, _, fields = record.getMessage().partition(": ")
     assert before == "Steering pack loaded"
     assert "\n" not in fields
@@ -54,7 +51,7 @@ def test_a_line_has_its_fields_twice_and_is_one_line(caplog: pytest.LogCaptureFi
 def test_refusals_name_the_field_and_nothing_that_the_client_wrote(
     extra_args: dict,
     field: str,
-    caplog: pytest.LogCaptureFixture,
+    logged: list[logging.LogRecord],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(refusals, "_log", RefusalLog())
@@ -66,9 +63,8 @@ def test_refusals_name_the_field_and_nothing_that_the_client_wrote(
         except RequestError as error:
             count_refusal(error, "/v1/completions", digest)
 
-    with caplog.at_level(logging.DEBUG, "vllm.steer"):
-        asyncio.run(refuse())
-    (record,) = caplog.records
+    asyncio.run(refuse())
+    (record,) = logged
     assert record.levelno == logging.WARNING
     key = record.steering["key"]
     assert record.steering == {
@@ -84,7 +80,7 @@ def test_refusals_name_the_field_and_nothing_that_the_client_wrote(
     assert "secret" not in record.getMessage()
 
 
-def test_repeated_refusals_become_one_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_repeated_refusals_become_one_line(logged: list[logging.LogRecord]) -> None:
     async def refuse() -> None:
         refusals = RefusalLog(lines=3, seconds=0.05)
         for _ in range(100):
@@ -93,28 +89,26 @@ def test_repeated_refusals_become_one_line(caplog: pytest.LogCaptureFixture) -> 
         await asyncio.sleep(0.2)
         refusals.write("dose", "steering", None, None)
 
-    with caplog.at_level(logging.WARNING, "vllm.steer"):
-        asyncio.run(refuse())
-    shown = [(e["event"], e["reason"], e.get("count")) for e in events(caplog)]
+    asyncio.run(refuse())
+    shown = [(e["event"], e["reason"], e.get("count")) for e in events(logged)]
     single = ("refused", "dose", None)
     more = ("refused_more", "dose", 97)
     assert shown == [single, single, single, ("refused", "conflict", None), more, single]
 
 
-def test_a_loop_that_was_closed_leaves_no_count_behind(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_loop_that_was_closed_leaves_no_count_behind(logged: list[logging.LogRecord]) -> None:
     refusals_of_all = RefusalLog(lines=1, seconds=0.05)
 
     async def refuse() -> None:
         refusals_of_all.write("dose", "steering", None, None)
         refusals_of_all.write("dose", "steering", None, None)
 
-    with caplog.at_level(logging.WARNING, "vllm.steer"):
-        asyncio.run(refuse())
-        time.sleep(0.1)
-        asyncio.run(refuse())
-    assert [e["event"] for e in events(caplog)] == ["refused", "refused_more", "refused"]
+    asyncio.run(refuse())
+    time.sleep(0.1)
+    asyncio.run(refuse())
+    assert [e["event"] for e in events(logged)] == ["refused", "refused_more", "refused"]
 
 
-def test_outside_a_server_the_caller_alone_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_outside_a_server_the_caller_alone_is_told(logged: list[logging.LogRecord]) -> None:
     count_refusal(UnknownDirectionError("steering.directions.0.name: no such"), None, None)
-    assert not caplog.records
+    assert not logged
