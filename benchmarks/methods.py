@@ -183,7 +183,13 @@ def matrix(report: dict[str, Any]) -> str:
     for estimator, labels in BLOCK_ESTIMATORS:
         cells = [_cell(arms[ATTENTION, estimator, labels, blocks]) for blocks in ends]
         lines.append(f"| {estimator.replace('_', ' ')}, {labels} | {' | '.join(cells)} |")
-    lines += ["", "| token | as published | |", "|---|---|---|"]
+    lines += ["", published_table(report)]
+    return "\n".join(lines)
+
+
+def published_table(report: dict[str, Any]) -> str:
+    """Returns the estimators as published, the ones that this model tells apart; cells as in :func:`matrix`."""
+    lines = ["| token | as published | |", "|---|---|---|"]
     for arm in report["arms"].values():
         if arm["published"]:
             name = f"{arm['estimator']}, {arm['labels']}"

@@ -164,7 +164,7 @@ BLOCKS = (
     Block(FINDINGS, "overhead", overhead_table),
     Block(FINDINGS, "extraction", extraction_table),
     Block(FINDINGS, "real-model", lambda: real_model.table(results("real-model")).strip()),
-    Block(FINDINGS, "methods", lambda: methods.matrix(results("methods"))),
+    Block(FINDINGS, "methods", lambda: methods.published_table(results("methods"))),
     Block(FINDINGS, "fusion", lambda: fusion.figures_table(results("fusion"))),
     Block(FINDINGS, "fusion-seconds", lambda: fusion.seconds_table(results("fusion"))),
     Block(FINDINGS, "fusion-distances", lambda: fusion.distances_table(results("fusion"))),
