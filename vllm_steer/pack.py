@@ -73,6 +73,8 @@ __all__ = [
     "write_pack",
 ]
 
+# Lengths of a vector at a layer whose squares float32 holds, with room for sums of them.
+MIN_LENGTH, MAX_LENGTH = 1e-18, 1e18
 # How often a pack that is replaced while it is read is read again.
 _ATTEMPTS = 5
 
@@ -269,7 +271,7 @@ def _shapes(manifest: Manifest) -> dict[str, tuple[int, int]]:
 
 
 def _check_values(file: Path, vectors: Mapping[str, NDArray[np.float32]]) -> None:
-    """Raises PackError where a value is NaN or Inf or a row is zero."""
+    """Raises PackError where a value is NaN or Inf, a row is zero, or its length leaves float32."""
     for name, vector in vectors.items():
         # NaN is passed on by both, and no temporary array of the vectors' size is made.
         low, high = vector.min(axis=1), vector.max(axis=1)
@@ -282,3 +284,9 @@ def _check_values(file: Path, vectors: Mapping[str, NDArray[np.float32]]) -> Non
                 f"{file}: direction {name!r} is zero at a layer, where it could never steer; "
                 f"leave that layer out"
             )
+        for length in np.sqrt(np.einsum("ij,ij->i", vector, vector, dtype=np.float64)):
+            if not MIN_LENGTH <= length <= MAX_LENGTH:
+                raise PackError(
+                    f"{file}: direction {name!r} has a vector of length {length:.3g}; it must be between "
+                    f"{MIN_LENGTH:g} and {MAX_LENGTH:g}, so that float32 holds its square"
+                )

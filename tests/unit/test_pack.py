@@ -127,6 +127,14 @@ def _replace_vectors(pack: SteeringPack, vectors: dict[str, np.ndarray]) -> None
         (lambda v: v.update(spiders=np.full((3, HIDDEN), np.nan, np.float32)), "NaN or Inf"),
         (lambda v: v.update(spiders=np.full((3, HIDDEN), np.inf, np.float32)), "NaN or Inf"),
         (lambda v: v.update(spiders=np.zeros((3, HIDDEN), np.float32)), "zero at a layer"),
+        (
+            lambda v: v.update(spiders=np.full((3, HIDDEN), 1e-45, np.float32)),
+            r"a vector of length .*e-4\d; it must be between 1e-18 and 1e\+18",
+        ),
+        (
+            lambda v: v.update(spiders=np.eye(3, HIDDEN, dtype=np.float32) * np.float32(3e38)),
+            r"a vector of length 3e\+38; it must be between",
+        ),
     ],
 )
 def test_wrong_tensors(change: Any, message: str, fears: SteeringPack) -> None:
