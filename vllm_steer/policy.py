@@ -12,10 +12,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vllm_steer.errors import ConfigError, explain_faults
+from vllm_steer.errors import ConfigError, RequestError, explain_faults
 from vllm_steer.registry import PackRegistry
 from vllm_steer.request import SteeringRequest
 from vllm_steer.resolve import find_all
+from vllm_steer.strength import check_calibrated
 
 MAX_POLICY_BYTES = 2**20
 ANY_KEY = "*"
@@ -55,6 +56,19 @@ class Policy(BaseModel):
         """Returns every steering that the policy holds, by the field that it stands in."""
         found = {f"aliases.{name}": request for name, request in self.aliases.items()}
         return found if self.default is None else found | {"default": self.default}
+
+    def check(self, registry: PackRegistry) -> None:
+        """Checks that every name leads to a direction, and that one with a strength is calibrated.
+
+        Raises:
+            RequestError: One does not; the message starts with the field.
+        """
+        for where, request in self.steerings().items():
+            for index, choice in enumerate(request.directions):
+                try:
+                    check_calibrated(choice, find_all(choice, registry)["name"])
+                except RequestError as error:
+                    raise RequestError(f"{where}.directions.{index}: {error}") from None
 
     def named(self, registry: PackRegistry, pack: str) -> list[str]:
         """Returns the fields of the policy that need a pack."""

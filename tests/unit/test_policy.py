@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from tests.unit.front_end import desk_of, started
 from vllm_steer.client import steer
 from vllm_steer.dose import relative_dose, scaled
-from vllm_steer.errors import ConfigError, RequestError
+from vllm_steer.errors import ConfigError, ConflictError, RequestError
 from vllm_steer.pack import SteeringPack
 from vllm_steer.policy import Policy, load_policy
 from vllm_steer.receipt import MAX_HEADER, Receipt
@@ -173,3 +174,58 @@ def test_gate_is_fair_and_never_lets_in_too_many() -> None:
         return entered
 
     assert asyncio.run(run()) == ["w0", "w1", "w2", "w3", "w4", "s0", "s1", "s2"]
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"name": "nobody"},
+        {"name": "fears/nobody"},
+        {"name": "spiders", "op": "rotate", "plane": "nobody", "scale": 10.0},
+        {"name": "spiders", "op": "affine", "read": "nobody", "scale": 1.0},
+        {"name": "spiders", "gate": {"direction": "fears/nobody", "above": 0.0}},
+    ],
+    ids=lambda choice: list(choice)[-1],
+)
+def test_an_alias_that_names_nothing_is_refused(
+    choice: dict[str, Any], fears: SteeringPack
+) -> None:
+    """Else every unload would stumble over it."""
+    admission = started(fears)
+    body = json.dumps({"directions": [choice]}).encode()
+    with desk_of(admission) as desk:
+        with pytest.raises(RequestError, match="aliases.x.directions.0: .*nobody"):
+            asyncio.run(desk.set_alias("x", body, None))
+        assert not admission.policy.aliases
+        asyncio.run(desk.set_alias("y", b'{"directions": [{"name": "spiders"}]}', None))
+        with pytest.raises(ConflictError, match="needed by aliases.y"):
+            asyncio.run(desk.unload("fears", None))
+
+
+def test_no_pack_comes_that_breaks_the_policy(
+    fears: SteeringPack, pack_at: Callable[..., SteeringPack]
+) -> None:
+    """A second direction of a bare name that the default names, or content without an alias's direction."""
+    pack_at("more", {"spiders": [1]})
+    admission = started(fears)
+    store = admission.store
+    assert store is not None
+    admission.policy = Policy(
+        default=SteeringRequest.model_validate({"directions": [{"name": "spiders"}]})
+    )
+    with desk_of(admission, fears.path.parent) as desk:
+        with pytest.raises(
+            ConflictError, match="'more' would .* default.directions.0: .*more than one"
+        ):
+            asyncio.run(desk.load(b'{"name": "more"}', None))
+        assert list(store.registry.packs) == ["fears"]
+        admission.policy = Policy(
+            aliases={
+                "x": SteeringRequest.model_validate({"directions": [{"name": "fears/spiders"}]})
+            }
+        )
+        asyncio.run(desk.load(b'{"name": "more"}', None))
+        pack_at("fears", {"heights": [1]})
+        with pytest.raises(ConflictError, match="aliases.x.directions.0: .*no direction 'spiders'"):
+            asyncio.run(desk.load(b'{"name": "fears"}', None))
+        assert "spiders" in store.registry.packs["fears"].directions

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -198,13 +199,13 @@ def test_aliases_that_come_later_take_it(pack: SteeringPack) -> None:
     admission = started(pack)
     body = b'{"directions": [{"name": "%s", "strength": 2.0}]}'
     with desk_of(admission) as desk:
-        desk.set_alias("x", body % b"add", None)
+        asyncio.run(desk.set_alias("x", body % b"add", None))
         assert admission.policy.aliases["x"].directions[0].strength == 2.0
         with pytest.raises(RequestError, match="strength: direction 'p/plain' is not calibrated"):
-            desk.set_alias("y", body % b"plain", None)
+            asyncio.run(desk.set_alias("y", body % b"plain", None))
         both = b'{"directions": [{"name": "add", "strength": 2.0, "scale": 1.0}]}'
         with pytest.raises(RequestError, match=r"directions.0: scale and strength say the same"):
-            desk.set_alias("z", both, None)
+            asyncio.run(desk.set_alias("z", both, None))
 
 
 def test_the_helper_takes_strengths() -> None:

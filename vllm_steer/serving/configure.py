@@ -22,10 +22,8 @@ from vllm_steer.hub import hub_snapshot, resolve_pack
 from vllm_steer.model import model_shape
 from vllm_steer.policy import load_policy
 from vllm_steer.registry import PackRegistry
-from vllm_steer.resolve import find_all
 from vllm_steer.serving.compatibility import refuse_unsupported
 from vllm_steer.store import keep_store
-from vllm_steer.strength import check_calibrated
 
 
 def resolve_packs(sources: Iterable[str], field: str) -> list[str]:
@@ -114,14 +112,10 @@ def _policy_path(config: SteeringConfig, registry: PackRegistry) -> str | None:
     if config.policy is None:
         return None
     path = os.path.abspath(os.path.expanduser(config.policy))
-    for where, request in load_policy(path).steerings().items():
-        for index, choice in enumerate(request.directions):
-            try:
-                check_calibrated(choice, find_all(choice, registry)["name"])
-            except RequestError as error:
-                raise ConfigError(
-                    f"--steering-policy: {path}: {where}.directions.{index}: {error}"
-                ) from None
+    try:
+        load_policy(path).check(registry)
+    except RequestError as error:
+        raise ConfigError(f"--steering-policy: {path}: {error}") from None
     return path
 
 

@@ -98,7 +98,7 @@ async def _change(
     elif kind == "packs":
         await desk.unload(name, key)
     elif method == "PUT":
-        desk.set_alias(name, body, key)
+        await desk.set_alias(name, body, key)
     else:
         desk.drop_alias(name, key)
     return {"name": name}

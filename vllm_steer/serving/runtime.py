@@ -19,13 +19,13 @@ from vllm_steer.errors import ConflictError, PackError, RequestError, explain_fa
 from vllm_steer.fields import PackName
 from vllm_steer.pack import SteeringPack, load_pack
 from vllm_steer.policy import AliasName
+from vllm_steer.registry import PackRegistry
 from vllm_steer.request import SteeringRequest
 from vllm_steer.rpc import FORGET, LOAD, STAGE
 from vllm_steer.serving import metrics
 from vllm_steer.serving.admission import Admission, announce_pack
 from vllm_steer.serving.uploads import write_upload
 from vllm_steer.store import PackStore
-from vllm_steer.strength import check_calibrated
 
 # How long vectors whose time is over wait for the requests that use them.
 _RETRY_SECONDS = 1.0
@@ -155,12 +155,19 @@ class PackDesk:
                 return
             try:
                 await self._unload(name, None)
-            except ConflictError:
+            except RequestError:
                 self._expire_in(name, _RETRY_SECONDS)
 
     async def _serve(self, pack: SteeringPack, key_digest: str | None) -> SteeringPack:
         """Loads a pack in every process, in the place of one with its name."""
         self._admission.check_servable(pack)
+        packs = {**self._store.registry.packs, pack.name: pack}
+        try:
+            self._admission.policy.check(PackRegistry(packs.values()))
+        except RequestError as error:
+            raise ConflictError(
+                f"steering pack {pack.name!r} would take a direction from the policy: {error}"
+            ) from None
         sha256 = pack.manifest.tensors.sha256
         chosen = str(pack.path), sha256
         try:
@@ -218,7 +225,7 @@ class PackDesk:
         digest = pack.manifest.tensors.sha256
         log.PACK_UNLOADED.write(name=name, sha256=digest, key=log.short_key(key_digest))
 
-    def set_alias(self, alias: str, body: bytes, key_digest: str | None) -> None:
+    async def set_alias(self, alias: str, body: bytes, key_digest: str | None) -> None:
         """Lets a model name stand for a steering.
 
         Raises:
@@ -230,12 +237,12 @@ class PackDesk:
             request = SteeringRequest.model_validate_json(body)
         except ValidationError as error:
             raise RequestError(explain_faults(error, "body")) from error
-        for choice in request.directions:
-            check_calibrated(choice, self._store.registry.find(choice.name))
-        policy = self._admission.policy
-        self._admission.policy = policy.model_copy(
-            update={"aliases": policy.aliases | {name: request}}
-        )
+        # Not while a pack is exchanged that the alias may need.
+        async with self._turn:
+            policy = self._admission.policy
+            policy = policy.model_copy(update={"aliases": policy.aliases | {name: request}})
+            policy.check(self._store.registry)
+            self._admission.policy = policy
         directions = [
             {"name": choice.name, "scale": choice.scale, "strength": choice.strength}
             for choice in request.directions
