@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -88,7 +88,12 @@ class PackDesk:
         async with self._turn:
             if name in self._expiries:
                 raise ConflictError(f"{name!r} names vectors that a client sent; give another name")
-            pack = await asyncio.to_thread(load_pack, self._find(name))
+            path = self._find(name)
+            try:
+                pack = await asyncio.to_thread(load_pack, path)
+            except PackError as error:
+                # Where the server keeps it is nothing for the client.
+                raise PackError(str(error).replace(str(path), name)) from error
             if pack.name != name:
                 raise PackError(f"the pack in the directory {name!r} is named {pack.name!r}")
             return await self._serve(pack, key_digest)
@@ -119,9 +124,17 @@ class PackDesk:
                 raise ConflictError(
                     f"a steering pack {name!r} is loaded; give the vectors another name"
                 )
-            root = Path(self._uploads.name) / name
-            pack = await asyncio.to_thread(write_upload, root, name, body, packs.values())
-            served = await self._serve(pack, key_digest)
+            # What is served now stays on disk until the new is served in its place.
+            root = Path(mkdtemp(dir=self._uploads.name))
+            old = packs.get(name)
+            try:
+                pack = await asyncio.to_thread(write_upload, root, name, body, packs.values())
+                served = await self._serve(pack, key_digest)
+            except (RequestError, PackError):
+                shutil.rmtree(root)
+                raise
+            if old is not None:
+                shutil.rmtree(old.path)
             self._expire_in(name, seconds)
             return served
 
@@ -221,7 +234,7 @@ class PackDesk:
         metrics.DIRECTIONS.remove(name)
         if name in self._expiries:
             self._expiries.pop(name).cancel()
-            shutil.rmtree(Path(self._uploads.name) / name, ignore_errors=True)
+            shutil.rmtree(pack.path)
         digest = pack.manifest.tensors.sha256
         log.PACK_UNLOADED.write(name=name, sha256=digest, key=log.short_key(key_digest))
 

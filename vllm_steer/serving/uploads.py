@@ -45,6 +45,10 @@ def write_upload(
         RequestError: The body is no such file, or its vectors cannot be served.
     """
     packs = list(registry_packs)
+    if not packs:
+        raise RequestError(
+            "body: vectors take model and residual norms from a pack, and none is loaded; load one first"
+        )
     model = packs[0].manifest.model
     names, layers = _header(body)
     norms = _norms(layers, packs)
