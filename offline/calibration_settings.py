@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from offline.fluency import PERPLEXITY, REPETITION, UNKNOWN_PERPLEXITY
+from offline.fluency import PERPLEXITY, UNKNOWN_PERPLEXITY
+
+# Wider than where more answers are asked: the mean of ten is not known more closely.
+_REPETITION = 0.1
 
 
 class CalibrationSettings(BaseModel):
@@ -31,7 +34,7 @@ class CalibrationSettings(BaseModel):
     tuning_questions: int = Field(default=10, gt=0)
     heldout_questions: int = Field(default=16, gt=0)
     max_tokens: int = Field(default=48, gt=0)
-    repetition: float = Field(default=REPETITION, ge=0)
+    repetition: float = Field(default=_REPETITION, ge=0)
     perplexity: float = Field(default=PERPLEXITY, ge=1)
     unknown_perplexity: float = Field(default=UNKNOWN_PERPLEXITY, ge=1)
     least: float = Field(default=0.1, ge=0)

@@ -227,11 +227,7 @@ class Calibrator:
         """
         # An angle is strong where it is small.
         by_strength = curve[::-1] if m.subject.record.op == "angle" else curve
-        fluent: list[CalibrationPoint] = []
-        for point in by_strength:
-            if not point.fluent:
-                break
-            fluent.append(point)
+        fluent = [point for point in by_strength if point.fluent]
         if not fluent:
             return Chosen(layers, m.subject.half(by_strength[0].scale), None, curve)
         safe = fluent[-1].scale

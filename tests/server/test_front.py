@@ -191,6 +191,33 @@ def test_a_key_may_use_what_it_may_use(server: Server, client: OpenAI) -> None:
             chat(guest, TEXTS[0], steering={"directions": [{"name": name}]})
 
 
+def test_a_key_is_the_same_on_every_route(server: Server) -> None:
+    """And the first of several, as it is for vLLM."""
+    from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+
+    def status(route: str, *keys: str, steer: str = "fears/spiders") -> int:
+        body = {
+            "model": SERVED_NAME,
+            "max_tokens": 4,
+            "messages": [{"role": "user", "content": "a"}],
+            "vllm_xargs": {"steer": [steer]},
+        }
+        headers = [("authorization", f"Bearer {key}") for key in keys]
+        answer = httpx.post(f"{server.url}/{route}", json=body, headers=headers, timeout=60)
+        return answer.status_code
+
+    routes = ["chat/completions"]
+    if "vllm_xargs" in AnthropicMessagesRequest.model_fields:
+        routes.append("messages")
+    for route in routes:
+        assert status(route, KEY) == 200
+        assert status(route, GUEST) == 400
+        assert status(route, KEY, GUEST) == 200
+        assert status(route, GUEST, KEY) == 400
+        assert status(route, GUEST, steer="moods/cheerful") == 200
+        assert status(route) == 400
+
+
 def test_more_steerings_than_rows_wait_for_their_turn(client: OpenAI, server: Server) -> None:
     """Three sums fit; twelve different ones arrive at once, and one client goes away."""
     steerings = [

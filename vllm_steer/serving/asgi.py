@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from http import HTTPStatus
 from typing import Any
 
@@ -23,8 +23,12 @@ def route_of(scope: Message) -> str:
 
 
 def key_digest(scope: Message) -> str | None:
-    """SHA-256 of the key in ``Authorization: Bearer KEY``, in hexadecimal; None without one."""
-    value: bytes = dict(scope["headers"]).get(b"authorization", b"")
+    """SHA-256 of the key in ``Authorization: Bearer KEY``, in hexadecimal; None without one.
+
+    Of several such headers the first counts, as it does for vLLM.
+    """
+    headers: Iterable[tuple[bytes, bytes]] = scope["headers"]
+    value = next((value for name, value in headers if name == b"authorization"), b"")
     scheme, _, key = value.partition(b" ")
     return hashlib.sha256(key).hexdigest() if scheme.lower() == b"bearer" and key else None
 

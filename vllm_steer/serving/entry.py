@@ -48,7 +48,9 @@ def plan_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
             embeds = request.prompt_embeds
             prompt_len = len(request.prompt_token_ids) if embeds is None else embeds.shape[0]
             if wanted is not None and (plan is None or plan.receipt.prompt_len != prompt_len):
-                plan = admission.admit(wanted, prompt_len)
+                exchange = current_exchange.get()
+                key = exchange.key_digest if exchange is not None else None
+                plan = admission.admit(wanted, prompt_len, key_digest=key)
             # A new dict: vLLM's copies of the parameters share the caller's.
             request.sampling_params.extra_args = {
                 key: value

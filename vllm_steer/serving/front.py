@@ -62,6 +62,11 @@ class SteeringFront:
             await self.app(scope, receive, _ModelList(send, admission).send)
         elif route[0] == "POST" and route[1] in STEERED_ROUTES:
             await self._steered(scope, receive, send, admission)
+        elif route[0] == "POST":
+            # Whatever generates there is judged by its caller, though nothing is put into the answer.
+            await self._exchanged(
+                Exchange(route[1], key_digest(scope)), scope, receive, send, admission
+            )
         else:
             await self.app(scope, receive, send)
 
@@ -82,9 +87,15 @@ class SteeringFront:
                     messages = [{"type": "http.request", "body": body}]
                     scope = {**scope, "headers": _with_length(scope["headers"], len(body))}
             receive = replay(messages, receive)
+        await self._exchanged(exchange, scope, receive, _Receipts(send, exchange).send, admission)
+
+    async def _exchanged(
+        self, exchange: Exchange, scope: Message, receive: Receive, send: Send, admission: Admission
+    ) -> None:
+        """Lets vLLM answer with an exchange, and counts out what it was admitted with."""
         token = current_exchange.set(exchange)
         try:
-            await self.app(scope, receive, _Receipts(send, exchange).send)
+            await self.app(scope, receive, send)
         finally:
             current_exchange.reset(token)
             for receipt in exchange.receipts:
