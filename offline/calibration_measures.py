@@ -22,6 +22,7 @@ from offline.fluency import Fluency
 from offline.scores import repetition
 from offline.shares import closed, closed_interval
 from offline.token_engine import Asked, TokenEngine
+from vllm_steer.pack import CalibrationPoint
 
 Doubles = NDArray[np.float64]
 Tokens = tuple[int, ...]
@@ -197,6 +198,12 @@ def spoken(
             expression = questions.expressed(likely, np.array([next(prefixed) for _ in likely]))
         found.append(Spoken(fluency_of([a.text for a in own_answers], surprise), expression))
     return found
+
+
+def done(point: CalibrationPoint) -> float:
+    """Returns how much of what the prefix does a direction does at a scale, each share up to the whole."""
+    shares = [share for share in (point.gap_closed, point.expression) if share is not None]
+    return sum(min(share, 1.0) for share in shares)
 
 
 def _prompts(questions: Gap | Sequence[Tokens]) -> Sequence[Tokens]:

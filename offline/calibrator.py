@@ -15,6 +15,7 @@ from offline.calibration_measures import (
     Gap,
     Tokens,
     Trial,
+    done,
     fluency_of,
     measured_gaps,
     spoken,
@@ -222,8 +223,7 @@ class Calibrator:
     ) -> Chosen:
         """Returns the fluent scale that does most of what the prefix does; without any, half of the weakest.
 
-        More than what the prefix does counts for nothing, so that strength is not bought with text that
-        speaks of nothing else.
+        More than what the prefix does counts for nothing: no strength is bought with text of nothing else.
         """
         # An angle is strong where it is small.
         by_strength = curve[::-1] if m.subject.record.op == "angle" else curve
@@ -233,7 +233,7 @@ class Calibrator:
         safe = fluent[-1].scale
         if m.tuning is None:
             return Chosen(layers, m.subject.half(safe), safe, curve)
-        return Chosen(layers, max(fluent, key=_done).scale, safe, curve)
+        return Chosen(layers, max(fluent, key=done).scale, safe, curve)
 
     def _reported(
         self, measured: Sequence[_Measured], chosen: Sequence[Chosen]
@@ -311,12 +311,6 @@ class Calibrator:
             at: (gap.closed(steered), gap.interval(steered, self._settings.seed))
             for (at, _, gap), steered in zip(gaps, found, strict=True)
         }
-
-
-def _done(point: CalibrationPoint) -> float:
-    """Returns how much of what the prefix does a direction does, each share up to the whole."""
-    shares = [share for share in (point.gap_closed, point.expression) if share is not None]
-    return sum(min(share, 1.0) for share in shares)
 
 
 def _dose(subject: Subject, chosen: Chosen) -> float | None:
