@@ -30,6 +30,7 @@ from vllm_steer.config import GRAPH_REVISION, ResolvedConfig, plugin_version  # 
 from vllm_steer.engine.intake import check_plan  # noqa: E402
 from vllm_steer.limits import check_limits  # noqa: E402
 from vllm_steer.pack import load_pack  # noqa: E402
+from vllm_steer.plan_message import decode_plan, encode_plan  # noqa: E402
 from vllm_steer.registry import PackRegistry  # noqa: E402
 from vllm_steer.request import PLAN_KEY, parse  # noqa: E402
 from vllm_steer.resolve import resolve  # noqa: E402
@@ -101,21 +102,21 @@ class Bench:
         choices = [{"name": n, "scale": self._rng.uniform(0.5, 1.5)} for n in self._names]
         return {"steering": {"directions": choices, "positions": "all"}}
 
-    def admit(self, extra_args: dict[str, Any]) -> list[Any]:
-        """What the front end and the engine's intake do with one request; returns its plan."""
+    def admit(self, extra_args: dict[str, Any]) -> bytes:
+        """What the front end and the engine's intake do with one request; returns its message."""
         request = parse(extra_args)
         if request is None:
             raise RuntimeError("the request asks for no steering")
         plan = resolve(request, self.store.registry, PROMPT, MAX_LEN)
         check_limits(plan, self.config)
-        payload = plan.to_payload()
-        check_plan(payload, self.config, self.store)
-        return payload
+        message = encode_plan(plan)
+        check_plan(decode_plan(message), self.config, self.store)
+        return message
 
-    def arrive(self, number: int, payload: list[Any] | None) -> None:
+    def arrive(self, number: int, message: bytes | None) -> None:
         """The worker takes request ``number`` in, in place of the one that had its number."""
         self.steering.remove_request(self._ids[number])
-        extra = {PLAN_KEY: payload} if payload else None
+        extra = {PLAN_KEY: message} if message else None
         self.steering.add_request(self._ids[number], _Sampling(extra))
 
     def step(self) -> None:

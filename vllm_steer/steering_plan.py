@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from typing import Any
@@ -144,34 +143,6 @@ class SteeringPlan:
         """All contents that it needs."""
         return {d for segment in self.segments for term in segment.terms for d in term.digests}
 
-    def to_payload(self) -> list[Any]:
-        """Returns the plan as plain lists, as it travels in ``SamplingParams.extra_args``."""
-        return [
-            [
-                segment.start,
-                segment.end,
-                segment.key,
-                [_to_list(t) for t in segment.terms],
-                segment.until and segment.until.to_list(),
-            ]
-            for segment in self.segments
-        ]
-
-    @classmethod
-    def from_payload(cls, payload: Sequence[Any]) -> SteeringPlan:
-        """Inverse of :meth:`to_payload`."""
-        return cls(
-            tuple(
-                Segment(
-                    start,
-                    end,
-                    tuple(_from_list(*term) for term in terms),
-                    Until(until[0], tuple(until[1])) if until else None,
-                )
-                for start, end, _, terms, until in payload
-            )
-        )
-
 
 def count_steered(plan: SteeringPlan, num_tokens: int) -> int:
     """Returns how many of the first ``num_tokens`` positions are steered, if no trigger is met."""
@@ -183,22 +154,3 @@ def count_steered(plan: SteeringPlan, num_tokens: int) -> int:
 
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
-
-
-def _to_list(term: Term) -> list[Any]:
-    plain = [term.digest, term.scale, list(term.layers)]
-    if term.form == ADDITION and term.schedule is None:
-        return plain
-    return [*plain, list(astuple(term.form)), term.schedule.to_list() if term.schedule else None]
-
-
-def _from_list(
-    digest: str,
-    scale: float,
-    layers: Sequence[int],
-    form: Sequence[Any] = (),
-    schedule: Sequence[Any] | None = None,
-) -> Term:
-    return Term(
-        digest, scale, tuple(layers), Form(*form), Schedule(*schedule) if schedule else None
-    )

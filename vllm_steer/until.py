@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
@@ -26,10 +26,6 @@ class Until:
 
     origin: int
     tokens: tuple[int, ...]
-
-    def to_list(self) -> list[Any]:
-        """Returns plain lists, as it travels."""
-        return [self.origin, list(self.tokens)]
 
 
 def stop_position(until: Until | None, tokens: Sequence[int]) -> int | None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from tests.engine.cases import CASES, SPIDERS
 from tests.engine_process import EngineProcess
 from vllm_steer.pack import SteeringPack
+from vllm_steer.plan_message import encode_plan
 from vllm_steer.registry import PackRegistry
 from vllm_steer.request import PLAN_KEY, SteeringRequest
 from vllm_steer.resolve import resolve
@@ -60,17 +63,36 @@ def test_a_refused_request_leaves_the_engine_serving(
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda plan: "nonsense",
-        lambda plan: [[0, None]],
-        lambda plan: [[*plan[0][:3], [["0" * 64, *plan[0][3][0][1:]]], *plan[0][4:]]],
-        lambda plan: [[*plan[0][:2], "another key", *plan[0][3:]]],
-        lambda plan: [plan[0], plan[0]],
-        lambda plan: [[7, 7, *plan[0][2:]]],
+        lambda message: "nonsense",
+        lambda message: message[:-1],
+        lambda message: _changed(message, ("version", 0)),
+        lambda message: _changed(message, ("more", 1)),
+        lambda message: _changed(message, ("segments", 0, "terms", 0, "digest", "0" * 64)),
+        lambda message: _changed(message, ("segments", 0, "terms", 0, "scale", math.inf)),
+        lambda message: _changed(message, ("segments", 0, "terms", 0, "layers", "all")),
+        lambda message: _changed(message, ("segments", 0, "terms", [])),
+        lambda message: _changed(message, ("segments", 0, "start", -1)),
+        lambda message: _changed(message, ("segments", 0, "end", 2**40)),
+        lambda message: _changed(message, ("segments", 0, "end", 0)),
+        lambda message: _changed(message, ("segments", 0, "until", {"origin": 0, "tokens": []})),
     ],
-    ids=["text", "short", "unknown digest", "wrong key", "overlap", "empty range"],
+    ids=[
+        "text",
+        "short",
+        "another version",
+        "unknown field",
+        "unknown digest",
+        "not finite",
+        "layers of another type",
+        "no terms",
+        "before the prompt",
+        "past every position",
+        "empty range",
+        "no triggers",
+    ],
 )
 def test_a_plan_that_cannot_be_carried_out_fails_its_request_alone(
-    spoil: Callable[[list[Any]], Any],
+    spoil: Callable[[bytes], Any],
     start: Start,
     prompts: list[list[int]],
     packs: list[SteeringPack],
@@ -79,10 +101,20 @@ def test_a_plan_that_cannot_be_carried_out_fails_its_request_alone(
     engine = start("eager")
     steering = {"directions": [{"name": SPIDERS, "scale": 6.0}]}
     request = SteeringRequest.model_validate(steering)
-    plan = resolve(request, PackRegistry(packs), len(prompts[0])).to_payload()
+    plan = encode_plan(resolve(request, PackRegistry(packs), len(prompts[0])))
     engine.send_raw_plan(prompts[0], {PLAN_KEY: plan})
     (before,) = engine.generate(prompts[:1], [steering], TOKENS)
     with pytest.raises(RuntimeError, match="the request finished with 'error'"):
         engine.send_raw_plan(prompts[0], {PLAN_KEY: spoil(plan)})
     (after,) = engine.generate(prompts[:1], [steering], TOKENS)
     assert np.array_equal(before.logprobs, after.logprobs)
+
+
+def _changed(message: bytes, change: tuple[Any, ...]) -> bytes:
+    """The message with the value at a path, all of ``change`` but its last entry, replaced by that."""
+    content = part = msgspec.msgpack.decode(message)
+    *path, last, value = change
+    for step in path:
+        part = part[step]
+    part[last] = value
+    return msgspec.msgpack.encode(content)

@@ -16,6 +16,7 @@ from vllm_steer.errors import PackError, RequestError
 from vllm_steer.forms import FormChoice, Gate
 from vllm_steer.limits import check_limits
 from vllm_steer.pack import DirectionRecord, SteeringPack, load_pack, write_pack
+from vllm_steer.plan_message import decode_plan, encode_plan
 from vllm_steer.registry import PackRegistry
 from vllm_steer.request import parse
 from vllm_steer.resolve import resolve
@@ -96,7 +97,7 @@ def test_plans_travel_unchanged_and_forms_have_identities_of_their_own(
         {"restore_norm": True},
     ]
     plans = [plan(registry, {"name": "p/a", "scale": 2.0} | form) for form in forms]
-    assert [SteeringPlan.from_payload(p.to_payload()) for p in plans] == plans
+    assert [decode_plan(encode_plan(p)) for p in plans] == plans
     assert len({p.segments[0].key for p in plans}) == len(forms)
 
 

@@ -12,6 +12,7 @@ from tests.unit.conftest import resolved
 from vllm_steer.errors import ConfigError, RequestError
 from vllm_steer.limits import check_limits
 from vllm_steer.pack import SteeringPack
+from vllm_steer.plan_message import decode_plan, encode_plan
 from vllm_steer.registry import PackRegistry
 from vllm_steer.request import SteeringRequest
 from vllm_steer.resolve import resolve
@@ -131,11 +132,11 @@ def test_defaults(registry: PackRegistry, fears: SteeringPack) -> None:
     assert segment == Segment(0, None, (Term(fears.digests["spiders"], 2.0, (1, 2, 3)),))
 
 
-def test_payload_round_trip(registry: PackRegistry) -> None:
+def test_message_round_trip(registry: PackRegistry) -> None:
     found = plan(
         registry, directions=[{"name": "calm", "positions": "prompt"}, {"name": "spiders"}]
     )
-    assert SteeringPlan.from_payload(found.to_payload()) == found
+    assert decode_plan(encode_plan(found)) == found
 
 
 @pytest.mark.parametrize(

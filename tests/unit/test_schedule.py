@@ -21,6 +21,7 @@ from vllm_steer.engine.row_values import row_values
 from vllm_steer.errors import RequestError
 from vllm_steer.limits import check_limits
 from vllm_steer.pack import SteeringPack
+from vllm_steer.plan_message import decode_plan, encode_plan
 from vllm_steer.policy import Policy
 from vllm_steer.registry import PackRegistry
 from vllm_steer.request import SteeringRequest, parse
@@ -107,7 +108,7 @@ def test_one_row_serves_all_schedules_and_cache_keys_tell_them_apart(
     ]
     assert len({p.segments[0].row_key for p in plans}) == 1
     assert len({p.segments[0].key for p in plans}) == len(plans)
-    assert [SteeringPlan.from_payload(p.to_payload()) for p in plans] == plans
+    assert [decode_plan(encode_plan(p)) for p in plans] == plans
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,7 @@ def test_directions_that_meet_have_schedules_of_their_own(
     def change(found: SteeringPlan, layer: int) -> torch.Tensor:
         block, bank = nn.Identity(), new_bank()
         hook_blocks([(layer, block)], bank)
-        planner.add("request", SteeringPlan.from_payload(found.to_payload()))
+        planner.add("request", decode_plan(encode_plan(found)))
         step = planner.plan(["request"], np.array([0]), np.array([count]))
         for row, segment in step.new:
             bank.write_row(row, row_values(segment, bank.index, 4, 16, registry.by_digest))

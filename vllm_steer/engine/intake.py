@@ -6,14 +6,16 @@ there it would take down the batch. Here vLLM answers the one request with an er
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 from vllm_steer.config import ResolvedConfig, resolved_config
+from vllm_steer.engine.plan import NO_END
 from vllm_steer.errors import RequestError
 from vllm_steer.limits import check_limits
-from vllm_steer.request import PLAN_KEY
-from vllm_steer.steering_plan import SteeringPlan
+from vllm_steer.plan_message import plan_of
+from vllm_steer.steering_plan import SteeringPlan, Term
 from vllm_steer.store import PackStore, configured_store
 from vllm_steer.until import MAX_TRIGGERS, Until
 
@@ -40,13 +42,12 @@ def check_intake(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps ``EngineCore.preprocess_add_request``, whose errors fail the one request."""
 
     def preprocess_add_request(self: Any, request: Any) -> Any:
-        params = request.sampling_params
-        payload = (params.extra_args or {}).get(PLAN_KEY) if params is not None else None
-        if payload is not None:
+        plan = plan_of(request.sampling_params)
+        if plan is not None:
             config = core_config(self)
             if config is None:
                 raise RequestError("a steered request reached an engine without steering")
-            check_plan(payload, config, configured_store(config))
+            check_plan(plan, config, configured_store(config))
         return original(self, request)
 
     return preprocess_add_request
@@ -60,25 +61,17 @@ def core_config(engine: Any) -> ResolvedConfig | None:
     return config
 
 
-def check_plan(payload: Any, config: ResolvedConfig, store: PackStore) -> None:
+def check_plan(plan: SteeringPlan, config: ResolvedConfig, store: PackStore) -> None:
     """Checks that the workers can carry out a plan.
 
     Args:
-        payload: The plan as it travels, :meth:`SteeringPlan.to_payload`.
+        plan: The plan as it arrived.
         config: The engine's steering configuration.
         store: Its packs.
 
     Raises:
         RequestError: They cannot.
     """
-    try:
-        plan = SteeringPlan.from_payload(payload)
-        keys = [segment.key for segment in plan.segments]
-        stated = [key for _, _, key, *_ in payload]
-    except (TypeError, ValueError, AttributeError) as error:
-        raise RequestError(f"the steering plan is malformed: {error}") from error
-    if keys != stated:
-        raise RequestError("the steering plan's keys do not belong to its content")
     if len({segment.until for segment in plan.segments}) > 1:
         raise RequestError("the steering plan's segments have different triggers")
     _check_until(plan.until)
@@ -90,7 +83,12 @@ def check_plan(payload: Any, config: ResolvedConfig, store: PackStore) -> None:
         if segment.end is not None and segment.end <= segment.start:
             raise RequestError("a range of the steering plan is empty")
         position = segment.end or position
+        if not 0 <= segment.start < NO_END or position > NO_END:
+            raise RequestError(f"the steering plan's positions must be below {NO_END}")
+        if not segment.terms:
+            raise RequestError("a range of the steering plan has no terms")
         for term in segment.terms:
+            _check_numbers(term)
             for digest in term.digests:
                 known = store.by_digest(digest).record.layers
                 if not set(term.layers) <= set(known):
@@ -98,6 +96,18 @@ def check_plan(payload: Any, config: ResolvedConfig, store: PackStore) -> None:
                         f"the steering plan names layers {term.layers}; the direction has {known}"
                     )
     check_limits(plan, config)
+
+
+def _check_numbers(term: Term) -> None:
+    """Raises RequestError where a number of a term is not finite, or its schedule has no length."""
+    numbers = [term.scale, term.form.bias, term.form.threshold]
+    schedule = term.schedule
+    if schedule is not None:
+        numbers += [schedule.start, schedule.end]
+        if not (0 <= schedule.origin < NO_END and 1 <= schedule.tokens < NO_END):
+            raise RequestError("a schedule of the steering plan has no place or no length")
+    if not all(map(math.isfinite, numbers)):
+        raise RequestError("a number of the steering plan is not finite")
 
 
 def _check_until(until: Until | None) -> None:

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vllm_steer.request import PLAN_KEY
-from vllm_steer.until import Until, stop_position
+from vllm_steer.plan_message import plan_of
+from vllm_steer.until import stop_position
 
 ExtraKeys = Callable[[Any, int, int], list[tuple[str, Any]]]
 
@@ -29,16 +29,16 @@ def steered_extra_keys(original: ExtraKeys) -> ExtraKeys:
 
     def extra_keys(request: Any, start: int, end: int) -> list[tuple[str, Any]]:
         keys = original(request, start, end)
-        params = request.sampling_params
-        payload = (params.extra_args or {}).get(PLAN_KEY) if params is not None else None
-        for low, high, key, _, until in payload or ():
-            first, last = max(low, start), end if high is None else min(high, end)
-            if until is not None:
-                stop = stop_position(Until(until[0], tuple(until[1])), request.all_token_ids[:end])
+        plan = plan_of(request.sampling_params)
+        for segment in plan.segments if plan is not None else ():
+            first = max(segment.start, start)
+            last = end if segment.end is None else min(segment.end, end)
+            if segment.until is not None:
+                stop = stop_position(segment.until, request.all_token_ids[:end])
                 last = last if stop is None else min(last, stop + 1)
             if first < last:
                 # vLLM publishes key[1] of each tuple in its cache events, so it stays a string.
-                keys = [*keys, ("steering", f"{key}:{first - start}:{last - start}")]
+                keys = [*keys, ("steering", f"{segment.key}:{first - start}:{last - start}")]
         return keys
 
     return extra_keys

@@ -21,8 +21,8 @@ from vllm_steer.engine.blocks import find_blocks, hook_blocks
 from vllm_steer.engine.plan import StepPlanner
 from vllm_steer.engine.row_values import RowValues, row_values
 from vllm_steer.engine.triggers import TriggerWatch
-from vllm_steer.request import PLAN_KEY
-from vllm_steer.steering_plan import Segment, SteeringPlan
+from vllm_steer.plan_message import plan_of
+from vllm_steer.steering_plan import Segment
 from vllm_steer.store import configured_store
 
 # Used before the first request only, while no row is given away.
@@ -102,14 +102,9 @@ class WorkerSteering:
             sampling_params: Its ``SamplingParams``, None for pooling requests.
             tokens: Its tokens so far, where a request that comes again may have generated some.
         """
-        payload = (
-            (sampling_params.extra_args or {}).get(PLAN_KEY)
-            if sampling_params is not None
-            else None
-        )
+        plan = plan_of(sampling_params)
         self.remove_request(request_id)
-        if payload:
-            plan = SteeringPlan.from_payload(payload)
+        if plan is not None:
             self._planner.add(request_id, plan)
             if plan.until is not None:
                 self._watch.add(request_id, plan.until, tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from vllm_steer import log
@@ -19,6 +20,7 @@ from vllm_steer.errors import (
 from vllm_steer.limits import check_limits
 from vllm_steer.model import model_shape
 from vllm_steer.pack import SteeringPack
+from vllm_steer.plan_message import encode_plan
 from vllm_steer.policy import Policy, load_policy
 from vllm_steer.receipt import Receipt
 from vllm_steer.registry import PackRegistry
@@ -39,18 +41,23 @@ from vllm_steer.strength import strengths_of
 NAMED_DIRECTIONS = 5
 
 
-class AdmittedPlan(list[Any]):
-    """The payload of a plan that admission made; a client cannot send one. Never changed.
+@dataclass(frozen=True, eq=False)
+class AdmittedPlan:
+    """A plan that admission made; a client cannot send one.
 
     Attributes:
         request: The steering that it was made from.
-        receipt: What was decided, for the response.
+        receipt: What was decided, for the response; it has the plan.
     """
 
-    def __init__(self, plan: SteeringPlan, request: SteeringRequest, receipt: Receipt) -> None:
-        super().__init__(plan.to_payload())
-        self.request = request
-        self.receipt = receipt
+    request: SteeringRequest
+    receipt: Receipt
+
+    @property
+    def message(self) -> bytes | None:
+        """The plan as it travels to the engine; None where it changes nothing."""
+        plan = self.receipt.plan
+        return encode_plan(plan) if plan.segments else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdmittedPlan:
         """vLLM copies sampling parameters deeply; the receipt has to stay the one."""
@@ -137,7 +144,7 @@ class Admission:
             key_digest: SHA-256 of the API key, None without one or outside a server.
 
         Returns:
-            The payload for the engine, empty when every scale is zero.
+            The plan with its receipt.
 
         Raises:
             VLLMValidationError: It cannot be carried out; becomes HTTP 400.
@@ -155,7 +162,7 @@ class Admission:
             names = content_names(request, plan, registry)
             strengths = strengths_of(request, plan, registry)
         receipt = Receipt.of(plan, names, prompt_len, num_choices, dose, factor, strengths)
-        return AdmittedPlan(plan, request, receipt)
+        return AdmittedPlan(request, receipt)
 
     def _announce(self, config: ResolvedConfig, registry: PackRegistry) -> None:
         """Says in metrics and log what requests can use."""

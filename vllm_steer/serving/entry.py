@@ -52,11 +52,12 @@ def plan_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
                 key = exchange.key_digest if exchange is not None else None
                 plan = admission.admit(wanted, prompt_len, key_digest=key)
             # A new dict: vLLM's copies of the parameters share the caller's.
+            message = plan.message if plan is not None else None
             request.sampling_params.extra_args = {
                 key: value
                 for key, value in extra_args.items()
                 if key not in (REQUEST_KEY, PLAN_KEY, *FLAT_KEYS)
-            } | ({PLAN_KEY: list(plan)} if plan else {})
+            } | ({PLAN_KEY: message} if message else {})
         return request
 
     return process_inputs
