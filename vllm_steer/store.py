@@ -1,11 +1,14 @@
 """The packs of one process, which may change while it runs.
 
-Names live in an immutable :class:`PackRegistry` that is exchanged as a whole; directions are found
-by content for as long as a request may need them, also when their pack was replaced. Importing this
-module imports neither torch nor vllm.
+Directions are found by name in the packs that are loaded, and by content for as long as a request may need
+them, also when their pack was replaced. Importing this module imports neither torch nor vllm.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 from vllm_steer.config import ResolvedConfig
 from vllm_steer.errors import PackError
@@ -13,16 +16,43 @@ from vllm_steer.pack import SteeringPack, load_pack
 from vllm_steer.registry import LoadedDirection, PackRegistry
 
 
+@dataclass(frozen=True, eq=False)
+class _Snapshot:
+    """All that a store knows at one moment.
+
+    Attributes:
+        registry: The packs that requests can name.
+        retired: Directions by content that no name leads to, and that requests may still need.
+    """
+
+    registry: PackRegistry
+    retired: Mapping[str, LoadedDirection]
+
+
 class PackStore:
     """The packs that an engine was started with, and those that came later.
 
-    Attributes:
-        registry: The packs that requests can name now.
+    What it knows is one immutable snapshot that is exchanged as a whole: who reads while another thread
+    changes it sees all of a change or none.
     """
 
     def __init__(self, registry: PackRegistry) -> None:
-        self.registry = registry
-        self._retired: dict[str, LoadedDirection] = {}
+        """Makes a store.
+
+        Args:
+            registry: Its first packs.
+        """
+        self._now = _Snapshot(registry, {})
+
+    @property
+    def registry(self) -> PackRegistry:
+        """The packs that requests can name now; to be read once where names must belong together."""
+        return self._now.registry
+
+    @property
+    def retired(self) -> set[str]:
+        """Digests of content that no name leads to."""
+        return set(self._now.retired)
 
     def by_digest(self, digest: str) -> LoadedDirection:
         """Returns a direction by content, of a pack that was replaced too.
@@ -30,7 +60,8 @@ class PackStore:
         Raises:
             PackError: This process does not have it.
         """
-        return self._retired.get(digest) or self.registry.by_digest(digest)
+        now = self._now
+        return now.retired.get(digest) or now.registry.by_digest(digest)
 
     def add(self, pack: SteeringPack) -> SteeringPack | None:
         """Adds a pack or puts it in the place of the one with its name, which is kept by content.
@@ -53,23 +84,20 @@ class PackStore:
 
     def forget(self, digests: set[str]) -> None:
         """Drops content that no request needs any more."""
-        for digest in digests:
-            self._retired.pop(digest, None)
-
-    @property
-    def retired(self) -> set[str]:
-        """Digests of content that no name leads to."""
-        return set(self._retired)
+        now = self._now
+        kept = {digest: found for digest, found in now.retired.items() if digest not in digests}
+        self._now = _Snapshot(now.registry, kept)
 
     def _exchange(self, packs: dict[str, SteeringPack], old: SteeringPack | None) -> None:
+        now, registry = self._now, PackRegistry(packs.values())
+        retired = dict(now.retired)
         if old is not None:
-            self._retired |= {
-                direction.digest: direction
-                for name in old.directions
-                if (direction := self.registry.find(f"{old.name}/{name}"))
-            }
-        self.registry = PackRegistry(packs.values())
-        self.forget({d for d in self._retired if self.registry.has(d)})
+            found = (now.registry.find(f"{old.name}/{name}") for name in old.directions)
+            retired |= {direction.digest: direction for direction in found}
+        self._now = _Snapshot(
+            registry,
+            {digest: found for digest, found in retired.items() if not registry.has(digest)},
+        )
 
 
 def load_checked(path: str, sha256: str) -> SteeringPack:
@@ -89,7 +117,7 @@ def load_checked(path: str, sha256: str) -> SteeringPack:
 
 
 def configured_store(config: ResolvedConfig) -> PackStore:
-    """Returns the store of an engine, read once per process.
+    """Returns the store of an engine, read once per process for as long as somebody holds it.
 
     Raises:
         PackError: The packs on disk are not those that the engine was configured with.
@@ -97,25 +125,28 @@ def configured_store(config: ResolvedConfig) -> PackStore:
     store = _stores.get(_key(config))
     if store is None:
         pairs = zip(config.packs, config.digests, strict=True)
-        store = keep_store(config, PackRegistry(load_checked(*pair) for pair in pairs))
+        registry = PackRegistry(load_checked(*pair) for pair in pairs)
+        store = _stores[_key(config)] = PackStore(registry)
     return store
 
 
-def keep_store(config: ResolvedConfig, registry: PackRegistry) -> PackStore:
+def keep_store(config: ResolvedConfig, registry: PackRegistry) -> None:
     """Makes the packs that were read for an engine those that this process uses for it.
 
     Args:
         config: The engine's configuration.
         registry: Its packs as they were read.
     """
-    store = PackStore(registry)
-    # The packs of an engine that is gone would only take memory.
-    _stores.clear()
-    _stores[_key(config)] = store
-    return store
+    global _latest
+    _latest = _stores[_key(config)] = PackStore(registry)
 
 
-_stores: dict[tuple[tuple[str, ...], tuple[str, ...]], PackStore] = {}
+# Those of engines that are gone would only take memory.
+_stores: WeakValueDictionary[tuple[tuple[str, ...], tuple[str, ...]], PackStore] = (
+    WeakValueDictionary()
+)
+# Held until an engine that was configured holds it.
+_latest: PackStore | None = None
 
 
 def _key(config: ResolvedConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -23,9 +23,11 @@ PLAN = SteeringPlan((Segment(0, 4, (TERM,), Until(7, (1, 2))), Segment(4, None, 
 def test_a_plan_is_read_back_bit_for_bit() -> None:
     message = encode_plan(PLAN)
     # A key that was asked for before is no part of what travels.
-    assert PLAN.segments[0].key and encode_plan(PLAN) == message
+    assert PLAN.segments[0].key
+    assert encode_plan(PLAN) == message
     found = decode_plan(message)
-    assert found == PLAN and [s.key for s in found.segments] == [s.key for s in PLAN.segments]
+    assert found == PLAN
+    assert [s.key for s in found.segments] == [s.key for s in PLAN.segments]
     # The scheduler asks for every block of a prompt.
     assert decode_plan(bytes(bytearray(message))) is found
 

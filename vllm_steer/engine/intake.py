@@ -20,6 +20,7 @@ from vllm_steer.store import PackStore, configured_store
 from vllm_steer.until import MAX_TRIGGERS, Until
 
 _CONFIG = "_vllm_steer_config"
+_STORE = "_vllm_steer_store"
 
 
 def read_packs(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -32,7 +33,7 @@ def read_packs(original: Callable[..., Any]) -> Callable[..., Any]:
     def _initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
         config = resolved_config(vllm_config.additional_config)
         if config is not None:
-            configured_store(config)
+            setattr(self, _STORE, configured_store(config))
         return original(self, vllm_config)
 
     return _initialize_kv_caches

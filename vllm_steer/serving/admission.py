@@ -34,7 +34,7 @@ from vllm_steer.resolve import content_names, resolve
 from vllm_steer.serving import metrics
 from vllm_steer.serving.refusals import as_http_400
 from vllm_steer.steering_plan import SteeringPlan
-from vllm_steer.store import configured_store
+from vllm_steer.store import PackStore, configured_store
 from vllm_steer.strength import strengths_of
 
 # Most directions that a line of the log names; a pack may have thousands.
@@ -74,7 +74,8 @@ class Admission:
             vllm_config: The engine's ``VllmConfig``.
         """
         self.config = resolved_config(vllm_config.additional_config)
-        self.store = configured_store(self.config) if self.config else None
+        # Its own: what one engine of a process loads is not for another that was started alike.
+        self.store = PackStore(configured_store(self.config).registry) if self.config else None
         self.policy = (
             load_policy(self.config.policy) if self.config and self.config.policy else Policy()
         )
