@@ -38,6 +38,9 @@ class SteeringConfig(BaseModel):
         ops: ``additive`` compiles the addition alone, ``affine`` every form of
             ``vllm_steer.forms.OPS``.
         upload_mib: Largest body of vectors that a client may send, in MiB; None takes none.
+        upload_total_mib: Most MiB of all vectors that clients have sent and that are served; None takes
+            eight of the largest.
+        upload_count: Most of them at once.
         rank: ``affine``: components of U·(V·h + b) that a request can use at one layer and
             position; even, since a plane takes two.
     """
@@ -51,6 +54,8 @@ class SteeringConfig(BaseModel):
     layers: Annotated[list[LayerIndex], Field(min_length=1)] | None = None
     ops: Literal["additive", "affine"] = "additive"
     upload_mib: Annotated[int, Field(ge=1, le=8192)] | None = None
+    upload_total_mib: Annotated[int, Field(ge=1, le=2**20)] | None = None
+    upload_count: Annotated[int, Field(ge=1, le=2**16)] = 64
     rank: Annotated[int, Field(ge=2, le=64, multiple_of=2)] = 2
 
 

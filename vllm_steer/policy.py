@@ -6,13 +6,20 @@ torch nor vllm.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vllm_steer.errors import ConfigError, RequestError, explain_faults
+from vllm_steer.errors import (
+    ConfigError,
+    NotAllowedError,
+    RequestError,
+    UnknownDirectionError,
+    explain_faults,
+)
 from vllm_steer.registry import PackRegistry
 from vllm_steer.request import SteeringRequest
 from vllm_steer.resolve import find_all
@@ -23,6 +30,7 @@ ANY_KEY = "*"
 
 AliasName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 KeyDigest = Annotated[str, Field(pattern=r"^(\*|[0-9a-f]{64})$")]
+OneKeyDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Policy(BaseModel):
@@ -42,6 +50,9 @@ class Policy(BaseModel):
         keys: Which directions an API key may use: the SHA-256 of the key in hexadecimal, or ``*``
             for all other keys and none, to patterns of ``pack/direction`` such as ``moods/*``.
             Without it everybody may use everything.
+        administrators: SHA-256 of each API key that may change packs, aliases and the uploads of all,
+            and sees them all. Without it the keys that ``keys`` names may, each as far as it may use
+            the directions, and its own uploads; without either, everybody.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -51,6 +62,7 @@ class Policy(BaseModel):
     max_dose: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     dose_action: Literal["reject", "clamp"] = "reject"
     keys: dict[KeyDigest, list[str]] | None = None
+    administrators: list[OneKeyDigest] | None = None
 
     def steerings(self) -> dict[str, SteeringRequest]:
         """Returns every steering that the policy holds, by the field that it stands in."""
@@ -90,6 +102,57 @@ class Policy(BaseModel):
             return True
         patterns = self.keys.get(key_digest or ANY_KEY, self.keys.get(ANY_KEY, []))
         return any(fnmatchcase(direction, pattern) for pattern in patterns)
+
+    def administers(self, key_digest: str | None) -> bool:
+        """Whether a key may change what others have put on the server, and see all that is there."""
+        if self.administrators is not None:
+            return key_digest in self.administrators
+        return self.keys is None
+
+    def check_change(self, key_digest: str | None, directions: Iterable[str]) -> None:
+        """Checks that a key may change packs, aliases and uploads of some directions.
+
+        Args:
+            key_digest: SHA-256 of the API key, in hexadecimal; None without one.
+            directions: ``pack/direction`` of each.
+
+        Raises:
+            NotAllowedError: It may not.
+        """
+        if self.administers(key_digest):
+            return
+        if self.administrators is not None or key_digest not in (self.keys or {}):
+            raise NotAllowedError(
+                "this API key may not change what the server steers with; ask the server's operator for it"
+            )
+        for direction in directions:
+            if not self.allows(key_digest, direction):
+                raise NotAllowedError(
+                    f"this API key may not use {direction!r}, and so not change it; ask the server's operator for it"
+                )
+
+    def sees(self, key_digest: str | None, direction: str) -> bool:
+        """Whether a key is told of a direction."""
+        return self.administers(key_digest) or self.allows(key_digest, direction)
+
+    def shown_aliases(self, key_digest: str | None, registry: PackRegistry) -> list[str]:
+        """Returns the aliases all of whose directions a key may use."""
+        return sorted(
+            name
+            for name, request in self.aliases.items()
+            if all(self.sees(key_digest, found) for found in named_directions(request, registry))
+        )
+
+
+def named_directions(request: SteeringRequest, registry: PackRegistry) -> list[str]:
+    """Returns ``pack/direction`` of all that a steering names; what does not exist, as it is named."""
+    found = []
+    for choice in request.directions:
+        try:
+            found += [direction.full_name for direction in find_all(choice, registry).values()]
+        except UnknownDirectionError:
+            found += [choice.name, *choice.partners().values()]
+    return found
 
 
 def load_policy(path: str) -> Policy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,13 @@ from safetensors.numpy import save
 
 from tests.unit.conftest import HIDDEN
 from tests.unit.front_end import desk_of, started
-from vllm_steer.errors import PackError, RequestError
+from vllm_steer.errors import ConflictError, NotAllowedError, PackError, RequestError
 from vllm_steer.pack import MANIFEST_FILE, SteeringPack
+from vllm_steer.policy import Policy
+from vllm_steer.registry import PackRegistry
+from vllm_steer.request import SteeringRequest
+from vllm_steer.serving.packs_api import describe
+from vllm_steer.serving.runtime import PackDesk
 from vllm_steer.serving.uploads import write_upload
 
 
@@ -22,7 +28,7 @@ def body(layer: int, value: float = 1.0) -> bytes:
 
 
 def test_files_last_as_long_as_what_is_served(fears: SteeringPack) -> None:
-    admission = started(fears, layers=[1, 2, 3])
+    admission = started(fears, layers=[1, 2, 3], upload_mib=1, upload_total_mib=1)
     store = admission.store
     assert store is not None
 
@@ -42,6 +48,120 @@ def test_files_last_as_long_as_what_is_served(fears: SteeringPack) -> None:
         assert kept() == [second.path]
         await desk.drop_upload("mine", None)
         assert not kept()
+
+    with desk_of(admission) as desk:
+        asyncio.run(run())
+
+
+OWNER, OTHER, ROOT = "a" * 64, "b" * 64, "c" * 64
+NAMED = Policy(keys={OWNER: ["mine/*", "fears/*"], OTHER: ["*"], "*": ["fears/*"]})
+
+
+@pytest.mark.parametrize(
+    ("policy", "key", "allowed"),
+    [
+        (Policy(), None, True),
+        (NAMED, OWNER, True),
+        (NAMED, None, False),
+        (NAMED, "d" * 64, False),
+        (Policy(keys={OWNER: ["other/*"]}), OWNER, False),
+        (Policy(administrators=[ROOT]), ROOT, True),
+        (Policy(administrators=[ROOT]), None, False),
+        (NAMED.model_copy(update={"administrators": [ROOT]}), OWNER, False),
+        (NAMED.model_copy(update={"administrators": [ROOT]}), ROOT, True),
+    ],
+)
+def test_who_may_change_what_the_server_steers_with(
+    policy: Policy, key: str | None, allowed: bool, fears: SteeringPack
+) -> None:
+    """Vectors, packs and aliases alike."""
+    admission = started(fears, layers=[0, 1, 2, 3], upload_mib=1, upload_total_mib=1)
+    alias = b'{"directions": [{"name": "mine/sent"}]}'
+
+    async def changes(desk: PackDesk, key: str | None) -> None:
+        await desk.upload("mine", body(1), 60.0, key)
+        await desk.set_alias("m", alias, key)
+        desk.drop_alias("m", key)
+        await desk.unload("mine", key)
+        await desk.load(b'{"name": "fears"}', key)
+
+    with desk_of(admission, fears.path.parent) as desk:
+        admission.policy = policy
+        if allowed:
+            asyncio.run(changes(desk, key))
+            return
+        admission.policy = Policy()
+        asyncio.run(desk.upload("mine", body(1), 60.0, "e" * 64))
+        asyncio.run(desk.set_alias("m", alias, None))
+        admission.policy = policy.model_copy(update={"aliases": admission.policy.aliases})
+        for change in (
+            desk.upload("mine", body(2), 60.0, key),
+            desk.set_alias("m", alias, key),
+            _dropped(desk, "m", key),
+            desk.unload("mine", key),
+            desk.drop_upload("mine", key),
+            desk.load(b'{"name": "fears"}', key) if key != OWNER else desk.unload("mine", key),
+        ):
+            with pytest.raises(NotAllowedError, match="this API key may not|another API key"):
+                asyncio.run(change)
+
+
+async def _dropped(desk: PackDesk, alias: str, key: str | None) -> None:
+    desk.drop_alias(alias, key)
+
+
+def test_vectors_of_another_key_are_neither_replaced_nor_dropped(fears: SteeringPack) -> None:
+    admission = started(fears, layers=[1, 2, 3], upload_mib=1, upload_total_mib=1)
+    admission.policy = NAMED
+
+    async def run() -> None:
+        await desk.upload("mine", body(1), 60.0, OWNER)
+        for change in (desk.upload("mine", body(2), 60.0, OTHER), desk.unload("mine", OTHER)):
+            with pytest.raises(NotAllowedError, match="sent with another API key"):
+                await change
+        admission.policy = NAMED.model_copy(update={"administrators": [ROOT]})
+        await desk.drop_upload("mine", ROOT)
+
+    with desk_of(admission) as desk:
+        asyncio.run(run())
+
+
+def test_what_a_key_may_not_use_it_is_not_shown(
+    fears: SteeringPack, pack_at: Callable[..., SteeringPack]
+) -> None:
+    registry = PackRegistry([fears, pack_at("moods", {"calm": [0]})])
+    aliases = {
+        name: SteeringRequest.model_validate({"directions": [{"name": direction}]})
+        for name, direction in {"c": "calm", "s": "fears/spiders", "gone": "no/such"}.items()
+    }
+    policy = Policy(keys={OWNER: ["*/spiders"]}, administrators=[ROOT], aliases=aliases)
+
+    def shown(key: str | None) -> dict[str, list[str]]:
+        packs = describe(registry, policy, key)["packs"]
+        return {pack["name"]: [d["name"] for d in pack["directions"]] for pack in packs}
+
+    assert shown(OWNER) == {"fears": ["spiders"]}
+    assert shown(None) == {}
+    assert shown(ROOT) == {"fears": ["spiders", "New York"], "moods": ["calm"]}
+    assert policy.shown_aliases(OWNER, registry) == ["s"]
+    assert policy.shown_aliases(ROOT, registry) == ["c", "gone", "s"]
+    assert policy.shown_aliases(None, registry) == []
+
+
+def test_all_uploads_together_have_a_limit(fears: SteeringPack) -> None:
+    """In number and in bytes; what takes the place of another of its name counts once."""
+    admission = started(fears, layers=[1, 2, 3], upload_mib=1, upload_total_mib=1, upload_count=2)
+
+    async def run() -> None:
+        for name in ("one", "two", "two"):
+            await desk.upload(name, body(1), 60.0, None)
+        with pytest.raises(ConflictError, match="2 uploads are served, .*--steering-upload-count"):
+            await desk.upload("three", body(1), 60.0, None)
+        await desk.drop_upload("one", None)
+        large = body(1) + bytes(2**20 - len(body(1)))
+        with pytest.raises(ConflictError, match="--steering-upload-total-mib"):
+            await desk.upload("three", large, 60.0, None)
+        await desk.upload("three", body(1), 60.0, None)
 
     with desk_of(admission) as desk:
         asyncio.run(run())

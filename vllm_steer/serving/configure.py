@@ -25,6 +25,9 @@ from vllm_steer.registry import PackRegistry
 from vllm_steer.serving.compatibility import refuse_unsupported
 from vllm_steer.store import keep_store
 
+# Of the largest, that fit into the total unless it is given.
+_UPLOADS = 8
+
 
 def resolve_packs(sources: Iterable[str], field: str) -> list[str]:
     """Returns the absolute directory of each pack; what is on the hub is fetched and named in the log.
@@ -92,6 +95,8 @@ def _resolve(config: SteeringConfig, vllm_config: Any, gated: bool) -> ResolvedC
         policy=_policy_path(config, registry),
         pack_roots=_pack_roots(config, servers),
         upload_mib=_upload_mib(config, servers),
+        upload_total_mib=_upload_total_mib(config),
+        upload_count=config.upload_count,
         sums_per_request=sums,
         gated=gated,
         layers=_layers(config, registry, shape["num_layers"]),
@@ -143,6 +148,22 @@ def _upload_mib(config: SteeringConfig, servers: int) -> int | None:
             f"--api-server-count 1"
         )
     return config.upload_mib
+
+
+def _upload_total_mib(config: SteeringConfig) -> int | None:
+    if config.upload_mib is None:
+        given = [f for f in ("upload_total_mib", "upload_count") if f in config.model_fields_set]
+        if given:
+            flags = ", ".join(f"--steering-{field.replace('_', '-')}" for field in given)
+            raise ConfigError(f"{flags}: needs --steering-upload-mib")
+        return None
+    total = config.upload_total_mib or _UPLOADS * config.upload_mib
+    if total < config.upload_mib:
+        raise ConfigError(
+            f"--steering-upload-total-mib: {total} is less than one upload of --steering-upload-mib "
+            f"{config.upload_mib} may be"
+        )
+    return total
 
 
 def _pack_roots(config: SteeringConfig, servers: int) -> list[str] | None:

@@ -22,7 +22,7 @@ def add_flags(original: Callable[..., Any]) -> Callable[..., Any]:
             description="Per-request steering of the residual stream (vllm-steer): "
             "--enable-steering, --steering-packs PACK ..., --steering-rows N, --steering-layers N ..., "
             "--steering-policy FILE, --steering-pack-roots DIR ..., --steering-ops {additive,affine}, --steering-rank N, "
-            "--steering-upload-mib N.",
+            "--steering-upload-mib N, --steering-upload-total-mib N, --steering-upload-count N.",
         )
         group.add_argument(
             "--enable-steering",
@@ -70,6 +70,21 @@ def add_flags(original: Callable[..., Any]) -> Callable[..., Any]:
             default=None,
             help="Let clients send vectors of up to N MiB, served for a time: PUT /v1/steering/vectors/NAME. "
             "Off by default.",
+        )
+        group.add_argument(
+            "--steering-upload-total-mib",
+            type=int,
+            metavar="N",
+            default=None,
+            help="MiB of all vectors together that clients have sent and that are served. Default: 8 times "
+            "--steering-upload-mib.",
+        )
+        group.add_argument(
+            "--steering-upload-count",
+            type=int,
+            metavar="N",
+            default=None,
+            help="How many such vectors, by name, are served at once. Default: 64.",
         )
         group.add_argument(
             "--steering-ops",

@@ -59,7 +59,7 @@ class SteeringFront:
             await _measure_planning(scope["app"].state.engine_client)
             await self.app(scope, receive, send)
         elif route == ("GET", "/v1/models") and admission.policy.aliases:
-            await self.app(scope, receive, _ModelList(send, admission).send)
+            await self.app(scope, receive, _ModelList(send, admission, key_digest(scope)).send)
         elif route[0] == "POST" and route[1] in STEERED_ROUTES:
             await self._steered(scope, receive, send, admission)
         elif route[0] == "POST":
@@ -127,11 +127,12 @@ class _Buffered:
 
 
 class _ModelList(_Buffered):
-    """Adds the aliases to the list of models."""
+    """Adds the aliases that a key may use to the list of models."""
 
-    def __init__(self, send: Send, admission: Admission) -> None:
+    def __init__(self, send: Send, admission: Admission, key: str | None) -> None:
         super().__init__(send)
-        self._aliases = sorted(admission.policy.aliases)
+        assert admission.store is not None
+        self._aliases = admission.policy.shown_aliases(key, admission.store.registry)
 
     async def send(self, message: Message) -> None:
         """Takes the place of ``send``."""

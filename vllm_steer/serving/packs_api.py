@@ -6,10 +6,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
-from vllm_steer.errors import ConflictError, PackError, RequestError
+from vllm_steer.errors import ConflictError, NotAllowedError, PackError, RequestError
 from vllm_steer.pack import SteeringPack
+from vllm_steer.policy import Policy
 from vllm_steer.registry import PackRegistry
 from vllm_steer.serving.admission import Admission
 from vllm_steer.serving.asgi import (
@@ -28,7 +30,7 @@ from vllm_steer.store import PackStore
 
 PREFIX = "/v1/steering/"
 ROUTES = {
-    "GET /v1/steering/packs": "The packs that requests can name: `packs`, a list of `name`, `model`, `sha256` and "
+    "GET /v1/steering/packs": "The packs that the API key may use: `packs`, a list of `name`, `model`, `sha256` and "
     "`directions`, each with `name`, `layers`, `default_layers` (null: all), `positions`, `default_scale`, `safe_scale` "
     "(null: not measured), `calibration` (Calibration without its curve; null: none) and content `digest`.",
     "POST /v1/steering/packs": 'Loads the pack `{"name": NAME}` from a directory of that name in a root, or loads it '
@@ -40,6 +42,10 @@ ROUTES = {
     "DELETE /v1/steering/vectors/NAME": "Forgets them now; 409 while a request, an alias or the default needs them.",
     "PUT /v1/steering/aliases/ALIAS": "Lets `SERVED:ALIAS` stand for the SteeringRequest in the body.",
     "DELETE /v1/steering/aliases/ALIAS": "Ends an alias.",
+}
+_REFUSED: dict[type, tuple[str, int]] = {
+    ConflictError: ("conflict", 409),
+    NotAllowedError: ("not_allowed", 403),
 }
 _DESK = "_vllm_steer_desk"
 _MAX_BODY = 2**20
@@ -56,7 +62,7 @@ async def answer(
     """Answers a request on a route under ``/v1/steering``."""
     method, (kind, _, name) = scope["method"], route.removeprefix(PREFIX).partition("/")
     if (method, kind, name) == ("GET", "packs", ""):
-        await send_json(send, 200, describe(store.registry))
+        await send_json(send, 200, describe(store.registry, admission.policy, key_digest(scope)))
         return
     changes = {("POST", "packs", False), ("DELETE", "packs", True)}
     changes |= {(m, k, True) for m in ("PUT", "DELETE") for k in ("aliases", "vectors")}
@@ -69,6 +75,13 @@ async def answer(
         log_refusal("change", kind, route, key)
         await send_error(send, _FIXED[kind], "path", 403)
         return
+    try:
+        # Before anything is read that a stranger sends.
+        admission.policy.check_change(key, [])
+    except NotAllowedError as error:
+        log_refusal("not_allowed", kind, route, key)
+        await send_error(send, str(error), kind, 403)
+        return
     limit = (config.upload_mib or 0) * 2**20 if kind == "vectors" else _MAX_BODY
     body = await read_limited(receive, limit)
     if body is None:
@@ -79,9 +92,9 @@ async def answer(
     try:
         content = await _change(desk, method, kind, name, body, scope["query_string"], key)
     except (RequestError, PackError) as error:
-        conflict = isinstance(error, ConflictError)
-        log_refusal("conflict" if conflict else "change", kind, route, key)
-        await send_error(send, str(error), kind, 409 if conflict else 400)
+        reason, status = _REFUSED.get(type(error), ("change", 400))
+        log_refusal(reason, kind, route, key)
+        await send_error(send, str(error), kind, status)
     else:
         await send_json(send, 200, content)
 
@@ -113,13 +126,18 @@ def _desk(admission: Admission, store: PackStore, roots: list[str], scope: Messa
     return desk
 
 
-def describe(registry: PackRegistry) -> dict[str, Any]:
-    """Returns the packs and directions that requests can name, as JSON."""
-    return {"packs": [describe_pack(pack) for pack in registry.packs.values()]}
+def describe(registry: PackRegistry, policy: Policy, key_digest: str | None) -> dict[str, Any]:
+    """Returns the packs and directions that a key's requests can name, as JSON."""
+    shown = []
+    for pack in registry.packs.values():
+        seen = [n for n in pack.directions if policy.sees(key_digest, f"{pack.name}/{n}")]
+        if seen:
+            shown.append(describe_pack(pack, seen))
+    return {"packs": shown}
 
 
-def describe_pack(pack: SteeringPack) -> dict[str, Any]:
-    """Returns one pack as JSON."""
+def describe_pack(pack: SteeringPack, names: Collection[str] | None = None) -> dict[str, Any]:
+    """Returns one pack as JSON, with some of its directions or, without ``names``, with all."""
     return {
         "name": pack.name,
         "model": pack.manifest.model.name,
@@ -137,5 +155,6 @@ def describe_pack(pack: SteeringPack) -> dict[str, Any]:
                 "digest": pack.digests[name],
             }
             for name, record in pack.directions.items()
+            if names is None or name in names
         ],
     }

@@ -18,12 +18,12 @@ from vllm_steer import log
 from vllm_steer.errors import ConflictError, PackError, RequestError, explain_faults
 from vllm_steer.fields import PackName
 from vllm_steer.pack import SteeringPack, load_pack
-from vllm_steer.policy import AliasName
 from vllm_steer.registry import PackRegistry
-from vllm_steer.request import SteeringRequest
 from vllm_steer.rpc import FORGET, LOAD, STAGE
 from vllm_steer.serving import metrics
 from vllm_steer.serving.admission import Admission, announce_pack
+from vllm_steer.serving.aliases import with_alias, without_alias
+from vllm_steer.serving.upload_book import Upload, UploadBook
 from vllm_steer.serving.uploads import write_upload
 from vllm_steer.store import PackStore
 
@@ -69,7 +69,9 @@ class PackDesk:
         self._turn = asyncio.Lock()
         # Kept as long as the server runs, and removed with it.
         self._uploads = TemporaryDirectory(prefix="vllm-steer-")
-        self._expiries: dict[str, asyncio.TimerHandle] = {}
+        config = admission.config
+        total = (config.upload_total_mib if config else None) or 0
+        self._book = UploadBook(config.upload_count if config else 0, total * 2**20)
         self._expiring: set[asyncio.Task[None]] = set()
 
     async def load(self, body: bytes, key_digest: str | None) -> SteeringPack:
@@ -86,7 +88,7 @@ class PackDesk:
         except ValidationError as error:
             raise RequestError(explain_faults(error, "body")) from error
         async with self._turn:
-            if name in self._expiries:
+            if name in self._book:
                 raise ConflictError(f"{name!r} names vectors that a client sent; give another name")
             path = self._find(name)
             try:
@@ -96,6 +98,7 @@ class PackDesk:
                 raise PackError(str(error).replace(str(path), name)) from error
             if pack.name != name:
                 raise PackError(f"the pack in the directory {name!r} is named {pack.name!r}")
+            self._check_change(pack, key_digest)
             return await self._serve(pack, key_digest)
 
     async def upload(
@@ -112,7 +115,8 @@ class PackDesk:
         Raises:
             RequestError: The name or the body is malformed.
             PackError: The vectors cannot be served.
-            ConflictError: A pack of another origin has the name.
+            ConflictError: A pack of another origin has the name, or there is no room.
+            NotAllowedError: The key may not send them.
         """
         try:
             TypeAdapter(PackName).validate_python(name)
@@ -120,22 +124,25 @@ class PackDesk:
             raise RequestError(explain_faults(error, "name")) from error
         async with self._turn:
             packs = self._store.registry.packs
-            if name in packs and name not in self._expiries:
+            if name in packs and name not in self._book:
                 raise ConflictError(
                     f"a steering pack {name!r} is loaded; give the vectors another name"
                 )
+            self._book.check_owner(name, key_digest, self._admission.policy)
+            self._book.check_room(name, len(body))
             # What is served now stays on disk until the new is served in its place.
             root = Path(mkdtemp(dir=self._uploads.name))
             old = packs.get(name)
             try:
                 pack = await asyncio.to_thread(write_upload, root, name, body, packs.values())
+                self._check_change(pack, key_digest)
                 served = await self._serve(pack, key_digest)
             except (RequestError, PackError):
                 shutil.rmtree(root)
                 raise
             if old is not None:
                 shutil.rmtree(old.path)
-            self._expire_in(name, seconds)
+            self._enter(name, seconds, key_digest, len(body))
             return served
 
     async def drop_upload(self, name: str, key_digest: str | None) -> None:
@@ -145,31 +152,38 @@ class PackDesk:
             RequestError: There are none of that name.
             ConflictError: They are in use, or an alias or the default needs them.
         """
-        if name not in self._expiries:
+        if name not in self._book:
             raise RequestError(f"no vectors {name!r} were sent")
         await self.unload(name, key_digest)
 
-    def _expire_in(self, name: str, seconds: float) -> None:
-        if name in self._expiries:
-            self._expiries[name].cancel()
+    def _enter(self, name: str, seconds: float, owner: str | None, num_bytes: int) -> None:
+        """Notes vectors that are served, and ends them after a time."""
 
         def expire() -> None:
-            task = asyncio.ensure_future(self._expire(name, timer))
+            task = asyncio.ensure_future(self._expire(name, upload))
             self._expiring.add(task)
             task.add_done_callback(self._expiring.discard)
 
         timer = asyncio.get_running_loop().call_later(seconds, expire)
-        self._expiries[name] = timer
+        upload = Upload(owner, num_bytes, timer)
+        self._book.enter(name, upload)
 
-    async def _expire(self, name: str, timer: asyncio.TimerHandle) -> None:
+    async def _expire(self, name: str, upload: Upload) -> None:
         async with self._turn:
             # Sent again or dropped meanwhile.
-            if self._expiries.get(name) is not timer:
+            if self._book.find(name) is not upload:
                 return
             try:
                 await self._unload(name, None)
             except RequestError:
-                self._expire_in(name, _RETRY_SECONDS)
+                self._enter(name, _RETRY_SECONDS, upload.owner, upload.num_bytes)
+
+    def _check_change(self, pack: SteeringPack, key_digest: str | None) -> None:
+        """Raises NotAllowedError where a key may not load, replace or unload a pack."""
+        replaced = self._store.registry.packs.get(pack.name)
+        names = {*pack.directions, *(replaced.directions if replaced else ())}
+        policy = self._admission.policy
+        policy.check_change(key_digest, [f"{pack.name}/{name}" for name in sorted(names)])
 
     async def _serve(self, pack: SteeringPack, key_digest: str | None) -> SteeringPack:
         """Loads a pack in every process, in the place of one with its name."""
@@ -210,8 +224,13 @@ class PackDesk:
         Raises:
             RequestError: No such pack is loaded.
             ConflictError: It is in use, or an alias or the default needs it.
+            NotAllowedError: The key may not unload it.
         """
         async with self._turn:
+            pack = self._store.registry.packs.get(name)
+            if pack is not None:
+                self._check_change(pack, key_digest)
+                self._book.check_owner(name, key_digest, self._admission.policy)
             await self._unload(name, key_digest)
 
     async def _unload(self, name: str, key_digest: str | None) -> None:
@@ -232,48 +251,23 @@ class PackDesk:
             )
         await self._forget([name])
         metrics.DIRECTIONS.remove(name)
-        if name in self._expiries:
-            self._expiries.pop(name).cancel()
+        if name in self._book:
+            self._book.strike(name)
             shutil.rmtree(pack.path)
         digest = pack.manifest.tensors.sha256
         log.PACK_UNLOADED.write(name=name, sha256=digest, key=log.short_key(key_digest))
 
     async def set_alias(self, alias: str, body: bytes, key_digest: str | None) -> None:
-        """Lets a model name stand for a steering.
-
-        Raises:
-            RequestError: The alias or the steering is malformed, or names what is not loaded, or a
-                strength of what is not calibrated.
-        """
-        try:
-            name = TypeAdapter(AliasName).validate_python(alias)
-            request = SteeringRequest.model_validate_json(body)
-        except ValidationError as error:
-            raise RequestError(explain_faults(error, "body")) from error
+        """Lets a model name stand for a steering: :func:`vllm_steer.serving.aliases.with_alias`."""
         # Not while a pack is exchanged that the alias may need.
         async with self._turn:
-            policy = self._admission.policy
-            policy = policy.model_copy(update={"aliases": policy.aliases | {name: request}})
-            policy.check(self._store.registry)
-            self._admission.policy = policy
-        directions = [
-            {"name": choice.name, "scale": choice.scale, "strength": choice.strength}
-            for choice in request.directions
-        ]
-        log.ALIAS_SET.write(alias=name, directions=directions, key=log.short_key(key_digest))
+            before, registry = self._admission.policy, self._store.registry
+            self._admission.policy = with_alias(before, registry, alias, body, key_digest)
 
     def drop_alias(self, alias: str, key_digest: str | None) -> None:
-        """Ends an alias.
-
-        Raises:
-            RequestError: There is none of that name.
-        """
-        policy = self._admission.policy
-        if alias not in policy.aliases:
-            raise RequestError(f"there is no alias {alias!r}")
-        kept = {name: request for name, request in policy.aliases.items() if name != alias}
-        self._admission.policy = policy.model_copy(update={"aliases": kept})
-        log.ALIAS_DROPPED.write(alias=alias, key=log.short_key(key_digest))
+        """Ends an alias: :func:`vllm_steer.serving.aliases.without_alias`."""
+        before, registry = self._admission.policy, self._store.registry
+        self._admission.policy = without_alias(before, registry, alias, key_digest)
 
     async def _forget(self, names: list[str]) -> None:
         """Frees the content that no name leads to and no request uses, in every process."""

@@ -1,0 +1,74 @@
+"""Model names that stand for a steering, as they come and go while the server runs.
+
+Importing this module imports neither torch nor vllm.
+"""
+
+from __future__ import annotations
+
+from pydantic import TypeAdapter, ValidationError
+
+from vllm_steer import log
+from vllm_steer.errors import RequestError, explain_faults
+from vllm_steer.policy import AliasName, Policy, named_directions
+from vllm_steer.registry import PackRegistry
+from vllm_steer.request import SteeringRequest
+
+
+def with_alias(
+    policy: Policy, registry: PackRegistry, alias: str, body: bytes, key_digest: str | None
+) -> Policy:
+    """Returns the policy with a model name that stands for a steering.
+
+    Args:
+        policy: The policy without it, or with another steering for it.
+        registry: The packs that are loaded.
+        alias: The name.
+        body: The steering, a :class:`SteeringRequest` as JSON.
+        key_digest: SHA-256 of the API key that asked for it.
+
+    Raises:
+        RequestError: The alias or the steering is malformed, or names what is not loaded, or a
+            strength of what is not calibrated.
+        NotAllowedError: The key may not use all of it, or of what the alias stood for.
+    """
+    try:
+        name = TypeAdapter(AliasName).validate_python(alias)
+        request = SteeringRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise RequestError(explain_faults(error, "body")) from error
+    _check_change(policy, registry, [request, policy.aliases.get(name)], key_digest)
+    changed = policy.model_copy(update={"aliases": policy.aliases | {name: request}})
+    changed.check(registry)
+    directions = [
+        {"name": choice.name, "scale": choice.scale, "strength": choice.strength}
+        for choice in request.directions
+    ]
+    log.ALIAS_SET.write(alias=name, directions=directions, key=log.short_key(key_digest))
+    return changed
+
+
+def without_alias(
+    policy: Policy, registry: PackRegistry, alias: str, key_digest: str | None
+) -> Policy:
+    """Returns the policy without a model name; its arguments are those of :func:`with_alias`.
+
+    Raises:
+        RequestError: There is none of that name.
+        NotAllowedError: The key may not use all that it stands for.
+    """
+    if alias not in policy.aliases:
+        raise RequestError(f"there is no alias {alias!r}")
+    _check_change(policy, registry, [policy.aliases[alias]], key_digest)
+    kept = {name: request for name, request in policy.aliases.items() if name != alias}
+    log.ALIAS_DROPPED.write(alias=alias, key=log.short_key(key_digest))
+    return policy.model_copy(update={"aliases": kept})
+
+
+def _check_change(
+    policy: Policy,
+    registry: PackRegistry,
+    requests: list[SteeringRequest | None],
+    key_digest: str | None,
+) -> None:
+    names = {n for each in requests if each is not None for n in named_directions(each, registry)}
+    policy.check_change(key_digest, sorted(names))
