@@ -53,7 +53,8 @@ def relative_dose(plan: SteeringPlan, registry: PackRegistry) -> float:
     Returns:
         The largest value over positions; 0 for a plan that changes nothing.
     """
-    return max((sum(_dose(t, registry) for t in s.terms) for s in plan.segments), default=0.0)
+    doses = {t: _dose(t, registry) for t in {t for s in plan.segments for t in s.terms}}
+    return max((sum(doses[t] for t in s.terms) for s in plan.segments), default=0.0)
 
 
 def scaled(plan: SteeringPlan, factor: float) -> SteeringPlan | None:

@@ -29,6 +29,8 @@ FLAT_KEYS = {
     '`"start:end"` of absolute positions; either part may be empty, and negative numbers count from the '
     "prompt's end.",
 }
+# Ranges of positions of all directions together.
+MAX_REQUEST_RANGES = 256
 PLAN_KEY = "_vllm_steer_plan"
 # The value of ``steering`` that leaves out a server's default.
 NONE = "none"
@@ -90,6 +92,20 @@ class SteeringRequest(_Strict):
     positions: Positions | None = None
     schedule: ScheduleChoice | None = None
     until_token_ids: TokenIds | None = None
+
+    @model_validator(mode="after")
+    def _has_few_ranges(self) -> SteeringRequest:
+        """Each range costs time at admission and in every step, so their number is looked at first."""
+        chosen = [choice.positions or self.positions for choice in self.directions]
+        count = sum(len(each) if isinstance(each, tuple) else 1 for each in chosen)
+        if count > MAX_REQUEST_RANGES:
+            raise PydanticCustomError(
+                "ranges",
+                "the directions have {count} ranges of positions together, at most {most} are taken; give "
+                "fewer, or longer ones",
+                {"count": count, "most": MAX_REQUEST_RANGES},
+            )
+        return self
 
 
 def parse(extra_args: Mapping[str, Any] | None) -> SteeringRequest | None:

@@ -5,6 +5,7 @@ Importing this module imports neither torch nor vllm.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -19,7 +20,14 @@ from vllm_steer.positions import PositionRange, absolute_ranges
 from vllm_steer.registry import LoadedDirection, PackRegistry
 from vllm_steer.request import REQUEST_KEY, DirectionChoice, SteeringRequest
 from vllm_steer.schedule import Schedule
-from vllm_steer.steering_plan import Form, Segment, SteeringPlan, Term
+from vllm_steer.steering_plan import (
+    MAX_PLAN_TERMS,
+    MAX_SEGMENTS,
+    Form,
+    Segment,
+    SteeringPlan,
+    Term,
+)
 from vllm_steer.strength import check_calibrated, scale_of
 from vllm_steer.until import Until
 
@@ -96,28 +104,44 @@ def content_names(
 
 
 def _segments(spans: Sequence[_Span]) -> list[Segment]:
-    """Cuts overlapping ranges into disjoint ones; neighbours with equal sums become one."""
-    edges = {edge for ranges, _ in spans for span in ranges for edge in span if edge is not None}
-    cuts = sorted(edges)
+    """Cuts overlapping ranges into disjoint ones; neighbours with equal sums become one.
+
+    Raises:
+        RequestError: There are too many, or too much in them.
+    """
+    spans = sorted(spans, key=lambda span: span[1].order)
+    # How many more ranges of each span a position lies in than the one before.
+    steps: dict[int, Counter[int]] = {}
+    for number, (ranges, _) in enumerate(spans):
+        for start, end in ranges:
+            steps.setdefault(start, Counter())[number] += 1
+            if end is not None:
+                steps.setdefault(end, Counter())[number] -= 1
+    cuts = sorted(steps)
     segments: list[Segment] = []
+    depth, size = [0] * len(spans), 0
     for start, end in zip_longest(cuts, cuts[1:]):
-        here = [term for ranges, term in spans if any(_holds(part, start) for part in ranges)]
+        for number, step in steps[start].items():
+            depth[number] += step
+        here = tuple(term for inside, (_, term) in zip(depth, spans, strict=True) if inside)
+        size += len(here)
+        if size > MAX_PLAN_TERMS:
+            raise RequestError(
+                f"{REQUEST_KEY}.directions: more than {MAX_PLAN_TERMS} terms meet over the ranges of positions; name "
+                f"fewer directions, or give fewer ranges"
+            )
         if not here:
             continue
-        order = sorted(
-            here,
-            key=lambda t: (t.digest, t.scale, t.layers, repr(t.form), repr(t.schedule)),
-        )
-        segment = Segment(start, end, tuple(order))
+        segment = Segment(start, end, here)
         if segments and segments[-1].end == start and segments[-1].key == segment.key:
             segment = replace(segment, start=segments.pop().start)
         segments.append(segment)
+    if len(segments) > MAX_SEGMENTS:
+        raise RequestError(
+            f"{REQUEST_KEY}.directions: their positions make {len(segments)} ranges that differ, at most {MAX_SEGMENTS} "
+            f"are taken; give fewer, or longer ones"
+        )
     return segments
-
-
-def _holds(span: PositionRange, position: int) -> bool:
-    start, end = span
-    return start <= position and (end is None or position < end)
 
 
 def _term(

@@ -39,6 +39,9 @@ class Form:
 
 
 ADDITION = Form()
+# Ranges of a plan, which the planner looks at for every token of a step, and terms of all of them.
+MAX_SEGMENTS = 128
+MAX_PLAN_TERMS = 1024
 
 
 @dataclass(frozen=True)
@@ -77,12 +80,18 @@ class Term:
         others = (self.form.partner, self.form.gate)
         return (self.digest, *(digest for digest in others if digest is not None))
 
-    def identity(self) -> list[Any]:
-        """Returns plain lists that are equal for equal changes, bit for bit, but for the schedule."""
+    @cached_property
+    def order(self) -> tuple[Any, ...]:
+        """What the terms of a segment are sorted by: their canonical order."""
+        return self.digest, self.scale, self.layers, repr(self.form), repr(self.schedule)
+
+    @cached_property
+    def identity(self) -> str:
+        """Equal for equal changes, bit for bit, but for the schedule."""
         content = [self.digest, float(self.scale).hex(), self.layers]
         if self.form != ADDITION:
             content += [v.hex() if isinstance(v, float) else v for v in astuple(self.form)]
-        return content
+        return json.dumps(content)
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,7 @@ class Segment:
 
         What is factored together lies together in a row, so that is part of it, and the schedules are not.
         """
-        terms = [term.identity() for term in self.terms]
+        terms = [term.identity for term in self.terms]
         if len(self.schedules) == 1:
             return _digest(terms)
         return _digest([terms, [self.schedules.index(term.schedule) for term in self.terms]])

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from tests.unit.conftest import resolved
 from vllm_steer.errors import ConfigError, RequestError
@@ -15,7 +19,7 @@ from vllm_steer.pack import SteeringPack
 from vllm_steer.plan_message import decode_plan, encode_plan
 from vllm_steer.registry import PackRegistry
 from vllm_steer.request import SteeringRequest
-from vllm_steer.resolve import resolve
+from vllm_steer.resolve import _segments, resolve
 from vllm_steer.steering_plan import Segment, SteeringPlan, Term
 
 PROMPT = 10
@@ -188,3 +192,52 @@ def test_more_sums_than_a_request_is_promised_are_refused(registry: PackRegistry
     check_limits(three, resolved(sums_per_request=3))
     with pytest.raises(RequestError, match="takes 3 different values.*room for 2 per request"):
         check_limits(three, resolved(sums_per_request=2))
+
+
+def test_how_many_ranges_there_may_be(registry: PackRegistry) -> None:
+    """Admission pays for each of them, and every step of the engine."""
+    apart = [[3 * n, 3 * n + 1] for n in range(64)]
+    names = ["calm", "fears/spiders", "fears/New York"]
+
+    def directions(count: int, positions: Any) -> list[dict[str, Any]]:
+        layers = {"fears/New York": [0]}
+        return [
+            {"name": n, "scale": 1.0 + k, "positions": positions, "layers": layers.get(n, [1])}
+            for k, n in enumerate((names * count)[:count])
+        ]
+
+    with pytest.raises(ValidationError, match="have 320 ranges of positions together, at most 256"):
+        SteeringRequest.model_validate({"directions": directions(5, apart)})
+    with pytest.raises(ValidationError, match="have 4096 ranges of positions together"):
+        SteeringRequest.model_validate({"directions": directions(64, None), "positions": apart})
+    shifted = [
+        each | {"positions": [[a + number, b + number] for a, b in apart]}
+        for number, each in enumerate(directions(3, apart))
+    ]
+    with pytest.raises(RequestError, match="make 192 ranges that differ, at most 128"):
+        plan(registry, directions=shifted)
+    many = [*directions(63, "all"), *directions(1, apart)]
+    with pytest.raises(RequestError, match="more than 1024 terms meet"):
+        plan(registry, directions=many)
+
+
+@settings(deadline=None, max_examples=50)
+@given(data=st.data())
+def test_every_position_has_the_terms_whose_ranges_hold_it(data: st.DataObject) -> None:
+    span = st.tuples(st.integers(0, 20), st.integers(1, 8) | st.none())
+    chosen = data.draw(st.lists(st.lists(span, min_size=1, max_size=4), min_size=1, max_size=5))
+    ranges = [[(a, None if n is None else a + n) for a, n in each] for each in chosen]
+    terms = [Term(f"{n:064d}", 1.0 + n, (0,)) for n in range(len(ranges))]
+    found = _segments(list(zip(ranges, terms, strict=True)))
+    for position in range(32):
+        wanted = [
+            term
+            for each, term in zip(ranges, terms, strict=True)
+            if any(a <= position and (b is None or position < b) for a, b in each)
+        ]
+        here = [s for s in found if s.start <= position and (s.end is None or position < s.end)]
+        assert len(here) <= 1
+        assert sorted(here[0].terms if here else (), key=lambda t: t.order) == wanted
+    for before, after in pairwise(found):
+        assert before.end is not None
+        assert before.end < after.start or before.key != after.key

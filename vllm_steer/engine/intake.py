@@ -15,7 +15,7 @@ from vllm_steer.engine.plan import NO_END
 from vllm_steer.errors import RequestError
 from vllm_steer.limits import check_limits
 from vllm_steer.plan_message import plan_of
-from vllm_steer.steering_plan import SteeringPlan, Term
+from vllm_steer.steering_plan import MAX_SEGMENTS, SteeringPlan, Term
 from vllm_steer.store import PackStore, configured_store
 from vllm_steer.until import MAX_TRIGGERS, Until
 
@@ -76,6 +76,8 @@ def check_plan(plan: SteeringPlan, config: ResolvedConfig, store: PackStore) -> 
     if len({segment.until for segment in plan.segments}) > 1:
         raise RequestError("the steering plan's segments have different triggers")
     _check_until(plan.until)
+    if len(plan.segments) > MAX_SEGMENTS:
+        raise RequestError(f"the steering plan has more than {MAX_SEGMENTS} ranges")
     position = 0
     for number, segment in enumerate(plan.segments):
         last = number == len(plan.segments) - 1
