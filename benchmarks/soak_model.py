@@ -1,0 +1,62 @@
+"""What the soak serves: a deep random model that changes compound in, and packs of unit vectors."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from offline.demo import demo_model_path
+from tests.random_pack import checkpoint_identity, write_random_pack
+from vllm_steer.pack import SteeringPack
+
+LAYERS = 24
+CALM, DEEP, SWING = "calm", "deep", "swing"
+DIRECTIONS = ("a", "b", "c", "d")
+# Large enough that logits are far from ties, and that every part of a block counts.
+_DEVIATION = 0.1
+# About what such a model's residual stream has.
+_NORM = 16.0
+
+
+@torch.no_grad()
+def write_model(path: Path) -> Path:
+    """Writes a Llama of many small blocks with random weights, and the demo model's tokenizer."""
+    config = AutoConfig.from_pretrained(
+        demo_model_path(),
+        num_hidden_layers=LAYERS,
+        hidden_size=128,
+        intermediate_size=256,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0.0, _DEVIATION)
+    model.save_pretrained(path)
+    for file in demo_model_path().iterdir():
+        if "token" in file.name or "template" in file.name:
+            shutil.copy(file, path / file.name)
+    return path
+
+
+def write_packs(model: Path, folder: Path) -> list[SteeringPack]:
+    """Writes the bystanders' pack, the hostile clients', and one that comes and goes."""
+    identity = checkpoint_identity(model)
+    return [
+        write_random_pack(
+            folder / name,
+            name,
+            identity,
+            dict.fromkeys(DIRECTIONS, range(LAYERS)),
+            seed=seed,
+            default_scale=4.0,
+            safe_scale=100.0,
+            residual_norm=_NORM,
+        )
+        for seed, name in enumerate((CALM, DEEP, SWING))
+    ]
