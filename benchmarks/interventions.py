@@ -35,6 +35,7 @@ from offline.extract import extract_pack
 from offline.models import find_blocks
 from offline.scores import interval
 from offline.settings import ExtractionSettings
+from vllm_steer.binding import bind
 from vllm_steer.engine.bank import SteeringBank
 from vllm_steer.engine.blocks import hook_blocks
 from vllm_steer.engine.row_values import row_values
@@ -206,7 +207,7 @@ def _drift(
     request = SteeringRequest.model_validate(
         {"directions": [{"name": name, **choice}], "positions": "all"}
     )
-    (segment,) = resolve(request, registry, len(token_ids)).segments
+    (segment,) = resolve(bind(request, registry), len(token_ids)).segments
     bank = SteeringBank(
         layers,
         2,

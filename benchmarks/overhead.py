@@ -26,6 +26,7 @@ from tqdm import tqdm
 sys.path.append(str(Path(__file__).parents[1]))
 from benchmarks import report  # noqa: E402
 from tests.random_pack import random_identity, write_random_pack  # noqa: E402
+from vllm_steer.binding import bind  # noqa: E402
 from vllm_steer.config import GRAPH_REVISION, ResolvedConfig, plugin_version  # noqa: E402
 from vllm_steer.engine.intake import check_plan  # noqa: E402
 from vllm_steer.limits import check_limits  # noqa: E402
@@ -107,7 +108,7 @@ class Bench:
         request = parse(extra_args)
         if request is None:
             raise RuntimeError("the request asks for no steering")
-        plan = resolve(request, self.store.registry, PROMPT, MAX_LEN)
+        plan = resolve(bind(request, self.store.registry), PROMPT, MAX_LEN)
         check_limits(plan, self.config)
         message = encode_plan(plan)
         check_plan(decode_plan(message), self.config, self.store)

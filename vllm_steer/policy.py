@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from vllm_steer.binding import bind
 from vllm_steer.errors import (
     ConfigError,
     NotAllowedError,
@@ -22,7 +23,6 @@ from vllm_steer.errors import (
 )
 from vllm_steer.registry import PackRegistry
 from vllm_steer.request import SteeringRequest
-from vllm_steer.resolve import find_all
 from vllm_steer.strength import check_calibrated
 
 MAX_POLICY_BYTES = 2**20
@@ -76,19 +76,18 @@ class Policy(BaseModel):
             RequestError: One does not; the message starts with the field.
         """
         for where, request in self.steerings().items():
-            for index, choice in enumerate(request.directions):
+            for bound in bind(request, registry, where=where).choices:
                 try:
-                    check_calibrated(choice, find_all(choice, registry)["name"])
+                    check_calibrated(bound.choice, bound.direction)
                 except RequestError as error:
-                    raise RequestError(f"{where}.directions.{index}: {error}") from None
+                    raise RequestError(f"{bound.where}.{error}") from None
 
     def named(self, registry: PackRegistry, pack: str) -> list[str]:
         """Returns the fields of the policy that need a pack."""
         return [
             field
             for field, request in self.steerings().items()
-            if pack
-            in {d.pack.name for c in request.directions for d in find_all(c, registry).values()}
+            if pack in {direction.pack.name for direction in bind(request, registry).directions}
         ]
 
     def allows(self, key_digest: str | None, direction: str) -> bool:
@@ -146,13 +145,10 @@ class Policy(BaseModel):
 
 def named_directions(request: SteeringRequest, registry: PackRegistry) -> list[str]:
     """Returns ``pack/direction`` of all that a steering names; what does not exist, as it is named."""
-    found = []
-    for choice in request.directions:
-        try:
-            found += [direction.full_name for direction in find_all(choice, registry).values()]
-        except UnknownDirectionError:
-            found += [choice.name, *choice.partners().values()]
-    return found
+    try:
+        return [direction.full_name for direction in bind(request, registry).directions]
+    except UnknownDirectionError:
+        return [n for c in request.directions for n in (c.name, *c.partners().values())]
 
 
 def load_policy(path: str) -> Policy:

@@ -1,4 +1,4 @@
-"""Steering request + prompt length -> plan: which terms act at which token positions.
+"""Bound request + prompt length -> plan: which terms act at which token positions.
 
 Importing this module imports neither torch nor vllm.
 """
@@ -12,12 +12,13 @@ from itertools import zip_longest
 
 import numpy as np
 
+from vllm_steer.binding import BoundChoice, BoundRequest
 from vllm_steer.dose import check_scale
-from vllm_steer.errors import RequestError, UnknownDirectionError
+from vllm_steer.errors import RequestError
 from vllm_steer.fields import show_layers
 from vllm_steer.forms import LINEAR_OPS, PLANE_OPS, FormChoice
 from vllm_steer.positions import PositionRange, absolute_ranges
-from vllm_steer.registry import LoadedDirection, PackRegistry
+from vllm_steer.registry import LoadedDirection
 from vllm_steer.request import REQUEST_KEY, DirectionChoice, SteeringRequest
 from vllm_steer.schedule import Schedule
 from vllm_steer.steering_plan import (
@@ -36,17 +37,11 @@ _Span = tuple[Sequence[PositionRange], Term]
 _LEAST_SINE = 1e-3
 
 
-def resolve(
-    request: SteeringRequest,
-    registry: PackRegistry,
-    prompt_len: int,
-    max_len: int | None = None,
-) -> SteeringPlan:
+def resolve(bound: BoundRequest, prompt_len: int, max_len: int | None = None) -> SteeringPlan:
     """Turns a request into ranges of absolute token positions.
 
     Args:
-        request: What was asked for.
-        registry: The loaded packs.
+        bound: What was asked for.
         prompt_len: Number of tokens of the prompt.
         max_len: Most tokens of prompt and answer together, None when unknown.
 
@@ -54,53 +49,23 @@ def resolve(
         The plan; without segments when it would change nothing.
 
     Raises:
-        RequestError: A direction, layer or position does not exist, or a scale is out of range.
+        RequestError: A layer or position does not exist, or a number is out of range.
     """
-    spans = []
-    for index, choice in enumerate(request.directions):
-        where = f"{REQUEST_KEY}.directions.{index}"
-        term, direction = _term(where, choice, request, registry, prompt_len)
-        positions = choice.positions or request.positions or direction.record.positions
+    request, spans = bound.request, []
+    for choice in bound.choices:
+        term = _term(choice, bound, prompt_len)
+        chosen = choice.choice.positions
+        positions = chosen or request.positions or choice.direction.record.positions
         try:
             ranges = absolute_ranges(positions, prompt_len, max_len)
         except RequestError as error:
-            owner = where if choice.positions else REQUEST_KEY
+            owner = choice.where if chosen else REQUEST_KEY
             raise RequestError(f"{owner}.positions: {error}") from None
         if not _is_idle(term):
             spans.append((ranges, term))
     triggers = request.until_token_ids
     until = Until(prompt_len, tuple(triggers)) if triggers else None
     return SteeringPlan(tuple(replace(segment, until=until) for segment in _segments(spans)))
-
-
-def find_all(choice: DirectionChoice, registry: PackRegistry) -> dict[str, LoadedDirection]:
-    """Returns every direction that a choice names, by field.
-
-    Raises:
-        UnknownDirectionError: One does not exist; the message starts with the field.
-    """
-    found, field = {}, "name"
-    try:
-        found[field] = registry.find(choice.name)
-        for field, name in choice.partners().items():
-            found[field] = registry.find_beside(found["name"], name)
-    except UnknownDirectionError as error:
-        raise UnknownDirectionError(f"{field}: {error}") from None
-    return found
-
-
-def content_names(
-    request: SteeringRequest, plan: SteeringPlan, registry: PackRegistry
-) -> dict[str, str]:
-    """Returns ``pack/direction`` by content digest for all that a plan needs.
-
-    Two packs may hold the same content; the one that was asked for is named.
-    """
-    names = {digest: registry.by_digest(digest).full_name for digest in plan.digests}
-    for choice in request.directions:
-        asked = find_all(choice, registry).values()
-        names |= {direction.digest: direction.full_name for direction in asked}
-    return names
 
 
 def _segments(spans: Sequence[_Span]) -> list[Segment]:
@@ -144,25 +109,15 @@ def _segments(spans: Sequence[_Span]) -> list[Segment]:
     return segments
 
 
-def _term(
-    where: str,
-    choice: DirectionChoice,
-    request: SteeringRequest,
-    registry: PackRegistry,
-    prompt_len: int,
-) -> tuple[Term, LoadedDirection]:
-    try:
-        direction = registry.find(choice.name)
-    except UnknownDirectionError as error:
-        raise UnknownDirectionError(f"{where}.name: {error}") from None
-    record = direction.record
-    layers = sorted(set(choice.layers or request.layers or record.steered_layers))
+def _term(bound: BoundChoice, whole: BoundRequest, prompt_len: int) -> Term:
+    where, choice, direction = bound.where, bound.choice, bound.direction
+    request, registry = whole.request, whole.registry
+    layers = sorted(set(choice.layers or request.layers or direction.record.steered_layers))
     _check_layers(f"{where}.layers", direction, layers)
-    chosen = choice.over(record.form)
-    form = _form(where, chosen, direction, layers, registry)
+    form = _form(bound, layers)
     field = "scale"
     if choice.strength is None:
-        scale = _scale(where, choice, chosen, direction)
+        scale = _scale(where, choice, bound.form, direction)
     else:
         field = "strength"
         try:
@@ -173,30 +128,20 @@ def _term(
     schedule = _schedule(where, choice, request, form, prompt_len)
     term = Term(direction.digest, scale, tuple(layers), form, schedule)
     check_scale(f"{where}.{field}", term, direction, registry)
-    return term, direction
+    return term
 
 
-def _form(
-    where: str,
-    chosen: FormChoice,
-    direction: LoadedDirection,
-    layers: Sequence[int],
-    registry: PackRegistry,
-) -> Form:
+def _form(bound: BoundChoice, layers: Sequence[int]) -> Form:
+    where, chosen = bound.where, bound.form
     op = chosen.op or "add"
-    partner = gate = None
     field = "plane" if op in PLANE_OPS else "read"
-    if op in PLANE_OPS or op == "affine":
-        name = getattr(chosen, field)
-        if name is None:
-            raise RequestError(f"{where}.{field}: op {op!r} needs the name of a second direction")
-        partner = _partner(f"{where}.{field}", name, direction, layers, registry)
-        if op in PLANE_OPS:
-            _check_plane(f"{where}.{field}", direction, partner, layers)
-    if chosen.gate is not None:
-        gate = _partner(
-            f"{where}.gate.direction", chosen.gate.direction, direction, layers, registry
-        )
+    if (op in PLANE_OPS or op == "affine") and field not in bound.partners:
+        raise RequestError(f"{where}.{field}: op {op!r} needs the name of a second direction")
+    for part, direction in bound.partners.items():
+        _check_layers(f"{where}.{part}", direction, layers)
+    partner, gate = (bound.partners.get(part) for part in (field, "gate.direction"))
+    if op in PLANE_OPS and partner is not None:
+        _check_plane(f"{where}.{field}", bound.direction, partner, layers)
     return Form(
         op,
         partner.digest if partner else None,
@@ -220,21 +165,6 @@ def _scale(
     raise RequestError(
         f"{where}.scale: op {op!r} needs a scale; {direction.full_name!r} has a default for its own op alone"
     )
-
-
-def _partner(
-    where: str,
-    name: str,
-    direction: LoadedDirection,
-    layers: Sequence[int],
-    registry: PackRegistry,
-) -> LoadedDirection:
-    try:
-        partner = registry.find_beside(direction, name)
-    except UnknownDirectionError as error:
-        raise UnknownDirectionError(f"{where}: {error}") from None
-    _check_layers(where, partner, layers)
-    return partner
 
 
 def _check_layers(where: str, direction: LoadedDirection, layers: Sequence[int]) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from vllm_steer.binding import BoundRequest
 from vllm_steer.errors import RequestError
 from vllm_steer.fields import show_layers
 from vllm_steer.forms import FormChoice
 from vllm_steer.registry import LoadedDirection, PackRegistry
-from vllm_steer.request import DirectionChoice, SteeringRequest
+from vllm_steer.request import DirectionChoice
 from vllm_steer.steering_plan import Form, SteeringPlan, Term
 
 
@@ -59,19 +60,15 @@ def scale_of(
     return strength * record.default_scale
 
 
-def strengths_of(
-    request: SteeringRequest, plan: SteeringPlan, registry: PackRegistry
-) -> dict[Term, float]:
+def strengths_of(bound: BoundRequest, plan: SteeringPlan) -> dict[Term, float]:
     """Returns the strengths of a plan's terms, those alone that a request could have named by it.
 
     Args:
-        request: The request that the plan was made from.
+        bound: The request that the plan was made from.
         plan: The plan, as it is carried out.
-        registry: The loaded packs.
     """
     # Two packs may hold the same content; the one that was asked for is meant.
-    found = (registry.find(choice.name) for choice in request.directions)
-    asked = {direction.digest: direction for direction in found}
+    asked = {choice.direction.digest: choice.direction for choice in bound.choices}
     strengths = {}
     for term in dict.fromkeys(term for segment in plan.segments for term in segment.terms):
         direction = asked[term.digest]
@@ -79,7 +76,7 @@ def strengths_of(
         if (
             direction.record.calibration is not None
             and scale != 0
-            and _is_as_measured(direction, term.form, term.layers, registry)
+            and _is_as_measured(direction, term.form, term.layers, bound.registry)
         ):
             strengths[term] = term.scale / scale
     return strengths

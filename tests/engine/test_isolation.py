@@ -12,6 +12,7 @@ import pytest
 
 from tests.engine.cases import CASES, SPIDERS
 from tests.engine_process import EngineProcess
+from vllm_steer.binding import bind
 from vllm_steer.pack import SteeringPack
 from vllm_steer.plan_message import encode_plan
 from vllm_steer.registry import PackRegistry
@@ -101,7 +102,7 @@ def test_a_plan_that_cannot_be_carried_out_fails_its_request_alone(
     engine = start("eager")
     steering = {"directions": [{"name": SPIDERS, "scale": 6.0}]}
     request = SteeringRequest.model_validate(steering)
-    plan = encode_plan(resolve(request, PackRegistry(packs), len(prompts[0])))
+    plan = encode_plan(resolve(bind(request, PackRegistry(packs)), len(prompts[0])))
     engine.send_raw_plan(prompts[0], {PLAN_KEY: plan})
     (before,) = engine.generate(prompts[:1], [steering], TOKENS)
     with pytest.raises(RuntimeError, match="the request finished with 'error'"):

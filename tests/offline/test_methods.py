@@ -14,6 +14,7 @@ from offline.inputs import answer_pairs
 from offline.methods import METHODS
 from offline.plane import steering_plane
 from offline.prompts import QUESTION, SEPARATOR, AnswerPair, prefix_for
+from vllm_steer.binding import bind
 from vllm_steer.cli import main
 from vllm_steer.errors import ExtractionError
 from vllm_steer.pack import load_pack, raw_dose
@@ -84,7 +85,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
 def resolved(pack, **choice):
     """The term that a server would carry out for a request that says nothing but the name."""
     request = SteeringRequest.model_validate({"directions": [{"name": f"fears/{NAME}", **choice}]})
-    return resolve(request, PackRegistry.load([str(pack.path)]), 5).segments[0].terms[0]
+    return resolve(bind(request, PackRegistry.load([str(pack.path)])), 5).segments[0].terms[0]
 
 
 def test_caa_of_concepts(extract, states) -> None:

@@ -12,6 +12,7 @@ from vllm.exceptions import VLLMValidationError
 
 from tests.unit.conftest import calibrated, rewritten
 from tests.unit.front_end import started
+from vllm_steer.binding import bind
 from vllm_steer.dose import raw_dose, relative_dose, scaled
 from vllm_steer.forms import FormChoice
 from vllm_steer.pack import SteeringPack
@@ -37,7 +38,7 @@ def registry(pack: SteeringPack) -> PackRegistry:
 def plan(registry: PackRegistry, *directions: dict[str, Any], **fields: Any) -> SteeringPlan:
     request = parse({"steering": {"directions": list(directions)} | fields})
     assert request is not None
-    return resolve(request, registry, 10)
+    return resolve(bind(request, registry), 10)
 
 
 def dose(registry: PackRegistry, *directions: dict[str, Any], **fields: Any) -> float:

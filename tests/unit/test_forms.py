@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.unit.conftest import HIDDEN, resolved
+from vllm_steer.binding import bind
 from vllm_steer.dose import relative_dose, scaled
 from vllm_steer.engine.row_values import BIAS, THRESHOLD, TURN, RowValues, row_values
 from vllm_steer.errors import PackError, RequestError
@@ -36,7 +37,7 @@ def registry(pack_at: Callable[..., SteeringPack]) -> PackRegistry:
 def plan(registry: PackRegistry, *directions: dict[str, Any]) -> SteeringPlan:
     request = parse({"steering": {"directions": list(directions)}})
     assert request is not None
-    return resolve(request, registry, PROMPT)
+    return resolve(bind(request, registry), PROMPT)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.exceptions import VLLMValidationError
 
 from tests.unit.front_end import desk_of, started
+from vllm_steer.binding import bind
 from vllm_steer.client import steer
 from vllm_steer.dose import relative_dose, scaled
 from vllm_steer.errors import ConfigError, ConflictError, RequestError
@@ -27,7 +29,7 @@ KEY = "a" * 64
 
 
 def plan_of(registry: PackRegistry, **fields: Any) -> Any:
-    return resolve(SteeringRequest.model_validate(fields), registry, 10)
+    return resolve(bind(SteeringRequest.model_validate(fields), registry), 10)
 
 
 def test_keys_and_patterns() -> None:
@@ -194,7 +196,9 @@ def test_an_alias_that_names_nothing_is_refused(
     admission = started(fears)
     body = json.dumps({"directions": [choice]}).encode()
     with desk_of(admission) as desk:
-        with pytest.raises(RequestError, match="aliases.x.directions.0: .*nobody"):
+        with pytest.raises(
+            RequestError, match="aliases.x.directions.0.(name|plane|read|gate.direction): .*nobody"
+        ):
             asyncio.run(desk.set_alias("x", body, None))
         assert not admission.policy.aliases
         asyncio.run(desk.set_alias("y", b'{"directions": [{"name": "spiders"}]}', None))
@@ -215,7 +219,7 @@ def test_no_pack_comes_that_breaks_the_policy(
     )
     with desk_of(admission, fears.path.parent) as desk:
         with pytest.raises(
-            ConflictError, match="'more' would .* default.directions.0: .*more than one"
+            ConflictError, match="'more' would .* default.directions.0.name: .*more than one"
         ):
             asyncio.run(desk.load(b'{"name": "more"}', None))
         assert list(store.registry.packs) == ["fears"]
@@ -226,6 +230,19 @@ def test_no_pack_comes_that_breaks_the_policy(
         )
         asyncio.run(desk.load(b'{"name": "more"}', None))
         pack_at("fears", {"heights": [1]})
-        with pytest.raises(ConflictError, match="aliases.x.directions.0: .*no direction 'spiders'"):
+        with pytest.raises(
+            ConflictError, match="aliases.x.directions.0.name: .*no direction 'spiders'"
+        ):
             asyncio.run(desk.load(b'{"name": "fears"}', None))
         assert "spiders" in store.registry.packs["fears"].directions
+
+
+def test_a_key_learns_nothing_of_what_it_may_not_use(fears: SteeringPack) -> None:
+    """Neither that it exists, nor in which pack."""
+    admission = started(fears)
+    admission.policy = Policy(keys={KEY: ["moods/*"]})
+    for name in ("spiders", "spidres", "fears/spiders", "fears/spidres"):
+        request = SteeringRequest.model_validate({"directions": [{"name": name}]})
+        with pytest.raises(VLLMValidationError, match=f"may not use {name!r}; ask") as caught:
+            admission.admit(request, 10, key_digest=KEY)
+        assert "fears/" not in str(caught.value).replace(name, "")

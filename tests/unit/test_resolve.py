@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tests.unit.conftest import resolved
+from vllm_steer.binding import bind
 from vllm_steer.errors import ConfigError, RequestError
 from vllm_steer.limits import check_limits
 from vllm_steer.pack import SteeringPack
@@ -26,7 +27,7 @@ PROMPT = 10
 
 
 def plan(registry: PackRegistry, **fields: Any) -> SteeringPlan:
-    return resolve(SteeringRequest.model_validate(fields), registry, PROMPT)
+    return resolve(bind(SteeringRequest.model_validate(fields), registry), PROMPT)
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def test_positions_that_the_prompt_does_not_have(
         {"directions": [{"name": "calm"}], "positions": positions}
     )
     with pytest.raises(RequestError, match=f"^steering.positions: .*{message}"):
-        resolve(request, registry, PROMPT, max_len=32)
+        resolve(bind(request, registry), PROMPT, max_len=32)
 
 
 def test_random_ranges_equal_a_sum_per_position(registry: PackRegistry) -> None:

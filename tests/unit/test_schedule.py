@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tests.unit.conftest import resolved
+from vllm_steer.binding import bind
 from vllm_steer.dose import relative_dose
 from vllm_steer.engine.bank import SteeringBank
 from vllm_steer.engine.blocks import hook_blocks
@@ -40,7 +41,7 @@ def registry(pack_at: Callable[..., SteeringPack]) -> PackRegistry:
 def plan(registry: PackRegistry, prompt_len: int, **fields: Any) -> SteeringPlan:
     request = parse({"steering": fields})
     assert request is not None
-    return resolve(request, registry, prompt_len)
+    return resolve(bind(request, registry), prompt_len)
 
 
 def expected(schedule: dict[str, Any] | None, generated: int) -> float:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from tests.unit.conftest import calibrated, rewritten
 from tests.unit.front_end import desk_of, started
+from vllm_steer.binding import bind
 from vllm_steer.client import steer
 from vllm_steer.config import SteeringConfig
 from vllm_steer.errors import ConfigError, DoseError, RequestError
@@ -47,7 +48,7 @@ def registry(pack: SteeringPack) -> PackRegistry:
 def plan(registry: PackRegistry, *directions: dict[str, Any], **fields: Any) -> SteeringPlan:
     request = parse({"steering": {"directions": list(directions)} | fields})
     assert request is not None
-    return resolve(request, registry, 10)
+    return resolve(bind(request, registry), 10)
 
 
 def term(registry: PackRegistry, **direction: Any) -> Term:
@@ -187,11 +188,11 @@ def test_aliases_and_defaults_take_it(
     assert _policy_path(config, registry) == str(file)
     policy = Policy.model_validate_json(file.read_text())
     for request in policy.steerings().values():
-        assert resolve(request, registry, 10).segments[0].terms[0].scale == -5.0
+        assert resolve(bind(request, registry), 10).segments[0].terms[0].scale == -5.0
     # A name that stands for it would answer nothing but 400.
     steering["directions"][0]["name"] = "plain"
     file.write_text(json.dumps({"aliases": {"x": steering}}))
-    with pytest.raises(ConfigError, match="aliases.x.directions.0: strength: .*not calibrated"):
+    with pytest.raises(ConfigError, match="aliases.x.directions.0.strength: .*not calibrated"):
         _policy_path(config, registry)
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from vllm_steer import log
+from vllm_steer.binding import bind
 from vllm_steer.config import ResolvedConfig, resolved_config
 from vllm_steer.dose import relative_dose, scaled
 from vllm_steer.errors import (
@@ -15,7 +17,6 @@ from vllm_steer.errors import (
     NotAllowedError,
     PackError,
     RequestError,
-    UnknownDirectionError,
 )
 from vllm_steer.limits import check_limits
 from vllm_steer.model import model_shape
@@ -30,7 +31,7 @@ from vllm_steer.request import (
     SteeringRequest,
     parse,
 )
-from vllm_steer.resolve import content_names, resolve
+from vllm_steer.resolve import resolve
 from vllm_steer.serving import metrics
 from vllm_steer.serving.refusals import as_http_400
 from vllm_steer.steering_plan import SteeringPlan
@@ -156,13 +157,12 @@ class Admission:
                     "this engine was started without steering; start it with --enable-steering --steering-packs DIR"
                 )
             registry = self.store.registry
-            self._check_allowed(request, registry, key_digest)
-            plan = resolve(request, registry, prompt_len, self._max_len)
+            bound = bind(request, registry, partial(self._check_allowed, key_digest))
+            plan = resolve(bound, prompt_len, self._max_len)
             check_limits(plan, self.config)
             plan, dose, factor = self._limit_dose(plan, registry)
-            names = content_names(request, plan, registry)
-            strengths = strengths_of(request, plan, registry)
-        receipt = Receipt.of(plan, names, prompt_len, num_choices, dose, factor, strengths)
+            strengths = strengths_of(bound, plan)
+        receipt = Receipt.of(plan, bound.names, prompt_len, num_choices, dose, factor, strengths)
         return AdmittedPlan(request, receipt)
 
     def _announce(self, config: ResolvedConfig, registry: PackRegistry) -> None:
@@ -185,24 +185,11 @@ class Admission:
         for pack in packs.values():
             announce_pack(pack)
 
-    def _check_allowed(
-        self, request: SteeringRequest, registry: PackRegistry, key_digest: str | None
-    ) -> None:
-        for index, choice in enumerate(request.directions):
-            for field, name in {"name": choice.name, **choice.partners()}.items():
-                try:
-                    # A partner without a pack may be in the direction's own.
-                    own = registry.find(choice.name)
-                    found = own if field == "name" else registry.find_beside(own, name)
-                    full_name = found.full_name
-                except UnknownDirectionError:
-                    # A stranger learns no more than that he may not; :func:`resolve` tells the others.
-                    full_name = name
-                if not self.policy.allows(key_digest, full_name):
-                    raise NotAllowedError(
-                        f"{REQUEST_KEY}.directions.{index}.{field}: this API key may not use {name!r}; ask the "
-                        f"server's operator for it"
-                    )
+    def _check_allowed(self, key_digest: str | None, field: str, name: str, full_name: str) -> None:
+        if not self.policy.allows(key_digest, full_name):
+            raise NotAllowedError(
+                f"{field}: this API key may not use {name!r}; ask the server's operator for it"
+            )
 
     def _limit_dose(
         self, plan: SteeringPlan, registry: PackRegistry
