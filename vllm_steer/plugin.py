@@ -34,7 +34,7 @@ def register() -> None:
         )
     versions.check()
     from vllm_steer import failures
-    from vllm_steer.engine import compile_cache, intake, runtime
+    from vllm_steer.engine import compile_cache, holds, intake, runtime
     from vllm_steer.engine.prefix_cache import steered_extra_keys
     from vllm_steer.serving import admission, configure, entry, flags, guard, outcome
 
@@ -54,6 +54,7 @@ def register() -> None:
     seams.patch(seams.EXTRA_HASH_KEYS, steered_extra_keys)
     seams.patch(seams.INITIALIZE_KV_CACHES, intake.read_packs)
     seams.patch(seams.PREPROCESS_ADD_REQUEST, intake.check_intake)
+    seams.patch(seams.FREE_REQUEST, holds.release_held)
     runtime.install(seams.PREPROCESS_ADD_REQUEST.resolve()[0])
     seams.patch(seams.INIT_DEVICE, _attach)
     seams.patch(seams.START_ENGINE_CORES, failures.name_file)

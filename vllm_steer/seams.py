@@ -102,6 +102,7 @@ GENERATE = Seam(
 PREPROCESS_ADD_REQUEST = Seam(
     "vllm.v1.engine.core", "EngineCore.preprocess_add_request", ("self", "request")
 )
+FREE_REQUEST = Seam("vllm.v1.core.sched.scheduler", "Scheduler._free_request", ("self", "request"))
 # Called at the start, after the plugins are loaded.
 INITIALIZE_KV_CACHES = Seam(
     "vllm.v1.engine.core", "EngineCore._initialize_kv_caches", ("self", "vllm_config")

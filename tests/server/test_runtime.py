@@ -8,6 +8,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,10 @@ def server(model: Path, packs: list[SteeringPack], root: Path) -> Iterator[Serve
     paths = [pack.path for pack in (*packs, early)]
     options = ["--steering-pack-roots", str(root), "--enable-prefix-caching"]
     options += ["--steering-upload-mib", "1"]
-    with serve(model, paths, root / "log", "--enforce-eager", *options) as running:
-        yield running
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_RESPONSES_API_STORE", "1")
+        with serve(model, paths, root / "log", "--enforce-eager", *options) as running:
+            yield running
 
 
 @pytest.fixture(scope="module")
@@ -286,6 +289,47 @@ def test_vectors_that_a_client_sends(
         time.sleep(0.2)
     with pytest.raises(BadRequestError, match="no steering pack 'sent' is loaded"):
         ask(client, sent)
+
+
+def test_what_runs_in_the_background_keeps_what_it_needs(
+    server: Server, client: OpenAI, packs: list[SteeringPack]
+) -> None:
+    """Its exchange is over while it waits in the engine's queue, behind as many answers as run at once."""
+    moods = next(pack for pack in packs if pack.name == "moods")
+    assert send(server, "kept", tensors(moods, "cheerful"), "?seconds=3").status_code == 200
+    with ThreadPoolExecutor(1) as others:
+        filler = others.submit(
+            client.completions.create,
+            model=SERVED_NAME,
+            prompt=TEXT,
+            n=64,
+            max_tokens=250,
+            extra_body={"ignore_eos": True},
+        )
+        time.sleep(1.0)
+        answer = client.responses.create(
+            model=SERVED_NAME,
+            input="Hello",
+            background=True,
+            max_output_tokens=8,
+            extra_body={"steering": {"directions": [{"name": "kept/mine"}]}},
+        )
+        assert answer.status == "queued"
+        dropped = httpx.delete(f"{server.url}/steering/vectors/kept")
+        assert not filler.done()
+        assert (dropped.status_code, "in use" in dropped.text) == (409, True)
+        deadline = time.monotonic() + 60
+        while client.responses.retrieve(answer.id).status in ("queued", "in_progress"):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        assert client.responses.retrieve(answer.id).status in ("completed", "incomplete")
+        filler.result()
+    # Its time was over while it was needed.
+    listed = f"{server.url}/steering/packs"
+    while "kept" in [pack["name"] for pack in httpx.get(listed).json()["packs"]]:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    ask(client, {"directions": [{"name": "moods/cheerful", "scale": 9.0}]})
 
 
 def test_vectors_that_are_refused(

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_steer.config import ResolvedConfig, resolved_config
+from vllm_steer.engine.holds import HOLDS
 from vllm_steer.engine.plan import NO_END
 from vllm_steer.errors import RequestError
 from vllm_steer.limits import check_limits
@@ -44,12 +45,19 @@ def check_intake(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def preprocess_add_request(self: Any, request: Any) -> Any:
         plan = plan_of(request.sampling_params)
-        if plan is not None:
-            config = core_config(self)
-            if config is None:
-                raise RequestError("a steered request reached an engine without steering")
+        if plan is None:
+            return original(self, request)
+        config = core_config(self)
+        if config is None:
+            raise RequestError("a steered request reached an engine without steering")
+        # Held before it is looked for, so that it cannot go in between.
+        HOLDS.hold(request.request_id, plan.digests)
+        try:
             check_plan(plan, config, configured_store(config))
-        return original(self, request)
+            return original(self, request)
+        except BaseException:
+            HOLDS.release(request.request_id)
+            raise
 
     return preprocess_add_request
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_steer.config import ResolvedConfig
+from vllm_steer.engine.holds import HOLDS
 from vllm_steer.engine.intake import core_config
 from vllm_steer.engine.staging import drop_staged, stage, staged_pack
 from vllm_steer.errors import ConfigError
@@ -53,9 +54,12 @@ def _core_load(self: Any, path: str, sha256: str) -> None:
     drop_staged()
 
 
-def _core_forget(self: Any, digests: list[str], names: list[str]) -> None:
-    _forget(_config(self), digests, names)
-    self.model_executor.collective_rpc(FORGET, args=(digests, names))
+def _core_forget(self: Any, digests: list[str], names: list[str]) -> list[str]:
+    """Returns what was forgotten: content that a request here still needs is not."""
+    config = _config(self)
+    dropped = HOLDS.drop_unheld(digests, lambda unheld: _forget(config, sorted(unheld), names))
+    self.model_executor.collective_rpc(FORGET, args=(sorted(dropped), names))
+    return sorted(dropped)
 
 
 def _forget(config: ResolvedConfig, digests: list[str], names: list[str]) -> None:

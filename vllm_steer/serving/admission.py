@@ -13,6 +13,7 @@ from vllm_steer.binding import bind
 from vllm_steer.config import ResolvedConfig, resolved_config
 from vllm_steer.dose import relative_dose, scaled
 from vllm_steer.errors import (
+    ConflictError,
     DoseError,
     NotAllowedError,
     PackError,
@@ -119,6 +120,22 @@ class Admission:
         """Counts a request in; the content that it uses stays loaded."""
         self.active.update(list(receipt.names))
         metrics.ACTIVE_DIRECTIONS.set(len(self.active))
+
+    def check_content(self, receipt: Receipt) -> None:
+        """Checks that what a request was admitted with is still there.
+
+        Raises:
+            VLLMValidationError: Its pack was unloaded meanwhile.
+        """
+        with as_http_400():
+            for digest, name in receipt.names.items():
+                try:
+                    if self.store is not None:
+                        self.store.by_digest(digest)
+                except PackError:
+                    raise ConflictError(
+                        f"{REQUEST_KEY}.directions: {name!r} was unloaded before the request ran; ask again"
+                    ) from None
 
     def release(self, receipt: Receipt) -> None:
         """Counts it out again."""

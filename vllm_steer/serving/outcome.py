@@ -68,10 +68,8 @@ def follow(original: Callable[..., Any]) -> Callable[..., Any]:
         adds_up = sampling_params.output_kind == RequestOutputKind.DELTA
         entry = _entry(plan, request_id) if self.log_requests else None
         followed = _followed(outputs, plan, _gate_of(self), adds_up, entry)
-        if current_exchange.get() is None:
-            # Nobody else knows of the request, and its packs must stay.
-            return _held(followed, plan.receipt, self.input_processor._vllm_steer_admission)
-        return followed
+        # The exchange may end before the request does.
+        return _held(followed, plan.receipt, self.input_processor._vllm_steer_admission)
 
     return generate
 
@@ -130,9 +128,14 @@ def _entry(plan: AdmittedPlan, request_id: str) -> dict[str, Any]:
 async def _held(
     outputs: AsyncGenerator[Any, None], receipt: Receipt, admission: Admission
 ) -> AsyncGenerator[Any, None]:
-    """Yields the outputs of a request and keeps the content that it uses loaded meanwhile."""
+    """Yields the outputs of a request and keeps the content that it uses loaded meanwhile.
+
+    Raises:
+        VLLMValidationError: It was unloaded since the request was admitted.
+    """
     admission.hold(receipt)
     try:
+        admission.check_content(receipt)
         async with aclosing(outputs):
             async for output in outputs:
                 yield output

@@ -274,8 +274,8 @@ class PackDesk:
         store = self._store
         unused = sorted(d for d in store.retired if not self._admission.active[d])
         if unused or names:
-            await self._core.call_utility_async(FORGET, unused, names)
-            store.forget(set(unused))
+            # What a request of the engine still needs is kept, and forgotten with the next change.
+            store.forget(set(await self._core.call_utility_async(FORGET, unused, names)))
 
     def _find(self, name: str) -> Path:
         for root in self._roots:
