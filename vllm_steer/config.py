@@ -38,6 +38,7 @@ class SteeringConfig(BaseModel):
         ops: ``additive`` compiles the addition alone, ``affine`` every form of
             ``vllm_steer.forms.OPS``.
         upload_mib: Largest body of vectors that a client may send, in MiB; None takes none.
+        wait_seconds: For how long a request waits for rows before it is answered with 503.
         upload_total_mib: Most MiB of all vectors that clients have sent and that are served; None takes
             eight of the largest.
         upload_count: Most of them at once.
@@ -54,6 +55,7 @@ class SteeringConfig(BaseModel):
     layers: Annotated[list[LayerIndex], Field(min_length=1)] | None = None
     ops: Literal["additive", "affine"] = "additive"
     upload_mib: Annotated[int, Field(ge=1, le=8192)] | None = None
+    wait_seconds: Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)] = 60.0
     upload_total_mib: Annotated[int, Field(ge=1, le=2**20)] | None = None
     upload_count: Annotated[int, Field(ge=1, le=2**16)] = 64
     rank: Annotated[int, Field(ge=2, le=64, multiple_of=2)] = 2

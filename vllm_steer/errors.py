@@ -7,7 +7,8 @@
     │   ├── DoseError
     │   ├── ConflictError
     │   ├── UnsupportedError
-    │   └── NotAllowedError
+    │   ├── NotAllowedError
+    │   └── BusyError
     ├── ConfigError          the engine was asked to start with an unusable steering configuration
     ├── CompatibilityError   this vLLM, model or engine feature cannot be steered correctly
     ├── ExtractionError      a steering vector could not be learned
@@ -76,6 +77,12 @@ class NotAllowedError(RequestError):
     """The request's API key may not use the direction."""
 
     reason = "not_allowed"
+
+
+class BusyError(RequestError):
+    """No row became free for the request in time; becomes HTTP 503."""
+
+    reason = "busy"
 
 
 class ConfigError(SteeringError, ValueError):

@@ -36,7 +36,15 @@ def register() -> None:
     from vllm_steer import failures
     from vllm_steer.engine import compile_cache, holds, intake, runtime
     from vllm_steer.engine.prefix_cache import steered_extra_keys
-    from vllm_steer.serving import admission, configure, entry, flags, guard, outcome
+    from vllm_steer.serving import (
+        admission,
+        configure,
+        engine_requests,
+        entry,
+        flags,
+        guard,
+        outcome,
+    )
 
     seams.patch(seams.ADD_CLI_ARGS, flags.add_flags)
     seams.patch(seams.FROM_CLI_ARGS, flags.read_flags)
@@ -50,6 +58,9 @@ def register() -> None:
         seams.patch(seam, entry.refuse_beam_search)
     seams.patch(seams.EXTRACT_PROMPT_LEN, entry.remember_prompt_len)
     seams.patch(seams.GENERATE, outcome.follow)
+    seams.patch(seams.OUTPUT_ADD_REQUEST, engine_requests.note_arrival)
+    seams.patch(seams.OUTPUT_FINISH_REQUEST, engine_requests.note_finish)
+    seams.patch(seams.OUTPUT_ABORT_REQUESTS, engine_requests.note_abort)
     seams.patch(seams.SERVE_ROUTERS, guard.add_guard)
     seams.patch(seams.EXTRA_HASH_KEYS, steered_extra_keys)
     seams.patch(seams.INITIALIZE_KV_CACHES, intake.read_packs)

@@ -99,6 +99,15 @@ GENERATE = Seam(
     "AsyncLLM.generate",
     ("self", "prompt", "sampling_params", "request_id"),
 )
+OUTPUT_ADD_REQUEST = Seam(
+    "vllm.v1.engine.output_processor", "OutputProcessor.add_request", ("self", "request")
+)
+OUTPUT_FINISH_REQUEST = Seam(
+    "vllm.v1.engine.output_processor", "OutputProcessor._finish_request", ("self", "req_state")
+)
+OUTPUT_ABORT_REQUESTS = Seam(
+    "vllm.v1.engine.output_processor", "OutputProcessor.abort_requests", ("self", "request_ids")
+)
 PREPROCESS_ADD_REQUEST = Seam(
     "vllm.v1.engine.core", "EngineCore.preprocess_add_request", ("self", "request")
 )

@@ -6,16 +6,18 @@ import asyncio
 import hashlib
 import json
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
 import pytest
-from openai import AsyncOpenAI, BadRequestError, OpenAI
+from openai import AsyncOpenAI, BadRequestError, InternalServerError, OpenAI
 from safetensors.numpy import save
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 
@@ -28,8 +30,10 @@ from vllm_steer.pack import SteeringPack, load_pack
 pytestmark = pytest.mark.server
 # Long enough to fill blocks of the prefix cache.
 TEXT = " ".join(user_text(statement.text) for statement in statements("heldout")[:6])
+MOODS: dict[str, Any] = {"directions": [{"name": "moods/cheerful", "scale": 9.0}]}
 MOOD: dict[str, Any] = {"directions": [{"name": "late/cheerful", "scale": 9.0}]}
 TOKENS = 16
+ROWS = 8
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +48,7 @@ def server(model: Path, packs: list[SteeringPack], root: Path) -> Iterator[Serve
     paths = [pack.path for pack in (*packs, early)]
     options = ["--steering-pack-roots", str(root), "--enable-prefix-caching"]
     options += ["--steering-upload-mib", "1"]
+    options += ["--steering-rows", str(ROWS + 1), "--steering-wait-seconds", "1"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_RESPONSES_API_STORE", "1")
         with serve(model, paths, root / "log", "--enforce-eager", *options) as running:
@@ -330,6 +335,66 @@ def test_what_runs_in_the_background_keeps_what_it_needs(
         assert time.monotonic() < deadline
         time.sleep(0.2)
     ask(client, {"directions": [{"name": "moods/cheerful", "scale": 9.0}]})
+
+
+def all_rows(**fields: Any) -> dict[str, Any]:
+    """A streaming request that holds every row for as long as the engine answers it."""
+    choices = [
+        {"name": "moods/cheerful", "scale": 1.0 + n, "positions": [[n, n + 1]]} for n in range(ROWS)
+    ]
+    body = {"model": SERVED_NAME, "prompt": TEXT, "stream": True, "ignore_eos": True}
+    return body | {"steering": {"directions": choices}} | fields
+
+
+def test_who_reads_nothing_holds_rows_no_longer_than_the_engine_works(
+    server: Server, client: OpenAI
+) -> None:
+    content = json.dumps(all_rows(n=24, logprobs=20, max_tokens=200)).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"
+    address = urlsplit(server.url)
+    with socket.socket() as unread:
+        unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        unread.connect((address.hostname, address.port))
+        unread.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + content)
+        deadline, waited = time.monotonic() + 120, 0
+        while True:
+            assert time.monotonic() < deadline, "its rows were never given back"
+            try:
+                ask(client, MOODS)
+                break
+            except InternalServerError:
+                waited += 1
+        assert waited, "the rows were never taken"
+        # All of them again.
+        with httpx.stream(
+            "POST", f"{server.url}/completions", json=all_rows(max_tokens=1), timeout=60
+        ) as answer:
+            assert answer.status_code == 200
+
+
+def test_a_wait_ends_with_503_before_the_answer_begins(server: Server) -> None:
+    with httpx.stream(
+        "POST", f"{server.url}/completions", json=all_rows(n=24, max_tokens=370), timeout=60
+    ) as held:
+        assert held.status_code == 200
+        body = {"model": SERVED_NAME, "prompt": TEXT, "max_tokens": 1, "steering": MOODS}
+        said = [{"role": "user", "content": "Hello"}]
+        chat = {key: value for key, value in body.items() if key != "prompt"} | {"messages": said}
+        for route, asked in (
+            ("/completions", body),
+            ("/completions", body | {"stream": True}),
+            ("/chat/completions", chat | {"stream": True}),
+            ("/chat/completions", chat),
+        ):
+            answer = httpx.post(f"{server.url}{route}", json=asked, timeout=60)
+            assert answer.status_code == 503, answer.text
+            assert answer.headers["retry-after"] == "5"
+            assert "x-steering" not in answer.headers
+            error = answer.json()["error"]
+            assert (error["code"], error["param"]) == (503, "steering")
+            assert "no row for it became free in 1 s" in error["message"]
+    rejected = httpx.get(server.url.removesuffix("/v1") + "/metrics").text
+    assert 'steering:rejected_total{reason="busy"}' in rejected
 
 
 def test_vectors_that_are_refused(

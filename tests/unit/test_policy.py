@@ -149,35 +149,6 @@ def test_the_helper_builds_what_the_server_reads() -> None:
         steer("p/a", layers=[])
 
 
-def test_gate_is_fair_and_never_lets_in_too_many() -> None:
-    from vllm_steer.serving.outcome import RowGate
-
-    async def run() -> list[str]:
-        gate, entered, inside = RowGate(3), [], {"": set()}
-
-        async def request(name: str, keys: set[str]) -> None:
-            await gate.enter(keys)
-            inside[name] = keys
-            assert len(set().union(*inside.values())) <= 3
-            try:
-                await asyncio.sleep(0)
-                entered.append(name)
-            finally:
-                del inside[name]
-                gate.leave(keys)
-
-        wide = [request(f"w{n}", {f"k{n}", f"l{n}"}) for n in range(5)]
-        same = [request(f"s{n}", {"same"}) for n in range(3)]
-        gone = asyncio.create_task(request("gone", {"x", "y", "z"}))
-        tasks = [asyncio.create_task(task) for task in (*wide, *same)]
-        await asyncio.sleep(0)
-        gone.cancel()
-        await asyncio.wait_for(asyncio.gather(*tasks), 5)
-        return entered
-
-    assert asyncio.run(run()) == ["w0", "w1", "w2", "w3", "w4", "s0", "s1", "s2"]
-
-
 @pytest.mark.parametrize(
     "choice",
     [

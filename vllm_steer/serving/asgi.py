@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -73,16 +73,25 @@ def parse_object(body: bytes) -> dict[str, Any] | None:
     return fields if isinstance(fields, dict) else None
 
 
-async def send_json(send: Send, status: int, content: Any) -> None:
-    """Sends a whole JSON response."""
+async def send_json(
+    send: Send, status: int, content: Any, more: Sequence[tuple[bytes, bytes]] = ()
+) -> None:
+    """Sends a whole JSON response; ``more`` has further headers."""
     body = json.dumps(content).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers += more
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
-async def send_error(send: Send, message: str, field: str, status: int = 400) -> None:
+async def send_error(
+    send: Send,
+    message: str,
+    field: str,
+    status: int = 400,
+    more: Sequence[tuple[bytes, bytes]] = (),
+) -> None:
     """Sends an error in the form of the OpenAI API."""
     kind = HTTPStatus(status).phrase.title().replace(" ", "") + "Error"
     error = {"message": message, "type": kind, "param": field, "code": status}
-    await send_json(send, status, {"error": error})
+    await send_json(send, status, {"error": error}, more)

@@ -94,6 +94,7 @@ def _resolve(config: SteeringConfig, vllm_config: Any, gated: bool) -> ResolvedC
         rows=rows,
         policy=_policy_path(config, registry),
         pack_roots=_pack_roots(config, servers),
+        wait_seconds=config.wait_seconds,
         upload_mib=_upload_mib(config, servers),
         upload_total_mib=_upload_total_mib(config),
         upload_count=config.upload_count,

@@ -23,6 +23,7 @@ class Exchange:
         key_digest: SHA-256 of its API key in hexadecimal, None without one.
         model: The model's name as the client gave it, None when it stands for no steering.
         alias: Steering that the model's name stands for.
+        busy: Why a prompt of it was not let in to the engine; None while it was.
         receipts: One for each steered prompt, in the order of the prompts.
     """
 
@@ -30,6 +31,7 @@ class Exchange:
     key_digest: str | None = None
     model: str | None = None
     alias: SteeringRequest | None = None
+    busy: str | None = None
     receipts: list[Receipt] = field(default_factory=list)
 
     def receipt_of(self, index: int) -> tuple[Receipt, int] | None:

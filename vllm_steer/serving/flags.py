@@ -20,7 +20,8 @@ def add_flags(original: Callable[..., Any]) -> Callable[..., Any]:
             title="SteeringConfig",
             # vLLM's short help shows a group's description alone, so the flags stand in it.
             description="Per-request steering of the residual stream (vllm-steer): "
-            "--enable-steering, --steering-packs PACK ..., --steering-rows N, --steering-layers N ..., "
+            "--enable-steering, --steering-packs PACK ..., --steering-rows N, --steering-wait-seconds N, "
+            "--steering-layers N ..., "
             "--steering-policy FILE, --steering-pack-roots DIR ..., --steering-ops {additive,affine}, --steering-rank N, "
             "--steering-upload-mib N, --steering-upload-total-mib N, --steering-upload-count N.",
         )
@@ -45,6 +46,13 @@ def add_flags(original: Callable[..., Any]) -> Callable[..., Any]:
             help="Distinct combinations of directions that can be active at once, and one row of zeros. A server lets "
             "requests wait while there is no room; in LLM(...) each of max_num_seqs requests may use an equal share. "
             "Default: 2 * max_num_seqs + 1.",
+        )
+        group.add_argument(
+            "--steering-wait-seconds",
+            type=float,
+            metavar="N",
+            default=None,
+            help="How long a request waits for rows before it is answered with HTTP 503. Default: 60.",
         )
         group.add_argument(
             "--steering-layers",

@@ -31,6 +31,7 @@ from vllm_steer.serving.asgi import (
     read_body,
     replay,
     route_of,
+    send_error,
 )
 from vllm_steer.serving.exchange import Exchange, current_exchange
 from vllm_steer.serving.packs_api import PREFIX, answer
@@ -38,6 +39,8 @@ from vllm_steer.serving.packs_api import PREFIX, answer
 _END = re.compile(rb'"finish_reason":\s*"|"type":\s*"response\.(completed|incomplete)"')
 # How long a scrape waits for the workers.
 _SCRAPE_SECONDS = 2.0
+# When a client that was not let in should come again.
+_RETRY_SECONDS = 5
 
 
 class SteeringFront:
@@ -95,11 +98,38 @@ class SteeringFront:
         """Lets vLLM answer with an exchange, and counts out what it was admitted with."""
         token = current_exchange.set(exchange)
         try:
-            await self.app(scope, receive, send)
+            await self.app(scope, receive, _Unavailable(send, exchange).send)
         finally:
             current_exchange.reset(token)
             for receipt in exchange.receipts:
                 admission.release(receipt)
+
+
+class _Unavailable:
+    """Answers with 503 what waited too long, also where vLLM has begun to answer with 200."""
+
+    def __init__(self, send: Send, exchange: Exchange) -> None:
+        self._send, self._exchange = send, exchange
+        self._start: Message | None = None
+        self._refused = False
+
+    async def send(self, message: Message) -> None:
+        """Takes the place of ``send``."""
+        if self._refused:
+            return
+        if message["type"] == "http.response.start" and self._exchange.receipts:
+            # Until there is something of the body it is not known whether all prompts were let in.
+            self._start = message
+            return
+        start, self._start = self._start, None
+        if start is not None and self._exchange.busy is not None:
+            self._refused = True
+            retry = [(b"retry-after", str(_RETRY_SECONDS).encode())]
+            await send_error(self._send, self._exchange.busy, REQUEST_KEY, 503, retry)
+            return
+        if start is not None:
+            await self._send(start)
+        await self._send(message)
 
 
 class _Buffered:

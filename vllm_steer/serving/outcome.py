@@ -3,56 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from vllm.sampling_params import RequestOutputKind
 
 from vllm_steer import log
-from vllm_steer.errors import UnsupportedError
+from vllm_steer.errors import BusyError, UnsupportedError
 from vllm_steer.receipt import Receipt
-from vllm_steer.request import PLAN_KEY
+from vllm_steer.request import PLAN_KEY, REQUEST_KEY
 from vllm_steer.serving import metrics
 from vllm_steer.serving.admission import Admission, AdmittedPlan
+from vllm_steer.serving.engine_requests import EnginePrompt, arriving, forget
 from vllm_steer.serving.exchange import current_exchange
 from vllm_steer.serving.refusals import refusal
+from vllm_steer.serving.row_gate import RowGate, Ticket
 
 _GATE = "_vllm_steer_gate"
-
-
-class RowGate:
-    """Lets requests wait while the sums that are active would need more rows than there are.
-
-    First come, first served: a request that would fit waits behind one that does not, so that
-    nobody waits for ever.
-    """
-
-    def __init__(self, num_sums: int) -> None:
-        """Makes a gate.
-
-        Args:
-            num_sums: Distinct sums that may be active at once.
-        """
-        self._num_sums = num_sums
-        self._active: Counter[str] = Counter()
-        self._turn = asyncio.Lock()
-        self._freed = asyncio.Event()
-
-    async def enter(self, keys: set[str]) -> None:
-        """Waits until the sums fit; at most ``num_sums`` of them."""
-        async with self._turn:
-            while len(self._active.keys() | keys) > self._num_sums:
-                self._freed.clear()
-                await self._freed.wait()
-            self._active.update(keys)
-
-    def leave(self, keys: set[str]) -> None:
-        """Gives the sums back."""
-        self._active.subtract(keys)
-        self._active += Counter()
-        self._freed.set()
 
 
 def follow(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,14 +70,14 @@ def _plan(engine: Any, prompt: Any, sampling_params: Any) -> AdmittedPlan | None
     return plan
 
 
-def _gate_of(engine: Any) -> RowGate:
+def _gate_of(engine: Any) -> _Gate:
     """The gate of an ``AsyncLLM``, made with its first steered request."""
     if not hasattr(engine, _GATE):
         config = engine.input_processor._vllm_steer_admission.config
         # Where admission lets one request take all rows, the requests share them here.
         sums = config.sums_per_request if config.gated else config.rows - 1
-        setattr(engine, _GATE, RowGate(sums))
-    gate: RowGate = getattr(engine, _GATE)
+        setattr(engine, _GATE, _Gate(RowGate(sums), config.wait_seconds))
+    gate: _Gate = getattr(engine, _GATE)
     return gate
 
 
@@ -143,10 +113,54 @@ async def _held(
         admission.release(receipt)
 
 
+@dataclass(frozen=True)
+class _Gate:
+    """The gate of an engine, and for how long a request waits at it."""
+
+    gate: RowGate
+    seconds: float
+
+
+async def _entered(gate: _Gate, sums: set[str]) -> Ticket:
+    """Waits for rows.
+
+    Raises:
+        VLLMValidationError: There were none in time; where there is an exchange it is answered with 503.
+    """
+    exchange = current_exchange.get()
+    try:
+        return await gate.gate.enter(exchange.key_digest if exchange else None, sums, gate.seconds)
+    except TimeoutError:
+        error = BusyError(
+            f"{REQUEST_KEY}: no row for it became free in {gate.seconds:g} s; ask again later, or start the server with "
+            f"a higher --steering-rows"
+        )
+        if exchange is not None:
+            exchange.busy = str(error)
+        raise refusal(error) from None
+
+
+async def _noted(
+    outputs: AsyncGenerator[Any, None], prompt: EnginePrompt
+) -> AsyncGenerator[Any, None]:
+    """Yields the outputs of vLLM, which takes the request in before it has the first."""
+    async with aclosing(outputs):
+        token = arriving.set(prompt)
+        try:
+            first = await anext(outputs, None)
+        finally:
+            # Before anything is yielded: a generator has no context of its own.
+            arriving.reset(token)
+        if first is not None:
+            yield first
+            async for output in outputs:
+                yield output
+
+
 async def _followed(
     outputs: AsyncGenerator[Any, None],
     plan: AdmittedPlan,
-    gate: RowGate,
+    gate: _Gate,
     adds_up: bool,
     entry: dict[str, Any] | None,
 ) -> AsyncGenerator[Any, None]:
@@ -160,26 +174,28 @@ async def _followed(
         entry: Fields of the request's line in the log, None where vLLM logs no requests.
     """
     receipt = plan.receipt
-    keys = {segment.row_key for segment in receipt.plan.segments}
+    sums = {segment.row_key for segment in receipt.plan.segments}
     answered = receipt.answered
     outcome, reason = "error", None
     metrics.ACTIVE.inc()
     metrics.DOSE.observe(receipt.dose)
     try:
         with metrics.WAITING.track_inprogress():
-            await gate.enter(keys)
+            ticket = await _entered(gate, sums)
+        prompt = EnginePrompt(receipt.num_choices, partial(gate.gate.leave, ticket))
         try:
             # Closed here, so that a request whose client went away leaves the engine before its
             # rows are given to others.
-            async with aclosing(outputs):
-                async for output in outputs:
+            async with aclosing(_noted(outputs, prompt)) as noted:
+                async for output in noted:
                     for answer in output.outputs:
                         before = answered.get(answer.index, 0) if adds_up else 0
                         receipt.count(answer.index, answer.token_ids, before)
                     yield output
             outcome = "finished"
         finally:
-            gate.leave(keys)
+            forget(prompt)
+            gate.gate.leave(ticket)
     except (asyncio.CancelledError, GeneratorExit):
         outcome = "aborted"
         raise

@@ -1,0 +1,184 @@
+"""Who waits for rows, and for how long: never more than fit, nobody for ever, and no key alone."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_steer.serving.row_gate import RowGate, Ticket
+
+ROOM = 16
+
+
+def run(coroutine: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(coroutine, 20))
+
+
+def sums(name: str, count: int) -> list[str]:
+    return [f"{name} {number}" for number in range(count)]
+
+
+async def inside(gate: RowGate, owner: str | None, name: str, count: int) -> Ticket:
+    """Enters where there must be room."""
+    return await gate.enter(owner, sums(name, count), 0.01)
+
+
+async def refused(gate: RowGate, owner: str | None, name: str, count: int) -> None:
+    with pytest.raises(TimeoutError):
+        await gate.enter(owner, sums(name, count), 0.01)
+
+
+def test_one_key_in_its_order() -> None:
+    async def check() -> None:
+        gate, order = RowGate(4), []
+
+        async def one(number: int) -> None:
+            ticket = await gate.enter(None, [str(number)])
+            order.append(number)
+            await asyncio.sleep(0)
+            gate.leave(ticket)
+
+        await asyncio.gather(*map(one, range(20)))
+        assert order == list(range(20))
+
+    run(check())
+
+
+def test_a_short_request_does_not_wait_for_long_ones_nor_they_for_ever() -> None:
+    async def check() -> None:
+        gate = RowGate(ROOM)
+        first = await inside(gate, None, "long 0", 8)
+        await refused(gate, None, "long 1", 4)
+        shorts = [await inside(gate, None, f"short {number}", 1) for number in range(8)]
+        waiting = asyncio.ensure_future(gate.enter(None, sums("long 2", 8)))
+        await asyncio.sleep(0)
+        # There is room for it when the other is gone, whatever else comes.
+        gate.leave(first)
+        assert (await waiting).inside
+        gate.leave(shorts.pop())
+        another = asyncio.ensure_future(gate.enter(None, sums("long 3", 8)))
+        await asyncio.sleep(0)
+        gate.leave(waiting.result())
+        assert (await another).inside
+
+    run(check())
+
+
+def test_what_needs_all_rows_is_let_in_before_what_came_later() -> None:
+    async def check() -> None:
+        gate = RowGate(ROOM)
+        short = await inside(gate, None, "short", 1)
+        whole = asyncio.ensure_future(gate.enter(None, sums("whole", ROOM)))
+        await asyncio.sleep(0)
+        await refused(gate, None, "later", 1)
+        gate.leave(short)
+        gate.leave(await whole)
+        await inside(gate, None, "later", 1)
+
+    run(check())
+
+
+def test_no_key_holds_all_rows_where_there_are_two() -> None:
+    async def check() -> None:
+        gate = RowGate(ROOM)
+        gate.leave(await inside(gate, "b", "x", 1))
+        for number in range(12):
+            await inside(gate, "a", f"a{number}", 1)
+        await refused(gate, "a", "a12", 1)
+        waiting = [asyncio.ensure_future(gate.enter("a", [f"a{n}"])) for n in range(13, 16)]
+        await asyncio.sleep(0)
+        # Nor does another wait behind it.
+        last = [await inside(gate, "b", f"b{number}", 1) for number in range(4)]
+        for ticket in last:
+            gate.leave(ticket)
+        await asyncio.sleep(0)
+        assert not any(one.done() for one in waiting)
+        for one in waiting:
+            one.cancel()
+
+    run(check())
+
+
+def test_equal_sums_share_a_row_and_leaving_twice_is_leaving_once() -> None:
+    async def check() -> None:
+        gate = RowGate(2)
+        tickets = [await gate.enter(None, ["same"], 0.01) for _ in range(5)]
+        other = await gate.enter(None, ["other"], 0.01)
+        for ticket in tickets[1:]:
+            gate.leave(ticket)
+            gate.leave(ticket)
+        await refused(gate, None, "third", 1)
+        gate.leave(other)
+        await inside(gate, None, "third", 1)
+        await gate.enter(None, [], 0.01)
+
+    run(check())
+
+
+def test_who_goes_away_leaves_the_line_and_its_rows() -> None:
+    async def check() -> None:
+        gate = RowGate(1)
+        first = await gate.enter(None, ["a"])
+        waiting = asyncio.ensure_future(gate.enter(None, ["b"]))
+        behind = asyncio.ensure_future(gate.enter(None, ["c"]))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        # Let in and cancelled in the same moment.
+        gate.leave(first)
+        behind.cancel()
+        await asyncio.gather(waiting, behind, return_exceptions=True)
+        gate.leave(await gate.enter(None, ["d"], 0.01))
+        assert not gate._active
+        assert not gate._by_owner
+        assert not any(gate._lines.values())
+
+    run(check())
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    room=st.integers(1, 20),
+    seed=st.integers(0, 2**32),
+    count=st.integers(1, 40),
+    owners=st.integers(1, 3),
+)
+def test_never_more_than_fit_and_everybody_is_served(
+    room: int, seed: int, count: int, owners: int
+) -> None:
+    rng, served, held = random.Random(seed), [], dict[int, list[str]]()
+
+    async def one(gate: RowGate, number: int) -> None:
+        wanted = rng.sample(sums("s", 2 * room), rng.randint(1, room))
+        for _ in range(rng.randrange(4)):
+            await asyncio.sleep(0)
+        ticket = await gate.enter(rng.choice([None, "a", "b"][:owners]), wanted)
+        held[number] = wanted
+        assert len(set().union(*held.values())) <= room
+        try:
+            for _ in range(rng.randrange(6)):
+                await asyncio.sleep(0)
+        finally:
+            del held[number]
+            gate.leave(ticket)
+        served.append(number)
+
+    async def all_of_them() -> None:
+        gate = RowGate(room)
+        tasks = [asyncio.ensure_future(one(gate, number)) for number in range(count)]
+        gone = rng.sample(tasks, count // 4)
+        await asyncio.sleep(0)
+        for task in gone:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        faults = [r for r in results if r and not isinstance(r, asyncio.CancelledError)]
+        assert not faults
+        assert not gate._active
+
+    run(all_of_them())
+    assert len(served) >= count - count // 4

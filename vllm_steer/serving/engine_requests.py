@@ -1,0 +1,89 @@
+"""When the engine is done with a request, whoever reads its answer, or does not.
+
+A stream ends for its reader long after it ended in the engine. vLLM's output processor knows of each request that
+it was taken in, finished or aborted; a steered prompt is one such request for each of its answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+# An abort is sent at once after vLLM has noted it, and must reach the engine before who comes next does.
+_AFTER_ABORT_SECONDS = 0.01
+
+
+@dataclass(eq=False)
+class EnginePrompt:
+    """One steered prompt in the engine.
+
+    Attributes:
+        answers: How many requests of the engine it is.
+        done: Called when all of them are.
+        running: Ids of those that the engine has.
+        ended: How many it is done with.
+    """
+
+    answers: int
+    done: Callable[[], None]
+    running: set[str] = field(default_factory=set)
+    ended: int = 0
+
+
+# Set while vLLM takes a steered prompt in.
+arriving: ContextVar[EnginePrompt | None] = ContextVar("arriving", default=None)
+_running: dict[str, EnginePrompt] = {}
+
+
+def note_arrival(original: Callable[..., None]) -> Callable[..., None]:
+    """Wraps ``OutputProcessor.add_request``."""
+
+    def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, request, *args, **kwargs)
+        prompt = arriving.get()
+        if prompt is not None:
+            prompt.running.add(request.request_id)
+            _running[request.request_id] = prompt
+
+    return add_request
+
+
+def note_finish(original: Callable[..., None]) -> Callable[..., None]:
+    """Wraps ``OutputProcessor._finish_request``."""
+
+    def _finish_request(self: Any, req_state: Any) -> None:
+        original(self, req_state)
+        _end(req_state.request_id)
+
+    return _finish_request
+
+
+def note_abort(original: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """Wraps ``OutputProcessor.abort_requests``, which returns the ids of what it aborts."""
+
+    def abort_requests(self: Any, *args: Any, **kwargs: Any) -> list[str]:
+        aborted = original(self, *args, **kwargs)
+        for request_id in aborted:
+            _end(request_id)
+        return aborted
+
+    return abort_requests
+
+
+def forget(prompt: EnginePrompt) -> None:
+    """Ends a prompt whose answers nobody waits for any more."""
+    for request_id in prompt.running:
+        _running.pop(request_id, None)
+
+
+def _end(request_id: str) -> None:
+    prompt = _running.pop(request_id, None)
+    if prompt is None:
+        return
+    prompt.running.discard(request_id)
+    prompt.ended += 1
+    if prompt.ended == prompt.answers:
+        asyncio.get_running_loop().call_later(_AFTER_ABORT_SECONDS, prompt.done)

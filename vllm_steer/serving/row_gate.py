@@ -1,0 +1,177 @@
+"""Lets steered requests wait for rows of the bank, fairly, and not for ever.
+
+The sums of the requests that are let in never need more rows than there are. Who waits is let in so:
+
+- Requests of few sums and of many wait in lines of their own. Those of many, more than an eighth of the rows, hold
+  half of the rows together at most, or one of them alone as many as it needs; so a short request never waits for
+  many long ones. While one of many waits, those of few leave it its half; so it never waits for ever.
+- API keys take turns, and within a key first come is first served. As soon as there are two keys, none of them
+  holds more than three quarters of the rows, unless it is by one request alone.
+
+Imports neither torch nor vllm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+# Parts of all rows.
+_MANY = 1 / 8
+_OF_MANY = 1 / 2
+_OF_ONE_KEY = 3 / 4
+# Keys that have come, to know whether there are two.
+_KNOWN_OWNERS = 2
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request that was let in, or waits.
+
+    Attributes:
+        owner: SHA-256 of its API key, None without one.
+        sums: Keys of its sums.
+        many: Whether it stands in the line of those of many sums.
+        entered: Done when it was let in.
+        inside: Whether it holds its rows.
+    """
+
+    owner: str | None
+    sums: frozenset[str]
+    many: bool
+    entered: asyncio.Future[None] = field(repr=False)
+    inside: bool = False
+
+
+class RowGate:
+    """The gate of one engine."""
+
+    def __init__(self, num_sums: int) -> None:
+        """Makes a gate.
+
+        Args:
+            num_sums: Distinct sums that may be active at once.
+        """
+        self._room = num_sums
+        self._active: Counter[str] = Counter()
+        self._by_line: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
+        self._by_owner: dict[str | None, Counter[str]] = {}
+        # In the order of their turns; a key that is let in goes to the end.
+        self._lines: dict[bool, dict[str | None, deque[Ticket]]] = {False: {}, True: {}}
+        self._owners: set[str | None] = set()
+
+    async def enter(
+        self, owner: str | None, sums: Collection[str], seconds: float | None = None
+    ) -> Ticket:
+        """Waits until a request's sums fit.
+
+        Args:
+            owner: SHA-256 of its API key, None without one.
+            sums: Keys of its sums, at most as many as the gate has room for.
+            seconds: For how long it waits; None for as long as it takes.
+
+        Returns:
+            What :meth:`leave` takes.
+
+        Raises:
+            TimeoutError: It did not fit in time.
+        """
+        many = len(set(sums)) > max(1.0, _MANY * self._room)
+        future = asyncio.get_running_loop().create_future()
+        ticket = Ticket(owner, frozenset(sums), many, future)
+        if len(self._owners) < _KNOWN_OWNERS:
+            self._owners.add(owner)
+        if not sums:
+            return ticket
+        self._lines[many].setdefault(owner, deque()).append(ticket)
+        self._let_in()
+        try:
+            async with asyncio.timeout(seconds):
+                await future
+        except BaseException:
+            self._withdraw(ticket)
+            raise
+        return ticket
+
+    def leave(self, ticket: Ticket) -> None:
+        """Gives a request's rows back; more than once is the same as once."""
+        if ticket.inside:
+            ticket.inside = False
+            for held in self._holders(ticket):
+                held.subtract(ticket.sums)
+                held += Counter()
+            if not self._by_owner[ticket.owner]:
+                del self._by_owner[ticket.owner]
+            self._let_in()
+
+    def _withdraw(self, ticket: Ticket) -> None:
+        """Takes out who waits no more, whether it was let in meanwhile or not."""
+        if ticket.inside:
+            self.leave(ticket)
+            return
+        line = self._lines[ticket.many]
+        line[ticket.owner].remove(ticket)
+        if not line[ticket.owner]:
+            del line[ticket.owner]
+        # It may have stood before others.
+        self._let_in()
+
+    def _let_in(self) -> None:
+        """Lets in all who fit, in their turns."""
+        while any([self._let_one_in(True), self._let_one_in(False)]):
+            pass
+
+    def _let_one_in(self, many: bool) -> bool:
+        line = self._lines[many]
+        for owner in list(line):
+            ticket = line[owner][0]
+            if self._has_enough(ticket):
+                continue
+            if not self._fits(ticket):
+                # Whoever stands first is waited for, or it would be passed by again and again.
+                return False
+            waiting = line.pop(owner)
+            waiting.popleft()
+            if waiting:
+                # The key's next turn comes after that of all others.
+                line[owner] = waiting
+            self._take(ticket)
+            return True
+        return False
+
+    def _take(self, ticket: Ticket) -> None:
+        ticket.inside = True
+        self._by_owner.setdefault(ticket.owner, Counter())
+        for held in self._holders(ticket):
+            held.update(ticket.sums)
+        # One that was cancelled leaves as soon as it runs again.
+        if not ticket.entered.done():
+            ticket.entered.set_result(None)
+
+    def _holders(self, ticket: Ticket) -> tuple[Counter[str], ...]:
+        return self._active, self._by_line[ticket.many], self._by_owner[ticket.owner]
+
+    def _has_enough(self, ticket: Ticket) -> bool:
+        """Whether its key holds as much as one may where there are others."""
+        own = self._by_owner.get(ticket.owner)
+        if not own or len(self._owners) < _KNOWN_OWNERS:
+            return False
+        return len(own.keys() | ticket.sums) > _OF_ONE_KEY * self._room
+
+    def _fits(self, ticket: Ticket) -> bool:
+        if len(self._active.keys() | ticket.sums) > self._room:
+            return False
+        line = self._by_line[ticket.many]
+        after = len(line.keys() | ticket.sums)
+        if ticket.many:
+            return not line or after <= _OF_MANY * self._room
+        return after <= self._room - self._kept_for_many()
+
+    def _kept_for_many(self) -> float:
+        """Rows that requests of few sums leave free while one of many waits."""
+        first = next(iter(self._lines[True].values()), None)
+        if first is None:
+            return 0.0
+        return max(len(first[0].sums), _OF_MANY * self._room)
