@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_steer.engine import affine
+from vllm_steer.engine import affine, finite
 from vllm_steer.engine.bank import SteeringBank
 from vllm_steer.errors import CompatibilityError
 
 ROWS_BUFFER = "_steering_rows"
 VECTORS_BUFFER = "_steering_vectors"
+LIMIT = "_steering_limit"
 # Blocks that return a hidden state which is not yet summed over tensor-parallel ranks, so that an
 # addition to it would be multiplied (vllm/models/deepseek_v32, vllm/model_executor/models/minimax_m3).
 UNREDUCED_BLOCKS = ("DeepseekV32DecoderLayer", "MiniMaxM3DecoderLayer")
@@ -76,7 +77,18 @@ def hook_blocks(blocks: Iterable[tuple[int, nn.Module]], bank: SteeringBank) -> 
         block.register_buffer(VECTORS_BUFFER, bank.vectors[bank.index[layer]], persistent=False)
         if bank.rank:
             affine.register(block, bank, layer)
+            setattr(block, LIMIT, finite.limit_of(bank.vectors.dtype, len(bank.layers)))
         block.register_forward_hook(_steer_affinely if bank.rank else _add_steering)
+
+
+def hook_finite(blocks: Iterable[nn.Module]) -> None:
+    """Makes what each block returns finite, after it was steered where it is.
+
+    Args:
+        blocks: The first hooked block and all after it, of a model in float16.
+    """
+    for block in blocks:
+        block.register_forward_hook(_keep_finite)
 
 
 def _add_steering(block: nn.Module, args: Any, output: Any) -> Any:
@@ -105,8 +117,14 @@ def _steer_affinely(block: nn.Module, args: Any, output: Any) -> Any:
     change = factors[:, :1] * vectors[rows].float()
     change = change + affine.affine_change(block, stream, rows, factors[:, 1:])
     change = affine.restored(block, stream, change, rows)
+    change = finite.cut(change, getattr(block, LIMIT))
     steered = (hidden.float() + change).to(hidden.dtype)
     return (steered, *output[1:]) if isinstance(output, tuple) else steered
+
+
+def _keep_finite(block: nn.Module, args: Any, output: Any) -> Any:
+    """Makes the stream that a block returns finite: :func:`vllm_steer.engine.finite.keep_finite`."""
+    return finite.keep_finite(output, affine.residual_of(block, output))
 
 
 def _hidden(block: nn.Module, output: Any, width: int) -> torch.Tensor:

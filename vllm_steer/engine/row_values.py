@@ -111,23 +111,34 @@ def _enter(
     numbers, readers = values.numbers[at], values.readers[at]
     numbers[THRESHOLD, slots] = ALWAYS
     if form.gate is not None:
-        readers[rank + slot : rank + slots.stop] = find(form.gate).at(layer)
-        numbers[THRESHOLD, slots] = form.threshold
+        # Of length 1 like all that is read: half precision holds neither very long nor very short ones.
+        probe, length = _unit(find(form.gate).at(layer))
+        readers[rank + slot : rank + slots.stop] = probe
+        numbers[THRESHOLD, slots] = form.threshold / length
     if form.op in PLANE_OPS and partner is not None:
         _enter_plane(values, at, slots, _basis(vector, partner), term)
     elif form.op == "add":
         values.left[at, slot] = np.float32(term.scale) * vector
         numbers[BIAS, slot] = 1.0
     elif form.op == "affine" and partner is not None:
-        values.left[at, slot] = np.float32(term.scale) * vector
-        readers[slot] = partner
-        numbers[BIAS, slot] = form.bias
+        # Numbers of a size that half precision holds, however long the one is and short the other.
+        unit, length = _unit(vector)
+        values.left[at, slot] = unit
+        readers[slot] = term.scale * length * partner.astype(np.float64)
+        numbers[BIAS, slot] = term.scale * length * form.bias
     else:
-        unit = vector.astype(np.float64) / np.linalg.norm(vector.astype(np.float64))
+        unit, _ = _unit(vector)
         clamp = form.op == "clamp"
         values.left[at, slot] = unit if clamp else -term.scale * unit
         readers[slot] = -unit if clamp else unit
         numbers[BIAS, slot] = term.scale if clamp else 0.0
+
+
+def _unit(vector: np.ndarray) -> tuple[np.ndarray, float]:
+    """A vector of length 1, float64 ``[hidden_size]``, and the length that it had."""
+    exact = vector.astype(np.float64)
+    length = float(np.linalg.norm(exact))
+    return exact / length, length
 
 
 def _enter_plane(values: RowValues, at: int, slots: slice, basis: np.ndarray, term: Term) -> None:
@@ -146,8 +157,7 @@ def _enter_plane(values: RowValues, at: int, slots: slice, basis: np.ndarray, te
 
 def _basis(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Float64 ``[PLANE_RANK, hidden_size]``: orthonormal, from the first towards the second."""
-    a = first.astype(np.float64)
-    a /= np.linalg.norm(a)
+    a, _ = _unit(first)
     b = second.astype(np.float64)
     for _ in range(PLANE_RANK):
         # Twice, for vectors that are nearly parallel.

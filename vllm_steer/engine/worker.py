@@ -17,7 +17,8 @@ from torch import nn
 from vllm_steer import log
 from vllm_steer.config import ResolvedConfig
 from vllm_steer.engine.bank import SteeringBank
-from vllm_steer.engine.blocks import find_blocks, hook_blocks
+from vllm_steer.engine.blocks import find_blocks, hook_blocks, hook_finite
+from vllm_steer.engine.finite import overflows
 from vllm_steer.engine.plan import StepPlanner
 from vllm_steer.engine.row_values import RowValues, row_values
 from vllm_steer.engine.triggers import TriggerWatch
@@ -85,6 +86,9 @@ class WorkerSteering:
         self._probing, self._probe_factor = False, 1.0
         self._steps, self._seconds = 0, 0.0
         hook_blocks(present, self.bank)
+        if overflows(dtype):
+            after = range(config.layers[0], num_layers)
+            hook_finite(blocks[layer] for layer in after if _is_present(blocks[layer]))
         log.WORKER_READY.write(
             layers=list(self.layers),
             ops=config.ops,

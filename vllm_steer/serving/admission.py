@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm_steer import log
 from vllm_steer.binding import bind
+from vllm_steer.bounds import check_distance
 from vllm_steer.config import ResolvedConfig, resolved_config
 from vllm_steer.dose import relative_dose, scaled
 from vllm_steer.errors import (
@@ -82,6 +83,7 @@ class Admission:
             load_policy(self.config.policy) if self.config and self.config.policy else Policy()
         )
         self._max_len = vllm_config.model_config.max_model_len
+        self._dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
         self._shape = model_shape(vllm_config.model_config)
         # Requests under way by content digest of the directions that they use.
         self.active: Counter[str] = Counter()
@@ -178,6 +180,7 @@ class Admission:
             plan = resolve(bound, prompt_len, self._max_len)
             check_limits(plan, self.config)
             plan, dose, factor = self._limit_dose(plan, registry)
+            check_distance(plan, registry, self._dtype)
             strengths = strengths_of(bound, plan)
         receipt = Receipt.of(plan, bound.names, prompt_len, num_choices, dose, factor, strengths)
         return AdmittedPlan(request, receipt)

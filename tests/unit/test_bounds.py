@@ -1,0 +1,257 @@
+"""How far a plan may carry the stream: a bound that holds, and is not needlessly wide."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from vllm.exceptions import VLLMValidationError
+
+from tests.unit.conftest import HIDDEN, LAYERS
+from tests.unit.front_end import started
+from vllm_steer.binding import bind
+from vllm_steer.bounds import check_distance, farthest, layer_bound
+from vllm_steer.engine.bank import SteeringBank
+from vllm_steer.engine.blocks import hook_blocks, hook_finite
+from vllm_steer.engine.finite import limit_of
+from vllm_steer.engine.row_values import row_values
+from vllm_steer.errors import DoseError
+from vllm_steer.pack import SteeringPack
+from vllm_steer.registry import PackRegistry
+from vllm_steer.request import SteeringRequest
+from vllm_steer.resolve import resolve
+from vllm_steer.steering_plan import Segment, SteeringPlan
+
+NAMES = ("a", "b", "c")
+NORM = 10.0
+RANK = 8
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> PackRegistry:
+    from tests.unit.conftest import make_pack
+
+    path = tmp_path_factory.mktemp("packs") / "p"
+    return PackRegistry([make_pack(path, "p", dict.fromkeys(NAMES, list(range(LAYERS))))])
+
+
+def plan(registry: PackRegistry, *directions: dict[str, Any], **fields: Any) -> SteeringPlan:
+    request = SteeringRequest.model_validate({"directions": list(directions)} | fields)
+    return resolve(bind(request, registry), 10)
+
+
+SCALES = st.floats(-50, 50)
+DIRECTIONS = st.one_of(
+    st.fixed_dictionaries({"scale": SCALES}),
+    st.fixed_dictionaries({"scale": SCALES, "op": st.sampled_from(["ablate", "clamp"])}),
+    st.fixed_dictionaries(
+        {"scale": st.floats(-180, 180), "op": st.sampled_from(["rotate", "angle"])}
+        | {"plane": st.sampled_from(NAMES[1:])}
+    ),
+    st.fixed_dictionaries(
+        {"scale": SCALES, "op": st.just("affine"), "bias": SCALES}
+        | {"read": st.sampled_from(NAMES)}
+    ),
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    directions=st.lists(DIRECTIONS, min_size=1, max_size=3),
+    restore=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_what_the_graph_does_stays_within_the_bound(
+    registry: PackRegistry, directions: list[dict[str, Any]], restore: bool, seed: int
+) -> None:
+    """Of any terms at one layer, and streams of any length and place."""
+    named = [
+        each
+        | {"name": "p/a" if "plane" in each else f"p/{NAMES[number]}"}
+        | {"layers": [1], "restore_norm": restore}
+        for number, each in enumerate(directions)
+    ]
+    segments = plan(registry, *named).segments
+    if not segments:
+        return
+    (segment,) = segments
+    stream = torch.from_numpy(np.random.default_rng(seed).standard_normal((64, HIDDEN))).float()
+    stream *= torch.logspace(-2, 3, 64).unsqueeze(1)
+    for number, name in enumerate(NAMES):
+        vector = registry.find(f"p/{name}").at(1)
+        stream[number] = 100 * torch.tensor(vector)
+    after = steered(segment, registry, stream)
+    bound = layer_bound(segment.terms, 1, NORM, registry)
+    if restore:
+        assert torch.allclose(after.norm(dim=-1), stream.norm(dim=-1), rtol=1e-4, atol=1e-5)
+        return
+    most = bound.gain * stream.norm(dim=-1) + bound.length
+    assert (after.norm(dim=-1) <= most * (1 + 1e-4) + 1e-4).all()
+
+
+def steered(segment: Segment, registry: PackRegistry, stream: torch.Tensor) -> torch.Tensor:
+    block, bank = nn.Identity(), new_bank(torch.float32)
+    hook_blocks([(1, block)], bank)
+    bank.write_row(1, row_values(segment, bank.index, RANK, HIDDEN, registry.by_digest))
+    bank.set_rows(np.ones(len(stream), dtype=np.int32))
+    found: torch.Tensor = block(stream.clone())
+    return found
+
+
+def new_bank(dtype: torch.dtype, layers: tuple[int, ...] = (1,)) -> SteeringBank:
+    return SteeringBank(layers, 2, HIDDEN, 64, dtype, torch.device("cpu"), rank=RANK)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"op": "ablate", "scale": 1.0},
+        {"op": "ablate", "scale": 2.0},
+        {"op": "rotate", "plane": "b", "scale": 90.0},
+        {"op": "angle", "plane": "b", "scale": 30.0},
+        {"op": "affine", "read": "a", "scale": -2.0},
+    ],
+)
+def test_what_does_not_lengthen_the_stream_is_not_said_to(
+    form: dict[str, Any], registry: PackRegistry
+) -> None:
+    (segment,) = plan(registry, {"name": "a"} | form).segments
+    bound = layer_bound(segment.terms, 0, NORM, registry)
+    assert (bound.gain, bound.length) == (1.0, 0.0)
+
+
+def test_several_ablations_do_not_compound(registry: PackRegistry) -> None:
+    both = [{"name": name, "op": "ablate", "scale": 1.0} for name in NAMES[:2]]
+    (segment,) = plan(registry, *both).segments
+    assert layer_bound(segment.terms, 0, NORM, registry).gain == 1.0
+
+
+@pytest.mark.parametrize(
+    ("directions", "message"),
+    [
+        # One alone is within the limit of a scale.
+        ([{"name": "a", "scale": 9990.0, "layers": [k]} for k in (1, 1)], "at layer 1 by up to 2e"),
+        ([{"name": n, "scale": 9990.0} for n in NAMES], "at layer 0 by up to"),
+        ([{"name": "a", "op": "affine", "read": "b", "scale": 900.0}] * 2, "at layer 0 by up to"),
+    ],
+)
+def test_the_limit_of_a_layer_is_one_of_the_sum(
+    directions: list[dict[str, Any]], message: str, registry: PackRegistry
+) -> None:
+    with pytest.raises(DoseError, match=message):
+        check_distance(plan(registry, *directions), registry, "float32")
+
+
+def test_over_the_layers_the_dtype_is_the_limit(registry: PackRegistry) -> None:
+    strong = plan(registry, {"name": "a", "scale": 4100.0})
+    check_distance(strong, registry, "bfloat16")
+    with pytest.raises(
+        DoseError, match="over 4 layers .* by up to 1.64e.04, .*float16 takes 1.638e"
+    ):
+        check_distance(strong, registry, "float16")
+    # What compounds, at a gain that one layer may have.
+    swing = plan(registry, {"name": "a", "op": "affine", "read": "b", "scale": 40.0})
+    check_distance(swing, registry, "float32")
+    with pytest.raises(DoseError, match="float16"):
+        check_distance(swing, registry, "float16")
+    assert farthest("float8_e4m3fn") == farthest("float16")
+
+
+def test_admission_knows_the_models_dtype(pack_at: Callable[..., SteeringPack]) -> None:
+    admission = started(pack_at("p", dict.fromkeys(NAMES, list(range(LAYERS)))))
+    directions = [{"name": "p/a", "scale": 9000.0}]
+    request = SteeringRequest.model_validate({"directions": directions})
+    admission.admit(request, 10)
+    admission._dtype = "float16"
+    with pytest.raises(VLLMValidationError, match="steering.directions: over 4 layers"):
+        admission.admit(request, 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_graph_cuts_what_nobody_admitted(dtype: torch.dtype, registry: PackRegistry) -> None:
+    """The second bound holds alone, layer after layer, and leaves other tokens their bits."""
+    layers = tuple(range(24))
+    bank, blocks = new_bank(dtype, layers), [nn.Identity() for _ in layers]
+    hook_blocks(zip(layers, blocks, strict=True), bank)
+    if dtype == torch.float16:
+        hook_finite(blocks)
+    values = row_values(
+        plan(registry, {"name": "a", "scale": 1.0}).segments[0],
+        {},
+        RANK,
+        HIDDEN,
+        registry.by_digest,
+    ).zeros(len(layers), RANK, HIDDEN)
+    values.left[:], values.readers[:, :RANK] = 200.0, 200.0
+    values.numbers[:, 2] = -1.0
+    bank.write_row(1, values)
+    rows = np.zeros(8, dtype=np.int32)
+    rows[::2] = 1
+    bank.set_rows(rows, np.ones((1 + RANK, 8), dtype=np.float32))
+    start = torch.randn(8, HIDDEN).to(dtype)
+    stream = start
+    for block in blocks:
+        stream = block(stream)
+        assert stream.isfinite().all()
+    assert torch.equal(stream[1::2], start[1::2])
+    most = start.float().abs().max() + len(layers) * limit_of(dtype, len(layers))
+    assert stream.float().abs().max() <= most
+
+
+def test_overflow_inside_a_float16_model_becomes_zero() -> None:
+    """Hidden states and residual may each be finite while their sum is not."""
+
+    class Block(nn.Module):
+        def forward(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> Any:
+            return hidden if residual is None else (hidden, residual)
+
+    block = Block()
+    hook_finite([block])
+    big, small = 40_000.0, 1.0
+    hidden = torch.tensor([[big, small, torch.inf, torch.nan, -big]], dtype=torch.float16)
+    residual = torch.tensor([[big, small, small, small, big]], dtype=torch.float16)
+    alone = block(hidden, None)
+    assert torch.equal(alone, torch.tensor([[big, small, 0, 0, -big]], dtype=torch.float16))
+    found, beside = block(hidden, residual)
+    assert torch.equal(found, torch.tensor([[0, small, 0, 0, -big]], dtype=torch.float16))
+    assert torch.equal(beside, torch.tensor([[0, small, 0, 0, big]], dtype=torch.float16))
+
+
+def test_vectors_of_any_length_are_read_in_half_precision(
+    tmp_path: Any, registry: PackRegistry
+) -> None:
+    """The longest and the shortest that a pack may have, as one affine form of gain 1."""
+    from tests.unit.conftest import make_pack
+    from vllm_steer.pack import write_pack
+
+    pack = make_pack(tmp_path / "q", "q", {"long": [1], "short": [1]})
+    sizes = {"long": 1e17, "short": 1e-17}
+    scaled = write_pack(
+        tmp_path / "q",
+        name="q",
+        model=pack.manifest.model,
+        directions=pack.manifest.directions,
+        vectors={name: pack.vectors[name] * np.float32(size) for name, size in sizes.items()},
+        method=pack.manifest.method,
+        residual_norms={int(k): v for k, v in pack.manifest.residual_norms.items()},
+    )
+    found = PackRegistry([scaled])
+    stream = torch.randn(8, HIDDEN)
+    for write, read in itertools.permutations(["long", "short"]):
+        gate = {"direction": "short", "above": -1.0}
+        choice = {"name": write, "op": "affine", "read": read, "scale": 1.0, "gate": gate}
+        (segment,) = plan(found, choice).segments
+        bank, block = new_bank(torch.float16), nn.Identity()
+        hook_blocks([(1, block)], bank)
+        bank.write_row(1, row_values(segment, bank.index, RANK, HIDDEN, found.by_digest))
+        bank.set_rows(np.ones(8, dtype=np.int32))
+        u, r = (found.find(name).at(1).astype(np.float64) for name in (write, read))
+        wanted = stream.double() + torch.from_numpy(np.outer(stream.double() @ r, u))
+        assert torch.allclose(block(stream.half()).double(), wanted, atol=0.02)

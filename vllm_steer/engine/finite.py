@@ -1,0 +1,63 @@
+"""Keeps what blocks return finite, so that no request's overflow reaches keys and values that others read.
+
+Plans are bounded before they run (``vllm_steer.bounds``); here is what holds whatever ran. A change is cut at a limit
+for each number of it, and in float16, where the model itself may overflow on a stream that was moved, numbers of the
+stream that are not finite become zero after every block from the first hooked one on. Whatever is within the limits is
+not touched, bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vllm_steer.bounds import farthest
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Name of a dtype as ``vllm_steer.bounds`` has it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def limit_of(dtype: torch.dtype, layers: int) -> float:
+    """Returns the most that one layer may change a number of the stream by.
+
+    Args:
+        dtype: The model's dtype.
+        layers: Layers that are hooked.
+    """
+    return farthest(name_of(dtype)) / max(layers, 1)
+
+
+def cut(change: torch.Tensor, limit: float) -> torch.Tensor:
+    """Returns a change with each number within a limit; what is no number is 0.
+
+    Args:
+        change: Float32, of any shape.
+        limit: The limit.
+    """
+    return torch.where(change.isnan(), 0.0, change).clamp(-limit, limit)
+
+
+def overflows(dtype: torch.dtype) -> bool:
+    """Whether a model of this dtype may overflow on a stream that was moved within the bounds."""
+    return dtype == torch.float16
+
+
+def keep_finite(output: Any, residual: torch.Tensor | None) -> Any:
+    """Returns what a block returns, with zeros where its stream is not finite in float16.
+
+    Args:
+        output: Hidden states, alone or with more beside them.
+        residual: The part of the stream beside them, as ``affine.residual_of`` finds it.
+    """
+    hidden = output[0] if isinstance(output, tuple) else output
+    stream = hidden.float() if residual is None else hidden.float() + residual.float()
+    fits = stream.abs() <= torch.finfo(hidden.dtype).max
+    kept = torch.where(fits, hidden, 0.0)
+    if not isinstance(output, tuple):
+        return kept
+    if residual is None:
+        return (kept, *output[1:])
+    return (kept, torch.where(fits, residual, 0.0), *output[2:])
