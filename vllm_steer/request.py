@@ -6,12 +6,12 @@ module imports neither torch nor vllm.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, from_json
 
 from vllm_steer.errors import RequestError, choices
 from vllm_steer.fields import LayerIndex
@@ -32,6 +32,13 @@ FLAT_KEYS = {
 # Ranges of positions of all directions together.
 MAX_REQUEST_RANGES = 256
 PLAN_KEY = "_vllm_steer_plan"
+# Near misses of a key are looked for among so many that begin like one and are no longer than this.
+_MOST_MISSPELT = 64
+_LONGEST_MISSPELT = 24
+_FIRST_LETTERS = frozenset("sStT_")
+_MOST_CHARACTERS = 2**18
+_MOST_KEYS = 64
+_MOST_VALUES = 20_000
 # The value of ``steering`` that leaves out a server's default.
 NONE = "none"
 
@@ -129,9 +136,9 @@ def parse(extra_args: Mapping[str, Any] | None) -> SteeringRequest | None:
     if PLAN_KEY in extra_args:
         raise RequestError(f"{PLAN_KEY!r} is internal; send {REQUEST_KEY!r}")
     known = (REQUEST_KEY, *FLAT_KEYS)
-    for key in extra_args:
-        if key not in known and looks_like_steering(str(key)):
-            raise RequestError(f"unknown steering argument {key!r}; {choices(str(key), known)}")
+    for key in steering_keys(extra_args):
+        if key not in known:
+            raise RequestError(f"unknown steering argument {key!r}; {choices(key, known)}")
     flat = [key for key in FLAT_KEYS if key in extra_args]
     if extra_args.get(REQUEST_KEY) is None:
         return _parse_flat(extra_args) if flat else None
@@ -144,8 +151,9 @@ def parse(extra_args: Mapping[str, Any] | None) -> SteeringRequest | None:
         return None
     try:
         if isinstance(value, str):
-            return SteeringRequest.model_validate_json(value)
+            value = _object_of(value)
         if isinstance(value, dict):
+            _check_size(value)
             return SteeringRequest.model_validate(value)
     except ValidationError as error:
         raise RequestError(_explain(error)) from error
@@ -155,11 +163,66 @@ def parse(extra_args: Mapping[str, Any] | None) -> SteeringRequest | None:
     )
 
 
+def _object_of(text: str) -> Any:
+    if len(text) > _MOST_CHARACTERS:
+        raise RequestError(
+            f"{REQUEST_KEY}: its JSON text has {len(text)} characters, at most {_MOST_CHARACTERS} are read"
+        )
+    try:
+        return from_json(text)
+    except ValueError as error:
+        raise RequestError(f"{REQUEST_KEY}: Invalid JSON: {error}") from error
+
+
+def _check_size(value: Any) -> None:
+    """Raises RequestError where there is more than could be right, before anything else is looked at."""
+    left, waiting = _MOST_VALUES, [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict):
+            if len(each) > _MOST_KEYS:
+                raise RequestError(
+                    f"{REQUEST_KEY}: an object in it has {len(each)} keys, at most {_MOST_KEYS} are read"
+                )
+            waiting += each.values()
+        elif isinstance(each, list):
+            left -= len(each)
+            if left < 0:
+                raise RequestError(
+                    f"{REQUEST_KEY}: its lists have more than {_MOST_VALUES} entries together"
+                )
+            waiting += each
+
+
 def looks_like_steering(key: str) -> bool:
     """Whether a key was meant for steering, misspelt or not, and so must not be ignored."""
-    return key.startswith("steer") or bool(
-        get_close_matches(key, (REQUEST_KEY, *FLAT_KEYS), n=1, cutoff=0.8)
+    return key.startswith("steer") or (
+        len(key) <= _LONGEST_MISSPELT
+        and bool(get_close_matches(key, (REQUEST_KEY, *FLAT_KEYS), n=1, cutoff=0.8))
     )
+
+
+def steering_keys(keys: Iterable[Any]) -> list[str]:
+    """Returns the keys that were meant for steering, misspelt ones among the first few alone.
+
+    A body may have hundreds of thousands of keys, and to look for a near miss takes time for each.
+    """
+    found, left = [], _MOST_MISSPELT
+    for key in keys:
+        if not isinstance(key, str):
+            continue
+        if key.startswith("steer"):
+            found.append(key)
+        elif left and key[:1] in _FIRST_LETTERS and len(key) <= _LONGEST_MISSPELT:
+            left -= 1
+            if looks_like_steering(key):
+                found.append(key)
+    return found
+
+
+def first_steering_key(keys: Iterable[Any]) -> str | None:
+    """Returns the first key that was meant for steering."""
+    return next(iter(steering_keys(keys)), None)
 
 
 def _parse_flat(extra_args: Mapping[str, Any]) -> SteeringRequest:

@@ -12,6 +12,7 @@ import pytest
 
 from vllm_steer.errors import ConfigError, PackError, SteeringError
 from vllm_steer.pack import MANIFEST_FILE, SteeringPack
+from vllm_steer.serving.admission import Wanted
 
 VLLM = str(Path(sys.executable).with_name("vllm"))
 
@@ -103,4 +104,4 @@ def test_steering_is_refused_where_the_engine_was_started_without(model: Path) -
     request = admission.parse(extra_args)
     assert request is not None
     with pytest.raises(VLLMValidationError, match="start it with --enable-steering"):
-        admission.admit(request, prompt_len=3)
+        admission.admit(Wanted(request), prompt_len=3)

@@ -27,6 +27,7 @@ from vllm_steer.pack import SteeringPack
 from vllm_steer.registry import PackRegistry
 from vllm_steer.request import SteeringRequest
 from vllm_steer.resolve import resolve
+from vllm_steer.serving.admission import Wanted
 from vllm_steer.steering_plan import Segment, SteeringPlan
 
 NAMES = ("a", "b", "c")
@@ -168,10 +169,10 @@ def test_admission_knows_the_models_dtype(pack_at: Callable[..., SteeringPack]) 
     admission = started(pack_at("p", dict.fromkeys(NAMES, list(range(LAYERS)))))
     directions = [{"name": "p/a", "scale": 9000.0}]
     request = SteeringRequest.model_validate({"directions": directions})
-    admission.admit(request, 10)
+    admission.admit(Wanted(request), 10)
     admission._dtype = "float16"
     with pytest.raises(VLLMValidationError, match="steering.directions: over 4 layers"):
-        admission.admit(request, 10)
+        admission.admit(Wanted(request), 10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -21,6 +21,7 @@ from vllm_steer.policy import Policy
 from vllm_steer.registry import PackRegistry
 from vllm_steer.request import parse
 from vllm_steer.resolve import resolve
+from vllm_steer.serving.admission import Wanted
 from vllm_steer.steering_plan import SteeringPlan
 
 
@@ -195,7 +196,7 @@ def test_clamping(
     request = admission.parse({"steering": {"directions": asked}})
     assert request is not None
     admission.policy = Policy(max_dose=1.5, dose_action="clamp")
-    receipt = admission.admit(request, 10).receipt
+    receipt = admission.admit(Wanted(request), 10).receipt
     assert receipt.clamped == pytest.approx(factor)
     assert receipt.dose == pytest.approx(expected)
     assert relative_dose(receipt.plan, measured) == pytest.approx(receipt.dose)
@@ -206,7 +207,7 @@ def test_clamping(
         with pytest.raises(
             VLLMValidationError, match=f"dose of {1.5 / factor:.4g}, this server allows"
         ):
-            admission.admit(request, 10)
+            admission.admit(Wanted(request), 10)
 
 
 def test_forms_that_are_not_weakened_are_refused(measured: PackRegistry) -> None:
@@ -216,5 +217,5 @@ def test_forms_that_are_not_weakened_are_refused(measured: PackRegistry) -> None
     request = admission.parse({"steering": {"directions": [clamp]}})
     assert request is not None
     with pytest.raises(VLLMValidationError, match="a dose of 2, .*nothing was lowered"):
-        admission.admit(request, 10)
+        admission.admit(Wanted(request), 10)
     assert scaled(plan(measured, clamp), 0.5) is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from vllm_steer.receipt import MAX_HEADER, Receipt
 from vllm_steer.registry import PackRegistry
 from vllm_steer.request import SteeringRequest, parse
 from vllm_steer.resolve import resolve
+from vllm_steer.serving.admission import Wanted
+from vllm_steer.serving.exchange import Exchange, current_exchange
 from vllm_steer.steering_plan import count_steered
 from vllm_steer.store import PackStore
 
@@ -208,12 +210,19 @@ def test_no_pack_comes_that_breaks_the_policy(
         assert "spiders" in store.registry.packs["fears"].directions
 
 
-def test_a_key_learns_nothing_of_what_it_may_not_use(fears: SteeringPack) -> None:
+@pytest.fixture
+def exchange() -> Iterator[None]:
+    token = current_exchange.set(Exchange("", KEY))
+    yield
+    current_exchange.reset(token)
+
+
+def test_a_key_learns_nothing_of_what_it_may_not_use(fears: SteeringPack, exchange: None) -> None:
     """Neither that it exists, nor in which pack."""
     admission = started(fears)
     admission.policy = Policy(keys={KEY: ["moods/*"]})
     for name in ("spiders", "spidres", "fears/spiders", "fears/spidres"):
         request = SteeringRequest.model_validate({"directions": [{"name": name}]})
         with pytest.raises(VLLMValidationError, match=f"may not use {name!r}; ask") as caught:
-            admission.admit(request, 10, key_digest=KEY)
+            admission.admit(Wanted(request), 10)
         assert "fears/" not in str(caught.value).replace(name, "")

@@ -23,6 +23,7 @@ from vllm_steer.policy import Policy
 from vllm_steer.registry import PackRegistry
 from vllm_steer.request import SteeringRequest, parse
 from vllm_steer.resolve import resolve
+from vllm_steer.serving.admission import Wanted
 from vllm_steer.serving.configure import _policy_path
 from vllm_steer.steering_plan import SteeringPlan, Term
 
@@ -134,7 +135,7 @@ def receipt_of(pack: SteeringPack, *directions: dict[str, Any], **policy: Any) -
     admission.policy = Policy(**policy)
     request = admission.parse({"steering": {"directions": list(directions)}})
     assert request is not None
-    receipt: dict[str, Any] = admission.admit(request, 10).receipt.to_json()
+    receipt: dict[str, Any] = admission.admit(Wanted(request), 10).receipt.to_json()
     return receipt
 
 
@@ -174,7 +175,7 @@ def test_equal_content_has_the_strength_of_the_one_that_was_asked_for(
     for name, strength in (("p/add", -2.0), ("q/add", 5.0)):
         request = admission.parse({"steering": {"directions": [{"name": name, "scale": 5.0}]}})
         assert request is not None
-        (direction,) = admission.admit(request, 10).receipt.to_json()["directions"]
+        (direction,) = admission.admit(Wanted(request), 10).receipt.to_json()["directions"]
         assert (direction["name"], direction["strength"]) == (name, strength)
 
 

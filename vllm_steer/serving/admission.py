@@ -35,8 +35,9 @@ from vllm_steer.request import (
 )
 from vllm_steer.resolve import resolve
 from vllm_steer.serving import metrics
+from vllm_steer.serving.exchange import current_exchange
 from vllm_steer.serving.refusals import as_http_400
-from vllm_steer.steering_plan import SteeringPlan
+from vllm_steer.steering_plan import SteeringPlan, count_steered
 from vllm_steer.store import PackStore, configured_store
 from vllm_steer.strength import strengths_of
 
@@ -44,16 +45,29 @@ from vllm_steer.strength import strengths_of
 NAMED_DIRECTIONS = 5
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What a request is to be steered by.
+
+    Attributes:
+        request: The steering.
+        is_default: Whether it is the server's default, which the client may not know of.
+    """
+
+    request: SteeringRequest
+    is_default: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class AdmittedPlan:
     """A plan that admission made; a client cannot send one.
 
     Attributes:
-        request: The steering that it was made from.
+        wanted: What it was made from.
         receipt: What was decided, for the response; it has the plan.
     """
 
-    request: SteeringRequest
+    wanted: Wanted
     receipt: Receipt
 
     @property
@@ -151,18 +165,16 @@ class Admission:
 
     def admit(
         self,
-        request: SteeringRequest,
+        wanted: Wanted,
         prompt_len: int,
-        num_choices: int = 1,
-        key_digest: str | None = None,
+        sampling_params: Any = None,
     ) -> AdmittedPlan:
         """Turns a request into a plan of absolute positions that the policy allows.
 
         Args:
-            request: What :meth:`parse` made of the extra arguments.
+            wanted: What it is to be steered by.
             prompt_len: Tokens of the prompt.
-            num_choices: Answers to the prompt.
-            key_digest: SHA-256 of the API key, None without one or outside a server.
+            sampling_params: Its ``SamplingParams``; None for one answer of any length.
 
         Returns:
             The plan with its receipt.
@@ -175,15 +187,19 @@ class Admission:
                 raise RequestError(
                     "this engine was started without steering; start it with --enable-steering --steering-packs DIR"
                 )
-            registry = self.store.registry
-            bound = bind(request, registry, partial(self._check_allowed, key_digest))
+            registry, exchange = self.store.registry, current_exchange.get()
+            key_digest = exchange.key_digest if exchange is not None else None
+            bound = bind(wanted.request, registry, partial(self._check_allowed, key_digest))
             plan = resolve(bound, prompt_len, self._max_len)
             check_limits(plan, self.config)
             plan, dose, factor = self._limit_dose(plan, registry)
             check_distance(plan, registry, self._dtype)
+            if not wanted.is_default:
+                _check_reached(plan, prompt_len, sampling_params)
             strengths = strengths_of(bound, plan)
-        receipt = Receipt.of(plan, bound.names, prompt_len, num_choices, dose, factor, strengths)
-        return AdmittedPlan(request, receipt)
+        answers = getattr(sampling_params, "n", None) or 1
+        receipt = Receipt.of(plan, bound.names, prompt_len, answers, dose, factor, strengths)
+        return AdmittedPlan(wanted, receipt)
 
     def _announce(self, config: ResolvedConfig, registry: PackRegistry) -> None:
         """Says in metrics and log what requests can use."""
@@ -230,6 +246,21 @@ class Admission:
             )
         # Rounding may leave it a little above.
         return weaker, min(limit, relative_dose(weaker, registry)), limit / dose
+
+
+def _check_reached(plan: SteeringPlan, prompt_len: int, sampling_params: Any) -> None:
+    """Raises RequestError where a plan steers no token that goes through the model."""
+    longest = getattr(sampling_params, "max_tokens", None)
+    if longest is None or not plan.segments:
+        return
+    # The last token of an answer is never read.
+    tokens = prompt_len + max(0, longest - 1)
+    if not count_steered(plan, tokens):
+        raise RequestError(
+            f"{REQUEST_KEY}.positions: no token is steered: of a prompt of {prompt_len} tokens and an answer of at most "
+            f"{longest}, the model reads {tokens}, and all positions come later; steer 'all' or 'prompt', or let it "
+            f"answer more tokens"
+        )
 
 
 def announce_pack(pack: SteeringPack) -> None:

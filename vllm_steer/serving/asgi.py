@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Seque
 from http import HTTPStatus
 from typing import Any
 
+from pydantic_core import from_json
+
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -20,6 +22,21 @@ def route_of(scope: Message) -> str:
     """Path of a request without the prefix of a proxy and without a slash at the end."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path") or "").rstrip("/")
+
+
+def routes_of(scope: Message) -> list[Any]:
+    """Returns the routes of the application that answer a request's path and method."""
+    found = []
+    for route in scope["app"].routes:
+        match, _ = route.matches(scope)
+        if match.name == "FULL" and hasattr(route, "endpoint"):
+            found.append(route)
+    return found
+
+
+def exists(scope: Message) -> bool:
+    """Whether there is a route for a request; where there is none, nothing is spent on its body."""
+    return bool(routes_of(scope))
 
 
 def key_digest(scope: Message) -> str | None:
@@ -67,9 +84,13 @@ def replay(messages: list[Message], receive: Receive) -> Receive:
 def parse_object(body: bytes) -> dict[str, Any] | None:
     """Returns a JSON object; None where the body is something else, which its route answers."""
     try:
-        fields = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
+        fields = from_json(body)
+    except ValueError:
+        # It is stricter in what text may hold, as of surrogates, than what vLLM reads bodies with.
+        try:
+            fields = json.loads(body)
+        except (ValueError, RecursionError):
+            return None
     return fields if isinstance(fields, dict) else None
 
 

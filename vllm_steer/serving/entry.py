@@ -11,16 +11,19 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
+from vllm.sampling_params import SamplingParams
+
 from vllm_steer.errors import RequestError, UnsupportedError
 from vllm_steer.request import (
     FLAT_KEYS,
+    NONE,
     PLAN_KEY,
     REQUEST_KEY,
-    SteeringRequest,
-    looks_like_steering,
+    first_steering_key,
+    steering_keys,
 )
-from vllm_steer.serving.admission import Admission, AdmittedPlan, current_admission
-from vllm_steer.serving.exchange import current_exchange
+from vllm_steer.serving.admission import Admission, AdmittedPlan, Wanted, current_admission
+from vllm_steer.serving.door import admitted, beam_search, wanted_of
 from vllm_steer.serving.refusals import refusal
 
 # Set by vLLM's serving code just before it makes a request's sampling parameters.
@@ -36,7 +39,10 @@ def plan_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
         admission: Admission = self._vllm_steer_admission
         extra_args = getattr(params, "extra_args", None) or {}
         plan = extra_args.get(PLAN_KEY)
-        wanted = plan.request if isinstance(plan, AdmittedPlan) else admission.parse(extra_args)
+        if isinstance(plan, AdmittedPlan):
+            wanted: Wanted | None = plan.wanted
+        else:
+            wanted = wanted_of(admission, extra_args, generates=isinstance(params, SamplingParams))
         if wanted is not None and kwargs.get("resumable"):
             raise refusal(
                 UnsupportedError(
@@ -48,9 +54,7 @@ def plan_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
             embeds = request.prompt_embeds
             prompt_len = len(request.prompt_token_ids) if embeds is None else embeds.shape[0]
             if wanted is not None and (plan is None or plan.receipt.prompt_len != prompt_len):
-                exchange = current_exchange.get()
-                key = exchange.key_digest if exchange is not None else None
-                plan = admission.admit(wanted, prompt_len, key_digest=key)
+                plan = admission.admit(wanted, prompt_len, params)
             # A new dict: vLLM's copies of the parameters share the caller's.
             message = plan.message if plan is not None else None
             request.sampling_params.extra_args = {
@@ -73,22 +77,22 @@ def check_sampling(original: Callable[..., Any]) -> Callable[..., Any]:
         admission = current_admission()
         if admission is None:
             return params
-        request, exchange = _wanted(admission, extra_args), current_exchange.get()
-        if request is not None:
-            prompt_len = _prompt_len.get()
-            if prompt_len is None:
+        beam_search.set(False)
+        wanted, prompt_len = wanted_of(admission, extra_args), _prompt_len.get()
+        if prompt_len is None:
+            if wanted is not None and not wanted.is_default:
                 # Routes that only render a prompt for another server.
                 raise refusal(
                     UnsupportedError(
                         "this route does not generate and cannot be steered; send the steering to the route that does"
                     )
                 )
-            key = exchange.key_digest if exchange is not None else None
-            plan = admission.admit(request, prompt_len, params.n, key)
-            if exchange is not None:
-                exchange.receipts.append(plan.receipt)
-                admission.hold(plan.receipt)
+        elif wanted is not None:
+            plan = admitted(admission, wanted, prompt_len, params)
             params.extra_args = extra_args | {PLAN_KEY: plan}
+        elif REQUEST_KEY in extra_args:
+            # That it wants nothing is looked at again where it generates.
+            params.extra_args = {**(params.extra_args or {}), REQUEST_KEY: NONE}
         return params
 
     return to_sampling_params
@@ -111,45 +115,35 @@ def refuse_beam_search(original: Callable[..., Any]) -> Callable[..., Any]:
     def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
         extra_args = _with_top_level(dict(self.vllm_xargs or {}), self)
         admission = current_admission()
-        if admission is not None and _wanted(admission, extra_args) is not None:
+        if admission is not None and wanted_of(admission, extra_args) is not None:
             raise refusal(
                 UnsupportedError(
                     "steering does not support beam search; leave out use_beam_search or the steering"
                 )
             )
+        # What it generates with has no arguments of the request, so no default must be taken for it.
+        beam_search.set(True)
         return original(self, *args, **kwargs)
 
     return to_beam_search_params
 
 
-def _wanted(admission: Admission, extra_args: dict[str, Any]) -> SteeringRequest | None:
-    """What a request is to be steered by: its model's name, what it asks for, or the default.
-
-    Raises:
-        VLLMValidationError: It asks for steering beside its name's, or in a malformed way.
-    """
-    exchange = current_exchange.get()
-    if exchange is None or exchange.alias is None:
-        return admission.parse(extra_args) or admission.default(extra_args)
-    asked = [k for k, v in extra_args.items() if v is not None and looks_like_steering(k)]
-    if asked:
-        raise refusal(
-            RequestError(
-                f"model {exchange.model!r} is steered by its name; leave out {asked[0]!r} or the alias"
-            )
-        )
-    return exchange.alias
-
-
 def _with_top_level(extra_args: dict[str, Any], request: Any) -> dict[str, Any]:
     """Adds the steering keys that stand beside ``model`` and ``prompt`` in the request's body."""
-    for key, value in (request.model_extra or {}).items():
-        if looks_like_steering(key):
-            if key in extra_args:
-                raise refusal(
-                    RequestError(
-                        f"{key!r} stands both in the request and in vllm_xargs; send it once"
-                    )
+    unknown = request.model_extra or {}
+    for key in unknown:
+        if isinstance(unknown[key], dict) and (inner := first_steering_key(unknown[key])):
+            raise refusal(
+                RequestError(
+                    f"{key}.{inner}: stands in an object that this route does not know; send {inner!r} beside 'model', or "
+                    f"in vllm_xargs"
                 )
-            extra_args[key] = value
+            )
+    for key in steering_keys(unknown):
+        value = unknown[key]
+        if key in extra_args:
+            raise refusal(
+                RequestError(f"{key!r} stands both in the request and in vllm_xargs; send it once")
+            )
+        extra_args[key] = value
     return extra_args

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -21,11 +22,11 @@ from vllm_steer.rpc import TIMES
 from vllm_steer.serving import metrics
 from vllm_steer.serving.admission import Admission, current_admission
 from vllm_steer.serving.asgi import (
-    STEERED_ROUTES,
     App,
     Message,
     Receive,
     Send,
+    exists,
     key_digest,
     parse_object,
     read_body,
@@ -36,7 +37,10 @@ from vllm_steer.serving.asgi import (
 from vllm_steer.serving.exchange import Exchange, current_exchange
 from vllm_steer.serving.packs_api import PREFIX, answer
 
-_END = re.compile(rb'"finish_reason":\s*"|"type":\s*"response\.(completed|incomplete)"')
+_MESSAGE_END = "message_stop"
+_END = re.compile(
+    rb'"finish_reason":\s*"|"type":\s*"(response\.(completed|incomplete)|message_stop)"'
+)
 # How long a scrape waits for the workers.
 _SCRAPE_SECONDS = 2.0
 # When a client that was not let in should come again.
@@ -63,13 +67,8 @@ class SteeringFront:
             await self.app(scope, receive, send)
         elif route == ("GET", "/v1/models") and admission.policy.aliases:
             await self.app(scope, receive, _ModelList(send, admission, key_digest(scope)).send)
-        elif route[0] == "POST" and route[1] in STEERED_ROUTES:
+        elif route[0] == "POST" and exists(scope):
             await self._steered(scope, receive, send, admission)
-        elif route[0] == "POST":
-            # Whatever generates there is judged by its caller, though nothing is put into the answer.
-            await self._exchanged(
-                Exchange(route[1], key_digest(scope)), scope, receive, send, admission
-            )
         else:
             await self.app(scope, receive, send)
 
@@ -79,7 +78,7 @@ class SteeringFront:
         exchange = Exchange(route_of(scope), key_digest(scope))
         if admission.policy.aliases:
             body, messages = await read_body(receive)
-            fields = parse_object(body)
+            fields = parse_object(body) if _may_name(body, admission.policy.aliases) else None
             name = fields.get("model") if fields else None
             if fields is not None and isinstance(name, str):
                 served, _, alias = name.rpartition(":")
@@ -222,7 +221,9 @@ class _Receipts(_Buffered):
         chunk = parse_object(data)
         if chunk is None:
             return event
-        if isinstance(chunk.get("response"), dict):
+        if chunk.get("type") == _MESSAGE_END:
+            chunk[REQUEST_KEY] = [r.to_json() for r in self._exchange.receipts]
+        elif isinstance(chunk.get("response"), dict):
             chunk["response"][REQUEST_KEY] = [r.to_json() for r in self._exchange.receipts]
         else:
             ended = [c["index"] for c in chunk.get("choices", ()) if c.get("finish_reason")]
@@ -236,6 +237,11 @@ class _Receipts(_Buffered):
             return body
         fields[REQUEST_KEY] = [receipt.to_json() for receipt in self._exchange.receipts]
         return json.dumps(fields, ensure_ascii=False).encode()
+
+
+def _may_name(body: bytes, aliases: Iterable[str]) -> bool:
+    """Whether a body can name an alias at all, which saves most of them from being parsed twice."""
+    return b"\\u" in body or any(alias.encode() in body for alias in aliases)
 
 
 async def _measure_planning(engine: Any) -> None:

@@ -12,24 +12,28 @@ from collections.abc import Callable
 from typing import Any, get_type_hints
 
 from vllm_steer.errors import UnsupportedError
-from vllm_steer.request import looks_like_steering
+from vllm_steer.request import first_steering_key
 from vllm_steer.serving.asgi import (
     STEERED_ROUTES,
     App,
     Message,
     Receive,
     Send,
+    exists,
     key_digest,
     parse_object,
     read_body,
     replay,
     route_of,
+    routes_of,
     send_error,
 )
 from vllm_steer.serving.front import SteeringFront
 from vllm_steer.serving.refusals import count_refusal
 
 _XARGS = "vllm_xargs"
+# Arguments of clients, whose content belongs beside the other fields; some send them as they are.
+_WRAPPERS = ("extra_body", "extra_args")
 
 
 def add_guard(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,7 +51,7 @@ def add_guard(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class SteeringGuard:
-    """ASGI middleware; requests on the steered routes and without a body pass untouched."""
+    """ASGI middleware; the steered routes, those that do not exist and what is no JSON pass untouched."""
 
     def __init__(self, app: App) -> None:
         self.app = app
@@ -58,6 +62,7 @@ class SteeringGuard:
             scope["type"] != "http"
             or scope["method"] != "POST"
             or route_of(scope) in STEERED_ROUTES
+            or not exists(scope)
         ):
             await self.app(scope, receive, send)
             return
@@ -70,26 +75,26 @@ class SteeringGuard:
 
 
 def _dropped_field(body: bytes, scope: Message) -> str | None:
-    """The first top-level key of a JSON body that asks for steering and that its route drops."""
+    """The first key of a JSON body that asks for steering and that its route drops."""
     fields = parse_object(body)
     if fields is None:
         return None
-    xargs = fields.get(_XARGS)
-    asked = isinstance(xargs, dict) and any(map(looks_like_steering, xargs))
-    dropped = _XARGS if asked and not _takes_xargs(scope) else None
-    return next(filter(looks_like_steering, fields), dropped)
+    top = first_steering_key(fields)
+    if top is not None:
+        return top
+    dropped = _WRAPPERS if _takes_xargs(scope) else (_XARGS, *_WRAPPERS)
+    for field in dropped:
+        inner = fields.get(field)
+        if isinstance(inner, dict) and first_steering_key(inner) is not None:
+            return field
+    return None
 
 
 def _takes_xargs(scope: Message) -> bool:
     """Whether the route's request model has ``vllm_xargs``, which differs between versions of vLLM."""
-    endpoints = [route.endpoint for route in scope["app"].routes if _serves(route, scope)]
+    endpoints = [route.endpoint for route in routes_of(scope)]
     models = [kind for endpoint in endpoints for kind in get_type_hints(endpoint).values()]
     return any(_XARGS in getattr(model, "model_fields", ()) for model in models)
-
-
-def _serves(route: Any, scope: Message) -> bool:
-    match, _ = route.matches(scope)
-    return bool(match.name == "FULL" and hasattr(route, "endpoint"))
 
 
 async def _refuse(scope: Message, send: Send, field: str) -> None:

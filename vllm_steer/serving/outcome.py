@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from vllm_steer import log
 from vllm_steer.errors import BusyError, UnsupportedError
@@ -17,6 +17,7 @@ from vllm_steer.receipt import Receipt
 from vllm_steer.request import PLAN_KEY, REQUEST_KEY
 from vllm_steer.serving import metrics
 from vllm_steer.serving.admission import Admission, AdmittedPlan
+from vllm_steer.serving.door import admitted, wanted_of
 from vllm_steer.serving.engine_requests import EnginePrompt, arriving, forget
 from vllm_steer.serving.exchange import current_exchange
 from vllm_steer.serving.refusals import refusal
@@ -55,8 +56,11 @@ def _plan(engine: Any, prompt: Any, sampling_params: Any) -> AdmittedPlan | None
     if isinstance(plan, AdmittedPlan):
         return plan
     admission: Admission = engine.input_processor._vllm_steer_admission
-    wanted = admission.parse(extra_args)
-    if wanted is None or admission.config is None or not admission.config.gated:
+    if admission.config is None or not admission.config.gated:
+        # The engine's front end sees it next, and says that it cannot be steered or needs no row.
+        return None
+    wanted = wanted_of(admission, extra_args, generates=isinstance(sampling_params, SamplingParams))
+    if wanted is None:
         return None
     tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
     if tokens is None:
@@ -65,7 +69,7 @@ def _plan(engine: Any, prompt: Any, sampling_params: Any) -> AdmittedPlan | None
                 "this route takes prompts that cannot be steered; send the prompt as text or token ids"
             )
         )
-    plan = admission.admit(wanted, len(tokens), sampling_params.n)
+    plan = admitted(admission, wanted, len(tokens), sampling_params)
     sampling_params.extra_args = extra_args | {PLAN_KEY: plan}
     return plan
 
