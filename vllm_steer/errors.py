@@ -109,6 +109,11 @@ class ConversionError(SteeringError):
     """A vector or model file of another tool cannot be read, or nothing can be written in its format."""
 
 
+# What a client sends is compared with names no longer and no more than these, each of which takes time.
+_LONGEST_COMPARED = 64
+_MOST_COMPARED = 256
+
+
 def choices(wanted: str, available: Iterable[str], limit: int = 8) -> str:
     """Returns the part of a message that says what would have been right.
 
@@ -120,7 +125,8 @@ def choices(wanted: str, available: Iterable[str], limit: int = 8) -> str:
     names = sorted(available)
     if not names:
         return "there is none"
-    close = difflib.get_close_matches(wanted, names, n=1, cutoff=0.6)
+    near = len(wanted) <= _LONGEST_COMPARED and len(names) <= _MOST_COMPARED
+    close = difflib.get_close_matches(wanted, names, n=1, cutoff=0.6) if near else []
     hint = f"did you mean {close[0]!r}? " if close else ""
     shown = ", ".join(repr(name) for name in names[:limit])
     more = f" and {len(names) - limit} more" if len(names) > limit else ""

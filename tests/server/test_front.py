@@ -304,8 +304,15 @@ def test_directions_in_use_are_counted_while_they_are(server: Server, client: Op
 
 
 def test_packs_are_listed(server: Server, packs: list[SteeringPack]) -> None:
-    listed = httpx.get(server.url + "/steering/packs").json()["packs"]
-    assert [pack["name"] for pack in listed] == [pack.name for pack in packs]
+    def names(key: str) -> tuple[list[str], list[dict[str, Any]]]:
+        headers = {"authorization": f"Bearer {key}"}
+        found = httpx.get(server.url + "/steering/packs", headers=headers).json()["packs"]
+        return [pack["name"] for pack in found], found
+
+    # To each as far as it may use them.
+    assert names(GUEST)[0] == ["moods"]
+    shown, listed = names(KEY)
+    assert shown == [pack.name for pack in packs]
     assert listed[0]["directions"][0]["digest"] in packs[0].digests.values()
 
 

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_steer.plan_message import plan_of
-from vllm_steer.until import stop_position
+from vllm_steer.until import Until
 
+_SEEN = "_vllm_steer_seen"
 ExtraKeys = Callable[[Any, int, int], list[tuple[str, Any]]]
 
 
@@ -34,7 +35,7 @@ def steered_extra_keys(original: ExtraKeys) -> ExtraKeys:
             first = max(segment.start, start)
             last = end if segment.end is None else min(segment.end, end)
             if segment.until is not None:
-                stop = stop_position(segment.until, request.all_token_ids[:end])
+                stop = _first_trigger(request, segment.until, end)
                 last = last if stop is None else min(last, stop + 1)
             if first < last:
                 # vLLM publishes key[1] of each tuple in its cache events, so it stays a string.
@@ -42,3 +43,16 @@ def steered_extra_keys(original: ExtraKeys) -> ExtraKeys:
         return keys
 
     return extra_keys
+
+
+def _first_trigger(request: Any, until: Until, end: int) -> int | None:
+    """Position of the first trigger among a request's tokens before ``end``.
+
+    It is asked for block after block of a request whose tokens grow at the end alone, so each is looked at once.
+    """
+    seen, found = getattr(request, _SEEN, (until.origin, None))
+    if found is None and seen < end:
+        tokens = request.all_token_ids
+        found = next((at for at in range(seen, end) if tokens[at] in until.tokens), None)
+        setattr(request, _SEEN, (end, found))
+    return found if found is not None and found < end else None
