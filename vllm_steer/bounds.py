@@ -61,11 +61,11 @@ def check_distance(plan: SteeringPlan, registry: PackRegistry, dtype: str) -> No
     Raises:
         DoseError: It is too far; the message says what would be right.
     """
-    for segment in plan.segments:
-        layers = sorted({layer for term in segment.terms for layer in term.layers})
+    for meeting in dict.fromkeys(segment.terms for segment in plan.segments):
+        layers = sorted({layer for term in meeting for layer in term.layers})
         distance, norm = 0.0, 0.0
         for layer in layers:
-            terms = [term for term in segment.terms if layer in term.layers]
+            terms = [term for term in meeting if layer in term.layers]
             norm = max(registry.by_digest(term.digest).norms[layer] for term in terms)
             bound = layer_bound(terms, layer, norm, registry)
             moved = ((bound.gain - 1.0) * norm + bound.length) / norm

@@ -34,7 +34,8 @@ def check_limits(plan: SteeringPlan, config: ResolvedConfig) -> None:
             f"room for {config.sums_per_request} per request; ask for fewer ranges, or start the server with a higher "
             f"--steering-rows"
         )
-    for segment in plan.segments:
+    # Ranges of the same terms take the same room.
+    for segment in {segment.terms: segment for segment in plan.segments}.values():
         if segment.schedules != (None,) and config.ops == "additive":
             raise RequestError(
                 f"{REQUEST_KEY}.schedule: this server has one strength for all tokens; start it with --steering-ops affine"

@@ -29,6 +29,7 @@ FLAT_KEYS = {
     '`"start:end"` of absolute positions; either part may be empty, and negative numbers count from the '
     "prompt's end.",
 }
+MAX_DIRECTIONS = 64
 # Ranges of positions of all directions together.
 MAX_REQUEST_RANGES = 256
 PLAN_KEY = "_vllm_steer_plan"
@@ -94,7 +95,7 @@ class SteeringRequest(_Strict):
         until_token_ids: Steering ends after the first generated token with one of these ids.
     """
 
-    directions: Annotated[list[DirectionChoice], Field(min_length=1, max_length=64)]
+    directions: Annotated[list[DirectionChoice], Field(min_length=1, max_length=MAX_DIRECTIONS)]
     layers: Layers | None = None
     positions: Positions | None = None
     schedule: ScheduleChoice | None = None
@@ -169,7 +170,8 @@ def _object_of(text: str) -> Any:
             f"{REQUEST_KEY}: its JSON text has {len(text)} characters, at most {_MOST_CHARACTERS} are read"
         )
     try:
-        return from_json(text)
+        # Half of a pair of surrogates is no text, and so no JSON.
+        return from_json(text.encode(errors="surrogatepass"))
     except ValueError as error:
         raise RequestError(f"{REQUEST_KEY}: Invalid JSON: {error}") from error
 
@@ -207,13 +209,12 @@ def steering_keys(keys: Iterable[Any]) -> list[str]:
 
     A body may have hundreds of thousands of keys, and to look for a near miss takes time for each.
     """
+    likely = [key for key in keys if isinstance(key, str) and key[:1] in _FIRST_LETTERS]
     found, left = [], _MOST_MISSPELT
-    for key in keys:
-        if not isinstance(key, str):
-            continue
+    for key in likely:
         if key.startswith("steer"):
             found.append(key)
-        elif left and key[:1] in _FIRST_LETTERS and len(key) <= _LONGEST_MISSPELT:
+        elif left and len(key) <= _LONGEST_MISSPELT:
             left -= 1
             if looks_like_steering(key):
                 found.append(key)
@@ -229,6 +230,10 @@ def _parse_flat(extra_args: Mapping[str, Any]) -> SteeringRequest:
     items = extra_args.get("steer")
     if isinstance(items, str):
         items = [items]
+    if isinstance(items, list) and len(items) > MAX_DIRECTIONS:
+        raise RequestError(
+            f"steer: {len(items)} directions are given, at most {MAX_DIRECTIONS} are taken"
+        )
     if not isinstance(items, list) or not items or not all(isinstance(item, str) for item in items):
         raise RequestError(
             'steer must be a list of "name:scale" or "name", such as ["fears/spiders:12"]'

@@ -81,6 +81,16 @@ class AdmittedPlan:
         return self
 
 
+class _Unsteered:
+    """In the place of a plan: it was decided that a request is not steered. A client cannot send it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Unsteered:
+        return self
+
+
+UNSTEERED = _Unsteered()
+
+
 class Admission:
     """Checks the steering of the requests of one engine."""
 

@@ -8,13 +8,15 @@ from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Seque
 from http import HTTPStatus
 from typing import Any
 
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
+# Longest body that is read by the slower of two readers.
+_SLOWLY_READ = 2**20
 STEERED_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
 
@@ -87,11 +89,21 @@ def parse_object(body: bytes) -> dict[str, Any] | None:
         fields = from_json(body)
     except ValueError:
         # It is stricter in what text may hold, as of surrogates, than what vLLM reads bodies with.
+        if len(body) > _SLOWLY_READ:
+            return None
         try:
             fields = json.loads(body)
         except (ValueError, RecursionError):
             return None
     return fields if isinstance(fields, dict) else None
+
+
+def dump_object(fields: dict[str, Any]) -> bytes:
+    """Returns a JSON object as :func:`parse_object` read it."""
+    try:
+        return to_json(fields, inf_nan_mode="constants")
+    except ValueError:
+        return json.dumps(fields).encode()
 
 
 async def send_json(

@@ -16,13 +16,18 @@ from vllm.sampling_params import SamplingParams
 from vllm_steer.errors import RequestError, UnsupportedError
 from vllm_steer.request import (
     FLAT_KEYS,
-    NONE,
     PLAN_KEY,
     REQUEST_KEY,
     first_steering_key,
     steering_keys,
 )
-from vllm_steer.serving.admission import Admission, AdmittedPlan, Wanted, current_admission
+from vllm_steer.serving.admission import (
+    UNSTEERED,
+    Admission,
+    AdmittedPlan,
+    Wanted,
+    current_admission,
+)
 from vllm_steer.serving.door import admitted, beam_search, wanted_of
 from vllm_steer.serving.refusals import refusal
 
@@ -39,9 +44,10 @@ def plan_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
         admission: Admission = self._vllm_steer_admission
         extra_args = getattr(params, "extra_args", None) or {}
         plan = extra_args.get(PLAN_KEY)
+        wanted: Wanted | None = None
         if isinstance(plan, AdmittedPlan):
-            wanted: Wanted | None = plan.wanted
-        else:
+            wanted = plan.wanted
+        elif plan is not UNSTEERED:
             wanted = wanted_of(admission, extra_args, generates=isinstance(params, SamplingParams))
         if wanted is not None and kwargs.get("resumable"):
             raise refusal(
@@ -50,13 +56,13 @@ def plan_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
                 )
             )
         request = original(self, request_id, prompt, params, *args, **kwargs)
-        if wanted is not None or REQUEST_KEY in extra_args:
+        if wanted is not None or plan is UNSTEERED or REQUEST_KEY in extra_args:
             embeds = request.prompt_embeds
             prompt_len = len(request.prompt_token_ids) if embeds is None else embeds.shape[0]
             if wanted is not None and (plan is None or plan.receipt.prompt_len != prompt_len):
                 plan = admission.admit(wanted, prompt_len, params)
             # A new dict: vLLM's copies of the parameters share the caller's.
-            message = plan.message if plan is not None else None
+            message = plan.message if isinstance(plan, AdmittedPlan) else None
             request.sampling_params.extra_args = {
                 key: value
                 for key, value in extra_args.items()
@@ -90,9 +96,9 @@ def check_sampling(original: Callable[..., Any]) -> Callable[..., Any]:
         elif wanted is not None:
             plan = admitted(admission, wanted, prompt_len, params)
             params.extra_args = extra_args | {PLAN_KEY: plan}
-        elif REQUEST_KEY in extra_args:
-            # That it wants nothing is looked at again where it generates.
-            params.extra_args = {**(params.extra_args or {}), REQUEST_KEY: NONE}
+        elif extra_args or admission.policy.default is not None:
+            # Not to be looked at again where it generates.
+            params.extra_args = {**(params.extra_args or {}), PLAN_KEY: UNSTEERED}
         return params
 
     return to_sampling_params

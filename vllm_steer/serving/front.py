@@ -26,6 +26,7 @@ from vllm_steer.serving.asgi import (
     Message,
     Receive,
     Send,
+    dump_object,
     exists,
     key_digest,
     parse_object,
@@ -85,7 +86,7 @@ class SteeringFront:
                 if served and alias in admission.policy.aliases and not _serves(scope, name):
                     exchange.model = name
                     exchange.alias = admission.policy.aliases[alias]
-                    body = json.dumps(fields | {"model": served}).encode()
+                    body = dump_object(fields | {"model": served})
                     messages = [{"type": "http.request", "body": body}]
                     scope = {**scope, "headers": _with_length(scope["headers"], len(body))}
             receive = replay(messages, receive)
@@ -241,7 +242,7 @@ class _Receipts(_Buffered):
 
 def _may_name(body: bytes, aliases: Iterable[str]) -> bool:
     """Whether a body can name an alias at all, which saves most of them from being parsed twice."""
-    return b"\\u" in body or any(alias.encode() in body for alias in aliases)
+    return b"\\u" in body or any(f":{alias}".encode() in body for alias in aliases)
 
 
 async def _measure_planning(engine: Any) -> None:

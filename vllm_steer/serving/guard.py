@@ -8,6 +8,7 @@ text.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, get_type_hints
 
@@ -32,6 +33,8 @@ from vllm_steer.serving.front import SteeringFront
 from vllm_steer.serving.refusals import count_refusal
 
 _XARGS = "vllm_xargs"
+# What a body must hold to have a key that asks for steering; most need not be parsed for it.
+_MAY_ASK = re.compile(rb'"(?:[sStT_][A-Za-z_]{3,}|vllm_xargs|extra_body|extra_args)"\s*:|\\u')
 # Arguments of clients, whose content belongs beside the other fields; some send them as they are.
 _WRAPPERS = ("extra_body", "extra_args")
 
@@ -76,7 +79,7 @@ class SteeringGuard:
 
 def _dropped_field(body: bytes, scope: Message) -> str | None:
     """The first key of a JSON body that asks for steering and that its route drops."""
-    fields = parse_object(body)
+    fields = parse_object(body) if _MAY_ASK.search(body) else None
     if fields is None:
         return None
     top = first_steering_key(fields)

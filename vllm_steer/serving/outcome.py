@@ -16,7 +16,7 @@ from vllm_steer.errors import BusyError, UnsupportedError
 from vllm_steer.receipt import Receipt
 from vllm_steer.request import PLAN_KEY, REQUEST_KEY
 from vllm_steer.serving import metrics
-from vllm_steer.serving.admission import Admission, AdmittedPlan
+from vllm_steer.serving.admission import UNSTEERED, Admission, AdmittedPlan
 from vllm_steer.serving.door import admitted, wanted_of
 from vllm_steer.serving.engine_requests import EnginePrompt, arriving, forget
 from vllm_steer.serving.exchange import current_exchange
@@ -55,6 +55,8 @@ def _plan(engine: Any, prompt: Any, sampling_params: Any) -> AdmittedPlan | None
     plan = extra_args.get(PLAN_KEY)
     if isinstance(plan, AdmittedPlan):
         return plan
+    if plan is UNSTEERED:
+        return None
     admission: Admission = engine.input_processor._vllm_steer_admission
     if admission.config is None or not admission.config.gated:
         # The engine's front end sees it next, and says that it cannot be steered or needs no row.
