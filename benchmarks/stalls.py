@@ -106,7 +106,7 @@ BODIES: tuple[Bad, ...] = (
         "/v1/completions",
         prompt=_PROMPTS,
         max_tokens=1,
-        steering=_directions(4, positions=_RANGES),
+        steering=_directions(2, positions=_RANGES),
     ),
     _bad("layers", "/v1/completions", steering=_directions(64, layers=[0] * 4096)),
     _bad("text of 6 MB", "/v1/completions", vllm_xargs={"steering": "[" * _LARGE}),

@@ -27,15 +27,16 @@ def check_limits(plan: SteeringPlan, config: ResolvedConfig) -> None:
     Raises:
         RequestError: It cannot; the message says how the server would have to be started.
     """
-    count = len({segment.row_key for segment in plan.segments})
+    # Ranges of the same terms take the same room.
+    different = list({segment.terms: segment for segment in plan.segments}.values())
+    count = len({segment.row_key for segment in different})
     if count > config.sums_per_request:
         raise RequestError(
             f"{REQUEST_KEY}.directions: their sum takes {count} different values over the positions, the server has "
             f"room for {config.sums_per_request} per request; ask for fewer ranges, or start the server with a higher "
             f"--steering-rows"
         )
-    # Ranges of the same terms take the same room.
-    for segment in {segment.terms: segment for segment in plan.segments}.values():
+    for segment in different:
         if segment.schedules != (None,) and config.ops == "additive":
             raise RequestError(
                 f"{REQUEST_KEY}.schedule: this server has one strength for all tokens; start it with --steering-ops affine"

@@ -31,7 +31,7 @@ FLAT_KEYS = {
 }
 MAX_DIRECTIONS = 64
 # Ranges of positions of all directions together.
-MAX_REQUEST_RANGES = 256
+MAX_REQUEST_RANGES = 128
 PLAN_KEY = "_vllm_steer_plan"
 # Near misses of a key are looked for among so many that begin like one and are no longer than this.
 _MOST_MISSPELT = 64

@@ -62,6 +62,14 @@ class Term:
     form: Form = ADDITION
     schedule: Schedule | None = None
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.digest, self.scale, self.layers, self.form, self.schedule))
+
+    def __hash__(self) -> int:
+        # Terms are looked up range after range.
+        return self._hash
+
     @property
     def rank(self) -> int:
         """Components of the affine form that it takes at each layer; 0 for plain addition."""

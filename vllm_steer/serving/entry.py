@@ -63,11 +63,10 @@ def plan_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
                 plan = admission.admit(wanted, prompt_len, params)
             # A new dict: vLLM's copies of the parameters share the caller's.
             message = plan.message if isinstance(plan, AdmittedPlan) else None
-            request.sampling_params.extra_args = {
-                key: value
-                for key, value in extra_args.items()
-                if key not in (REQUEST_KEY, PLAN_KEY, *FLAT_KEYS)
-            } | ({PLAN_KEY: message} if message else {})
+            kept = dict(extra_args)
+            for key in (REQUEST_KEY, PLAN_KEY, *FLAT_KEYS):
+                kept.pop(key, None)
+            request.sampling_params.extra_args = kept | ({PLAN_KEY: message} if message else {})
         return request
 
     return process_inputs
