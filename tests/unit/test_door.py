@@ -1,0 +1,113 @@
+"""What a request is to be steered by, where the engine takes it in: ``LLM``, an embedded engine, token-in routes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm import PoolingParams, SamplingParams
+from vllm.exceptions import VLLMValidationError
+
+from tests.unit.front_end import started
+from vllm_steer.pack import SteeringPack
+from vllm_steer.plan_message import plan_of
+from vllm_steer.policy import Policy
+from vllm_steer.request import PLAN_KEY, SteeringRequest
+from vllm_steer.serving.admission import UNSTEERED, Admission
+from vllm_steer.serving.door import beam_search
+from vllm_steer.serving.entry import plan_inputs
+from vllm_steer.serving.exchange import Exchange, current_exchange
+
+SPIDERS: dict[str, Any] = {"directions": [{"name": "fears/spiders", "scale": 2.0}]}
+LATE = SPIDERS | {"positions": "generated"}
+TOKENS = [5, 6, 7]
+
+
+@pytest.fixture
+def admission(fears: SteeringPack) -> Admission:
+    return started(fears)
+
+
+@pytest.fixture
+def exchange() -> Iterator[Exchange]:
+    found = Exchange("/invocations")
+    token = current_exchange.set(found)
+    yield found
+    current_exchange.reset(token)
+
+
+def taken_in(admission: Admission, params: Any) -> Any:
+    """The engine's request that comes of some parameters."""
+
+    def process_inputs(self: Any, request_id: str, prompt: Any, params: Any) -> Any:
+        return SimpleNamespace(
+            prompt_embeds=None, prompt_token_ids=TOKENS, sampling_params=params.clone()
+        )
+
+    front_end = SimpleNamespace(_vllm_steer_admission=admission)
+    return plan_inputs(process_inputs)(front_end, "1", TOKENS, params)
+
+
+def steered(admission: Admission, params: Any) -> list[str]:
+    plan = plan_of(taken_in(admission, params).sampling_params)
+    return sorted(plan.digests) if plan is not None else []
+
+
+def test_the_default_steers_what_names_nothing(admission: Admission, fears: SteeringPack) -> None:
+    digest = fears.digests["spiders"]
+    assert steered(admission, SamplingParams()) == []
+    admission.policy = Policy(default=SteeringRequest.model_validate(SPIDERS))
+    assert steered(admission, SamplingParams()) == [digest]
+    assert steered(admission, SamplingParams(extra_args={"other": 1})) == [digest]
+    assert steered(admission, SamplingParams(extra_args={"steering": "none"})) == []
+    own = {"steering": {"directions": [{"name": "New York"}]}}
+    assert steered(admission, SamplingParams(extra_args=own)) == [fears.digests["New York"]]
+    assert steered(admission, PoolingParams(task="embed")) == []
+    # What was decided before is not decided again.
+    assert steered(admission, SamplingParams(extra_args={PLAN_KEY: UNSTEERED, "a": 1})) == []
+
+
+@pytest.mark.parametrize("value", [None, b"", [], {}, "unsteered", 1])
+def test_no_client_decides_in_the_place_of_admission(value: Any, admission: Admission) -> None:
+    admission.policy = Policy(default=SteeringRequest.model_validate(SPIDERS))
+    with pytest.raises(VLLMValidationError, match="is internal; send 'steering'"):
+        steered(admission, SamplingParams(extra_args={PLAN_KEY: value}))
+
+
+def test_the_steps_of_a_beam_search_that_wants_no_steering_get_no_default(
+    admission: Admission,
+) -> None:
+    admission.policy = Policy(default=SteeringRequest.model_validate(SPIDERS))
+    token = beam_search.set(True)
+    try:
+        assert steered(admission, SamplingParams()) == []
+    finally:
+        beam_search.reset(token)
+
+
+def test_an_alias_steers_whatever_its_route_is(
+    admission: Admission, fears: SteeringPack, exchange: Exchange
+) -> None:
+    exchange.model, exchange.alias = "demo:x", SteeringRequest.model_validate(SPIDERS)
+    assert steered(admission, SamplingParams()) == [fears.digests["spiders"]]
+    with pytest.raises(VLLMValidationError, match="does not generate; name the model alone"):
+        taken_in(admission, PoolingParams(task="embed"))
+    with pytest.raises(VLLMValidationError, match="is steered by its name; leave out 'steer'"):
+        taken_in(admission, SamplingParams(extra_args={"steer": ["spiders"]}))
+
+
+@pytest.mark.parametrize(("max_tokens", "fits"), [(1, False), (2, True), (None, True)])
+def test_what_can_steer_no_token_is_refused(
+    max_tokens: int | None, fits: bool, admission: Admission
+) -> None:
+    """The last token of an answer does not go through the model. A default is nobody's mistake."""
+    params = SamplingParams(max_tokens=max_tokens, extra_args={"steering": LATE})
+    if fits:
+        assert steered(admission, params)
+    else:
+        with pytest.raises(VLLMValidationError, match="no token is steered: of a prompt of 3 tok"):
+            steered(admission, params)
+    admission.policy = Policy(default=SteeringRequest.model_validate(LATE))
+    assert steered(admission, SamplingParams(max_tokens=max_tokens))
