@@ -246,11 +246,17 @@ class TokenEngine:
         from vllm import SamplingParams
 
         with asking():
-            return llm.generate(
+            outputs = llm.generate(
                 [{"prompt_token_ids": list(prompt)} for prompt in prompts],
                 [SamplingParams(temperature=0.0, **given) for given in parameters],
                 use_tqdm=_moving(bar),
             )
+        failed = sum(output.outputs[0].finish_reason == "error" for output in outputs)
+        if failed:
+            raise EvaluationError(
+                f"the engine failed {failed} of {len(outputs)} requests; what it wrote before says why"
+            )
+        return outputs
 
     def _engine(self, longest: int) -> Any:
         if self._llm is not None and longest > self._llm.llm_engine.model_config.max_model_len:

@@ -327,7 +327,11 @@ def test_what_runs_in_the_background_keeps_what_it_needs(
         while client.responses.retrieve(answer.id).status in ("queued", "in_progress"):
             assert time.monotonic() < deadline
             time.sleep(0.2)
-        assert client.responses.retrieve(answer.id).status in ("completed", "incomplete")
+        ended = client.responses.retrieve(answer.id)
+        assert ended.status in ("completed", "incomplete")
+        (receipt,) = ended.model_extra["steering"]
+        assert receipt["directions"][0]["name"] == "kept/mine"
+        assert receipt["tokens_steered"] > 0
         filler.result()
     # Its time was over while it was needed.
     listed = f"{server.url}/steering/packs"

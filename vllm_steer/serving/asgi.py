@@ -106,6 +106,12 @@ def dump_object(fields: dict[str, Any]) -> bytes:
         return json.dumps(fields).encode()
 
 
+def with_length(headers: list[tuple[bytes, bytes]], length: int) -> list[tuple[bytes, bytes]]:
+    """Returns headers with another length of the body."""
+    kept = [(name, value) for name, value in headers if name.lower() != b"content-length"]
+    return [*kept, (b"content-length", str(length).encode())]
+
+
 async def send_json(
     send: Send, status: int, content: Any, more: Sequence[tuple[bytes, bytes]] = ()
 ) -> None:

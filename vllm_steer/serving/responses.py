@@ -1,0 +1,196 @@
+"""What is done to responses on their way out: receipts, aliases in the list of models, and 503 for who waited too long."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from vllm_steer.receipt import HEADER, Receipt
+from vllm_steer.request import REQUEST_KEY
+from vllm_steer.serving.admission import Admission
+from vllm_steer.serving.asgi import Message, Send, parse_object, send_error, with_length
+from vllm_steer.serving.exchange import Exchange
+
+_MESSAGE_END = "message_stop"
+_END = re.compile(
+    rb'"finish_reason":\s*"|"type":\s*"(response\.(completed|incomplete)|message_stop)"'
+)
+# When a client that was not let in should come again.
+_RETRY_SECONDS = 5
+
+
+class Unavailable:
+    """Answers with 503 what waited too long, also where vLLM has begun to answer with 200."""
+
+    def __init__(self, send: Send, exchange: Exchange) -> None:
+        self._send, self._exchange = send, exchange
+        self._start: Message | None = None
+        self._refused = False
+
+    async def send(self, message: Message) -> None:
+        """Takes the place of ``send``."""
+        if self._refused:
+            return
+        if message["type"] == "http.response.start" and self._exchange.receipts:
+            # Until there is something of the body it is not known whether all prompts were let in.
+            self._start = message
+            return
+        start, self._start = self._start, None
+        if start is not None and self._exchange.busy is not None:
+            self._refused = True
+            retry = [(b"retry-after", str(_RETRY_SECONDS).encode())]
+            await send_error(self._send, self._exchange.busy, REQUEST_KEY, 503, retry)
+            return
+        if start is not None:
+            await self._send(start)
+        await self._send(message)
+
+
+class _Buffered:
+    """Holds a JSON response back until it is whole."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._start: Message | None = None
+        self._body = b""
+
+    async def _pass_whole(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._start = message
+            return
+        self._body += message.get("body", b"")
+        if message.get("more_body") or self._start is None:
+            return
+        body, start = self._complete(self._body), self._start
+        start["headers"] = with_length(start["headers"], len(body))
+        await self._send(start)
+        await self._send({"type": "http.response.body", "body": body})
+
+    def _complete(self, body: bytes) -> bytes:
+        raise NotImplementedError
+
+
+class ModelList(_Buffered):
+    """Adds the aliases that a key may use to the list of models."""
+
+    def __init__(self, send: Send, admission: Admission, key: str | None) -> None:
+        super().__init__(send)
+        assert admission.store is not None
+        self._aliases = admission.policy.shown_aliases(key, admission.store.registry)
+
+    async def send(self, message: Message) -> None:
+        """Takes the place of ``send``."""
+        await self._pass_whole(message)
+
+    def _complete(self, body: bytes) -> bytes:
+        models = parse_object(body)
+        if models is None or not isinstance(models.get("data"), list):
+            return body
+        served = [card for card in models["data"] if not card.get("parent")]
+        models["data"] += [
+            card | {"id": f"{card['id']}:{alias}", "parent": card["id"], "owned_by": "vllm-steer"}
+            for card in served
+            for alias in self._aliases
+        ]
+        return json.dumps(models).encode()
+
+
+class Stored(_Buffered):
+    """Puts the receipts of an answer into it that is read later."""
+
+    def __init__(self, send: Send, receipts: list[Receipt]) -> None:
+        super().__init__(send)
+        self._receipts = receipts
+
+    async def send(self, message: Message) -> None:
+        """Takes the place of ``send``."""
+        if message["type"] == "http.response.start" and not _is_json(message):
+            # A stream of events that were stamped when they were sent first.
+            self._receipts = []
+        if self._receipts:
+            await self._pass_whole(message)
+        else:
+            await self._send(message)
+
+    def _complete(self, body: bytes) -> bytes:
+        return _with_receipts(body, self._receipts)[0]
+
+
+class Receipts(_Buffered):
+    """Puts the receipts of an exchange into its response.
+
+    Attributes:
+        answer_id: ``id`` of the response, once it is known and has receipts.
+    """
+
+    def __init__(self, send: Send, exchange: Exchange) -> None:
+        super().__init__(send)
+        self._exchange = exchange
+        self._kind: bytes | None = None
+        self.answer_id: str | None = None
+
+    async def send(self, message: Message) -> None:
+        """Takes the place of ``send``."""
+        if message["type"] == "http.response.start":
+            self._kind = None
+            if self._exchange.receipts and message["status"] == 200:
+                headers = dict(message["headers"])
+                self._kind = headers.get(b"content-type", b"").partition(b";")[0]
+                summary = ", ".join(r.to_header() for r in self._exchange.receipts[:1])
+                message["headers"] = [
+                    *message["headers"],
+                    (HEADER.encode(), summary.encode("latin-1", "replace")),
+                ]
+        if self._kind == b"application/json":
+            await self._pass_whole(message)
+        elif self._kind == b"text/event-stream" and message["type"] == "http.response.body":
+            await self._pass_events(message)
+        else:
+            await self._send(message)
+
+    async def _pass_events(self, message: Message) -> None:
+        *events, rest = (self._body + message.get("body", b"")).split(b"\n\n")
+        if not message.get("more_body"):
+            events, rest = [*events, rest], b""
+        self._body = rest
+        stamped = [self._stamp(event) if _END.search(event) else event for event in events]
+        end = b"\n\n" if message.get("more_body") else b""
+        await self._send({**message, "body": b"\n\n".join(stamped) + (end if stamped else b"")})
+
+    def _stamp(self, event: bytes) -> bytes:
+        before, marker, data = event.partition(b"data: ")
+        chunk = parse_object(data)
+        if chunk is None:
+            return event
+        if chunk.get("type") == _MESSAGE_END:
+            chunk[REQUEST_KEY] = [r.to_json() for r in self._exchange.receipts]
+        elif isinstance(chunk.get("response"), dict):
+            self.answer_id = chunk["response"].get("id")
+            chunk["response"][REQUEST_KEY] = [r.to_json() for r in self._exchange.receipts]
+        else:
+            ended = [c["index"] for c in chunk.get("choices", ()) if c.get("finish_reason")]
+            found = [self._exchange.receipt_of(index) for index in ended]
+            chunk[REQUEST_KEY] = [pair[0].to_json(pair[1]) for pair in found if pair is not None]
+        return before + marker + json.dumps(chunk).encode()
+
+    def _complete(self, body: bytes) -> bytes:
+        body, self.answer_id = _with_receipts(body, self._exchange.receipts)
+        return body
+
+
+def _is_json(start: Message) -> bool:
+    """Whether a response is one JSON value."""
+    kind: bytes = dict(start["headers"]).get(b"content-type", b"")
+    return kind.partition(b";")[0] == b"application/json"
+
+
+def _with_receipts(body: bytes, receipts: list[Receipt]) -> tuple[bytes, str | None]:
+    """Returns a JSON object with receipts, and its ``id``."""
+    fields = parse_object(body)
+    if fields is None:
+        return body, None
+    found = fields.get("id")
+    fields[REQUEST_KEY] = [receipt.to_json() for receipt in receipts]
+    return json.dumps(fields, ensure_ascii=False).encode(), found if isinstance(
+        found, str
+    ) else None
