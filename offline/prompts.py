@@ -7,11 +7,12 @@ template appends to open the answer.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +21,7 @@ from vllm_steer.errors import ExtractionError, choices
 
 QUESTION = "What are your thoughts on the following statement? \nStatement: {statement}"
 SEPARATOR = "  "
+_PARTS_AS_THEY_STAND = re.compile(r"""["']type["']:\s*["']text["']""")
 PrefixRole = Literal["user", "system"]
 
 PREFIX_TEMPLATES: Mapping[str, str] = MappingProxyType(
@@ -226,18 +228,38 @@ def apply_template(
             "the tokenizer has no chat template; use an instruction-tuned model, or set "
             "tokenizer.chat_template"
         )
-    messages = [{"role": "system", "content": system}] if system else []
-    try:
-        rendered = tokenizer.apply_chat_template(
-            [*messages, {"role": "user", "content": content}],
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
-    except TemplateError as error:
-        raise ExtractionError(
-            f"the chat template refuses {'a system message' if system else 'the prompt'}: {error}"
-        ) from error
-    return cast(str, rendered)
+    said = [("system", system)] if system else []
+    said.append(("user", content))
+    refused: Exception | None = None
+    for as_parts in (False, True):
+        # Templates of models that see images want a list of parts, and render nothing of a string.
+        messages: list[Any] = [
+            {"role": role, "content": [{"type": "text", "text": text}] if as_parts else text}
+            for role, text in said
+        ]
+        try:
+            rendered = cast(
+                str,
+                tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                ),
+            )
+        # A template is a program, and may fail in its own ways on the form that is not its own.
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            refused = refused or error
+            continue
+        # A template that knows no parts may write the list as it stands.
+        if _PARTS_AS_THEY_STAND.search(rendered) and as_parts:
+            continue
+        if all(text.strip() in rendered for _, text in said):
+            return rendered
+    what = "a system message" if system else "the prompt"
+    if refused is not None:
+        raise ExtractionError(f"the chat template refuses {what}: {refused}") from refused
+    raise ExtractionError(
+        f"the chat template renders the text of {what} 0 times unchanged, as a string and as a list of parts: it drops "
+        f"or alters what is said, so the model would not read it"
+    )
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -72,6 +72,10 @@ CALLS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("preprocess_add_request", ("vllm.v1.engine.core",)),
     ("_initialize_kv_caches", ("vllm.v1.engine.core",)),
     ("_handle_request_preproc_error", ("vllm.v1.engine.core",)),
+    ("_free_request", ("vllm.v1.core.sched.scheduler",)),
+    ("add_request", ("vllm.v1.engine.async_llm",)),
+    ("_finish_request", ("vllm.v1.engine.output_processor",)),
+    ("abort_requests", ("vllm.v1.engine.async_llm",)),
     ("to_beam_search_params", (f"{OPENAI}.completion.serving",)),
     ("to_beam_search_params", (f"{OPENAI}.chat_completion.serving",)),
     (
@@ -135,7 +139,7 @@ FIELDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "vllm.v1.engine",
         "EngineCoreRequest",
-        ("prompt_token_ids", "prompt_embeds", "sampling_params"),
+        ("request_id", "prompt_token_ids", "prompt_embeds", "sampling_params"),
     ),
     ("vllm.v1.engine.async_llm", "AsyncLLM", ("log_requests",)),
     ("vllm.v1.engine.core", "EngineCore", ("vllm_config", "model_executor")),

@@ -8,6 +8,7 @@ from offline.prompts import (
     _locate,
     count_candidates,
     prefix_for,
+    render_answer,
     render_prompt,
     render_question,
 )
@@ -166,3 +167,59 @@ def test_a_template_that_alters_the_text_is_refused(make_tokenizer):
             render_prompt(tokenizer, STATEMENT)
     finally:
         tokenizer.chat_template = original
+
+
+# Of models that see images: content is a list of parts, and of a string nothing is rendered.
+PARTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Takes strings alone, and stumbles over a list.
+STRINGS = PARTS.replace(
+    "{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}",
+    "{{ m.content + '' }}",
+)
+DROPPING = PARTS.replace("{{ part.text }}", "")
+SHORTENING = STRINGS.replace("m.content + ''", "m.content[:20]")
+
+
+@pytest.fixture
+def templated(make_tokenizer):
+    """Sets the template of a tokenizer that others use too."""
+    tokenizer = make_tokenizer("chatml")
+    original = tokenizer.chat_template
+
+    def give(template):
+        tokenizer.chat_template = template
+        return tokenizer
+
+    yield give
+    tokenizer.chat_template = original
+
+
+@pytest.mark.parametrize("template", [PARTS, STRINGS])
+def test_every_prompt_holds_what_is_said(templated, template):
+    """Prefixed or not, with an answer or none, whatever the template wants content to be."""
+    tokenizer = templated(template)
+    assert STATEMENT in render_prompt(tokenizer, STATEMENT).text
+    assert PREFIX in render_prompt(tokenizer, STATEMENT, PREFIX).text
+    both = render_question(tokenizer, STATEMENT, PREFIX, role="system").text
+    assert PREFIX in both
+    assert STATEMENT in both
+    assert render_answer(tokenizer, STATEMENT, "Yes").text.endswith("assistant\nYes")
+    assert STATEMENT in render_answer(tokenizer, STATEMENT, "Yes").text
+    assert count_candidates(tokenizer) == 4
+
+
+@pytest.mark.parametrize("template", [DROPPING, SHORTENING])
+def test_a_template_that_drops_what_is_said_is_refused(templated, template):
+    tokenizer = templated(template)
+    for render in (
+        lambda: render_prompt(tokenizer, STATEMENT),
+        lambda: render_question(tokenizer, STATEMENT, PREFIX, role="system"),
+        lambda: render_answer(tokenizer, f"{STATEMENT} {STATEMENT}", "Yes"),
+        lambda: count_candidates(tokenizer),
+    ):
+        with pytest.raises(ExtractionError, match="0 times unchanged, as a string and as a list"):
+            render()
