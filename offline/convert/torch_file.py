@@ -2,13 +2,17 @@
 
 A file may hold
 
-- a dict of layer to vector ``[hidden_size]``, layers as integers or their digits, or such a dict under
-  the key ``directions``, as the fields of repeng's control vectors are;
+- a dict of layer to vector ``[hidden_size]``, layers as integers, their digits or the names of modules
+  (``layer_12``, ``model.layers.12``), or such a dict under the key ``directions``, as the fields of
+  repeng's control vectors are; or ``{"layer": 12, "vector": ...}``;
 - a matrix ``[layers, hidden_size]``, row i for the i-th of the layers given or, where the rows are as
-  many as the model's blocks, for layer i;
-- one vector ``[hidden_size]``, as EasySteer saves them, for each of the layers given.
+  many as the model's blocks, for layer i; where they are one more, they are hidden states with the
+  embeddings in front, as persona vectors are: row i + 1 for layer i, and the last is left out, since
+  Hugging Face gives it after the final norm;
+- one vector ``[hidden_size]``, as EasySteer saves them, for each of the layers given, or for the one that
+  the file's name says, as contrastive activation addition saves them (``vec_layer_13.pt``).
 
-Layer k is the output of decoder block k, 0-based.
+Layer k is the output of decoder block k, 0-based. A vector ``[1, hidden_size]`` is one of ``[hidden_size]``.
 """
 
 from __future__ import annotations
@@ -37,7 +41,11 @@ from vllm_steer.pack import ModelIdentity
 
 MAX_PICKLE_BYTES: Final = 2**20
 MAX_MEMBERS: Final = 3 * MAX_LAYERS
-_LAYER: Final = re.compile(r"0|[1-9][0-9]{0,3}")
+_NUMBER: Final = r"(0|[1-9][0-9]{0,3})"
+_MODULES: Final = r"(?:layers?|blocks?|blk|h)"
+_LAYER: Final = re.compile(rf"(?:(?:[a-z_]+\.)*{_MODULES}[._-]?)?{_NUMBER}")
+_LAYER_IN_NAME: Final = re.compile(rf"(?:^|[^a-z]){_MODULES}[ ._-]?{_NUMBER}(?![0-9])")
+_ONE: Final = frozenset({"layer", "vector"})
 
 
 def read_torch(file: Path, layers: Sequence[int] | None, model: ModelIdentity) -> VectorFile:
@@ -99,12 +107,16 @@ def _check_archive(file: Path) -> None:
 def _by_layer(
     file: Path, content: Any, layers: Sequence[int] | None, num_layers: int
 ) -> dict[int, Tensor]:
+    if isinstance(content, dict) and content.keys() == _ONE:
+        layer, vector = content["layer"], _tensor(file, content["vector"], 1)
+        return {_layer(file, layer): vector}
     if isinstance(content, dict) and content:
         found = {_layer(file, key): _tensor(file, value, 1) for key, value in content.items()}
         if len(found) < len(content):
             raise ConversionError(f"{file}: gives a layer twice")
         return found
-    if isinstance(content, Tensor) and content.dim() == 1:
+    if isinstance(content, Tensor) and (content.dim() == 1 or len(content) == 1 != num_layers):
+        layers = _layers_of_one(file, layers)
         if layers is None:
             raise ConversionError(
                 f"{file}: holds one vector for no layer in particular; name its layers with --layers"
@@ -112,6 +124,8 @@ def _by_layer(
         return dict.fromkeys(layers, _tensor(file, content, 1))
     if isinstance(content, Tensor):
         matrix = _tensor(file, content, 2)
+        if layers is None and len(matrix) == num_layers + 1:
+            return dict(enumerate(matrix[1:-1]))
         given = range(num_layers) if layers is None else layers
         if len(matrix) != len(given):
             raise ConversionError(
@@ -126,9 +140,28 @@ def _by_layer(
     )
 
 
+def _layers_of_one(file: Path, layers: Sequence[int] | None) -> Sequence[int] | None:
+    """The layers of a file with one vector, which its name may say.
+
+    Raises:
+        ConversionError: The name and what was given differ.
+    """
+    named = _LAYER_IN_NAME.search(file.stem.lower())
+    if named is None:
+        return layers
+    layer = int(named[1])
+    if layers is not None and list(layers) != [layer]:
+        raise ConversionError(
+            f"{file}: holds one vector, by its name for layer {layer}, and --layers says {[*layers]}; leave --layers out. "
+            f"Each file makes a direction of its own: for one with several layers, save them as one file, "
+            f"torch.save({{{layer}: vector, ...}}, file)"
+        )
+    return [layer]
+
+
 def _layer(file: Path, key: Any) -> int:
-    if type(key) in (int, str) and _LAYER.fullmatch(str(key)):
-        return int(key)
+    if type(key) in (int, str) and (found := _LAYER.fullmatch(str(key))):
+        return int(found[1])
     raise ConversionError(
         f"{file}: has a key {str(key)[:80]!r} where a layer belongs, 0 to {MAX_LAYERS - 1}"
     )
@@ -136,6 +169,8 @@ def _layer(file: Path, key: Any) -> int:
 
 def _tensor(file: Path, value: Any, dimensions: int) -> Tensor:
     """Returns a value of the file after checking that it is a float tensor as large as it claims."""
+    if isinstance(value, Tensor) and value.dim() == dimensions + 1 and len(value) == 1:
+        value = value[0]
     if (
         not isinstance(value, Tensor)
         or value.layout != torch.strided

@@ -30,6 +30,13 @@ def as_torch(directions: dict[Any, np.ndarray]) -> dict[Any, torch.Tensor]:
         (torch.stack([*as_torch(rows(0, (0, 1, 2, 3))).values()]), None, rows(0, (0, 1, 2, 3))),
         (torch.stack([*as_torch(rows()).values()]), [1, 2, 3], rows()),
         (torch.from_numpy(rows()[1]), [2, 3], {2: rows()[1], 3: rows()[1]}),
+        ({f"layer_{layer}": row for layer, row in as_torch(rows()).items()}, None, rows()),
+        ({f"model.layers.{layer}": row[None] for layer, row in as_torch(rows()).items()}, None, rows()),
+        ({"layer": 2, "vector": torch.from_numpy(rows()[2])}, None, {2: rows()[2]}),
+        (torch.from_numpy(rows()[1])[None], [3], {3: rows()[1]}),
+        # Hidden states with the embeddings in front, and the last after the final norm.
+        (torch.stack([torch.ones(HIDDEN), *as_torch(rows(0, (0, 1, 2, 3))).values()]), None,
+         {k: row for k, row in rows(0, (0, 1, 2, 3)).items() if k < 3}),
         ({1: torch.ones(HIDDEN, dtype=torch.bfloat16), 2: torch.zeros(HIDDEN)}, None,
          {1: np.ones(HIDDEN, np.float32)}),
         ({1: torch.ones(HIDDEN, dtype=torch.float64) / 3}, None,
@@ -45,6 +52,36 @@ def test_plain_tensors(
     for layer, row in expected.items():
         assert found[layer].dtype == np.float32
         assert np.array_equal(found[layer], row)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "expected"),
+    [
+        ("vec_layer_2.pt", None, [2]),
+        ("vec_layer_2.pt", [2], [2]),
+        ("blk.3-happy.pt", None, [3]),
+        ("happy.pt", [1, 2], [1, 2]),
+        # No layer: a number in the name of a concept, or of a size.
+        ("player2.pt", [1], [1]),
+        ("llama-3-8b.pt", [1], [1]),
+    ],
+)
+@pytest.mark.parametrize("shape", [(HIDDEN,), (1, HIDDEN)])
+def test_one_vector_belongs_where_its_name_says(
+    name: str, layers: list[int] | None, expected: list[int], shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    torch.save(torch.ones(shape), tmp_path / name)
+    assert list(read_torch(tmp_path / name, layers, MODEL).vectors) == expected
+
+
+@pytest.mark.parametrize("layers", [[1], [1, 2], [2, 3]])
+def test_a_layer_that_contradicts_the_name_is_refused(layers: list[int], tmp_path: Path) -> None:
+    """As when two files are given that hold one layer each, with the layer of the first."""
+    torch.save(torch.ones(HIDDEN), tmp_path / "vec_layer_2.pt")
+    with pytest.raises(
+        ConversionError, match="by its name for layer 2, and --layers says .*Each file"
+    ):
+        read_torch(tmp_path / "vec_layer_2.pt", layers, MODEL)
 
 
 class Runs:
