@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,11 @@ from transformers import (
 
 from vllm_steer.errors import ExtractionError
 from vllm_steer.pack import ModelIdentity
+
+# Weights that a language model alone has no place for: other towers, heads that draft, and tables that are computed.
+_ELSEWHERE = re.compile(
+    r"(^|\.)(vision|visual|audio|image|multi_modal|mm_|mtp|draft|eagle|medusa)|rotary_emb\.inv_freq$"
+)
 
 
 def load_config(
@@ -77,13 +83,53 @@ def load_model(
         ExtractionError: There is no such model, or it cannot be loaded.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model: PreTrainedModel
+    report: dict[str, Any]
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=getattr(torch, dtype), attn_implementation=attention
+        model, report = AutoModelForCausalLM.from_pretrained(
+            model_path,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
-        raise ExtractionError(f"cannot load a model from {str(model_path)!r}: {error}") from error
+    # A quantised checkpoint may want a library that is not there; weights that do not fit are a RuntimeError.
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise ExtractionError(
+            f"cannot load a model from {str(model_path)!r}: {error}; of a quantised model, extract from the one that it was "
+            f"made from: such a pack is served with either"
+        ) from error
+    _check_loaded(model, report, model_path)
     return model.to(device).eval()  # type: ignore[arg-type]  # untyped decorator
+
+
+def _check_loaded(
+    model: PreTrainedModel, report: Mapping[str, Any], model_path: str | os.PathLike[str]
+) -> None:
+    """Checks that a model is the one of its checkpoint, which the library only warns of.
+
+    Raises:
+        ExtractionError: Weights are missing, are left over, or are quantised in a way that was not undone.
+    """
+    found = {
+        "lacks {} weights of the model": sorted(report["missing_keys"]),
+        "has {} weights that the model has no place for": sorted(
+            key for key in report["unexpected_keys"] if not _ELSEWHERE.search(key)
+        ),
+        "has {} weights of another shape": sorted(map(str, report["mismatched_keys"])),
+    }
+    for what, keys in found.items():
+        if keys:
+            raise ExtractionError(
+                f"the checkpoint {str(model_path)!r} {what.format(len(keys))}, such as {keys[0]!r}, so what is loaded "
+                f"would not compute what it was trained to; extract from the unquantised checkpoint, or with a version of "
+                f"transformers that reads this one"
+            )
+    quantised = getattr(model.config, "quantization_config", None)
+    if quantised and getattr(model, "hf_quantizer", None) is None:
+        raise ExtractionError(
+            f"the checkpoint {str(model_path)!r} is quantised in a way that transformers leaves as it is; extract from the "
+            f"unquantised model: such a pack is served with either"
+        )
 
 
 def find_blocks(model: nn.Module, count: int) -> nn.ModuleList:
