@@ -86,12 +86,14 @@ def load_model(
     model: PreTrainedModel
     report: dict[str, Any]
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        # With the report it returns a pair, which its types do not say.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             model_path,
             dtype=getattr(torch, dtype),
             attn_implementation=attention,
             output_loading_info=True,
         )
+        model, report = loaded
     # A quantised checkpoint may want a library that is not there; weights that do not fit are a RuntimeError.
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ExtractionError(
