@@ -209,7 +209,11 @@ def steering_keys(keys: Iterable[Any]) -> list[str]:
 
     A body may have hundreds of thousands of keys, and to look for a near miss takes time for each.
     """
-    likely = [key for key in keys if isinstance(key, str) and key[:1] in _FIRST_LETTERS]
+    likely = [
+        key
+        for key in keys
+        if isinstance(key, str) and (key[:1] in _FIRST_LETTERS or not key[:1].isascii())
+    ]
     found, left = [], _MOST_MISSPELT
     for key in likely:
         if key.startswith("steer"):

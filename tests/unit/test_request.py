@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from benchmarks.fuzz_values import ANY_JSON, mutated, refused_by_pydantic
 from vllm_steer.errors import RequestError
-from vllm_steer.request import DirectionChoice, SteeringRequest, parse
+from vllm_steer.request import (
+    DirectionChoice,
+    SteeringRequest,
+    first_steering_key,
+    parse,
+    steering_keys,
+)
 
 
 def test_no_steering() -> None:
@@ -166,3 +172,29 @@ def test_any_value_of_the_flat_form_is_understood_or_refused(key: str, value: An
         str(error).encode()
     else:
         assert isinstance(found, SteeringRequest)
+
+
+def test_near_misses_are_sought_among_few_and_short_keys() -> None:
+    """A body may have hundreds of thousands of keys."""
+    for key in (
+        "steering",
+        "steer_x",
+        "Steering",
+        "sterring",
+        "teering",
+        "_steering",
+        "\udfffsteering",
+    ):
+        assert first_steering_key(["model", "prompt", "stream", key]) == key
+    assert steering_keys(["stream", "stop", "seed", "top_p", "temperature", 3, None]) == []
+    many = [f"s{number}" for number in range(100)]
+    assert steering_keys([*many, "sterring", "steer"]) == ["steer"]
+    assert steering_keys(["s" * 10**6 + "teering"]) == []
+    with pytest.raises(RequestError, match="an object in it has 300000 keys, at most 64"):
+        parse({"steering": {f"k{number}": 1 for number in range(300_000)}})
+    with pytest.raises(RequestError, match="lists have more than 20000 entries"):
+        parse({"steering": {"directions": [{"name": "a", "layers": [0] * 4096}] * 64}})
+    with pytest.raises(RequestError, match="its JSON text has 300001 characters"):
+        parse({"steering": "[" * 300_001})
+    with pytest.raises(RequestError, match="steer: 300000 directions are given, at most 64"):
+        parse({"steer": ["a"] * 300_000})
