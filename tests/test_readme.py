@@ -79,6 +79,7 @@ OFFLINE = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "PYTHONPATH": ""}
 
 
 @pytest.mark.server
+@pytest.mark.slow
 def test_langchain(server: Server, clients: Path, tmp_path: Path) -> None:
     code = block("python", "ChatOpenAI").replace("http://localhost:8000/v1", server.url)
     code += 'first, second = (model.invoke("Hello") for model in (chat, same))\n'
@@ -89,6 +90,7 @@ def test_langchain(server: Server, clients: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.server
+@pytest.mark.slow
 def test_litellm(server: Server, clients: Path, tmp_path: Path) -> None:
     code = block("python", "litellm").replace("http://localhost:8000/v1", server.url)
     code += "first, second = (a.choices[0].message.content for a in (answer, same))\n"
