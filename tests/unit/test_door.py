@@ -15,8 +15,8 @@ from vllm_steer.pack import SteeringPack
 from vllm_steer.plan_message import plan_of
 from vllm_steer.policy import Policy
 from vllm_steer.request import PLAN_KEY, SteeringRequest
-from vllm_steer.serving.admission import UNSTEERED, Admission
-from vllm_steer.serving.door import beam_search
+from vllm_steer.serving.admission import UNSTEERED, Admission, Wanted
+from vllm_steer.serving.door import admitted, beam_search
 from vllm_steer.serving.entry import plan_inputs
 from vllm_steer.serving.exchange import Exchange, current_exchange
 
@@ -96,6 +96,21 @@ def test_an_alias_steers_whatever_its_route_is(
         taken_in(admission, PoolingParams(task="embed"))
     with pytest.raises(VLLMValidationError, match="is steered by its name; leave out 'steer'"):
         taken_in(admission, SamplingParams(extra_args={"steer": ["spiders"]}))
+
+
+def test_what_goes_on_after_its_exchange_is_not_held_by_it(
+    admission: Admission, fears: SteeringPack, exchange: Exchange
+) -> None:
+    """Nobody would count it out again, and its pack could never be unloaded."""
+    wanted = Wanted(SteeringRequest.model_validate(SPIDERS))
+    plan = admitted(admission, wanted, 3, SamplingParams())
+    digest = fears.digests["spiders"]
+    assert exchange.receipts == [plan.receipt]
+    assert admission.active[digest] == 1
+    exchange.ended = True
+    admitted(admission, wanted, 3, SamplingParams())
+    assert exchange.receipts == [plan.receipt]
+    assert admission.active[digest] == 1
 
 
 @pytest.mark.parametrize(("max_tokens", "fits"), [(1, False), (2, True), (None, True)])

@@ -73,7 +73,7 @@ def admitted(
     """
     plan = admission.admit(wanted, prompt_len, sampling_params)
     exchange = current_exchange.get()
-    if exchange is not None:
+    if exchange is not None and not exchange.ended:
         exchange.receipts.append(plan.receipt)
         admission.hold(plan.receipt)
     return plan

@@ -23,6 +23,7 @@ class Exchange:
         key_digest: SHA-256 of its API key in hexadecimal, None without one.
         model: The model's name as the client gave it, None when it stands for no steering.
         alias: Steering that the model's name stands for.
+        ended: Whether it was answered; what goes on in the background holds what it needs by itself.
         busy: Why a prompt of it was not let in to the engine; None while it was.
         receipts: One for each steered prompt, in the order of the prompts.
     """
@@ -31,6 +32,7 @@ class Exchange:
     key_digest: str | None = None
     model: str | None = None
     alias: SteeringRequest | None = None
+    ended: bool = False
     busy: str | None = None
     receipts: list[Receipt] = field(default_factory=list)
 

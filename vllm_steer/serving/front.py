@@ -105,6 +105,7 @@ class SteeringFront:
             await self.app(scope, receive, Unavailable(send, exchange).send)
         finally:
             current_exchange.reset(token)
+            exchange.ended = True
             for receipt in exchange.receipts:
                 admission.release(receipt)
 
