@@ -378,17 +378,20 @@ def test_who_reads_nothing_holds_rows_no_longer_than_the_engine_works(
 
 def test_a_wait_ends_with_503_before_the_answer_begins(server: Server) -> None:
     with httpx.stream(
-        "POST", f"{server.url}/completions", json=all_rows(n=24, max_tokens=370), timeout=60
+        "POST", f"{server.url}/completions", json=all_rows(n=32, max_tokens=370), timeout=60
     ) as held:
         assert held.status_code == 200
         body = {"model": SERVED_NAME, "prompt": TEXT, "max_tokens": 1, "steering": MOODS}
         said = [{"role": "user", "content": "Hello"}]
         chat = {key: value for key, value in body.items() if key != "prompt"} | {"messages": said}
+        respond = {"model": SERVED_NAME, "input": "Hello", "steering": MOODS}
         for route, asked in (
             ("/completions", body),
             ("/completions", body | {"stream": True}),
             ("/chat/completions", chat | {"stream": True}),
             ("/chat/completions", chat),
+            ("/responses", respond),
+            ("/responses", respond | {"stream": True}),
         ):
             answer = httpx.post(f"{server.url}{route}", json=asked, timeout=60)
             assert answer.status_code == 503, answer.text

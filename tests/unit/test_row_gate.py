@@ -105,6 +105,66 @@ def test_no_key_holds_all_rows_where_there_are_two() -> None:
     run(check())
 
 
+@pytest.mark.parametrize("held", [1, 8, 12])
+@pytest.mark.parametrize("waits", [8, ROOM])
+def test_a_key_that_waits_for_its_own_rows_stops_no_other(held: int, waits: int) -> None:
+    """One long answer, and one more request that cannot be let in before it ends."""
+
+    async def check() -> None:
+        gate = RowGate(ROOM)
+        gate.leave(await inside(gate, "b", "x", 1))
+        long = await inside(gate, "a", "long", held)
+        waiting = asyncio.ensure_future(gate.enter("a", sums("more", waits)))
+        await asyncio.sleep(0)
+        if waiting.done():
+            gate.leave(waiting.result())
+        for number in range(20):
+            gate.leave(await inside(gate, "b", f"short {number}", 1))
+        gate.leave(long)
+        gate.leave(await waiting)
+
+    run(check())
+
+
+def test_what_needs_all_rows_stops_short_ones_only_while_it_waits_for_them() -> None:
+    async def check() -> None:
+        gate = RowGate(ROOM)
+        long = await inside(gate, None, "long", 8)
+        whole = asyncio.ensure_future(gate.enter(None, sums("whole", ROOM)))
+        await asyncio.sleep(0)
+        short = await inside(gate, None, "short", 1)
+        gate.leave(long)
+        await refused(gate, None, "later", 1)
+        gate.leave(short)
+        gate.leave(await whole)
+
+    run(check())
+
+
+@pytest.mark.parametrize("wanted", [8, 12, ROOM])
+def test_short_requests_of_a_key_leave_room_for_its_long_one(wanted: int) -> None:
+    """They come without a pause, beside those of another key, and it is let in nevertheless."""
+
+    async def check() -> None:
+        gate, done = RowGate(ROOM), asyncio.Event()
+
+        async def shorts(owner: str, name: str) -> None:
+            while not done.is_set():
+                ticket = await gate.enter(owner, [name])
+                for _ in range(3):
+                    await asyncio.sleep(0)
+                gate.leave(ticket)
+
+        others = [asyncio.ensure_future(shorts("a", f"a{n}")) for n in range(9)]
+        others += [asyncio.ensure_future(shorts("b", f"b{n}")) for n in range(3)]
+        await asyncio.sleep(0)
+        gate.leave(await gate.enter("a", sums("long", wanted), 5.0))
+        done.set()
+        await asyncio.gather(*others)
+
+    run(check())
+
+
 def test_equal_sums_share_a_row_and_leaving_twice_is_leaving_once() -> None:
     async def check() -> None:
         gate = RowGate(2)

@@ -136,15 +136,17 @@ def refuse_beam_search(original: Callable[..., Any]) -> Callable[..., Any]:
 def _with_top_level(extra_args: dict[str, Any], request: Any) -> dict[str, Any]:
     """Adds the steering keys that stand beside ``model`` and ``prompt`` in the request's body."""
     unknown = request.model_extra or {}
-    for key in unknown:
-        if isinstance(unknown[key], dict) and (inner := first_steering_key(unknown[key])):
+    own = steering_keys(unknown)
+    for key, value in unknown.items():
+        inner = first_steering_key(value) if isinstance(value, dict) and key not in own else None
+        if inner is not None:
             raise refusal(
                 RequestError(
-                    f"{key}.{inner}: stands in an object that this route does not know; send {inner!r} beside 'model', or "
-                    f"in vllm_xargs"
+                    f"{inner!r} stands in {key!r}, an object that this route does not know; send it beside 'model', or in "
+                    f"vllm_xargs"
                 )
             )
-    for key in steering_keys(unknown):
+    for key in own:
         value = unknown[key]
         if key in extra_args:
             raise refusal(

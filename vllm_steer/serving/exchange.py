@@ -24,7 +24,8 @@ class Exchange:
         model: The model's name as the client gave it, None when it stands for no steering.
         alias: Steering that the model's name stands for.
         ended: Whether it was answered; what goes on in the background holds what it needs by itself.
-        busy: Why a prompt of it was not let in to the engine; None while it was.
+        let_in: Whether a prompt of it got its rows.
+        busy: Why a prompt of it did not; None unless its wait ended.
         receipts: One for each steered prompt, in the order of the prompts.
     """
 
@@ -33,6 +34,7 @@ class Exchange:
     model: str | None = None
     alias: SteeringRequest | None = None
     ended: bool = False
+    let_in: bool = False
     busy: str | None = None
     receipts: list[Receipt] = field(default_factory=list)
 

@@ -101,8 +101,13 @@ class SteeringFront:
     ) -> None:
         """Lets vLLM answer with an exchange, and counts out what it was admitted with."""
         token = current_exchange.set(exchange)
+        unavailable = Unavailable(send, exchange)
         try:
-            await self.app(scope, receive, Unavailable(send, exchange).send)
+            await self.app(scope, receive, unavailable.send)
+        # vLLM does not catch it everywhere in what it streams.
+        except Exception:
+            if not await unavailable.refuse():
+                raise
         finally:
             current_exchange.reset(token)
             exchange.ended = True

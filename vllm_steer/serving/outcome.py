@@ -134,8 +134,9 @@ async def _entered(gate: _Gate, sums: set[str]) -> Ticket:
         VLLMValidationError: There were none in time; where there is an exchange it is answered with 503.
     """
     exchange = current_exchange.get()
+    owner = exchange.key_digest if exchange else None
     try:
-        return await gate.gate.enter(exchange.key_digest if exchange else None, sums, gate.seconds)
+        ticket = await gate.gate.enter(owner, sums, gate.seconds)
     except TimeoutError:
         error = BusyError(
             f"{REQUEST_KEY}: no row for it became free in {gate.seconds:g} s; ask again later, or start the server with "
@@ -144,6 +145,9 @@ async def _entered(gate: _Gate, sums: set[str]) -> Ticket:
         if exchange is not None:
             exchange.busy = str(error)
         raise refusal(error) from None
+    if exchange is not None:
+        exchange.let_in = True
+    return ticket
 
 
 async def _noted(
@@ -201,7 +205,8 @@ async def _followed(
             outcome = "finished"
         finally:
             forget(prompt)
-            gate.gate.leave(ticket)
+            if prompt.ended < prompt.answers:
+                gate.gate.leave(ticket)
     except (asyncio.CancelledError, GeneratorExit):
         outcome = "aborted"
         raise

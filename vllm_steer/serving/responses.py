@@ -24,7 +24,8 @@ class Unavailable:
 
     def __init__(self, send: Send, exchange: Exchange) -> None:
         self._send, self._exchange = send, exchange
-        self._start: Message | None = None
+        # What vLLM sends before its first token: the start, and events that say that it began.
+        self._kept: list[Message] = []
         self._refused = False
 
     async def send(self, message: Message) -> None:
@@ -32,18 +33,24 @@ class Unavailable:
         if self._refused:
             return
         if message["type"] == "http.response.start" and self._exchange.receipts:
-            # Until there is something of the body it is not known whether all prompts were let in.
-            self._start = message
+            self._kept = [message]
             return
-        start, self._start = self._start, None
-        if start is not None and self._exchange.busy is not None:
-            self._refused = True
+        if await self.refuse():
+            return
+        if self._kept and not self._exchange.let_in and message.get("more_body"):
+            self._kept.append(message)
+            return
+        kept, self._kept = self._kept, []
+        for each in (*kept, message):
+            await self._send(each)
+
+    async def refuse(self) -> bool:
+        """Answers with 503 where a wait ended before anything was sent; returns whether it did."""
+        if self._kept and self._exchange.busy is not None:
+            self._kept, self._refused = [], True
             retry = [(b"retry-after", str(_RETRY_SECONDS).encode())]
             await send_error(self._send, self._exchange.busy, REQUEST_KEY, 503, retry)
-            return
-        if start is not None:
-            await self._send(start)
-        await self._send(message)
+        return self._refused
 
 
 class _Buffered:

@@ -4,9 +4,11 @@ The sums of the requests that are let in never need more rows than there are. Wh
 
 - Requests of few sums and of many wait in lines of their own. Those of many, more than an eighth of the rows, hold
   half of the rows together at most, or one of them alone as many as it needs; so a short request never waits for
-  many long ones. While one of many waits, those of few leave it its half; so it never waits for ever.
+  many long ones. While one of many waits, those of few leave it its half, and what it needs beyond that once no
+  other of many is in; so it never waits for ever.
 - API keys take turns, and within a key first come is first served. As soon as there are two keys, none of them
-  holds more than three quarters of the rows, unless it is by one request alone.
+  holds more than three quarters of the rows, unless it is by one request alone. A request that waits for rows of its
+  own key is no reason for others to wait; its key's short requests leave it room.
 
 Imports neither torch nor vllm.
 """
@@ -57,7 +59,8 @@ class RowGate:
         self._room = num_sums
         self._active: Counter[str] = Counter()
         self._by_line: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
-        self._by_owner: dict[str | None, Counter[str]] = {}
+        # Of few sums and of many apart.
+        self._by_owner: dict[tuple[str | None, bool], Counter[str]] = {}
         # In the order of their turns; a key that is let in goes to the end.
         self._lines: dict[bool, dict[str | None, deque[Ticket]]] = {False: {}, True: {}}
         self._owners: set[str | None] = set()
@@ -102,8 +105,8 @@ class RowGate:
             for held in self._holders(ticket):
                 held.subtract(ticket.sums)
                 held += Counter()
-            if not self._by_owner[ticket.owner]:
-                del self._by_owner[ticket.owner]
+            if not self._by_owner[ticket.owner, ticket.many]:
+                del self._by_owner[ticket.owner, ticket.many]
             self._let_in()
 
     def _withdraw(self, ticket: Ticket) -> None:
@@ -143,7 +146,7 @@ class RowGate:
 
     def _take(self, ticket: Ticket) -> None:
         ticket.inside = True
-        self._by_owner.setdefault(ticket.owner, Counter())
+        self._by_owner.setdefault((ticket.owner, ticket.many), Counter())
         for held in self._holders(ticket):
             held.update(ticket.sums)
         # One that was cancelled leaves as soon as it runs again.
@@ -151,14 +154,22 @@ class RowGate:
             ticket.entered.set_result(None)
 
     def _holders(self, ticket: Ticket) -> tuple[Counter[str], ...]:
-        return self._active, self._by_line[ticket.many], self._by_owner[ticket.owner]
+        own = self._by_owner[ticket.owner, ticket.many]
+        return self._active, self._by_line[ticket.many], own
 
     def _has_enough(self, ticket: Ticket) -> bool:
-        """Whether its key holds as much as one may where there are others."""
-        own = self._by_owner.get(ticket.owner)
-        if not own or len(self._owners) < _KNOWN_OWNERS:
+        """Whether its key holds, or waits for, as much as one may where there are others."""
+        if len(self._owners) < _KNOWN_OWNERS:
             return False
-        return len(own.keys() | ticket.sums) > _OF_ONE_KEY * self._room
+        few, many = (self._by_owner.get((ticket.owner, kind), Counter()) for kind in (False, True))
+        waiting, kept = self._lines[True].get(ticket.owner), 0
+        if waiting and not ticket.many and not many:
+            # It would never come in, if those of few took the key's part again and again.
+            kept = len(waiting[0].sums)
+        held = few.keys() | many.keys()
+        if not held and not kept:
+            return False
+        return len(held | ticket.sums) + kept > _OF_ONE_KEY * self._room
 
     def _fits(self, ticket: Ticket) -> bool:
         if len(self._active.keys() | ticket.sums) > self._room:
@@ -171,7 +182,10 @@ class RowGate:
 
     def _kept_for_many(self) -> float:
         """Rows that requests of few sums leave free while one of many waits."""
-        first = next(iter(self._lines[True].values()), None)
+        heads = (waiting[0] for waiting in self._lines[True].values())
+        first = next((ticket for ticket in heads if not self._has_enough(ticket)), None)
         if first is None:
             return 0.0
-        return max(len(first[0].sums), _OF_MANY * self._room)
+        half = _OF_MANY * self._room
+        # As long as another of many is in, more than that would help nobody.
+        return half if self._by_line[True] else max(len(first.sums), half)
