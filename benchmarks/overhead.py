@@ -111,7 +111,7 @@ class Bench:
         plan = resolve(bind(request, self.store.registry), PROMPT, MAX_LEN)
         check_limits(plan, self.config)
         message = encode_plan(plan)
-        check_plan(decode_plan(message), self.config, self.store)
+        check_plan(decode_plan(message), self.config, self.store, "float32")
         return message
 
     def arrive(self, number: int, message: bytes | None) -> None:

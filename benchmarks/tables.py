@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import extraction, fusion, interventions, methods, real_model
+from benchmarks import extraction, fusion, interventions, methods, real_model, stalls
 from benchmarks.engine import ROOT
 from tests.marked import Block
 
@@ -147,6 +147,26 @@ def _ratio(found: Mapping[str, float]) -> str:
     return f"{found['median']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
 
 
+def soak_table(dtypes: Sequence[str]) -> str:
+    """Returns what bystanders noticed of hostile clients, a row for each dtype."""
+    head = ["dtype", "minutes", "requests", "by bystanders", "wrong", "engine deaths", "stuck"]
+    head += ["5xx but 503", "worst wait over that beside unsteered load", "growth of memory"]
+    rows = []
+    for dtype in dtypes:
+        found = results(f"soak-{dtype}")
+        counts = ("requests", "bystanders", "bystanders_wrong", "engine_deaths", "stuck")
+        rows.append(
+            [
+                f"[{dtype}](results/soak-{dtype}.json)",
+                f"{found['seconds'] / 60:g}",
+                *(str(found[key]) for key in (*counts, "server_errors")),
+                f"{found['wait_ratio']:.2f}",
+                f"{100 * found['rss_growth']:.1f} %",
+            ]
+        )
+    return markdown(head, rows)
+
+
 def _range(values: Sequence[float]) -> str:
     low, high = f"{min(values):.2f}", f"{max(values):.2f}"
     return low if len(values) == 1 else f"{low} to {high}"
@@ -170,6 +190,8 @@ BLOCKS = (
     Block(FINDINGS, "fusion-distances", lambda: fusion.distances_table(results("fusion"))),
     Block(FINDINGS, "interventions", lambda: interventions.matrix(results("interventions"))),
     Block(FINDINGS, "norms", norms_table),
+    Block(FINDINGS, "soak", lambda: soak_table(("float32", "bfloat16", "float16"))),
+    Block(FINDINGS, "stalls", lambda: "\n".join(stalls.table(results("stalls")))),
 )
 
 

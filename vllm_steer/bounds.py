@@ -15,17 +15,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from vllm_steer.dose import MAX_RELATIVE_SCALE
 from vllm_steer.errors import DoseError
 from vllm_steer.forms import PLANE_OPS
-from vllm_steer.registry import PackRegistry
+from vllm_steer.registry import LoadedDirection
 from vllm_steer.request import REQUEST_KEY
 from vllm_steer.steering_plan import SteeringPlan, Term
 
 # A quarter of the largest float16, which leaves room for the stream itself; of the others, what a norm can square in
 # float32, with as much room.
 _FARTHEST = {"float16": 65504.0 / 4, "bfloat16": 1e15, "float32": 1e15}
+
+
+class Contents(Protocol):
+    """Where directions are found by content: a registry, or a store, which has replaced ones too."""
+
+    def by_digest(self, digest: str) -> LoadedDirection:
+        """Returns a direction."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +58,12 @@ def farthest(dtype: str) -> float:
     return _FARTHEST.get(dtype, min(_FARTHEST.values()))
 
 
-def check_distance(plan: SteeringPlan, registry: PackRegistry, dtype: str) -> None:
+def check_distance(plan: SteeringPlan, registry: Contents, dtype: str) -> None:
     """Checks how far a plan may carry the stream at each layer and over the layers together.
 
     Args:
         plan: The plan.
-        registry: The loaded packs, with the norms that they measured.
+        registry: The loaded packs' directions, with the norms that they measured.
         dtype: Name of the model's dtype.
 
     Raises:
@@ -83,16 +91,14 @@ def check_distance(plan: SteeringPlan, registry: PackRegistry, dtype: str) -> No
             )
 
 
-def layer_bound(
-    terms: Sequence[Term], layer: int, norm: float, registry: PackRegistry
-) -> LayerBound:
+def layer_bound(terms: Sequence[Term], layer: int, norm: float, registry: Contents) -> LayerBound:
     """Returns the bound of terms that act at one layer and position.
 
     Args:
         terms: The terms, all of which have the layer.
         layer: The layer.
         norm: Norm of the stream there.
-        registry: The loaded packs.
+        registry: The loaded packs' directions.
     """
     if any(term.form.restore_norm for term in terms):
         # For all of them or for none; the stream may be turned about.

@@ -217,13 +217,14 @@ def test_overflow_inside_a_float16_model_becomes_zero() -> None:
     block = Block()
     hook_finite([block])
     big, small = 40_000.0, 1.0
-    hidden = torch.tensor([[big, small, torch.inf, torch.nan, -big]], dtype=torch.float16)
-    residual = torch.tensor([[big, small, small, small, big]], dtype=torch.float16)
+    # The last sum rounds to the largest number there is.
+    hidden = torch.tensor([[big, small, torch.inf, torch.nan, -big, 65504]], dtype=torch.float16)
+    residual = torch.tensor([[big, small, small, small, big, 8]], dtype=torch.float16)
     alone = block(hidden, None)
-    assert torch.equal(alone, torch.tensor([[big, small, 0, 0, -big]], dtype=torch.float16))
+    assert torch.equal(alone, torch.tensor([[big, small, 0, 0, -big, 65504]], dtype=torch.float16))
     found, beside = block(hidden, residual)
-    assert torch.equal(found, torch.tensor([[0, small, 0, 0, -big]], dtype=torch.float16))
-    assert torch.equal(beside, torch.tensor([[0, small, 0, 0, big]], dtype=torch.float16))
+    assert torch.equal(found, torch.tensor([[0, small, 0, 0, -big, 65504]], dtype=torch.float16))
+    assert torch.equal(beside, torch.tensor([[0, small, 0, 0, big, 8]], dtype=torch.float16))
 
 
 def test_vectors_of_any_length_are_read_in_half_precision(

@@ -39,7 +39,10 @@ def test_a_request_holds_from_intake_until_the_scheduler_frees_it(fears: Steerin
     keep_store(config, PackRegistry([fears]))
     store = configured_store(config)
     core = SimpleNamespace(
-        vllm_config=SimpleNamespace(additional_config={"steering": config.model_dump()})
+        vllm_config=SimpleNamespace(
+            additional_config={"steering": config.model_dump()},
+            model_config=SimpleNamespace(dtype="torch.float32"),
+        )
     )
     digest = fears.digests["spiders"]
 

@@ -54,7 +54,7 @@ def keep_finite(output: Any, residual: torch.Tensor | None) -> Any:
     """
     hidden = output[0] if isinstance(output, tuple) else output
     stream = hidden.float() if residual is None else hidden.float() + residual.float()
-    fits = stream.abs() <= torch.finfo(hidden.dtype).max
+    fits = stream.to(hidden.dtype).isfinite()
     kept = torch.where(fits, hidden, 0.0)
     if not isinstance(output, tuple):
         return kept

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from vllm_steer.bounds import check_distance
 from vllm_steer.config import ResolvedConfig, resolved_config
 from vllm_steer.engine.holds import HOLDS
 from vllm_steer.engine.plan import NO_END
@@ -53,7 +54,8 @@ def check_intake(original: Callable[..., Any]) -> Callable[..., Any]:
         # Held before it is looked for, so that it cannot go in between.
         HOLDS.hold(request.request_id, plan.digests)
         try:
-            check_plan(plan, config, configured_store(config))
+            dtype = str(self.vllm_config.model_config.dtype).removeprefix("torch.")
+            check_plan(plan, config, configured_store(config), dtype)
             return original(self, request)
         except BaseException:
             HOLDS.release(request.request_id)
@@ -70,13 +72,14 @@ def core_config(engine: Any) -> ResolvedConfig | None:
     return config
 
 
-def check_plan(plan: SteeringPlan, config: ResolvedConfig, store: PackStore) -> None:
+def check_plan(plan: SteeringPlan, config: ResolvedConfig, store: PackStore, dtype: str) -> None:
     """Checks that the workers can carry out a plan.
 
     Args:
         plan: The plan as it arrived.
         config: The engine's steering configuration.
         store: Its packs.
+        dtype: Name of the model's dtype.
 
     Raises:
         RequestError: They cannot.
@@ -107,6 +110,8 @@ def check_plan(plan: SteeringPlan, config: ResolvedConfig, store: PackStore) -> 
                         f"the steering plan names layers {term.layers}; the direction has {known}"
                     )
     check_limits(plan, config)
+    # The additive form has no second bound in the graph: what is written to its rows must be within the first.
+    check_distance(plan, store, dtype)
 
 
 def _check_numbers(term: Term) -> None:
