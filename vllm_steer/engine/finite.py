@@ -31,13 +31,15 @@ def limit_of(dtype: torch.dtype, layers: int) -> float:
 
 
 def cut(change: torch.Tensor, limit: float) -> torch.Tensor:
-    """Returns a change with each number within a limit; what is no number is 0.
+    """Returns a change with each number within a limit.
+
+    Of a stream that is finite no change is without a number, so nothing is spent on that.
 
     Args:
         change: Float32, of any shape.
         limit: The limit.
     """
-    return torch.where(change.isnan(), 0.0, change).clamp(-limit, limit)
+    return change.clamp(-limit, limit)
 
 
 def overflows(dtype: torch.dtype) -> bool:
