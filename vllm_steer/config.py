@@ -18,7 +18,7 @@ from vllm_steer.fields import LayerIndex
 
 CONFIG_KEY = "steering"
 # Raised whenever the traced addition changes, so that no graph of another form is reused.
-GRAPH_REVISION = 4
+GRAPH_REVISION = 5
 # What of the resolved configuration shapes the traced graph or the memory that a worker takes.
 GRAPH_FIELDS = ("rows", "layers", "ops", "rank", "version", "graph_revision")
 

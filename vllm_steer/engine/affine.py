@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vllm_steer.engine.bank import SteeringBank
-from vllm_steer.engine.row_values import BIAS, THRESHOLD, TURN
+from vllm_steer.engine.row_values import BIAS, MOST, THRESHOLD, TURN
 from vllm_steer.limits import PLANE_RANK
 
 LEFT_BUFFER = "_steering_left"
@@ -92,7 +92,8 @@ def affine_change(
     lengths = pairs.square().sum(-1, keepdim=True).sqrt().expand_as(pairs).flatten(-2)
     values = own + numbers[..., BIAS, :] + numbers[..., TURN, :] * lengths
     fires = probed > numbers[..., THRESHOLD, :]
-    acting = torch.where(fires, factors * values, 0.0)
+    most = numbers[..., MOST, :]
+    acting = torch.where(fires, factors * values, 0.0).clamp(-most, most)
     change: torch.Tensor = (acting.unsqueeze(-1) * left).sum(-2)
     return change
 

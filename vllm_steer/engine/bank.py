@@ -13,6 +13,7 @@ from dataclasses import fields
 import numpy as np
 import torch
 
+from vllm_steer.engine.finite import limit_of
 from vllm_steer.engine.plan import StepPlan
 from vllm_steer.engine.row_values import RowValues
 from vllm_steer.schedule import factors
@@ -27,7 +28,7 @@ class SteeringBank:
         vectors: ``[len(layers), num_rows, hidden_size]``, model dtype.
         left: ``[len(layers), num_rows, rank, hidden_size]``, model dtype.
         readers: ``[len(layers), num_rows, 2 * rank, hidden_size]``, model dtype.
-        numbers: ``[len(layers), num_rows, 3, rank]``, float32.
+        numbers: ``[len(layers), num_rows, 4, rank]``, float32.
         restore: ``[len(layers), num_rows]``, float32.
         rows: ``[max_num_tokens]`` int32, the row of each token of the step.
         factors: ``[max_num_tokens, 1 + rank]`` float32, the factors of each token's vector and
@@ -67,7 +68,7 @@ class SteeringBank:
         self.vectors = make(hidden_size)
         self.left = make(rank, hidden_size)
         self.readers = make(2 * rank, hidden_size)
-        self.numbers = make(3, rank, dtype=torch.float32)
+        self.numbers = make(4, rank, dtype=torch.float32)
         self.restore = make(dtype=torch.float32) if rank else make(0)
         self.rows = torch.zeros(max_num_tokens, dtype=torch.int32, device=device)
         self.factors = torch.ones(max_num_tokens, 1 + rank, dtype=torch.float32, device=device)
@@ -98,6 +99,10 @@ class SteeringBank:
         """
         if not 0 < row < self.vectors.shape[1]:
             raise IndexError(f"row {row} is not one of 1 to {self.vectors.shape[1] - 1}")
+        # What is carried out stays finite, whatever was asked for.
+        if self.rank:
+            limit = limit_of(self.vectors.dtype, len(self.layers))
+            values = values.within(limit / self.rank)
         for name, tensor in self._tensors.items():
             value = torch.from_numpy(getattr(values, name)).to(tensor.dtype)
             tensor[:, row].copy_(self._upload(value))

@@ -20,7 +20,6 @@ from vllm_steer.errors import CompatibilityError
 
 ROWS_BUFFER = "_steering_rows"
 VECTORS_BUFFER = "_steering_vectors"
-LIMIT = "_steering_limit"
 # Blocks that return a hidden state which is not yet summed over tensor-parallel ranks, so that an
 # addition to it would be multiplied (vllm/models/deepseek_v32, vllm/model_executor/models/minimax_m3).
 UNREDUCED_BLOCKS = ("DeepseekV32DecoderLayer", "MiniMaxM3DecoderLayer")
@@ -77,7 +76,6 @@ def hook_blocks(blocks: Iterable[tuple[int, nn.Module]], bank: SteeringBank) -> 
         block.register_buffer(VECTORS_BUFFER, bank.vectors[bank.index[layer]], persistent=False)
         if bank.rank:
             affine.register(block, bank, layer)
-            setattr(block, LIMIT, finite.limit_of(bank.vectors.dtype, len(bank.layers)))
         block.register_forward_hook(_steer_affinely if bank.rank else _add_steering)
 
 
@@ -117,7 +115,6 @@ def _steer_affinely(block: nn.Module, args: Any, output: Any) -> Any:
     change = factors[:, :1] * vectors[rows].float()
     change = change + affine.affine_change(block, stream, rows, factors[:, 1:])
     change = affine.restored(block, stream, change, rows)
-    change = finite.cut(change, getattr(block, LIMIT))
     steered = (hidden.float() + change).to(hidden.dtype)
     return (steered, *output[1:]) if isinstance(output, tuple) else steered
 

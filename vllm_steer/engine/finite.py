@@ -1,9 +1,9 @@
 """Keeps what blocks return finite, so that no request's overflow reaches keys and values that others read.
 
-Plans are bounded before they run (``vllm_steer.bounds``); here is what holds whatever ran. A change is cut at a limit
-for each number of it, and in float16, where the model itself may overflow on a stream that was moved, numbers of the
-stream that are not finite become zero after every block from the first hooked one on. Whatever is within the limits is
-not touched, bit for bit.
+Plans are bounded before they run (``vllm_steer.bounds``); here is what holds whatever ran. Each component of the affine
+form moves the stream by no more than a limit, and in float16, where the model itself may overflow on a stream that was
+moved, numbers of the stream that are not finite become zero after every block from the first hooked one on. Whatever is
+within the limits is not touched, bit for bit.
 """
 
 from __future__ import annotations
@@ -21,25 +21,13 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def limit_of(dtype: torch.dtype, layers: int) -> float:
-    """Returns the most that one layer may change a number of the stream by.
+    """Returns the length that the components of a row may move the stream by at one layer.
 
     Args:
         dtype: The model's dtype.
         layers: Layers that are hooked.
     """
     return farthest(name_of(dtype)) / max(layers, 1)
-
-
-def cut(change: torch.Tensor, limit: float) -> torch.Tensor:
-    """Returns a change with each number within a limit.
-
-    Of a stream that is finite no change is without a number, so nothing is spent on that.
-
-    Args:
-        change: Float32, of any shape.
-        limit: The limit.
-    """
-    return change.clamp(-limit, limit)
 
 
 def overflows(dtype: torch.dtype) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from vllm_steer.limits import PLANE_RANK
 from vllm_steer.registry import LoadedDirection
 from vllm_steer.steering_plan import Segment, Term
 
-BIAS, TURN, THRESHOLD = range(3)
+BIAS, TURN, THRESHOLD, MOST = range(4)
 # Below the zero that an absent probe reads, so that it always fires.
 ALWAYS = -1.0
 
@@ -35,7 +35,7 @@ class RowValues:
         vectors: ``[layers, hidden_size]``, what is added.
         left: ``[layers, rank, hidden_size]``, U; rank 0 where only additions are compiled.
         readers: ``[layers, 2 * rank, hidden_size]``, V and after it W, the probes.
-        numbers: ``[layers, 3, rank]``: bias, turn, threshold.
+        numbers: ``[layers, 4, rank]``: bias, turn, threshold, and the most that c may be.
         restore: ``[layers]``, 1 where ‖h‖ is restored, else 0.
     """
 
@@ -52,13 +52,27 @@ class RowValues:
         def make(*shape: int) -> np.ndarray:
             return np.zeros((layers, *shape), dtype=np.float32)
 
+        numbers = make(4, rank)
+        numbers[:, MOST] = np.finfo(np.float32).max
         return cls(
             make(hidden_size),
             make(rank, hidden_size),
             make(2 * rank, hidden_size),
-            make(3, rank),
+            numbers,
             make(),
         )
+
+    def within(self, limit: float) -> RowValues:
+        """Returns values whose components move a stream by no more than a length each.
+
+        Args:
+            limit: The length.
+        """
+        lengths = np.linalg.norm(self.left.astype(np.float64), axis=-1)
+        numbers = self.numbers.copy()
+        most = limit / np.maximum(lengths, np.finfo(np.float32).tiny)
+        numbers[:, MOST] = np.minimum(numbers[:, MOST], most)
+        return replace(self, numbers=numbers)
 
 
 def row_values(
