@@ -188,9 +188,9 @@ BLOCKS = (
     Block(FINDINGS, "fusion", lambda: fusion.figures_table(results("fusion"))),
     Block(FINDINGS, "fusion-seconds", lambda: fusion.seconds_table(results("fusion"))),
     Block(FINDINGS, "fusion-distances", lambda: fusion.distances_table(results("fusion"))),
+    Block(FINDINGS, "soak", lambda: soak_table(("float32", "bfloat16", "float16"))),
     Block(FINDINGS, "interventions", lambda: interventions.matrix(results("interventions"))),
     Block(FINDINGS, "norms", norms_table),
-    Block(FINDINGS, "soak", lambda: soak_table(("float32", "bfloat16", "float16"))),
 )
 
 

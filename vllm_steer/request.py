@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from itertools import islice
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -40,6 +41,8 @@ _FIRST_LETTERS = frozenset("sStT_")
 _MOST_CHARACTERS = 2**18
 _MOST_KEYS = 64
 _MOST_VALUES = 20_000
+# Arguments of clients, whose content belongs beside the other fields; some send them as they are.
+WRAPPERS = ("extra_body", "extra_args")
 # The value of ``steering`` that leaves out a server's default.
 NONE = "none"
 
@@ -228,6 +231,24 @@ def steering_keys(keys: Iterable[Any]) -> list[str]:
 def first_steering_key(keys: Iterable[Any]) -> str | None:
     """Returns the first key that was meant for steering."""
     return next(iter(steering_keys(keys)), None)
+
+
+def wrapped_steering(value: Any, *, text: bool = False, depth: int = 4) -> bool:
+    """Whether an object has steering in it, at whatever depth a client may have wrapped it.
+
+    Args:
+        value: The object.
+        text: Whether JSON text is looked into as well, which may say the word in any other field.
+        depth: How deep is looked.
+    """
+    if isinstance(value, str):
+        return text and '"steer' in value
+    if not isinstance(value, dict) or not depth:
+        return False
+    if first_steering_key(value) is not None:
+        return True
+    inner = islice(value.values(), _MOST_KEYS)
+    return any(wrapped_steering(each, text=text, depth=depth - 1) for each in inner)
 
 
 def _parse_flat(extra_args: Mapping[str, Any]) -> SteeringRequest:

@@ -71,6 +71,8 @@ ASKS: dict[str, tuple[dict[str, Any], str]] = {
     "none": ({"steering": "none"}, ""),
     "extra_body": ({"extra_body": {"steering": CALM}}, ""),
     "extra_args": ({"extra_args": {"steer": ["moods/cheerful:9"]}}, ""),
+    "extra_body in extra_body": ({"extra_body": {"vllm_xargs": {"steer": ["moods/calm"]}}}, ""),
+    "extra_body as text": ({"extra_body": json.dumps({"steering": CALM})}, ""),
     "misspelt": ({"sterring": CALM}, ""),
 }
 
@@ -147,6 +149,24 @@ def test_what_steers_no_token_is_refused(server: Server, max_tokens: int) -> Non
     for fields in ({"model": f"{SERVED_NAME}:cheerful"}, {"steering": LATE | {"positions": "all"}}):
         (receipt,) = ask(server, "/v1/completions", scoring | fields).json()["steering"]
         assert receipt["tokens_steered"] > 0
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8"])
+def test_bodies_in_any_form_that_vllm_reads_are_looked_into(server: Server, encoding: str) -> None:
+    """In another encoding, or too strange for the faster reader, and large."""
+    root, more = server.url.removesuffix("/v1"), {"metadata": {"a": "\ud800" + "x" * 2**20}}
+    for route, fields in (
+        ("/v1/messages", {"steering": CALM}),
+        ("/invocations", {"model": f"{SERVED_NAME}:cheerful"}),
+    ):
+        body = {"model": SERVED_NAME} | GENERATING[route][0] | fields
+        text = json.dumps(body | (more if encoding == "utf-8" else {}))
+        headers = {"content-type": "application/json"}
+        answer = httpx.post(
+            root + route, content=text.encode(encoding), headers=headers, timeout=60
+        )
+        steered = answer.status_code == 200 and "x-steering" in answer.headers
+        assert steered or 400 <= answer.status_code < 500, answer.text
 
 
 def test_a_route_that_does_not_exist_is_not_read(server: Server) -> None:

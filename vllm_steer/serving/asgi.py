@@ -15,8 +15,6 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-# Longest body that is read by the slower of two readers.
-_SLOWLY_READ = 2**20
 STEERED_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
 
@@ -89,8 +87,6 @@ def parse_object(body: bytes) -> dict[str, Any] | None:
         fields = from_json(body)
     except ValueError:
         # It is stricter in what text may hold, as of surrogates, than what vLLM reads bodies with.
-        if len(body) > _SLOWLY_READ:
-            return None
         try:
             fields = json.loads(body)
         except (ValueError, RecursionError):

@@ -18,8 +18,9 @@ from vllm_steer.request import (
     FLAT_KEYS,
     PLAN_KEY,
     REQUEST_KEY,
-    first_steering_key,
+    WRAPPERS,
     steering_keys,
+    wrapped_steering,
 )
 from vllm_steer.serving.admission import (
     UNSTEERED,
@@ -138,11 +139,10 @@ def _with_top_level(extra_args: dict[str, Any], request: Any) -> dict[str, Any]:
     unknown = request.model_extra or {}
     own = steering_keys(unknown)
     for key, value in unknown.items():
-        inner = first_steering_key(value) if isinstance(value, dict) and key not in own else None
-        if inner is not None:
+        if key not in own and wrapped_steering(value, text=key in WRAPPERS):
             raise refusal(
                 RequestError(
-                    f"{inner!r} stands in {key!r}, an object that this route does not know; send it beside 'model', or in "
+                    f"{REQUEST_KEY}: stands in {key!r}, which this route does not know; send it beside 'model', or in "
                     f"vllm_xargs"
                 )
             )

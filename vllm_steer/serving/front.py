@@ -117,7 +117,8 @@ class SteeringFront:
 
 def _may_name(body: bytes, aliases: Iterable[str]) -> bool:
     """Whether a body can name an alias at all, which saves most of them from being parsed twice."""
-    return b"\\u" in body or any(f":{alias}".encode() in body for alias in aliases)
+    # Escaped, or in another encoding than UTF-8, it may look otherwise.
+    return b"\\u" in body or b"\0" in body or any(f":{alias}".encode() in body for alias in aliases)
 
 
 async def _measure_planning(engine: Any) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, get_type_hints
 
 from vllm_steer.errors import UnsupportedError
-from vllm_steer.request import first_steering_key
+from vllm_steer.request import WRAPPERS, first_steering_key, wrapped_steering
 from vllm_steer.serving.asgi import (
     STEERED_ROUTES,
     App,
@@ -34,9 +34,8 @@ from vllm_steer.serving.refusals import count_refusal
 
 _XARGS = "vllm_xargs"
 # What a body must hold to have a key that asks for steering; most need not be parsed for it.
-_MAY_ASK = re.compile(rb'"(?:[sStT_][A-Za-z_]{3,}|vllm_xargs|extra_body|extra_args)"\s*:|\\u')
-# Arguments of clients, whose content belongs beside the other fields; some send them as they are.
-_WRAPPERS = ("extra_body", "extra_args")
+_MAY_ASK = re.compile(rb'"\s*(?:[sStT_]|[^\x00-\x7f])|vllm_xargs|extra_|_params|\\u|\x00')
+_PARAMS = "sampling_params"
 
 
 def add_guard(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -85,11 +84,16 @@ def _dropped_field(body: bytes, scope: Message) -> str | None:
     top = first_steering_key(fields)
     if top is not None:
         return top
-    dropped = _WRAPPERS if _takes_xargs(scope) else (_XARGS, *_WRAPPERS)
-    for field in dropped:
-        inner = fields.get(field)
-        if isinstance(inner, dict) and first_steering_key(inner) is not None:
+    for field in WRAPPERS:
+        if wrapped_steering(fields.get(field), text=True):
             return field
+    if not _takes_xargs(scope) and wrapped_steering(fields.get(_XARGS)):
+        return _XARGS
+    # Of what a token-in route takes, ``extra_args`` alone reach the engine.
+    params = fields.get(_PARAMS)
+    if isinstance(params, dict):
+        kept = {key: value for key, value in params.items() if key != "extra_args"}
+        return _PARAMS if wrapped_steering(kept) else None
     return None
 
 
