@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +16,10 @@ from vllm_steer.pack import SteeringPack
 from vllm_steer.plan_message import plan_of
 from vllm_steer.policy import Policy
 from vllm_steer.request import PLAN_KEY, SteeringRequest
+from vllm_steer.serving import entry
 from vllm_steer.serving.admission import UNSTEERED, Admission, Wanted
 from vllm_steer.serving.door import admitted, beam_search
-from vllm_steer.serving.entry import plan_inputs
+from vllm_steer.serving.entry import check_sampling, plan_inputs
 from vllm_steer.serving.exchange import Exchange, current_exchange
 
 SPIDERS: dict[str, Any] = {"directions": [{"name": "fears/spiders", "scale": 2.0}]}
@@ -126,3 +128,21 @@ def test_what_can_steer_no_token_is_refused(
             steered(admission, params)
     admission.policy = Policy(default=SteeringRequest.model_validate(LATE))
     assert steered(admission, SamplingParams(max_tokens=max_tokens))
+
+
+@pytest.mark.parametrize("name", ["steer{}", "k{}", "s{}"])
+def test_a_body_of_many_keys_is_looked_through_once(
+    name: str, admission: Admission, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not once for each of them, which would stop the server for minutes."""
+    monkeypatch.setattr(entry, "current_admission", lambda: admission)
+    unknown = {name.format(number): {"a": 1} for number in range(100_000)}
+    asked = SimpleNamespace(model_extra=unknown, vllm_xargs=None)
+    sampled = check_sampling(lambda self: SamplingParams())
+    started = time.process_time()
+    if name == "steer{}":
+        with pytest.raises(VLLMValidationError, match="unknown steering argument 'steer0'"):
+            sampled(asked)
+    else:
+        sampled(asked)
+    assert time.process_time() - started < 10.0

@@ -137,7 +137,8 @@ def refuse_beam_search(original: Callable[..., Any]) -> Callable[..., Any]:
 def _with_top_level(extra_args: dict[str, Any], request: Any) -> dict[str, Any]:
     """Adds the steering keys that stand beside ``model`` and ``prompt`` in the request's body."""
     unknown = request.model_extra or {}
-    own = steering_keys(unknown)
+    # As a dict: a body may have hundreds of thousands of such keys, each of which is looked for.
+    own = dict.fromkeys(steering_keys(unknown))
     for key, value in unknown.items():
         if key not in own and wrapped_steering(value, text=key in WRAPPERS):
             raise refusal(
