@@ -35,7 +35,7 @@ from benchmarks import soak_hostile as hostile  # noqa: E402
 from benchmarks.fuzz_http import memory  # noqa: E402
 from benchmarks.load_clients import scrape  # noqa: E402
 from benchmarks.soak_model import CALM, DEEP, SWING, write_model, write_packs  # noqa: E402
-from offline.demo.server import Server, free_port, running, serve_command  # noqa: E402
+from offline.demo.server import SERVED_NAME, Server, free_port, running, serve_command  # noqa: E402
 from vllm_steer.pack import SteeringPack  # noqa: E402
 
 _ADMIN = "administrator"
@@ -137,7 +137,7 @@ class _Soak:
         async def ask_on() -> None:
             while time.monotonic() < end:
                 body = {
-                    "model": "demo",
+                    "model": SERVED_NAME,
                     "prompt": [rng.randrange(10, 1500) for _ in range(rng.randint(1, 300))],
                     "max_tokens": rng.choice([1, 20, 150]),
                     "n": rng.choice([1, 1, 8]),

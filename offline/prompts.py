@@ -249,7 +249,7 @@ def apply_template(
             refused = refused or error
             continue
         # A template that knows no parts may write the list as it stands.
-        if _PARTS_AS_THEY_STAND.search(rendered) and as_parts:
+        if as_parts and _PARTS_AS_THEY_STAND.search(rendered):
             continue
         if all(text.strip() in rendered for _, text in said):
             return rendered

@@ -1,10 +1,15 @@
-"""The shape of a served model, as packs record it."""
+"""The shape of a served model, as packs record it, and the name of its dtype."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from vllm_steer.errors import CompatibilityError
+
+
+def dtype_name(dtype: object) -> str:
+    """Returns the name of a torch dtype, such as ``float32``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def model_shape(model_config: Any) -> dict[str, Any]:

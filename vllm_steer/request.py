@@ -199,16 +199,8 @@ def _check_size(value: Any) -> None:
             waiting += each
 
 
-def looks_like_steering(key: str) -> bool:
-    """Whether a key was meant for steering, misspelt or not, and so must not be ignored."""
-    return key.startswith("steer") or (
-        len(key) <= _LONGEST_MISSPELT
-        and bool(get_close_matches(key, (REQUEST_KEY, *FLAT_KEYS), n=1, cutoff=0.8))
-    )
-
-
 def steering_keys(keys: Iterable[Any]) -> list[str]:
-    """Returns the keys that were meant for steering, misspelt ones among the first few alone.
+    """Returns the keys that were meant for steering and must not be ignored, misspelt ones among the first few alone.
 
     A body may have hundreds of thousands of keys, and to look for a near miss takes time for each.
     """
@@ -217,14 +209,14 @@ def steering_keys(keys: Iterable[Any]) -> list[str]:
         for key in keys
         if isinstance(key, str) and (key[:1] in _FIRST_LETTERS or not key[:1].isascii())
     ]
+    known = (REQUEST_KEY, *FLAT_KEYS)
     found, left = [], _MOST_MISSPELT
     for key in likely:
         if key.startswith("steer"):
             found.append(key)
         elif left and len(key) <= _LONGEST_MISSPELT:
             left -= 1
-            if looks_like_steering(key):
-                found.append(key)
+            found += [key] if get_close_matches(key, known, n=1, cutoff=0.8) else []
     return found
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from vllm.exceptions import VLLMValidationError
 
-from tests.unit.conftest import HIDDEN, LAYERS
+from tests.unit.conftest import HIDDEN, LAYERS, make_pack
 from tests.unit.front_end import started
 from vllm_steer.binding import bind
 from vllm_steer.bounds import check_distance, farthest, layer_bound
@@ -23,7 +23,7 @@ from vllm_steer.engine.blocks import hook_blocks, hook_finite
 from vllm_steer.engine.finite import limit_of
 from vllm_steer.engine.row_values import row_values
 from vllm_steer.errors import DoseError
-from vllm_steer.pack import SteeringPack
+from vllm_steer.pack import SteeringPack, write_pack
 from vllm_steer.registry import PackRegistry
 from vllm_steer.request import SteeringRequest
 from vllm_steer.resolve import resolve
@@ -37,8 +37,6 @@ RANK = 8
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> PackRegistry:
-    from tests.unit.conftest import make_pack
-
     path = tmp_path_factory.mktemp("packs") / "p"
     return PackRegistry([make_pack(path, "p", dict.fromkeys(NAMES, list(range(LAYERS))))])
 
@@ -231,9 +229,6 @@ def test_vectors_of_any_length_are_read_in_half_precision(
     tmp_path: Any, registry: PackRegistry
 ) -> None:
     """The longest and the shortest that a pack may have, as one affine form of gain 1."""
-    from tests.unit.conftest import make_pack
-    from vllm_steer.pack import write_pack
-
     pack = make_pack(tmp_path / "q", "q", {"long": [1], "short": [1]})
     sizes = {"long": 1e17, "short": 1e-17}
     scaled = write_pack(

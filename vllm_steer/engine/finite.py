@@ -13,11 +13,7 @@ from typing import Any
 import torch
 
 from vllm_steer.bounds import farthest
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """Name of a dtype as ``vllm_steer.bounds`` has it."""
-    return str(dtype).removeprefix("torch.")
+from vllm_steer.model import dtype_name
 
 
 def limit_of(dtype: torch.dtype, layers: int) -> float:
@@ -27,7 +23,7 @@ def limit_of(dtype: torch.dtype, layers: int) -> float:
         dtype: The model's dtype.
         layers: Layers that are hooked.
     """
-    return farthest(name_of(dtype)) / max(layers, 1)
+    return farthest(dtype_name(dtype)) / max(layers, 1)
 
 
 def overflows(dtype: torch.dtype) -> bool:

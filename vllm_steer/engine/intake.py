@@ -14,8 +14,9 @@ from vllm_steer.bounds import check_distance
 from vllm_steer.config import ResolvedConfig, resolved_config
 from vllm_steer.engine.holds import HOLDS
 from vllm_steer.engine.plan import NO_END
-from vllm_steer.errors import RequestError
+from vllm_steer.errors import ConfigError, RequestError
 from vllm_steer.limits import check_limits
+from vllm_steer.model import dtype_name
 from vllm_steer.plan_message import plan_of
 from vllm_steer.steering_plan import MAX_SEGMENTS, SteeringPlan, Term
 from vllm_steer.store import PackStore, configured_store
@@ -33,9 +34,8 @@ def read_packs(original: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def _initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
-        config = resolved_config(vllm_config.additional_config)
-        if config is not None:
-            setattr(self, _STORE, configured_store(config))
+        if resolved_config(vllm_config.additional_config) is not None:
+            core_store(self)
         return original(self, vllm_config)
 
     return _initialize_kv_caches
@@ -54,8 +54,8 @@ def check_intake(original: Callable[..., Any]) -> Callable[..., Any]:
         # Held before it is looked for, so that it cannot go in between.
         HOLDS.hold(request.request_id, plan.digests)
         try:
-            dtype = str(self.vllm_config.model_config.dtype).removeprefix("torch.")
-            check_plan(plan, config, configured_store(config), dtype)
+            dtype = dtype_name(self.vllm_config.model_config.dtype)
+            check_plan(plan, config, core_store(self), dtype)
             return original(self, request)
         except BaseException:
             HOLDS.release(request.request_id)
@@ -70,6 +70,22 @@ def core_config(engine: Any) -> ResolvedConfig | None:
         setattr(engine, _CONFIG, resolved_config(engine.vllm_config.additional_config))
     config: ResolvedConfig | None = getattr(engine, _CONFIG)
     return config
+
+
+def core_store(engine: Any) -> PackStore:
+    """The packs of an ``EngineCore`` with steering, which keeps them for as long as it lives.
+
+    Raises:
+        ConfigError: It was started without.
+        PackError: The packs on disk are not those that it was configured with.
+    """
+    if not hasattr(engine, _STORE):
+        config = core_config(engine)
+        if config is None:
+            raise ConfigError("this engine was started without steering")
+        setattr(engine, _STORE, configured_store(config))
+    store: PackStore = getattr(engine, _STORE)
+    return store
 
 
 def check_plan(plan: SteeringPlan, config: ResolvedConfig, store: PackStore, dtype: str) -> None:

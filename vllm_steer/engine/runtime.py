@@ -12,11 +12,10 @@ from typing import Any
 
 from vllm_steer.config import ResolvedConfig
 from vllm_steer.engine.holds import HOLDS
-from vllm_steer.engine.intake import core_config
+from vllm_steer.engine.intake import core_store
 from vllm_steer.engine.staging import drop_staged, stage, staged_pack
-from vllm_steer.errors import ConfigError
 from vllm_steer.rpc import FORGET, LOAD, STAGE
-from vllm_steer.store import configured_store
+from vllm_steer.store import PackStore, configured_store
 
 
 def install(engine_core: type) -> None:
@@ -34,7 +33,7 @@ def install_in_worker(worker: Any, config: ResolvedConfig) -> None:
         drop_staged()
 
     def forget(digests: list[str], names: list[str]) -> None:
-        _forget(config, digests, names)
+        _forget(configured_store(config), set(digests), names)
 
     setattr(worker, STAGE, stage)
     setattr(worker, LOAD, load)
@@ -50,31 +49,23 @@ def _core_load(self: Any, path: str, sha256: str) -> None:
     pack = staged_pack(path, sha256)
     self.model_executor.collective_rpc(LOAD, args=(path, sha256))
     # Last, so that what a worker refuses is not kept here.
-    configured_store(_config(self)).add(pack)
+    core_store(self).add(pack)
     drop_staged()
 
 
 def _core_forget(self: Any, digests: list[str], names: list[str]) -> list[str]:
     """Returns what was forgotten: content that a request here still needs is not."""
-    config = _config(self)
-    dropped = HOLDS.drop_unheld(digests, lambda unheld: _forget(config, sorted(unheld), names))
+    store = core_store(self)
+    dropped = HOLDS.drop_unheld(digests, lambda unheld: _forget(store, unheld, names))
     self.model_executor.collective_rpc(FORGET, args=(sorted(dropped), names))
     return sorted(dropped)
 
 
-def _forget(config: ResolvedConfig, digests: list[str], names: list[str]) -> None:
+def _forget(store: PackStore, digests: set[str], names: list[str]) -> None:
     # One that another process could not read.
     drop_staged()
-    store = configured_store(config)
     for name in names:
         # A process that failed to load a pack has nothing to forget.
         if name in store.registry.packs:
             store.remove(name)
-    store.forget(set(digests))
-
-
-def _config(engine_core: Any) -> ResolvedConfig:
-    config = core_config(engine_core)
-    if config is None:
-        raise ConfigError("this engine was started without steering")
-    return config
+    store.forget(digests)

@@ -21,7 +21,7 @@ from vllm_steer.errors import (
     RequestError,
 )
 from vllm_steer.limits import check_limits
-from vllm_steer.model import model_shape
+from vllm_steer.model import dtype_name, model_shape
 from vllm_steer.pack import SteeringPack
 from vllm_steer.plan_message import encode_plan
 from vllm_steer.policy import Policy, load_policy
@@ -107,7 +107,7 @@ class Admission:
             load_policy(self.config.policy) if self.config and self.config.policy else Policy()
         )
         self._max_len = vllm_config.model_config.max_model_len
-        self._dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+        self._dtype = dtype_name(vllm_config.model_config.dtype)
         self._shape = model_shape(vllm_config.model_config)
         # Requests under way by content digest of the directions that they use.
         self.active: Counter[str] = Counter()

@@ -19,6 +19,7 @@ from vllm_steer.rpc import TIMES
 from vllm_steer.serving import metrics
 from vllm_steer.serving.admission import Admission, current_admission
 from vllm_steer.serving.asgi import (
+    STEERED_ROUTES,
     App,
     Message,
     Receive,
@@ -67,7 +68,7 @@ class SteeringFront:
             await self.app(scope, receive, ModelList(send, admission, key_digest(scope)).send)
         elif route[0] == "GET" and (receipts := self._stored.get(route[1])) is not None:
             await self.app(scope, receive, Stored(send, receipts).send)
-        elif route[0] == "POST" and exists(scope):
+        elif route[0] == "POST" and (route[1] in STEERED_ROUTES or exists(scope)):
             await self._steered(scope, receive, send, admission)
         else:
             await self.app(scope, receive, send)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from vllm_steer import log
+from vllm_steer.config import ResolvedConfig
 from vllm_steer.errors import BusyError, UnsupportedError
 from vllm_steer.receipt import Receipt
 from vllm_steer.request import PLAN_KEY, REQUEST_KEY
@@ -38,9 +38,11 @@ def follow(original: Callable[..., Any]) -> Callable[..., Any]:
             return outputs
         adds_up = sampling_params.output_kind == RequestOutputKind.DELTA
         entry = _entry(plan, request_id) if self.log_requests else None
-        followed = _followed(outputs, plan, _gate_of(self), adds_up, entry)
+        admission = self.input_processor._vllm_steer_admission
+        gate, seconds = _gate_of(self, admission.config), admission.config.wait_seconds
+        followed = _followed(outputs, plan, gate, seconds, adds_up, entry)
         # The exchange may end before the request does.
-        return _held(followed, plan.receipt, self.input_processor._vllm_steer_admission)
+        return _held(followed, plan.receipt, admission)
 
     return generate
 
@@ -76,14 +78,13 @@ def _plan(engine: Any, prompt: Any, sampling_params: Any) -> AdmittedPlan | None
     return plan
 
 
-def _gate_of(engine: Any) -> _Gate:
+def _gate_of(engine: Any, config: ResolvedConfig) -> RowGate:
     """The gate of an ``AsyncLLM``, made with its first steered request."""
     if not hasattr(engine, _GATE):
-        config = engine.input_processor._vllm_steer_admission.config
         # Where admission lets one request take all rows, the requests share them here.
         sums = config.sums_per_request if config.gated else config.rows - 1
-        setattr(engine, _GATE, _Gate(RowGate(sums), config.wait_seconds))
-    gate: _Gate = getattr(engine, _GATE)
+        setattr(engine, _GATE, RowGate(sums))
+    gate: RowGate = getattr(engine, _GATE)
     return gate
 
 
@@ -119,15 +120,7 @@ async def _held(
         admission.release(receipt)
 
 
-@dataclass(frozen=True)
-class _Gate:
-    """The gate of an engine, and for how long a request waits at it."""
-
-    gate: RowGate
-    seconds: float
-
-
-async def _entered(gate: _Gate, sums: set[str]) -> Ticket:
+async def _entered(gate: RowGate, sums: set[str], seconds: float) -> Ticket:
     """Waits for rows.
 
     Raises:
@@ -136,10 +129,10 @@ async def _entered(gate: _Gate, sums: set[str]) -> Ticket:
     exchange = current_exchange.get()
     owner = exchange.key_digest if exchange else None
     try:
-        ticket = await gate.gate.enter(owner, sums, gate.seconds)
+        ticket = await gate.enter(owner, sums, seconds)
     except TimeoutError:
         error = BusyError(
-            f"{REQUEST_KEY}: no row for it became free in {gate.seconds:g} s; ask again later, or start the server with "
+            f"{REQUEST_KEY}: no row for it became free in {seconds:g} s; ask again later, or start the server with "
             f"a higher --steering-rows"
         )
         if exchange is not None:
@@ -170,7 +163,8 @@ async def _noted(
 async def _followed(
     outputs: AsyncGenerator[Any, None],
     plan: AdmittedPlan,
-    gate: _Gate,
+    gate: RowGate,
+    seconds: float,
     adds_up: bool,
     entry: dict[str, Any] | None,
 ) -> AsyncGenerator[Any, None]:
@@ -180,6 +174,7 @@ async def _followed(
         outputs: Those of vLLM.
         plan: The prompt's plan.
         gate: The gate of its engine.
+        seconds: For how long it waits there.
         adds_up: Whether each output holds the tokens since the one before, or all of them.
         entry: Fields of the request's line in the log, None where vLLM logs no requests.
     """
@@ -191,8 +186,8 @@ async def _followed(
     metrics.DOSE.observe(receipt.dose)
     try:
         with metrics.WAITING.track_inprogress():
-            ticket = await _entered(gate, sums)
-        prompt = EnginePrompt(receipt.num_choices, partial(gate.gate.leave, ticket))
+            ticket = await _entered(gate, sums, seconds)
+        prompt = EnginePrompt(receipt.num_choices, partial(gate.leave, ticket))
         try:
             # Closed here, so that a request whose client went away leaves the engine before its
             # rows are given to others.
@@ -206,7 +201,7 @@ async def _followed(
         finally:
             forget(prompt)
             if prompt.ended < prompt.answers:
-                gate.gate.leave(ticket)
+                gate.leave(ticket)
     except (asyncio.CancelledError, GeneratorExit):
         outcome = "aborted"
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 from vllm_steer.receipt import HEADER, Receipt
 from vllm_steer.request import REQUEST_KEY
@@ -11,6 +12,7 @@ from vllm_steer.serving.admission import Admission
 from vllm_steer.serving.asgi import Message, Send, parse_object, send_error, with_length
 from vllm_steer.serving.exchange import Exchange
 
+_JSON = b"application/json"
 _MESSAGE_END = "message_stop"
 _END = re.compile(
     rb'"finish_reason":\s*"|"type":\s*"(response\.(completed|incomplete)|message_stop)"'
@@ -111,7 +113,7 @@ class Stored(_Buffered):
 
     async def send(self, message: Message) -> None:
         """Takes the place of ``send``."""
-        if message["type"] == "http.response.start" and not _is_json(message):
+        if message["type"] == "http.response.start" and _kind_of(message) != _JSON:
             # A stream of events that were stamped when they were sent first.
             self._receipts = []
         if self._receipts:
@@ -120,7 +122,8 @@ class Stored(_Buffered):
             await self._send(message)
 
     def _complete(self, body: bytes) -> bytes:
-        return _with_receipts(body, self._receipts)[0]
+        fields = parse_object(body)
+        return body if fields is None else _with_receipts(fields, self._receipts)
 
 
 class Receipts(_Buffered):
@@ -141,14 +144,13 @@ class Receipts(_Buffered):
         if message["type"] == "http.response.start":
             self._kind = None
             if self._exchange.receipts and message["status"] == 200:
-                headers = dict(message["headers"])
-                self._kind = headers.get(b"content-type", b"").partition(b";")[0]
+                self._kind = _kind_of(message)
                 summary = ", ".join(r.to_header() for r in self._exchange.receipts[:1])
                 message["headers"] = [
                     *message["headers"],
                     (HEADER.encode(), summary.encode("latin-1", "replace")),
                 ]
-        if self._kind == b"application/json":
+        if self._kind == _JSON:
             await self._pass_whole(message)
         elif self._kind == b"text/event-stream" and message["type"] == "http.response.body":
             await self._pass_events(message)
@@ -181,23 +183,20 @@ class Receipts(_Buffered):
         return before + marker + json.dumps(chunk).encode()
 
     def _complete(self, body: bytes) -> bytes:
-        body, self.answer_id = _with_receipts(body, self._exchange.receipts)
-        return body
+        fields = parse_object(body)
+        if fields is None:
+            return body
+        self.answer_id = fields.get("id")
+        return _with_receipts(fields, self._exchange.receipts)
 
 
-def _is_json(start: Message) -> bool:
-    """Whether a response is one JSON value."""
+def _kind_of(start: Message) -> bytes:
+    """Content type of a response."""
     kind: bytes = dict(start["headers"]).get(b"content-type", b"")
-    return kind.partition(b";")[0] == b"application/json"
+    return kind.partition(b";")[0]
 
 
-def _with_receipts(body: bytes, receipts: list[Receipt]) -> tuple[bytes, str | None]:
-    """Returns a JSON object with receipts, and its ``id``."""
-    fields = parse_object(body)
-    if fields is None:
-        return body, None
-    found = fields.get("id")
-    fields[REQUEST_KEY] = [receipt.to_json() for receipt in receipts]
-    return json.dumps(fields, ensure_ascii=False).encode(), found if isinstance(
-        found, str
-    ) else None
+def _with_receipts(fields: dict[str, Any], receipts: list[Receipt]) -> bytes:
+    """Returns a JSON object with receipts."""
+    shown = [receipt.to_json() for receipt in receipts]
+    return json.dumps(fields | {REQUEST_KEY: shown}, ensure_ascii=False).encode()

@@ -14,6 +14,7 @@ from typing import Any
 from vllm_steer import versions
 from vllm_steer.config import CONFIG_KEY
 from vllm_steer.memory import memory_settings
+from vllm_steer.model import dtype_name
 from vllm_steer.rpc import FACTS
 from vllm_steer.verify.engine_loop import answer_commands
 from vllm_steer.verify.process import ROOM
@@ -74,7 +75,7 @@ def describe(llm: Any) -> dict[str, Any]:
         "compilation": getattr(compilation.mode, "name", str(compilation.mode)),
         "cuda_graphs": getattr(compilation.cudagraph_mode, "name", None),
         "async_scheduling": bool(config.scheduler_config.async_scheduling),
-        "dtype": str(config.model_config.dtype).removeprefix("torch."),
+        "dtype": dtype_name(config.model_config.dtype),
         "device": "cpu" if current_platform.is_cpu() else current_platform.get_device_name(),
         "threads": torch.get_num_threads(),
     }
