@@ -63,6 +63,15 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
         "held_out": False,
         "permutations": 0,
     },
+    "answers, mean difference ahead of telling tokens": {
+        "learn_from": "answers",
+        "answer_tokens": "telling",
+        "estimator": "mean_difference",
+        "labels": "hard",
+        "unit": False,
+        "held_out": False,
+        "permutations": 0,
+    },
     "answers, attention-guided (soft labels, weighted tokens, RFM)": {
         "learn_from": "answers",
         "answer_tokens": "weighted",

@@ -13,7 +13,7 @@ import numpy as np
 from joblib import Parallel, delayed
 from numpy.typing import NDArray
 
-from offline.answer_states import AnswerStates, read_answers
+from offline.answer_states import BY_ATTENTION, AnswerStates, read_answers
 from offline.answers import ConceptAnswers
 from offline.estimators import fit_direction
 from offline.labels import hard_labels, interleave
@@ -45,7 +45,7 @@ class AnswerLearner:
         """
         self._plan, settings = plan, plan.settings
         self._reads_attention = settings.estimator != "trained" and (
-            settings.labels == "soft" or settings.answer_tokens != "mean"
+            settings.labels == "soft" or settings.answer_tokens in BY_ATTENTION
         )
         # Eager attention alone hands out its weights; for all else the library's own choice is faster.
         attention = "eager" if self._reads_attention else None

@@ -3,7 +3,9 @@
 The concept is read where the model speaks of it, in its own words, and since both readings are of the
 same tokens, their difference holds what the prefix does and not what is said. An answer's tokens become
 one state per block: their mean, their mean weighted by each token's attention to the prefix, or the token
-that attends most to it (Eq. 3 of arXiv 2602.00333, over answer tokens).
+that attends most to it (Eq. 3 of arXiv 2602.00333, over answer tokens). Or the states that the answer's
+tokens are predicted from, weighted by how much likelier the prefix makes each of them: most tokens of an
+answer have nothing of the prefix, and where it speaks can be read off the likelihoods.
 """
 
 from __future__ import annotations
@@ -22,11 +24,14 @@ from transformers import PreTrainedModel
 from offline.answers import Example
 from offline.capture import check_finite
 from offline.hooks import watched
+from offline.likelihood import AnswerModel, padded
 from offline.models import find_blocks
 from vllm_steer.errors import ExtractionError
 
-AnswerTokens = Literal["mean", "weighted", "attention"]
+AnswerTokens = Literal["mean", "weighted", "attention", "telling"]
 ANSWER_TOKENS: tuple[AnswerTokens, ...] = get_args(AnswerTokens)
+BY_ATTENTION: frozenset[AnswerTokens] = frozenset({"weighted", "attention"})
+"""Those that need attention weights."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +70,7 @@ def read_answers(
         model: A decoder-only model, loaded with ``attn_implementation="eager"`` where attention is read.
         examples: The answers, at least one.
         tokens: How an answer's tokens become one state.
-        attention: Whether to read attention; ``weighted`` and ``attention`` need it.
+        attention: Whether to read attention in any case; ``weighted`` and ``attention`` need it.
         batch_size: Answers per forward pass.
         progress: Text beside the progress bar; None for no bar.
 
@@ -75,7 +80,7 @@ def read_answers(
     """
     config = model.config.get_text_config()
     blocks = find_blocks(model, config.num_hidden_layers)
-    reader = _Reader(model, blocks, tokens, attention or tokens != "mean")
+    reader = _Reader(model, blocks, tokens, attention or tokens in BY_ATTENTION)
     shape = (len(examples), len(blocks), config.hidden_size)
     prefixed, plain = (np.zeros(shape, dtype=np.float32) for _ in range(2))
     paid = np.zeros(shape[:2], dtype=np.float32)
@@ -109,6 +114,7 @@ class _Reader:
     ) -> None:
         self._model, self._blocks = model, blocks
         self._tokens, self._attention = tokens, attention
+        self._scored = AnswerModel(model, ()) if tokens == "telling" else None
         self._norms: list[list[NDArray[np.float32]]] = [[] for _ in blocks]
 
     def read(self, examples: Sequence[Example]) -> None:
@@ -119,6 +125,7 @@ class _Reader:
         self.paid = np.zeros(shape, dtype=np.float32)
         # [rows, tokens], of every block: how much each answer token counts.
         self._weights: dict[int, Tensor] = {}
+        self._gains = None if self._scored is None else _gains(self._scored, examples)
         self._run(examples, prefixed=True)
         missing = sorted(set(range(len(self._blocks))) - set(self._weights))
         if missing:
@@ -138,23 +145,27 @@ class _Reader:
         token_ids = torch.tensor([row + [0] * (int(lengths.max()) - len(row)) for row in rows])
         device = self._model.device
         starts = torch.tensor([[len(p)] for p in prompts])
-        longest = max(len(e.answer) for e in examples)
-        self._at = (starts + torch.arange(longest)).clamp(max=token_ids.shape[1] - 1).to(device)
-        self._real = (starts + torch.arange(longest) < lengths).to(device)
+        answered = starts + torch.arange(max(len(e.answer) for e in examples))
+        self._real = (answered < lengths).to(device)
+        read = answered if self._gains is None else answered - 1
+        self._at = read.clamp(max=token_ids.shape[1] - 1).to(device)
         position = torch.arange(token_ids.shape[1])
         self._counted = ((position > 0) & (position < lengths)).to(device)
         spans = torch.tensor([e.prefixed.prefix_span for e in examples])
         self._prefix = ((position >= spans[:, :1]) & (position < spans[:, 1:])).float().to(device)
         see = self._see_attention if prefixed and self._attention else None
         if prefixed and not self._attention:
-            self._weights = dict.fromkeys(
-                range(len(self._blocks)), _shares(self._real.float(), self._real)
-            )
+            alike = _shares(self._counts(), self._real)
+            self._weights = dict.fromkeys(range(len(self._blocks)), alike)
         states = self.prefixed if prefixed else self.plain
         counts = not prefixed
         with watched(self._blocks, lambda at, h: self._see_output(at, h, states, counts), see):
             # Right padding: a causal model sees none of it, so that no mask is needed.
             self._model.base_model(input_ids=token_ids.to(device), use_cache=False)
+
+    def _counts(self) -> Tensor:
+        """How much each answer token counts where attention does not say, ``[rows, tokens]``."""
+        return self._real.float() if self._gains is None else self._gains
 
     def _see_attention(self, block: int, weights: Tensor) -> None:
         """Reduces weights ``[batch, heads, queries, keys]`` to those of the answer's tokens."""
@@ -162,8 +173,8 @@ class _Reader:
         answer = weights.transpose(1, 2)[row, self._at].float()
         paid = (answer * self._prefix[:, None, None, :]).sum(dim=-1).mean(dim=-1)
         paid = torch.where(self._real, paid, 0.0)
-        if self._tokens == "mean":
-            chosen = _shares(self._real.float(), self._real)
+        if self._tokens not in BY_ATTENTION:
+            chosen = _shares(self._counts(), self._real)
         elif self._tokens == "weighted":
             chosen = _shares(paid, self._real)
         else:
@@ -184,6 +195,19 @@ class _Reader:
         if counts:
             norms = torch.linalg.vector_norm(output.float(), dim=-1)[self._counted]
             self._norms[block].append(norms.cpu().numpy())
+
+
+def _gains(model: AnswerModel, examples: Sequence[Example]) -> Tensor:
+    """Returns by how much the prefix makes each answer token likelier, ``[rows, tokens]``; 0 for less likely."""
+    answers = [e.answer for e in examples]
+    prefixed, plain = (
+        model.token_log_likelihoods(padded(prompts, answers, model.model.device))
+        for prompts in (
+            [e.prefixed.token_ids for e in examples],
+            [e.plain.token_ids for e in examples],
+        )
+    )
+    return (prefixed - plain).clamp(min=0.0)
 
 
 def _shares(weights: Tensor, real: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ _RIGHT = 90.0
 ANGLES = (80.0, 70.0, 60.0, 50.0, 40.0, 30.0)
 TURNS = (5.0, 10.0, 20.0, 30.0, 45.0, 60.0)
 # Depths at which single layers are tried.
-_DEPTHS = (0.25, 0.4, 0.55, 0.7)
+_DEPTHS = (0.25, 0.4, 0.55, 0.7, 0.8, 0.9)
 # Directions with as few layers were chosen to act on them.
 _FEW = 3
 

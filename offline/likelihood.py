@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -95,21 +96,30 @@ class AnswerModel:
                 every position to the outputs of ``layers``. None for nothing.
         """
         if change is None:
-            logits = self._logits(batch)
+            found = self._found(batch)
         else:
             recomputed = checkpointed(self._every) if self._checkpointing else nullcontext()
             with (
                 recomputed,
                 changed(self._blocks, lambda at, h: h + change[:, at, None].to(h.dtype)),
             ):
-                logits = self._logits(batch)
+                found = self._found(batch)
+        row = batch.real.nonzero()[:, 0]
+        return found.new_zeros(len(batch.real)).index_add(0, row, found)
+
+    def token_log_likelihoods(self, batch: Padded) -> Tensor:
+        """Returns the log-likelihood of every answer token, ``[rows, tokens of the longest]``, float32, 0 after an end."""
+        counts = batch.real.sum(dim=1).tolist()
+        return pad_sequence(list(self._found(batch).split(counts)), batch_first=True)
+
+    def _found(self, batch: Padded) -> Tensor:
+        """Returns the log-likelihoods of all answers' tokens, one answer after the other."""
+        logits = self._logits(batch)
         # Of the positions between the shortest prompt and the longest answer, those of answers alone:
         # a row over the vocabulary is far larger than all else.
-        loss = functional.cross_entropy(
+        return -functional.cross_entropy(
             logits[batch.real].float(), batch.targets[batch.real], reduction="none"
         )
-        row = batch.real.nonzero()[:, 0]
-        return -loss.new_zeros(len(batch.real)).index_add(0, row, loss)
 
     def _logits(self, batch: Padded) -> Tensor:
         output = self.model(input_ids=batch.token_ids, use_cache=False, logits_to_keep=batch.kept)

@@ -31,7 +31,8 @@ class ExtractionSettings(BaseModel):
             differences of means alone can do without.
         unit: Whether directions have length 1; else a difference of means keeps its own.
         answer_tokens: How an answer's tokens become one state: their ``mean``, the mean ``weighted`` by
-            attention to the prefix, or the one that pays it most ``attention``.
+            attention to the prefix, the one that pays it most ``attention``, or the mean of the states that
+            they are predicted from, weighted by how ``telling`` each is: how much likelier the prefix makes it.
         answer_length: Most tokens of an answer.
         questions: Ask the first so many questions for answers to learn from.
         answer_share: Share of the answers that is used: those that the prefix makes most likely beside

@@ -131,8 +131,9 @@ def _add_settings(extract: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--answer-tokens",
-        choices=("mean", "weighted", "attention"),
-        help="all tokens of an answer alike, weighted by attention to the prefix, or the most attentive",
+        choices=("mean", "weighted", "attention", "telling"),
+        help="all tokens of an answer alike, weighted by attention to the prefix, the most attentive, or those "
+        "ahead of what the prefix makes likelier",
     )
     group.add_argument("--answer-length", type=int, metavar="N", help="most tokens of an answer")
     group.add_argument(

@@ -36,7 +36,7 @@ def examples(chatml) -> list[Example]:
 
 
 def outputs_of(model, example: Example, prefixed: bool):
-    """Block outputs ``[blocks, length, hidden_size]`` and attention of one row, by Hugging Face alone."""
+    """Block outputs ``[blocks, length, hidden_size]``, attention and logits of one row, by Hugging Face alone."""
     prompt = example.prefixed if prefixed else example.plain
     last: list[torch.Tensor] = []
     handle = model.model.norm.register_forward_pre_hook(lambda _, args: last.append(args[0][0]))
@@ -48,28 +48,45 @@ def outputs_of(model, example: Example, prefixed: bool):
         )
     handle.remove()
     states = [hidden[0] for hidden in output.hidden_states[1:-1]]
-    return torch.stack([*states, last[0]]), output.attentions
+    return torch.stack([*states, last[0]]), output.attentions, output.logits[0]
+
+
+def likely(logits: torch.Tensor, begin: int, answer: tuple[int, ...]) -> list[float]:
+    """Log-likelihood of each token of an answer that begins there."""
+    rows = [logits[begin + at - 1].log_softmax(dim=-1) for at in range(len(answer))]
+    return [float(row[token]) for row, token in zip(rows, answer, strict=True)]
 
 
 def by_hand(model, example: Example, tokens: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """States after the prefixed and the plain prompt, and the attention paid, token after token."""
-    (with_prefix, attentions), (without, _) = (outputs_of(model, example, p) for p in (True, False))
+    (with_prefix, attentions, sure), (without, _, unsure) = (
+        outputs_of(model, example, p) for p in (True, False)
+    )
     start, end = example.prefixed.prefix_span
     first, second = (len(p.token_ids) for p in (example.prefixed, example.plain))
     count = len(example.answer)
+    gains = [
+        max(a - b, 0.0)
+        for a, b in zip(
+            likely(sure, first, example.answer), likely(unsure, second, example.answer), strict=True
+        )
+    ]
+    # Of the tokens that the answer's are predicted from.
+    ahead = tokens == "telling"
     prefixed, plain, paid = [], [], []
     for block in range(3):
         sums = []
-        for at in range(first, first + count):
+        for at in range(first - ahead, first + count - ahead):
             heads = [head[at, start:end].sum() for head in attentions[block][0]]
             sums.append(float(sum(heads) / len(heads)))
         weights = {
             "mean": [1 / count] * count,
             "weighted": [value / sum(sums) for value in sums],
             "attention": [float(at == int(np.argmax(sums))) for at in range(count)],
+            "telling": [gain / sum(gains) for gain in gains],
         }[tokens]
         for side, states, begin in ((prefixed, with_prefix, first), (plain, without, second)):
-            rows = [weight * states[block, begin + at] for at, weight in enumerate(weights)]
+            rows = [weight * states[block, begin + at - ahead] for at, weight in enumerate(weights)]
             side.append(torch.stack(rows).sum(0).numpy())
         paid.append(sum(weight * value for weight, value in zip(weights, sums, strict=True)))
     return np.stack(prefixed), np.stack(plain), np.array(paid)

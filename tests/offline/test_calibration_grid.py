@@ -81,7 +81,7 @@ def test_half_the_strength_of_an_angle_is_nearer_to_where_the_stream_stands() ->
 def test_windows_are_its_own_layers_the_middle_and_single_ones() -> None:
     own = tuple(range(1, BLOCKS))
     windows = subject().windows(BLOCKS)
-    assert windows == [own, tuple(range(3, 9)), (3,), (5,), (7,), (8,)]
+    assert windows == [own, tuple(range(3, 9)), (3,), (5,), (7,), (8,), (10,), (11,)]
     # Of the layers that it has.
     assert subject(layers=(0, 1, 2, 4)).windows(BLOCKS) == [(0, 1, 2, 4), (4,), (2,)]
     assert subject(layers=(0, 1, 2, 10)).windows(BLOCKS)[1:] == [(2,), (10,)]
