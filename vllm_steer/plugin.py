@@ -44,6 +44,7 @@ def register() -> None:
         flags,
         guard,
         outcome,
+        unrouted,
     )
 
     seams.patch(seams.ADD_CLI_ARGS, flags.add_flags)
@@ -58,6 +59,7 @@ def register() -> None:
         seams.patch(seam, entry.refuse_beam_search)
     seams.patch(seams.EXTRACT_PROMPT_LEN, entry.remember_prompt_len)
     seams.patch(seams.GENERATE, outcome.follow)
+    seams.patch(seams.CREATE_CHAT_COMPLETION, unrouted.follow_chat)
     seams.patch(seams.OUTPUT_ADD_REQUEST, engine_requests.note_arrival)
     seams.patch(seams.OUTPUT_FINISH_REQUEST, engine_requests.note_finish)
     seams.patch(seams.OUTPUT_ABORT_REQUESTS, engine_requests.note_abort)

@@ -99,6 +99,11 @@ GENERATE = Seam(
     "AsyncLLM.generate",
     ("self", "prompt", "sampling_params", "request_id"),
 )
+CREATE_CHAT_COMPLETION = Seam(
+    "vllm.entrypoints.openai.chat_completion.serving",
+    "OpenAIServingChat.create_chat_completion",
+    ("self", "request"),
+)
 OUTPUT_ADD_REQUEST = Seam(
     "vllm.v1.engine.output_processor", "OutputProcessor.add_request", ("self", "request")
 )

@@ -27,6 +27,7 @@ def server(
     policy = {"aliases": {"cheerful": CALM, "late": LATE}, "default": GLOOMY}
     (folder / "policy.json").write_text(json.dumps(policy))
     options = ["--steering-policy", str(folder / "policy.json"), "--enforce-eager"]
+    options.append("--enable-scale-out")
     paths = [pack.path for pack in packs]
     with serve(model, paths, folder / "log", *options) as running:
         yield running
@@ -49,11 +50,50 @@ GENERATING: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"query": "Hello", "items": ["rain", "snow"], "label_token_ids": [20, 21]},
         {"alias", "default"},
     ),
+    "/inference/v1/generate": (
+        {"token_ids": [20, 21, 22], "sampling_params": {"max_tokens": 4}},
+        {"alias", "default", "extra_args of the engine"},
+    ),
 }
-# Of a kind of model that is not served here.
-ELSEWHERE = {"/v1/systemone"}
+# Of kinds of models, and of a client's package, that are not here.
+ELSEWHERE = {"/v1/systemone", "/cohere/v2/chat", "/cohere/v2/chat/render"}
+# They make a prompt, or text of tokens, for a server that generates.
+RENDERING: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions/render": {"messages": SAID, "max_tokens": 4},
+    "/v1/completions/render": {"prompt": "Hello", "max_tokens": 4},
+    "/v1/messages/render": {"messages": SAID, "max_tokens": 4},
+    "/v1/responses/render": {"input": "Hello", "max_output_tokens": 4},
+}
 # They generate nothing, whatever model they are asked for.
 OTHERS = {
+    "/v1/chat/completions/derender",
+    "/v1/completions/derender",
+    "/inference/v1/abort_requests",
+    "/adapters",
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+    "/start_profile",
+    "/stop_profile",
+    "/fault_tolerance/apply",
+    # Of developers, who may do anything with the engine.
+    "/abort_requests",
+    "/collective_rpc",
+    "/finish_weight_update",
+    "/init_weight_transfer_engine",
+    "/pause",
+    "/release_kv_cache_memory",
+    "/reset_encoder_cache",
+    "/reset_mm_cache",
+    "/reset_prefix_cache",
+    "/resume",
+    "/shutdown_weight_transfer_engine",
+    "/sleep",
+    "/start_draft_weight_update",
+    "/start_weight_update",
+    "/update_weight_version",
+    "/update_weights",
+    "/wake_up",
+    "/weight_checker",
     "/detokenize",
     "/is_scaling_elastic_ep",
     "/ping",
@@ -74,6 +114,11 @@ ASKS: dict[str, tuple[dict[str, Any], str]] = {
     "extra_body in extra_body": ({"extra_body": {"vllm_xargs": {"steer": ["moods/calm"]}}}, ""),
     "extra_body as text": ({"extra_body": json.dumps({"steering": CALM})}, ""),
     "misspelt": ({"sterring": CALM}, ""),
+    "extra_args of the engine": (
+        {"sampling_params": {"max_tokens": 4, "extra_args": {"steering": CALM}}},
+        "moods/cheerful",
+    ),
+    "params of the engine": ({"sampling_params": {"max_tokens": 4, "steering": CALM}}, ""),
 }
 
 
@@ -82,10 +127,24 @@ def ask(server: Server, route: str, fields: dict[str, Any]) -> httpx.Response:
     return httpx.post(server.url.removesuffix("/v1") + route, json=body, timeout=60)
 
 
-def test_somebody_has_decided_on_every_route(server: Server) -> None:
-    paths = httpx.get(server.url.removesuffix("/v1") + "/openapi.json").json()["paths"]
-    found = {path for path, methods in paths.items() if "post" in methods}
-    assert found <= {*GENERATING, *ELSEWHERE, *OTHERS}, "say of each new route what it does"
+def test_somebody_has_decided_on_every_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of vLLM's own application with all that a flag or a variable adds to it."""
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    parser = make_arg_parser(FlexibleArgumentParser())
+    args = parser.parse_args(["--enable-scale-out", "--tokens-only"])
+    args.enable_fault_tolerance = True
+    app = build_app(args, ("generate",))
+    found = {
+        route.path for route in app.routes if "POST" in (getattr(route, "methods", None) or ())
+    }
+    assert found >= GENERATING.keys() | RENDERING.keys()
+    decided = GENERATING.keys() | RENDERING.keys() | ELSEWHERE | OTHERS
+    assert found <= decided, "say of each new route what it does"
 
 
 @pytest.mark.parametrize("how", list(ASKS))
@@ -109,6 +168,17 @@ def test_each_is_steered_with_a_receipt_or_refused(server: Server, route: str, h
         assert [direction["name"] for direction in receipt["directions"]] == [name]
         assert receipt["tokens_steered"] > 0
     assert answer.headers["x-steering"].startswith(name)
+
+
+@pytest.mark.parametrize("route", list(RENDERING))
+def test_what_renders_for_another_server_is_not_asked_to_steer(server: Server, route: str) -> None:
+    """That server would not be told; the default is its own."""
+    for how, (fields, _) in ASKS.items():
+        answer = ask(server, route, RENDERING[route] | fields)
+        if how in {"default", "none"}:
+            assert answer.status_code == 200 or how == "none"
+        elif not how.endswith("of the engine"):
+            assert 400 <= answer.status_code < 500, (how, answer.text)
 
 
 @pytest.mark.parametrize("route", ["/v1/messages", "/invocations"])

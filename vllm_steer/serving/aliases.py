@@ -5,6 +5,8 @@ Importing this module imports neither torch nor vllm.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from pydantic import TypeAdapter, ValidationError
 
 from vllm_steer import log
@@ -12,6 +14,26 @@ from vllm_steer.errors import RequestError, explain_faults
 from vllm_steer.policy import AliasName, Policy, named_directions
 from vllm_steer.registry import PackRegistry
 from vllm_steer.request import SteeringRequest
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a model's name says.
+
+    Attributes:
+        served: Name of the served model.
+        steering: What the alias behind it stands for.
+    """
+
+    served: str
+    steering: SteeringRequest
+
+
+def named_alias(policy: Policy, model: str) -> Named | None:
+    """Returns what ``SERVED:ALIAS`` says; None where a name has no alias of the policy's."""
+    served, _, alias = model.rpartition(":")
+    steering = policy.aliases.get(alias) if served else None
+    return None if steering is None else Named(served, steering)
 
 
 def with_alias(

@@ -23,6 +23,7 @@ class Exchange:
         key_digest: SHA-256 of its API key in hexadecimal, None without one.
         model: The model's name as the client gave it, None when it stands for no steering.
         alias: Steering that the model's name stands for.
+        patient: Whether its prompts wait for rows for as long as it takes, since nobody would ask again.
         ended: Whether it was answered; what goes on in the background holds what it needs by itself.
         let_in: Whether a prompt of it got its rows.
         busy: Why a prompt of it did not; None unless its wait ended.
@@ -33,6 +34,7 @@ class Exchange:
     key_digest: str | None = None
     model: str | None = None
     alias: SteeringRequest | None = None
+    patient: bool = False
     ended: bool = False
     let_in: bool = False
     busy: str | None = None

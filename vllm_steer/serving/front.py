@@ -18,6 +18,7 @@ from vllm_steer.receipt import Receipt
 from vllm_steer.rpc import TIMES
 from vllm_steer.serving import metrics
 from vllm_steer.serving.admission import Admission, current_admission
+from vllm_steer.serving.aliases import named_alias
 from vllm_steer.serving.asgi import (
     STEERED_ROUTES,
     App,
@@ -82,11 +83,10 @@ class SteeringFront:
             fields = parse_object(body) if _may_name(body, admission.policy.aliases) else None
             name = fields.get("model") if fields else None
             if fields is not None and isinstance(name, str):
-                served, _, alias = name.rpartition(":")
-                if served and alias in admission.policy.aliases and not _serves(scope, name):
-                    exchange.model = name
-                    exchange.alias = admission.policy.aliases[alias]
-                    body = dump_object(fields | {"model": served})
+                named = named_alias(admission.policy, name)
+                if named is not None and not _serves(scope, name):
+                    exchange.model, exchange.alias = name, named.steering
+                    body = dump_object(fields | {"model": named.served})
                     messages = [{"type": "http.request", "body": body}]
                     scope = {**scope, "headers": with_length(scope["headers"], len(body))}
             receive = replay(messages, receive)

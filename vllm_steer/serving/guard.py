@@ -87,21 +87,22 @@ def _dropped_field(body: bytes, scope: Message) -> str | None:
     for field in WRAPPERS:
         if wrapped_steering(fields.get(field), text=True):
             return field
-    if not _takes_xargs(scope) and wrapped_steering(fields.get(_XARGS)):
+    if wrapped_steering(fields.get(_XARGS)) and not _takes(scope, _XARGS):
         return _XARGS
-    # Of what a token-in route takes, ``extra_args`` alone reach the engine.
     params = fields.get(_PARAMS)
-    if isinstance(params, dict):
-        kept = {key: value for key, value in params.items() if key != "extra_args"}
-        return _PARAMS if wrapped_steering(kept) else None
-    return None
+    if not wrapped_steering(params):
+        return None
+    # Of what a token-in route takes, ``extra_args`` alone reach the engine.
+    if isinstance(params, dict) and _takes(scope, _PARAMS):
+        params = {key: value for key, value in params.items() if key != "extra_args"}
+    return _PARAMS if wrapped_steering(params) else None
 
 
-def _takes_xargs(scope: Message) -> bool:
-    """Whether the route's request model has ``vllm_xargs``, which differs between versions of vLLM."""
+def _takes(scope: Message, field: str) -> bool:
+    """Whether the route's request model has a field, which differs between versions of vLLM."""
     endpoints = [route.endpoint for route in routes_of(scope)]
     models = [kind for endpoint in endpoints for kind in get_type_hints(endpoint).values()]
-    return any(_XARGS in getattr(model, "model_fields", ()) for model in models)
+    return any(field in getattr(model, "model_fields", ()) for model in models)
 
 
 async def _refuse(scope: Message, send: Send, field: str) -> None:

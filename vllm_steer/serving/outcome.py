@@ -121,15 +121,16 @@ async def _held(
 
 
 async def _entered(gate: RowGate, sums: set[str], seconds: float) -> Ticket:
-    """Waits for rows.
+    """Waits for rows; without an HTTP client, who could ask again, for as long as it takes.
 
     Raises:
-        VLLMValidationError: There were none in time; where there is an exchange it is answered with 503.
+        VLLMValidationError: There were none in time; the exchange is answered with 503.
     """
     exchange = current_exchange.get()
     owner = exchange.key_digest if exchange else None
+    patient = exchange is None or exchange.patient
     try:
-        ticket = await gate.enter(owner, sums, seconds)
+        ticket = await gate.enter(owner, sums, None if patient else seconds)
     except TimeoutError:
         error = BusyError(
             f"{REQUEST_KEY}: no row for it became free in {seconds:g} s; ask again later, or start the server with "
