@@ -5,9 +5,7 @@ Importing this module imports neither torch nor vllm.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import zip_longest
 
 import numpy as np
@@ -65,10 +63,10 @@ def resolve(bound: BoundRequest, prompt_len: int, max_len: int | None = None) ->
             spans.append((ranges, term))
     triggers = request.until_token_ids
     until = Until(prompt_len, tuple(triggers)) if triggers else None
-    return SteeringPlan(tuple(replace(segment, until=until) for segment in _segments(spans)))
+    return SteeringPlan(tuple(_segments(spans, until)))
 
 
-def _segments(spans: Sequence[_Span]) -> list[Segment]:
+def _segments(spans: Sequence[_Span], until: Until | None) -> list[Segment]:
     """Cuts overlapping ranges into disjoint ones; neighbours with equal sums become one.
 
     Raises:
@@ -76,19 +74,20 @@ def _segments(spans: Sequence[_Span]) -> list[Segment]:
     """
     spans = sorted(spans, key=lambda span: span[1].order)
     # How many more ranges of each span a position lies in than the one before.
-    steps: dict[int, Counter[int]] = {}
+    steps: dict[int, list[tuple[int, int]]] = {}
     for number, (ranges, _) in enumerate(spans):
         for start, end in ranges:
-            steps.setdefault(start, Counter())[number] += 1
+            steps.setdefault(start, []).append((number, 1))
             if end is not None:
-                steps.setdefault(end, Counter())[number] -= 1
+                steps.setdefault(end, []).append((number, -1))
     cuts = sorted(steps)
     segments: list[Segment] = []
+    terms = [term for _, term in spans]
     depth, size = [0] * len(spans), 0
     for start, end in zip_longest(cuts, cuts[1:]):
-        for number, step in steps[start].items():
+        for number, step in steps[start]:
             depth[number] += step
-        here = tuple(term for inside, (_, term) in zip(depth, spans, strict=True) if inside)
+        here = tuple([terms[number] for number, inside in enumerate(depth) if inside])
         size += len(here)
         if size > MAX_PLAN_TERMS:
             raise RequestError(
@@ -97,9 +96,9 @@ def _segments(spans: Sequence[_Span]) -> list[Segment]:
             )
         if not here:
             continue
-        segment = Segment(start, end, here)
+        segment = Segment(start, end, here, until)
         if segments and segments[-1].end == start and segments[-1].key == segment.key:
-            segment = replace(segment, start=segments.pop().start)
+            segment = Segment(segments.pop().start, end, here, until)
         segments.append(segment)
     if len(segments) > MAX_SEGMENTS:
         raise RequestError(

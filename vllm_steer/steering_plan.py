@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import astuple, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from vllm_steer.forms import PLANE_OPS, Op
@@ -122,7 +122,7 @@ class Segment:
     @cached_property
     def schedules(self) -> tuple[Schedule | None, ...]:
         """The different schedules of the terms, in their order."""
-        return tuple(dict.fromkeys(term.schedule for term in self.terms))
+        return _schedules(self.terms)
 
     @cached_property
     def row_key(self) -> str:
@@ -130,10 +130,7 @@ class Segment:
 
         What is factored together lies together in a row, so that is part of it, and the schedules are not.
         """
-        terms = [term.identity for term in self.terms]
-        if len(self.schedules) == 1:
-            return _digest(terms)
-        return _digest([terms, [self.schedules.index(term.schedule) for term in self.terms]])
+        return _row_key(self.terms)
 
     @cached_property
     def key(self) -> str:
@@ -142,6 +139,19 @@ class Segment:
             return self.row_key
         known = [schedule.to_list() if schedule else [] for schedule in self.schedules]
         return _digest([self.row_key, [[float(v).hex() for v in values] for values in known]])
+
+
+def _schedules(terms: tuple[Term, ...]) -> tuple[Schedule | None, ...]:
+    return tuple(dict.fromkeys(term.schedule for term in terms))
+
+
+# The same terms meet in many ranges, and in the plans of many prompts.
+@lru_cache(maxsize=4096)
+def _row_key(terms: tuple[Term, ...]) -> str:
+    identities, schedules = [term.identity for term in terms], _schedules(terms)
+    if len(schedules) == 1:
+        return _digest(identities)
+    return _digest([identities, [schedules.index(term.schedule) for term in terms]])
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
+import msgspec
 from pydantic_core import from_json, to_json
 
 Message = MutableMapping[str, Any]
@@ -15,6 +17,14 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
+
+class _Named(msgspec.Struct):
+    model: Any = None
+
+
+_NAMED = msgspec.json.Decoder(_Named)
+# Half of a pair is no text, and a stricter reader than vLLM's stops at it.
+_SURROGATES = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 STEERED_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
 
@@ -100,6 +110,27 @@ def dump_object(fields: dict[str, Any]) -> bytes:
         return to_json(fields, inf_nan_mode="constants")
     except ValueError:
         return json.dumps(fields).encode()
+
+
+def model_of(body: bytes) -> str | None:
+    """Returns ``model`` of a JSON object, and reads no other value; None where it has none."""
+    for text in (body, _SURROGATES.sub(b"?", body)):
+        try:
+            model = _NAMED.decode(text).model
+        except (msgspec.MsgspecError, RecursionError):
+            continue
+        return model if isinstance(model, str) else None
+    fields = parse_object(body)
+    model = fields.get("model") if fields else None
+    return model if isinstance(model, str) else None
+
+
+def with_model(body: bytes, model: str) -> bytes:
+    """Returns the body of a JSON object that has a ``model`` with another one."""
+    if json.detect_encoding(body) != "utf-8":
+        return dump_object((parse_object(body) or {}) | {"model": model})
+    # Of a key that is given twice the last counts.
+    return body.rstrip()[:-1] + b',"model":' + json.dumps(model).encode() + b"}"
 
 
 def with_length(headers: list[tuple[bytes, bytes]], length: int) -> list[tuple[bytes, bytes]]:

@@ -25,14 +25,14 @@ from vllm_steer.serving.asgi import (
     Message,
     Receive,
     Send,
-    dump_object,
     exists,
     key_digest,
-    parse_object,
+    model_of,
     read_body,
     replay,
     route_of,
     with_length,
+    with_model,
 )
 from vllm_steer.serving.exchange import Exchange, current_exchange
 from vllm_steer.serving.packs_api import PREFIX, answer
@@ -80,13 +80,12 @@ class SteeringFront:
         exchange = Exchange(route_of(scope), key_digest(scope))
         if admission.policy.aliases:
             body, messages = await read_body(receive)
-            fields = parse_object(body) if _may_name(body, admission.policy.aliases) else None
-            name = fields.get("model") if fields else None
-            if fields is not None and isinstance(name, str):
+            name = model_of(body) if _may_name(body, admission.policy.aliases) else None
+            if name is not None:
                 named = named_alias(admission.policy, name)
                 if named is not None and not _serves(scope, name):
                     exchange.model, exchange.alias = name, named.steering
-                    body = dump_object(fields | {"model": named.served})
+                    body = with_model(body, named.served)
                     messages = [{"type": "http.request", "body": body}]
                     scope = {**scope, "headers": with_length(scope["headers"], len(body))}
             receive = replay(messages, receive)
@@ -117,7 +116,7 @@ class SteeringFront:
 
 
 def _may_name(body: bytes, aliases: Iterable[str]) -> bool:
-    """Whether a body can name an alias at all, which saves most of them from being parsed twice."""
+    """Whether a body can name an alias at all, which saves most of them from being looked into."""
     # Escaped, or in another encoding than UTF-8, it may look otherwise.
     return b"\\u" in body or b"\0" in body or any(f":{alias}".encode() in body for alias in aliases)
 

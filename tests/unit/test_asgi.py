@@ -1,0 +1,54 @@
+"""The model of a body is read and replaced as the reader of vLLM would see it, and little else is read."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from vllm_steer.serving.asgi import model_of, with_model
+
+_MANY = 100_000
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model": "demo:calm"}',
+        b'{"mod\\u0065l": "demo\\u003acalm"}',
+        b'{"model": "plain", "model": "demo:calm"} \n',
+        b'{"a": NaN, "model": "demo:calm"}',
+        b'{"a": "\\ud800", "model": "demo:calm"}',
+        b'{"a": "\\\\ud800\\\\", "model": "demo:calm"}',
+        b'{"a": ["\\udc00\\\\"], "model": "demo:calm", "b": "}"}',
+        b'\xef\xbb\xbf{"model": "demo:calm"}',
+        '{"model": "demo:calm", "a": "é"}'.encode("utf-16"),
+        '{"a": "é", "model": "demo:calm"}'.encode("utf-16-be"),
+        '{"model": "demo:calm"}'.encode("utf-32"),
+    ],
+)
+def test_a_model_is_read_and_replaced_in_whatever_vllm_reads(body: bytes) -> None:
+    assert model_of(body) == json.loads(body)["model"] == "demo:calm"
+    assert json.loads(with_model(body, "demo")) == json.loads(body) | {"model": "demo"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"[1]", b'{"a": 1}', b'{"model": ["demo:calm"]}', b'{"model": "demo:calm"', b"\xff"],
+)
+def test_what_names_no_model_has_none(body: bytes) -> None:
+    assert model_of(body) is None
+
+
+@pytest.mark.parametrize("key", ["k", "s\ud800"])
+def test_many_keys_are_not_made_into_objects(key: str) -> None:
+    """Beside the same machine's reader of the whole."""
+    body = json.dumps({f"{key}{n}": n for n in range(_MANY)} | {"model": "demo:calm"}).encode()
+    times: dict[str, list[float]] = {"whole": [], "model": []}
+    for _ in range(5):
+        for name, read in (("whole", json.loads), ("model", model_of)):
+            started = time.process_time()
+            assert read(body)
+            times[name].append(time.process_time() - started)
+    assert min(times["model"]) < 0.8 * min(times["whole"])
