@@ -229,7 +229,7 @@ def test_every_position_has_the_terms_whose_ranges_hold_it(data: st.DataObject) 
     chosen = data.draw(st.lists(st.lists(span, min_size=1, max_size=4), min_size=1, max_size=5))
     ranges = [[(a, None if n is None else a + n) for a, n in each] for each in chosen]
     terms = [Term(f"{n:064d}", 1.0 + n, (0,)) for n in range(len(ranges))]
-    found = _segments(list(zip(ranges, terms, strict=True)))
+    found = _segments(list(zip(ranges, terms, strict=True)), None)
     for position in range(32):
         wanted = [
             term
