@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 
 from offline.answer_states import BY_ATTENTION, AnswerStates, read_answers
 from offline.answers import ConceptAnswers
+from offline.block_choice import seeing_blocks
 from offline.estimators import fit_direction
+from offline.fits import fit_options, fitted_vectors, validation_metrics
 from offline.labels import hard_labels, interleave
-from offline.learning import Learned, Plan, fit_options, fitted_vectors
+from offline.learning import Learned, Plan
 from offline.likelihood import AnswerModel
 from offline.models import load_model
 from offline.rows import Direction, Rows
@@ -68,6 +70,8 @@ class AnswerLearner:
     def _fit(self, name: str, answers: ConceptAnswers, parallel: Parallel) -> Learned:
         settings, layers = self._plan.settings, list(self._plan.layers)
         states = self._read(answers, name)
+        if settings.labels == "soft":
+            layers = seeing_blocks(states.attention, layers, name)
         order, positive = interleave(*2 * (len(states.plain),))
         zeros = np.zeros(len(states.plain), dtype=np.float32)
         rows = []
@@ -85,10 +89,10 @@ class AnswerLearner:
             metrics["attention_mean"] = states.attention[:, layers].mean(axis=0).tolist()
             metrics["attention_max"] = states.attention[:, layers].max(axis=0).tolist()
         if settings.held_out:
-            metrics["validation_r"] = [direction.validation_r for direction in found]
+            metrics |= validation_metrics(found)
         for key in found[0].choice:
             metrics[key] = [direction.choice[key] for direction in found]
-        return self._learned(answers, vectors, metrics, states.residual_norms, plane)
+        return self._learned(answers, layers, vectors, metrics, states.residual_norms, plane)
 
     def _train(self, names: Sequence[str]) -> list[Learned]:
         settings, layers = self._plan.settings, list(self._plan.layers)
@@ -113,7 +117,7 @@ class AnswerLearner:
         steps = np.stack(norms)[:, layers].astype(np.float32)
         trained = train(model, lessons, steps, options, progress=", ".join(names))
         return [
-            self._learned(answers, found.vectors, _metrics(answers, found), norm)
+            self._learned(answers, layers, found.vectors, _metrics(answers, found), norm)
             for answers, found, norm in zip(concepts, trained, norms, strict=True)
         ]
 
@@ -131,13 +135,14 @@ class AnswerLearner:
     def _learned(
         self,
         answers: ConceptAnswers,
+        layers: list[int],
         vectors: Floats,
         metrics: dict[str, Any],
         norms: NDArray[np.float64],
         plane: Floats | None = None,
     ) -> Learned:
         return Learned(
-            layers=list(self._plan.layers),
+            layers=layers,
             vectors=vectors,
             metrics=metrics,
             figures={},

@@ -90,7 +90,8 @@ class _Recorder:
     def begin(self, batch: Batch) -> None:
         self._batch, self._prefix = batch, batch.prefix
         self._rows = torch.arange(len(batch.token_ids), device=batch.token_ids.device)[:, None]
-        self._subsets = self._test.draw(batch) if self._test else None
+        if self._test:
+            self._test.begin(batch)
         self._seen.clear()
 
     def see_attention(self, block: int, weights: Tensor) -> None:
@@ -102,8 +103,8 @@ class _Recorder:
         to_prefix = (weights * self._prefix[:, None, None, :]).sum(dim=-1)
         mean = to_prefix.mean(dim=1).cpu().numpy()
         self._captured.attention[list(batch.indices), block] = mean
-        if self._test and self._subsets is not None:
-            self._test.see(block, weights, to_prefix, self._subsets)
+        if self._test:
+            self._test.see(block, weights, to_prefix)
         self._seen.add(block)
 
     def see_output(self, block: int, output: Tensor) -> None:

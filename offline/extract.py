@@ -27,6 +27,7 @@ from offline.models import chosen_dtype, load_config, model_identity
 from offline.parts import Parts, answers_directory, library_versions
 from offline.prompts import AnswerPair, count_candidates
 from offline.records import learned_records, learned_vectors, records_of
+from offline.rows import LEAST_VALIDATION
 from offline.settings import ExtractionSettings
 from offline.shards import Shards, learn_all
 from offline.token_engine import TokenEngine
@@ -147,6 +148,7 @@ def extract_pack(
     learned, failures = _learn(plan, concepts, parts, shards)
     if not learned:
         raise ExtractionError(_failure_text(failures, len(concepts)))
+    _say_unvalidated(learned)
     pack = write_pack(
         out_dir,
         name=pack_name,
@@ -200,6 +202,19 @@ def _learn(
 def _failure_text(failures: Mapping[str, str], total: int) -> str:
     shown = "; ".join(failures[name] for name in list(failures)[:5])
     return f"{len(failures)} of {total} concepts failed: {shown}"
+
+
+def _say_unvalidated(learned: Mapping[str, Learned]) -> None:
+    unvalidated = [
+        name for name, concept in learned.items() if None in concept.metrics.get("validation_r", ())
+    ]
+    if unvalidated:
+        logger.warning(
+            "%d of %d directions were learned without validation, such as %r: a fifth of their prompts is fewer "
+            "than %d, too few to choose an estimator's parameters by, so that the fixed ones are taken, all prompts "
+            "are learned from, and validation_r is null; %d prompts of each side are enough",
+            len(unvalidated), len(learned), unvalidated[0], LEAST_VALIDATION, 5 * LEAST_VALIDATION // 2,
+        )  # fmt: skip
 
 
 def _answers(

@@ -31,7 +31,8 @@ class Figures:
             candidate is the prompt's last token. ``attention_mean`` and ``attention_max`` over
             prompts; where the enrichment was tested ``enrichment`` (the share of prompts and heads
             with p < 0.01), ``enrichment_p``, ``enrichment_q`` (false discovery rate over blocks) and
-            ``enriched_heads`` (share of heads at a false discovery rate of 0.05).
+            ``enriched_heads`` (share of heads at a false discovery rate of 0.05). These three hold for a
+            token that is named before; the manifest's hold for the one that attention chose.
     """
 
     directions: Sequence[str]

@@ -21,15 +21,14 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offline.answers import ConceptAnswers
+from offline.block_choice import choose_blocks, seeing_blocks
 from offline.capture import REFERENCE, Captured, CapturePath, capture, choose_path
-from offline.enrichment import PermutationTest, choose_blocks
-from offline.estimators import FitOptions, fit_direction
+from offline.enrichment import PermutationTest, TokenChoice
+from offline.estimators import fit_direction
+from offline.fits import fit_options, fitted_vectors, validation_metrics
 from offline.labels import choose_tokens, fixed_tokens, hard_labels, interleave, soft_labels
-from offline.methods import METHODS
 from offline.models import load_model
-from offline.plane import steering_plane
 from offline.prompts import AnswerPair, RenderedPrompt, render_answer, render_prompt
-from offline.rfm import RfmOptions
 from offline.rows import Direction, Rows
 from offline.settings import ExtractionSettings
 
@@ -143,7 +142,8 @@ class ConceptLearner:
         test = None
         if settings.permutations:
             longest = max(len(prompt.token_ids) for prompt in prompts)
-            test = PermutationTest(settings.permutations, settings.seed, longest)
+            choice = self._token_choice(len(prompts))
+            test = PermutationTest(settings.permutations, settings.seed, longest, choice)
         prefixed = self._capture(prompts, name, test)
         digest = self._digest.copy()
         digest.update(_content(prompts))
@@ -153,7 +153,7 @@ class ConceptLearner:
             digest.update(_content(others))
             plain = self._capture(others, name, None)
         tokens = self._tokens(prefixed)
-        layers = self._layers(prefixed, tokens)
+        layers = self._layers(name, prefixed, tokens)
         found: list[Direction] = parallel(
             delayed(fit_direction)(settings.estimator, rows, fit_options(settings))
             for rows in self._rows(name, prefixed, plain, tokens, layers)
@@ -198,24 +198,39 @@ class ConceptLearner:
             progress=name,
         )
 
+    def _token_choice(self, prompts: int) -> TokenChoice | None:
+        """Returns how attention chooses tokens, among so many prefixed prompts; None for fixed tokens."""
+        settings = self._plan.settings
+        if settings.token != "attention":
+            return None
+        chosen_on = np.ones(prompts, dtype=np.bool_)
+        if settings.compat:
+            chosen_on[1 : len(self._plan.positives) : 2] = False
+        return TokenChoice(chosen_on, settings.token_statistic)
+
     def _tokens(self, prefixed: Captured) -> NDArray[np.int64]:
         """Returns the token of every block, ``[blocks]``."""
-        settings, attention = self._plan.settings, prefixed.attention
-        if settings.token != "attention":
-            return fixed_tokens(settings.token, *attention.shape[1:])
-        if settings.compat:
-            positives = len(self._plan.positives)
-            attention = np.concatenate([attention[:positives:2], attention[positives:]])
-        return choose_tokens(attention, settings.token_statistic)
+        attention, token = prefixed.attention, self._plan.settings.token
+        choice = self._token_choice(len(attention))
+        if choice is not None:
+            return choose_tokens(attention[choice.prompts], choice.statistic)
+        return fixed_tokens(int(token), *attention.shape[1:])
 
-    def _layers(self, prefixed: Captured, tokens: NDArray[np.int64]) -> list[int]:
+    def _layers(self, name: str, prefixed: Captured, tokens: NDArray[np.int64]) -> list[int]:
         settings, layers = self._plan.settings, list(self._plan.layers)
+        if settings.labels == "soft":
+            learned_on = prefixed.attention[: self._positives(name)]
+            layers = seeing_blocks(soft_labels(learned_on, tokens), layers, name)
         if prefixed.enrichment is None:
             return layers
         score = prefixed.enrichment.score[np.arange(len(tokens)), tokens]
         return choose_blocks(
             score, layers, settings.block_choice, settings.block_count, settings.block_threshold
         )
+
+    def _positives(self, name: str) -> int:
+        """Returns how many prefixed prompts are learned from; they come first."""
+        return len(self._plan.pairs.get(name, self._plan.positives))
 
     def _rows(
         self,
@@ -226,7 +241,7 @@ class ConceptLearner:
         layers: Sequence[int],
     ) -> list[Rows]:
         """Returns the rows of every layer, in training order."""
-        count = len(self._plan.pairs.get(name, self._plan.positives))
+        count = self._positives(name)
         order, positive = interleave(count, len(plain.hidden))
         rows = []
         for layer in layers:
@@ -246,33 +261,21 @@ class ConceptLearner:
     ) -> dict[str, Any]:
         """Returns a direction's figures; each list has one entry per layer."""
         attention = soft_labels(prefixed.attention, tokens)[:, layers]
-        metrics = {
+        metrics: dict[str, Any] = {
             "token": tokens[layers].tolist(),
             "attention_mean": attention.mean(axis=0).tolist(),
             "attention_max": attention.max(axis=0).tolist(),
         }
         if self._plan.settings.held_out:
-            metrics["validation_r"] = [direction.validation_r for direction in found]
+            metrics |= validation_metrics(found)
         if enrichment := prefixed.enrichment:
-            chosen = (list(layers), tokens[layers])
-            metrics["enrichment"] = enrichment.score[chosen].tolist()
-            metrics["enrichment_p"] = enrichment.p_values[chosen].tolist()
-            metrics["enrichment_q"] = enrichment.q_values[chosen].tolist()
+            p_values, q_values = enrichment.at(tokens)
+            metrics["enrichment"] = enrichment.score[list(layers), tokens[layers]].tolist()
+            metrics["enrichment_p"] = p_values[layers].tolist()
+            metrics["enrichment_q"] = q_values[layers].tolist()
         for key in found[0].choice:
             metrics[key] = [direction.choice[key] for direction in found]
         return metrics
-
-
-def fitted_vectors(
-    settings: ExtractionSettings, found: Sequence[Direction]
-) -> tuple[Floats, Floats | None]:
-    """Returns the vectors of the blocks, and the second axes where the method has a plane."""
-    vectors = np.stack([direction.vector for direction in found])
-    lengths = np.array([[direction.length] for direction in found], dtype=np.float32)
-    if METHODS[settings.method].plane:
-        first, second = steering_plane(vectors * lengths)
-        return np.stack([first] * len(found)), np.stack([second] * len(found))
-    return (vectors if settings.unit else vectors * lengths), None
 
 
 def _figures(prefixed: Captured) -> dict[str, Floats]:
@@ -281,12 +284,7 @@ def _figures(prefixed: Captured) -> dict[str, Floats]:
         "attention_max": prefixed.attention.max(axis=0),
     }
     if enrichment := prefixed.enrichment:
-        figures |= {
-            "enrichment": enrichment.score.astype(np.float32),
-            "enrichment_p": enrichment.p_values.astype(np.float32),
-            "enrichment_q": enrichment.q_values.astype(np.float32),
-            "enriched_heads": enrichment.enriched_heads.astype(np.float32),
-        }
+        figures |= enrichment.figures
     return figures
 
 
@@ -297,22 +295,6 @@ def _authors_mixture(plan: Plan) -> list[str]:
     the prefix.
     """
     return list(plan.negatives[len(plan.positives) % 2 :: 2])
-
-
-def fit_options(settings: ExtractionSettings) -> FitOptions:
-    """Returns what the settings say of a fit."""
-    return FitOptions(
-        seed=settings.seed,
-        compat=settings.compat,
-        held_out=settings.held_out,
-        rfm=RfmOptions(
-            ridge=settings.rfm_ridge,
-            center_gradients=settings.rfm_center_gradients,
-            iterations=settings.rfm_iterations,
-            bandwidths=settings.rfm_bandwidths,
-            solver=settings.rfm_solver,
-        ),
-    )
 
 
 def _content(prompts: Sequence[RenderedPrompt]) -> bytes:

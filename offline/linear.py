@@ -2,6 +2,7 @@
 
 Ridge and logistic regression see rows of unit norm centred by the training mean, as the recursive
 feature machine does. Under ``compat`` they see raw rows and have no intercept, as in the authors' code.
+Where too few rows are left for validation (``offline.rows.LEAST_VALIDATION``) their strength is 1.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from offline.rows import (
     Rows,
     centred_unit_rows,
     pearson,
-    split_point,
+    training_rows,
     unit_rows,
 )
 from vllm_steer.errors import ExtractionError
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 INVERSE_STRENGTHS = (1000.0, 10.0, 1.0, 0.1)
+# Of both, where nothing can be chosen.
+_DEFAULT = (1.0,)
 
 
 def ridge(rows: Rows, compat: bool) -> Direction:
@@ -38,17 +41,18 @@ def ridge(rows: Rows, compat: bool) -> Direction:
         rows: The rows of one block; soft or hard labels.
         compat: See the module.
     """
-    train = split_point(len(rows.labels))
+    train = training_rows(len(rows.labels))
     states = _states(rows, train, compat)
     labels = rows.labels.astype(np.float64)
     fits = []
-    for strength in RIDGES:
+    held = train < len(labels)
+    for strength in RIDGES if held else _DEFAULT:
         model = Ridge(alpha=strength, fit_intercept=not compat, solver="cholesky")
         model.fit(states[:train], labels[:train])
-        error = mean_squared_error(labels[train:], model.predict(states[train:]))
+        error = mean_squared_error(labels[train:], model.predict(states[train:])) if held else 0.0
         fits.append((error, strength, model.coef_))
     _, strength, coefficients = min(fits, key=lambda fit: fit[0])
-    return _direction(coefficients, states, rows, train, {"ridge": strength})
+    return _direction(coefficients, states, rows, train, {"ridge": strength}, len(fits))
 
 
 def logistic(rows: Rows, seed: int, compat: bool) -> Direction:
@@ -66,10 +70,11 @@ def logistic(rows: Rows, seed: int, compat: bool) -> Direction:
     """
     if not np.array_equal(rows.labels, rows.positive):
         raise ExtractionError("logistic regression needs hard labels; set labels to 'hard'")
-    train = split_point(len(rows.labels))
+    train = training_rows(len(rows.labels))
     states = _states(rows, train, compat)
     fits = []
-    for strength in INVERSE_STRENGTHS:
+    held = train < len(rows.labels)
+    for strength in INVERSE_STRENGTHS if held else _DEFAULT:
         model = LogisticRegression(
             C=strength,
             fit_intercept=False,
@@ -79,12 +84,13 @@ def logistic(rows: Rows, seed: int, compat: bool) -> Direction:
             random_state=seed,
         )
         model.fit(states[:train], rows.positive[:train])
-        loss = log_loss(
-            rows.positive[train:], model.predict_proba(states[train:])[:, 1], labels=[False, True]
-        )
+        loss = 0.0
+        if held:
+            chances = model.predict_proba(states[train:])[:, 1]
+            loss = log_loss(rows.positive[train:], chances, labels=[False, True])
         fits.append((loss, strength, model.coef_[0]))
     _, strength, coefficients = min(fits, key=lambda fit: fit[0])
-    return _direction(coefficients, states, rows, train, {"inverse_strength": strength})
+    return _direction(coefficients, states, rows, train, {"inverse_strength": strength}, len(fits))
 
 
 def pca(rows: Rows, seed: int) -> Direction:
@@ -96,7 +102,7 @@ def pca(rows: Rows, seed: int) -> Direction:
         rows: The rows of one block.
         seed: Seed of the iterative solver's start.
     """
-    train = split_point(len(rows.labels))
+    train = training_rows(len(rows.labels))
     hidden, positive = rows.hidden[:train].astype(np.float64), rows.positive[:train]
     pairs = min(int(positive.sum()), int((~positive).sum()))
     differences = hidden[positive][:pairs] - hidden[~positive][:pairs]
@@ -114,7 +120,7 @@ def mean_difference(rows: Rows, held_out: bool) -> Direction:
         held_out: Whether the means are of the training rows alone.
     """
     hidden = rows.hidden.astype(np.float64)
-    train = split_point(len(hidden)) if held_out else len(hidden)
+    train = training_rows(len(hidden)) if held_out else len(hidden)
     with_prefix, without = _means(hidden[:train], rows.positive[:train])
     return _difference(with_prefix - without, hidden, rows, train)
 
@@ -122,7 +128,7 @@ def mean_difference(rows: Rows, held_out: bool) -> Direction:
 def unit_mean_difference(rows: Rows, held_out: bool) -> Direction:
     """Difference of the two means at length 1, of rows at length 1, as Angular Steering has it."""
     hidden = unit_rows(rows.hidden.astype(np.float64))
-    train = split_point(len(hidden)) if held_out else len(hidden)
+    train = training_rows(len(hidden)) if held_out else len(hidden)
     means = unit_rows(np.stack(_means(hidden[:train], rows.positive[:train])))
     return _difference(means[0] - means[1], hidden, rows, train)
 
@@ -143,13 +149,20 @@ def _states(rows: Rows, train: int, compat: bool) -> Doubles:
 
 
 def _direction(
-    vector: Doubles, states: Doubles, rows: Rows, train: int, choice: dict[str, float]
+    vector: Doubles,
+    states: Doubles,
+    rows: Rows,
+    train: int,
+    choice: dict[str, float],
+    candidates: int = 1,
 ) -> Direction:
     """Returns the vector at unit norm, with its correlation on the validation rows, if any."""
     norm = np.linalg.norm(vector)
     if not norm > 0:
         raise ExtractionError("the fitted coefficients are zero or not finite")
     unit = vector / norm
-    held = len(rows.labels) > train
+    held = len(rows.labels) - train
     r = abs(pearson(states[train:] @ unit, rows.labels[train:])) if held else float("nan")
-    return Direction(unit.astype(np.float32), r, choice)
+    return Direction(
+        unit.astype(np.float32), r, choice, validation_rows=held, candidates=candidates
+    )

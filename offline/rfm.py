@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +27,7 @@ from offline.rows import (
     Rows,
     centred_unit_rows,
     pearson,
-    split_point,
+    training_rows,
     unit_rows,
 )
 from vllm_steer.errors import ExtractionError
@@ -73,7 +73,10 @@ def rfm(rows: Rows, seed: int, options: RfmOptions = AUTHORS) -> Direction:
 
     Rows are scaled to unit norm and centred by the training mean; labels are scaled to [0, 1]. Of
     all bandwidths, both ways to normalise the centred rows, and all iterations, the eigenvector
-    with the largest |Pearson r| on the validation rows wins; a later configuration wins a tie.
+    with the largest |Pearson r| on the validation rows wins; a later configuration wins a tie. Where too
+    few rows are left for validation, all are learned from, and nothing is chosen: the least bandwidth,
+    normalised rows and the last iteration are taken, which find a planted direction best in few rows;
+    the difference of means finds it better.
 
     Args:
         rows: The rows of one block.
@@ -84,7 +87,8 @@ def rfm(rows: Rows, seed: int, options: RfmOptions = AUTHORS) -> Direction:
         ExtractionError: No iteration of any configuration gave a usable matrix.
     """
     labels = min_max(rows.labels.astype(np.float64))
-    train = split_point(len(labels))
+    train = training_rows(len(labels))
+    held = len(labels) - train
     centred = centred_unit_rows(rows.hidden, train)
     solver = options.solver
     if solver == "auto":
@@ -93,13 +97,21 @@ def rfm(rows: Rows, seed: int, options: RfmOptions = AUTHORS) -> Direction:
     candidates = gram_eigenvectors if solver == "gram" else xrfm_eigenvectors
     prepared = {True: unit_rows(centred), False: centred}
     best: Direction | None = None
-    for bandwidth, normalise in itertools.product(options.bandwidths, (True, False)):
+    tried = list(itertools.product(options.bandwidths, (True, False)))
+    for bandwidth, normalise in tried if held else [(min(options.bandwidths), True)]:
         states = prepared[normalise]
         vectors = candidates(states, labels, train, bandwidth, options, seed)
-        found = _best_iteration(states, labels, train, vectors)
+        found = (
+            _best_iteration(states, labels, train, vectors) if held else _last_iteration(vectors)
+        )
         if found and (best is None or found.validation_r >= best.validation_r):
             choice = {"bandwidth": bandwidth, "normalise": normalise, **found.choice}
-            best = Direction(found.vector, found.validation_r, choice)
+            best = replace(
+                found,
+                choice=choice,
+                validation_rows=held,
+                candidates=len(tried) * options.iterations if held else 1,
+            )
     if best is None:
         raise ExtractionError("no RFM configuration gave a usable matrix")
     return best
@@ -137,11 +149,13 @@ def agop_matrices(
         options: Ridge, centring and n.
     """
     x, y = torch.from_numpy(states), torch.from_numpy(labels)
+    # It wants validation rows, though nothing here reads what it makes of them.
+    held = slice(train if train < len(x) else 0, None)
     # l2_high_dim uses M itself, as the authors do, where l2 takes a matrix square root each time.
     model = RFM(kernel="l2_high_dim", bandwidth=bandwidth, exponent=1.0, device="cpu")
     matrices: list[torch.Tensor] = model.fit(
         (x[:train], y[:train]),
-        (x[train:], y[train:]),
+        (x[held], y[held]),
         iters=options.iterations,
         method="lstsq",
         reg=options.ridge,
@@ -257,3 +271,12 @@ def _best_iteration(
         if np.isfinite(r) and (best is None or r > best.validation_r):
             best = Direction(vector.astype(np.float32), r, {"iteration": iteration})
     return best
+
+
+def _last_iteration(vectors: Iterator[Doubles | None]) -> Direction | None:
+    """Returns the last of the iterations' eigenvectors; None if all fail."""
+    usable = [(number, v) for number, v in enumerate(vectors, start=1) if v is not None]
+    if not usable:
+        return None
+    iteration, vector = usable[-1]
+    return Direction(vector.astype(np.float32), float("nan"), {"iteration": iteration})

@@ -11,6 +11,10 @@ from numpy.typing import NDArray
 
 Doubles = NDArray[np.float64]
 
+# Validation rows below which nothing is chosen by them and none are held back. Of pure noise the best of
+# the recursive feature machine's 54 candidates has |r| of 1.0 on 2 rows, 0.93 on 4, 0.77 on 6, 0.5 on 8.
+LEAST_VALIDATION = 8
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -36,15 +40,20 @@ class Direction:
     Attributes:
         vector: ``[hidden_size]``, float32, unit norm, pointing towards the concept.
         validation_r: |Pearson correlation| of labels and projections on the validation rows; NaN
-            where all rows were learned from.
+            where all rows were learned from. Where there are several candidates it is the best one's on
+            the rows that it was chosen by, and so higher than on others.
         choice: What the estimator chose on the way, such as the bandwidth.
         length: That of the difference of means; 1 where the estimator finds no length.
+        validation_rows: Number of validation rows.
+        candidates: Among how many the validation rows chose; 1 where they chose nothing.
     """
 
     vector: NDArray[np.float32]
     validation_r: float
     choice: Mapping[str, Any]
     length: float = 1.0
+    validation_rows: int = 0
+    candidates: int = 1
 
 
 def split_point(rows: int) -> int:
@@ -54,6 +63,12 @@ def split_point(rows: int) -> int:
     """
     train = rows - min(int(0.2 * rows), 256)
     return train + train % 2
+
+
+def training_rows(rows: int) -> int:
+    """Returns the number of rows to learn from: all where ``LEAST_VALIDATION`` would not be left."""
+    train = split_point(rows)
+    return train if rows - train >= LEAST_VALIDATION else rows
 
 
 def pearson(projection: NDArray[Any], labels: NDArray[Any]) -> float:

@@ -54,7 +54,7 @@ class ExtractionSettings(BaseModel):
         block_choice: ``all``; ``top_k`` or ``bottom_k`` of the enrichment score; or all that reach
             a ``threshold`` of it.
         block_count: k.
-        block_threshold: The threshold, between 0 and 1.
+        block_threshold: The threshold, above 0, where every block would reach it, and at most 1.
         permutations: Random subsets of the enrichment test; 0 for no test.
         positive_count: Use only the first so many positive statements; None for all.
         negative_count: Likewise for the negative statements.
@@ -110,7 +110,7 @@ class ExtractionSettings(BaseModel):
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
     block_choice: Literal["all", "top_k", "bottom_k", "threshold"] = "all"
     block_count: Annotated[int, Field(gt=0)] | None = None
-    block_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
+    block_threshold: Annotated[float, Field(gt=0, le=1)] | None = None
     permutations: int = Field(default=999, ge=0)
     positive_count: Annotated[int, Field(gt=0)] | None = None
     negative_count: Annotated[int, Field(gt=0)] | None = None

@@ -158,6 +158,17 @@ def _build_model(family: str) -> PreTrainedModel:
     return model.eval()
 
 
+@pytest.fixture(scope="session")
+def windowed_model() -> PreTrainedModel:
+    """Block 1 of 3 sees the last 12 tokens alone."""
+    torch.manual_seed(0)
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    given = {"layer_types": kinds, "sliding_window": 12, "use_sliding_window": True}
+    model = Qwen3ForCausalLM(Qwen3Config(**SHAPE, **given))
+    model.set_attn_implementation("eager")
+    return model.eval()
+
+
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory, tiny_llama, chatml):
     """Directory of a checkpoint that can be loaded by its path."""

@@ -7,7 +7,7 @@ from scipy.stats import permutation_test
 
 from offline.batches import Batch
 from offline.capture import PATHS, capture
-from offline.enrichment import Enrichment, PermutationTest, choose_blocks, random_subsets
+from offline.enrichment import Enrichment, PermutationTest, TokenChoice, random_subsets
 from offline.prompts import RenderedPrompt
 from vllm_steer.errors import ExtractionError
 
@@ -29,7 +29,8 @@ def run(weights: torch.Tensor) -> Enrichment:
     )
     test = PermutationTest(COUNT, seed=0, longest=LENGTH)
     observed = weights[..., START:END].sum(dim=-1)
-    test.see(0, weights, observed, test.draw(batch))
+    test.begin(batch)
+    test.see(0, weights, observed)
     return test.result()
 
 
@@ -89,15 +90,20 @@ def test_p_values_are_those_of_scipy():
 
 
 def test_subsets_hold_as_many_keys_as_the_prefix_and_never_the_first_or_an_unseen_one():
-    subsets = random_subsets(500, 6, 20, 30, np.random.default_rng(0))
-    assert (subsets.sum(axis=1) == 6).all()
-    assert (subsets[:, 0] == 0).all()
-    assert (subsets[:, 21:] == 0).all()
-    np.testing.assert_allclose(subsets[:, 1:21].mean(axis=0), 6 / 20, atol=0.08)
+    for first in (1, 8):
+        subsets = random_subsets(500, 6, first, 20, 30, np.random.default_rng(0))
+        assert (subsets.sum(axis=1) == 6).all()
+        assert (subsets[:, :first] == 0).all()
+        assert (subsets[:, 21:] == 0).all()
+        seen = subsets[:, first:21]
+        np.testing.assert_allclose(seen.mean(axis=0), 6 / seen.shape[1], atol=0.08)
+    assert not random_subsets(5, 0, 1, 20, 30, np.random.default_rng(0)).any()
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
-def test_figures_of_a_model_do_not_depend_on_batches_or_path(tiny_llama, path):
+@pytest.mark.parametrize("model", ["tiny_llama", "windowed_model"])
+def test_figures_of_a_model_do_not_depend_on_batches_or_path(request, model, path):
+    model = request.getfixturevalue(model)
     rng = np.random.default_rng(0)
     beginning = tuple(rng.integers(3, 500, 12).tolist())
     prompts = [
@@ -106,9 +112,10 @@ def test_figures_of_a_model_do_not_depend_on_batches_or_path(tiny_llama, path):
     ]
 
     def enrichment(batch_size: int, **given) -> Enrichment:
-        test = PermutationTest(199, seed=3, longest=26)
+        chosen_on = np.array([True, False, True, True, False])
+        test = PermutationTest(199, 3, 26, TokenChoice(chosen_on, "max"))
         captured = capture(
-            tiny_llama, prompts, candidates=4, batch_size=batch_size, permutations=test, **given
+            model, prompts, candidates=4, batch_size=batch_size, permutations=test, **given
         )
         assert captured.enrichment is not None
         return captured.enrichment
@@ -119,6 +126,8 @@ def test_figures_of_a_model_do_not_depend_on_batches_or_path(tiny_llama, path):
     # A sum at the edge may fall to either side by rounding.
     np.testing.assert_allclose(found.score, expected.score, atol=0.051)
     np.testing.assert_allclose(found.p_values, expected.p_values, atol=0.006)
+    assert found.chosen_p_values is not None
+    np.testing.assert_allclose(found.chosen_p_values, expected.chosen_p_values, atol=0.006)
     assert (found.q_values >= found.p_values - 1e-12).all()
 
 
@@ -128,19 +137,3 @@ def test_a_prefix_at_the_first_token_cannot_be_tested(tiny_llama):
         with pytest.raises(ExtractionError, match="set permutations to 0"):
             capture(tiny_llama, [prompt], candidates=2, batch_size=1,
                     permutations=PermutationTest(9, 0, 17))  # fmt: skip
-
-
-def test_blocks_are_chosen_by_their_score():
-    score = np.array([0.9, 0.2, 0.7, 0.2, 0.1])
-    layers = [1, 2, 3, 4]
-    assert choose_blocks(score, layers, "all", None, None) == layers
-    # Block 0 is not among the layers, so that k blocks are k blocks.
-    assert choose_blocks(score, layers, "top_k", 2, None) == [1, 2]
-    assert choose_blocks(score, layers, "bottom_k", 2, None) == [1, 4]
-    assert choose_blocks(score, layers, "threshold", None, 0.2) == [1, 2, 3]
-    # A block without a score is not chosen, however many are asked for.
-    assert choose_blocks(np.array([0.0, 0.0, 0.3, 0.0]), [1, 2, 3], "top_k", 2, None) == [2]
-    with pytest.raises(ExtractionError, match="nothing to choose by"):
-        choose_blocks(np.zeros(4), [1, 2, 3], "top_k", 2, None)
-    with pytest.raises(ExtractionError, match="the largest enrichment score is 0.7000"):
-        choose_blocks(score, layers, "threshold", None, 0.8)

@@ -316,6 +316,44 @@ def test_pca_is_the_uncentred_axis_of_paired_differences_whatever_their_signs():
         assert abs(found @ np.linalg.svd(given)[2][0]) == pytest.approx(1, abs=1e-6)
 
 
+FEW = ["rfm", "ridge", "logistic", "pca", "mean_difference"]
+
+
+@pytest.mark.parametrize("pairs", [5, 9, 15])
+@pytest.mark.parametrize("estimator", FEW)
+def test_few_rows_choose_nothing_and_validate_nothing(estimator, pairs):
+    """Two validation rows always correlate perfectly, and six choose among noise."""
+    rows = make_rows(pairs=pairs, size=24, signal=0.0)
+    hard = Rows("rows", rows.hidden, rows.positive.astype(np.float32), rows.positive)
+    found = fit_direction(estimator, hard)
+    assert np.isnan(found.validation_r)
+    assert (found.validation_rows, found.candidates) == (0, 1)
+    default = {"bandwidth": 1.0, "normalise": True, "iteration": 9, "ridge": 1.0}
+    default["inverse_strength"] = 1.0
+    assert found.choice.items() <= default.items()
+    # All rows are learned from: another last row is another direction.
+    changed = hard.hidden.copy()
+    changed[-1] *= -3
+    again = fit_direction(estimator, Rows("rows", changed, hard.labels, hard.positive))
+    assert again.vector @ found.vector < 0.9999
+
+
+@pytest.mark.parametrize(("estimator", "candidates"), [("rfm", 54), ("ridge", 6), ("pca", 1)])
+def test_enough_rows_are_held_back_and_say_among_how_many_they_chose(estimator, candidates):
+    found = fit_direction(estimator, make_rows(pairs=20, size=24))
+    assert 0 < found.validation_r <= 1
+    assert (found.validation_rows, found.candidates) == (8, candidates)
+
+
+def test_few_rows_still_give_the_planted_direction():
+    rows = make_rows(pairs=9, size=24, signal=6.0)
+    ours, theirs = (
+        fit_direction("rfm", rows, FitOptions(rfm=RfmOptions(solver=solver))) for solver in SOLVERS
+    )
+    assert ours.vector @ theirs.vector > 0.9999
+    assert ours.vector[0] > 0.6
+
+
 def test_rows_that_hold_no_direction_are_refused():
     rows = make_rows()
     zeros = np.zeros_like(rows.labels)

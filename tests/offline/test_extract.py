@@ -284,11 +284,16 @@ def test_figures_of_all_blocks_and_tokens_lie_beside_the_pack(extract):
         for index, (layer, token) in enumerate(
             zip(record.layers, record.metrics["token"], strict=True)
         ):
-            for key in ("attention_mean", "attention_max", "enrichment", "enrichment_p"):
+            for key in ("attention_mean", "attention_max", "enrichment"):
                 expected = pack.directions[name].metrics[key][index]
                 assert figures.arrays[key][row, layer, token] == pytest.approx(expected)
         best = figures.arrays["attention_max"][row].argmax(axis=1)[record.layers] - 4
         assert best.tolist() == record.metrics["token"]
+    # A token that is named before is no choice, and its p-value is that of the figures.
+    fixed = extract({"token": -2}, out="fixed")
+    tested = read_figures(fixed.path).arrays["enrichment_p"]
+    for row, record in enumerate(fixed.directions.values()):
+        assert record.metrics["enrichment_p"] == pytest.approx(tested[row, record.layers, -2])
     untested = extract({"permutations": 0}, out="untested")
     assert set(read_figures(untested.path).arrays) == {"attention_mean", "attention_max"}
     (pack.path / FIGURES_FILE).write_bytes(b"no")
@@ -349,11 +354,55 @@ def test_a_failed_fit_names_its_concept_and_block(extract, tmp_path, workers):
     assert not (tmp_path / "pack" / MANIFEST_FILE).exists()
 
 
+def test_few_statements_give_no_figure_of_validation(extract, caplog):
+    few = {"positive_count": 9, "negative_count": 9, "estimator": "ridge"}
+    metrics = extract(few).directions["spiders"].metrics
+    assert metrics["validation_r"] == [None, None]
+    assert metrics["validation_rows"] == [0, 0]
+    assert metrics["ridge"] == [1.0, 1.0]
+    (message,) = [text for text in caplog.messages if "without validation" in text]
+    assert "2 of 2 directions" in message
+    assert "20 prompts of each side are enough" in message
+    caplog.clear()
+    metrics = extract({"estimator": "ridge"}, out="enough").directions["spiders"].metrics
+    assert all(0 < r <= 1 for r in metrics["validation_r"])
+    assert metrics["validation_rows"] == [8, 8]
+    assert metrics["validation_candidates"] == [6, 6]
+    assert caplog.messages == []
+
+
+@pytest.fixture(scope="module")
+def windowed_dir(tmp_path_factory, chatml, windowed_model):
+    path = tmp_path_factory.mktemp("models") / "windowed"
+    windowed_model.save_pretrained(path)
+    chatml.save_pretrained(path)
+    return path
+
+
+def test_blocks_whose_window_ends_behind_the_prefix_are_left_out(extract, windowed_dir, caplog):
+    """Block 1 sees 12 tokens, and more than those lie between the prefix and the prompt's end."""
+    given = {"model_path": windowed_dir}
+    soft = extract({"estimator": "ridge"}, **given)
+    for record in soft.directions.values():
+        assert record.layers == [2]
+        assert len(record.metrics["token"]) == 1
+    told = [text for text in caplog.messages if "blocks [1] are left out" in text]
+    assert [name in text for name, text in zip(("spiders", "heights"), told, strict=True)] == [
+        True
+    ] * 2
+    with pytest.raises(ExtractionError, match=r"no block of \[1\] pays the prefix any attention"):
+        extract({"layers": (1,)}, out="none", **given)
+    # Hard labels need no attention.
+    hard = extract({"estimator": "ridge", "labels": "hard"}, out="hard", **given)
+    assert hard.directions["spiders"].layers == [1, 2]
+
+
 def test_settings_are_closed_and_checked():
     for wrong in ({"tokens": "attention"}, {"token": 0}, {"token": "last"}, {"estimator": "svm"},
                   {"batch_size": 0}, {"layers": ()}, {"labels": "fuzzy"},
                   {"estimator": "logistic"}, {"block_choice": "top_k"}, {"block_count": 2},
                   {"block_choice": "threshold", "block_count": 1}, {"block_threshold": 0.5},
+                  {"block_choice": "threshold", "block_threshold": 0},
                   {"block_choice": "top_k", "block_count": 1, "permutations": 0}):  # fmt: skip
         with pytest.raises(ValidationError):
             ExtractionSettings(**wrong)
