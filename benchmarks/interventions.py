@@ -32,8 +32,8 @@ from offline.demo.judge import expressed_concept, is_fluent
 from offline.demo.packs import FULL_METHOD
 from offline.demo.statements import statements
 from offline.extract import extract_pack
+from offline.intervals import SHARE, mean_interval
 from offline.models import find_blocks
-from offline.scores import interval
 from offline.settings import ExtractionSettings
 from vllm_steer.binding import bind
 from vllm_steer.engine.bank import SteeringBank
@@ -61,7 +61,8 @@ class Rate:
 
     Attributes:
         expressed: Mean over concepts.
-        low: Lower end of its 95 % bootstrap interval over concepts; None with fewer than two.
+        low: Lower end of its 95 % interval over concepts; None with fewer than two, and where all are
+            equal.
         high: Upper end.
         fluent: Share of fluent answers.
         by_concept: Share in the concept.
@@ -117,7 +118,7 @@ def unrelated(concepts: Sequence[str]) -> dict[str, str]:
     return {c: concepts[(at + shift) % len(concepts)] for at, c in enumerate(concepts)}
 
 
-def rate(asked: Sequence[Asked], answers: Sequence[tuple[str, bool]], seed: int = 0) -> Rate:
+def rate(asked: Sequence[Asked], answers: Sequence[tuple[str, bool]]) -> Rate:
     """Judges answers, each a text and whether it ended by itself."""
     hits: dict[str, list[bool]] = {}
     fluent = []
@@ -126,7 +127,7 @@ def rate(asked: Sequence[Asked], answers: Sequence[tuple[str, bool]], seed: int 
         fluent.append(is_fluent(text, one.statement, finished))
     shares = {concept: float(np.mean(found)) for concept, found in hits.items()}
     values = np.array(list(shares.values()))
-    return Rate(float(values.mean()), *interval(values, seed), float(np.mean(fluent)), shares)
+    return Rate(float(values.mean()), *mean_interval(values, SHARE), float(np.mean(fluent)), shares)
 
 
 def measure_ablation(packs: Sequence[SteeringPack], asked: Sequence[Asked]) -> dict[str, Rate]:

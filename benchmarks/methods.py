@@ -29,11 +29,12 @@ from offline.demo.concepts import CONCEPTS, prefix
 from offline.demo.statements import Split, statements
 from offline.files import write_atomically
 from offline.generation import Generator, Request, generating
+from offline.intervals import mean_interval
 from offline.judges import DemoJudge
 from offline.plots import Bar, method_bars
 from offline.questions import QuestionSet, given_questions
 from offline.results import ClassResult, Figures
-from offline.scores import Measured, class_result, interval, joint_result
+from offline.scores import Measured, class_result, joint_result
 from offline.subjects import Subject
 from offline.sweep_tables import figure_cell
 from vllm_steer.pack import Prefix, SteeringPack
@@ -60,7 +61,7 @@ class Found:
         joint: All classes together, each at the ε chosen for it.
         classes: Each class.
         difference: Mean over concepts of steerability less that of the full method, and the ends of
-            its interval.
+            its interval; the mean itself where all are equal.
     """
 
     arm: Arm
@@ -117,7 +118,6 @@ def measure_arms(
     arms: Sequence[Arm],
     concepts: dict[str, list[str]],
     questions: QuestionSet,
-    seed: int,
 ) -> list[Found]:
     """Answers for every arm, class, concept and scale in one stream of requests."""
     subjects = [
@@ -143,21 +143,19 @@ def measure_arms(
     ]
     full = _by_concept(by_arm[arms.index(FULL)])
     return [
-        _found(arm, list(concepts), parts, full, seed)
-        for arm, parts in zip(arms, by_arm, strict=True)
+        _found(arm, list(concepts), parts, full) for arm, parts in zip(arms, by_arm, strict=True)
     ]
 
 
-def _found(
-    arm: Arm, names: Sequence[str], parts: Sequence[Measured], full: np.ndarray, seed: int
-) -> Found:
+def _found(arm: Arm, names: Sequence[str], parts: Sequence[Measured], full: np.ndarray) -> Found:
     difference = _by_concept(parts) - full
-    low, high = interval(difference, seed)
+    mean = float(difference.mean())
+    low, high = mean_interval(difference)
     return Found(
         arm,
-        joint_result("all", parts, seed),
-        [class_result(name, part, seed) for name, part in zip(names, parts, strict=True)],
-        (float(difference.mean()), float(low or 0.0), float(high or 0.0)),
+        joint_result("all", parts),
+        [class_result(name, part) for name, part in zip(names, parts, strict=True)],
+        (mean, mean if low is None else low, mean if high is None else high),
     )
 
 
@@ -229,8 +227,7 @@ def picture(report: dict[str, Any]) -> bytes:
         Bar(
             name.replace("_", " "),
             arm["single"]["steerability"],
-            arm["single"]["low"],
-            arm["single"]["high"],
+            *_ends(arm["single"]),
             arm["mean_over_scales"],
             arm["token"] == ATTENTION,
         )
@@ -249,8 +246,14 @@ def _token(token: str | int) -> str:
 
 def _cell(arm: dict[str, Any]) -> str:
     single = arm["single"]
-    ends = f"[{single['low']:.2f}, {single['high']:.2f}]"
-    return f"{single['steerability']:.2f} {ends} · {arm['mean_over_scales']:.2f}"
+    low, high = _ends(single)
+    return f"{single['steerability']:.2f} [{low:.2f}, {high:.2f}] · {arm['mean_over_scales']:.2f}"
+
+
+def _ends(single: dict[str, Any]) -> tuple[float, float]:
+    """Ends of the interval; the mean itself where all concepts are equal, which have none."""
+    mean = single["steerability"]
+    return (mean, mean) if single["low"] is None else (single["low"], single["high"])
 
 
 def _chosen_tokens(packs: Sequence[SteeringPack], arms: Sequence[Arm]) -> dict[str, dict[str, int]]:
@@ -288,7 +291,7 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
         extracted = time.monotonic()
         given = (demo_model_path(), packs, MAX_TOKENS, args.store, ENGINE)
         with generating(*given) as generator:
-            found = measure_arms(generator, arms, concepts, questions, args.seed)
+            found = measure_arms(generator, arms, concepts, questions)
     answered = time.monotonic()
     return {
         "concepts": concepts,

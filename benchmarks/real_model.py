@@ -4,7 +4,7 @@
 
 Thirty concepts of five classes. Every arm's pack is calibrated as a user's is, on everyday questions, and steers
 at the one strength that was found; every figure is of questions that neither learning nor calibration has seen.
-Intervals are over concepts, 95 %, by the bootstrap.
+Intervals are over concepts, 95 %; see ``offline.intervals``.
 
 keyword_rate: share of answers that hold one of the concept's keywords (``real_concepts.json``, written before
 any answer was seen). gap_closed: the prefixed model's own greedy answers scored after the plain prompt,
@@ -46,9 +46,10 @@ from offline.extract import extract_pack
 from offline.files import write_atomically
 from offline.gguf_model import model_path
 from offline.inputs import read_settings, statement_sides
+from offline.intervals import mean_interval
 from offline.models import load_config
 from offline.prompts import render_question
-from offline.scores import interval, repetition
+from offline.scores import repetition
 from offline.token_engine import Asked, TokenEngine
 from vllm_steer.pack import SteeringPack, load_pack
 
@@ -115,14 +116,14 @@ class Figures:
     def add(self, key: str, value: float) -> None:
         self.values.setdefault(key, []).append(value)
 
-    def report(self, seed: int) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
         """Returns mean and interval of every figure; perplexities are averaged as logarithms."""
         found: dict[str, Any] = {}
         for key, values in self.values.items():
             array = np.array(values, dtype=np.float64)
             logs = key.endswith("perplexity")
             array = np.log(array) if logs else array
-            low, high = interval(array, seed)
+            low, high = mean_interval(array)
             ends = [float(array.mean()), low, high]
             mean, low, high = [
                 None if end is None else math.exp(end) if logs else end for end in ends
@@ -146,8 +147,8 @@ def chosen_concepts(per_class: int) -> list[Concept]:
 class Benchmark:
     """What all arms share: questions, answers with and without the prefix, and the gaps."""
 
-    def __init__(self, model: Path, work: Path, concepts: Sequence[Concept], seed: int) -> None:
-        self.model, self.work, self.concepts, self.seed = model, work, concepts, seed
+    def __init__(self, model: Path, work: Path, concepts: Sequence[Concept]) -> None:
+        self.model, self.work, self.concepts = model, work, concepts
         self.questions = everyday_questions()
         self.asked = self.questions.heldout[SKIPPED : SKIPPED + ASKED]
         _, self.tokenizer = load_config(model)
@@ -183,7 +184,7 @@ class Benchmark:
             likely = [-v / len(e.answer) for v, e in zip(gap.plain, gap.examples, strict=True)]
             self.add_answers(prefixed, concept, texts, likely)
             prefixed.add("gap_closed", 1.0)
-        return gaps, {"plain": unsteered.report(self.seed), "prefixed": prefixed.report(self.seed)}
+        return gaps, {"plain": unsteered.report(), "prefixed": prefixed.report()}
 
     def text(self, example: Example) -> str:
         return str(self.tokenizer.decode(list(example.answer), skip_special_tokens=True))
@@ -276,7 +277,7 @@ class Benchmark:
                 neutral, right = self.capability(engine, trials[at])
                 figures.add("neutral_perplexity", neutral)
                 figures.add("multiple_choice", right)
-        report = figures.report(self.seed)
+        report = figures.report()
         each = learning / len(self.concepts)
         report["seconds_per_concept"] = {"mean": each, "low": each, "high": each}
         report["calibration_seconds"] = calibration
@@ -286,7 +287,7 @@ class Benchmark:
         report["scales"] = {n: s.record.default_scale for n, s in by_name.items()}
         report["layers"] = {n: s.record.steered_layers for n, s in by_name.items()}
         report["gap_interval_by_concept"] = [
-            gap.interval(steered, self.seed) for gap, steered in zip(gaps, own, strict=True)
+            gap.interval(steered) for gap, steered in zip(gaps, own, strict=True)
         ]
         report["examples"] = {
             concept.name: [[self.asked[i], answers[at * count + i].text] for i in range(2)]
@@ -321,10 +322,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--concepts", type=int, default=6, help="of each class (default: %(default)s)"
     )
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     model = args.model or model_path()
-    benchmark = Benchmark(model, args.work, chosen_concepts(args.concepts), args.seed)
+    benchmark = Benchmark(model, args.work, chosen_concepts(args.concepts))
     gaps, report = benchmark.baseline()
     report = {
         **environment(),

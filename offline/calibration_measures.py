@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from offline.answers import Example
 from offline.calibration_grid import Subject
 from offline.fluency import Fluency
+from offline.intervals import ratio_interval
 from offline.scores import repetition
-from offline.shares import closed, closed_interval
+from offline.shares import closed
 from offline.token_engine import Asked, TokenEngine
 from vllm_steer.pack import CalibrationPoint
 
@@ -68,9 +69,9 @@ class Gap:
         """Token ids of the plain prompts."""
         return [e.plain.token_ids for e in self.examples]
 
-    def interval(self, steered: Doubles, seed: int) -> tuple[float, float] | None:
-        """Returns the 95 % bootstrap interval over questions; None with fewer than three."""
-        return closed_interval(steered - self.plain, self.prefixed - self.plain, seed)
+    def interval(self, steered: Doubles) -> tuple[float, float] | None:
+        """Returns the 95 % interval over questions; see :func:`offline.intervals.ratio_interval`."""
+        return ratio_interval(steered - self.plain, self.prefixed - self.plain)
 
 
 @dataclass(frozen=True)

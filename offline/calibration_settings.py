@@ -25,7 +25,6 @@ class CalibrationSettings(BaseModel):
         unknown_perplexity: The same over the unsteered model's own answers, where no prefix is known.
         least: Least share of the gap that a direction closes, and of the concept that its answers
             express, to be said to steer.
-        seed: Seed of the bootstrap.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,4 +37,3 @@ class CalibrationSettings(BaseModel):
     perplexity: float = Field(default=PERPLEXITY, ge=1)
     unknown_perplexity: float = Field(default=UNKNOWN_PERPLEXITY, ge=1)
     least: float = Field(default=0.1, ge=0)
-    seed: int = 0

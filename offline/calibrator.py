@@ -308,7 +308,7 @@ class Calibrator:
         ]
         found = steered_likelihoods(self._engine, [(t, gap) for _, t, gap in gaps], name)
         return {
-            at: (gap.closed(steered), gap.interval(steered, self._settings.seed))
+            at: (gap.closed(steered), gap.interval(steered))
             for (at, _, gap), steered in zip(gaps, found, strict=True)
         }
 

@@ -69,7 +69,8 @@ def extract_pack(
         model_path: Checkpoint directory or Hugging Face model id.
         pack_name: Name of the pack.
         concepts: Name of each direction, and the prefix that makes the model take it on.
-        positive_statements: Statements of the prefixed prompts.
+        positive_statements: Statements of the prefixed prompts; white space around them is dropped, but
+            under ``compat`` kept.
         negative_statements: Statements of the unprefixed prompts; better different ones.
         settings: How to extract.
         default_scales: Scale (ε) used when a request names none: one number, or one by concept; None
@@ -101,8 +102,8 @@ def extract_pack(
         concepts = _paired_concepts(pairs, settings)
     positives, negatives = [""], [""]
     if method.statements and not pairs and settings.learn_from == "prompts":
-        positives = _taken(positive_statements, settings.positive_count, "positive")
-        negatives = _taken(negative_statements, settings.negative_count, "negative")
+        positives = _taken(positive_statements, settings, "positive")
+        negatives = _taken(negative_statements, settings, "negative")
         if settings.paired:
             positives = negatives = [*positives, *negatives]
     layers = _layers(settings, text.num_hidden_layers)
@@ -303,13 +304,14 @@ def _figures(learned: Mapping[str, Learned]) -> Figures:
     return Figures(list(learned), arrays)
 
 
-def _taken(statements: Sequence[str], count: int | None, side: str) -> list[str]:
-    """Returns the statements to use, stripped."""
+def _taken(statements: Sequence[str], settings: ExtractionSettings, side: str) -> list[str]:
+    """Returns the statements to use, stripped but under ``compat``."""
     stripped = [statement.strip() for statement in statements]
     if not stripped or not all(stripped):
         raise ExtractionError(f"{side} statements must be given, and none may be empty")
+    count = settings.positive_count if side == "positive" else settings.negative_count
     if count is not None and count > len(stripped):
         raise ExtractionError(
             f"{side}_count is {count}, but there are {len(stripped)} {side} statements"
         )
-    return stripped[:count]
+    return list(statements if settings.compat else stripped)[:count]

@@ -21,9 +21,10 @@ def read_text(file: Path, error: type[SteeringError]) -> str:
         raise error(f"cannot read {file}: {fault}") from fault
 
 
-def read_lines(file: Path, error: type[SteeringError]) -> list[str]:
-    """Returns the lines of such a file that hold anything, stripped."""
-    return [line.strip() for line in read_text(file, error).splitlines() if line.strip()]
+def read_lines(file: Path, error: type[SteeringError], strip: bool = True) -> list[str]:
+    """Returns the lines of such a file that hold anything, stripped or with all their white space."""
+    lines = read_text(file, error).splitlines(keepends=True)
+    return [line.strip() if strip else line for line in lines if line.strip()]
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:

@@ -167,7 +167,7 @@ def answer_pairs(files: Sequence[Path]) -> dict[str, list[AnswerPair]]:
 
 
 def statement_sides(
-    positive: Path | None, negative: Path | None, directory: Path | None
+    positive: Path | None, negative: Path | None, directory: Path | None, *, strip: bool = True
 ) -> tuple[list[str], list[str]]:
     """Returns the statements of the prefixed and of the unprefixed prompts.
 
@@ -176,6 +176,7 @@ def statement_sides(
             is missing too, half of the project's own statements.
         negative: Likewise, ``statements_1.txt`` and the other half.
         directory: Directory of concept lists, if one was given.
+        strip: Whether white space around the lines of files is dropped, line breaks included.
     """
     own = [statement.text for statement in statements("extract")]
     halves = own[: len(own) // 2], own[len(own) // 2 :]
@@ -183,7 +184,7 @@ def statement_sides(
     for given, file, half in zip((positive, negative), STATEMENT_FILES, halves, strict=True):
         listed = directory / file if directory and (directory / file).is_file() else None
         chosen = given or listed
-        sides.append(_lines(chosen) if chosen else half)
+        sides.append(read_lines(chosen, ExtractionError, strip) if chosen else half)
     return sides[0], sides[1]
 
 

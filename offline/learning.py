@@ -116,7 +116,7 @@ class ConceptLearner:
         self._digest = hashlib.sha256()
         if not plan.pairs:
             prompts = [
-                render_prompt(tokenizer, statement, prefix)
+                render_prompt(tokenizer, statement, prefix, strip=not settings.compat)
                 for statement, prefix in zip(plan.negatives, cycle(plan.contrast), strict=False)
             ]
             self._digest.update(_content(prompts))
@@ -171,7 +171,11 @@ class ConceptLearner:
         )
 
     def _render(self, statements: Sequence[str], prefix: str = "") -> list[RenderedPrompt]:
-        return [render_prompt(self._tokenizer, statement, prefix) for statement in statements]
+        strip = not self._plan.settings.compat
+        return [
+            render_prompt(self._tokenizer, statement, prefix, strip=strip)
+            for statement in statements
+        ]
 
     def _fastest(self) -> CapturePath:
         pairs = [

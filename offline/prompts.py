@@ -91,7 +91,7 @@ def prefix_for(concept_class: str, concept: str) -> str:
 
 
 def render_prompt(
-    tokenizer: PreTrainedTokenizerBase, statement: str, prefix: str = ""
+    tokenizer: PreTrainedTokenizerBase, statement: str, prefix: str = "", *, strip: bool = True
 ) -> RenderedPrompt:
     """Renders one statement as a chat prompt that asks about it, and locates its prefix.
 
@@ -100,17 +100,24 @@ def render_prompt(
         statement: The statement; surrounding white space is dropped, as some templates trim user
             text and others keep it. Empty to ask nothing: the prompt is the prefix alone.
         prefix: What makes the model take on the concept; empty for an unprefixed prompt.
+        strip: Whether that white space is dropped. The authors keep their lines' line breaks, which
+            reach the model where its template does not trim.
 
     Raises:
         ExtractionError: As :func:`render_question`.
     """
-    statement = statement.strip()
+    statement = statement.strip() if strip else statement
     question = QUESTION.format(statement=statement) if statement else ""
-    return render_question(tokenizer, question, prefix)
+    return render_question(tokenizer, question, prefix, strip=strip)
 
 
 def render_question(
-    tokenizer: PreTrainedTokenizerBase, question: str, prefix: str = "", role: PrefixRole = "user"
+    tokenizer: PreTrainedTokenizerBase,
+    question: str,
+    prefix: str = "",
+    role: PrefixRole = "user",
+    *,
+    strip: bool = True,
 ) -> RenderedPrompt:
     """Renders one question as a chat prompt and locates its prefix.
 
@@ -123,11 +130,12 @@ def render_question(
         prefix: What makes the model take on the concept; empty for an unprefixed prompt.
         role: Where the prefix stands: ``user`` for before the question in the same message,
             ``system`` for a message of its own.
+        strip: Whether white space around the question is dropped.
 
     Raises:
         ExtractionError: The tokenizer gives no offsets, or the template alters the text.
     """
-    prefix, question = prefix.strip(), question.strip()
+    prefix, question = prefix.strip(), question.strip() if strip else question
     if not prefix or role == "system":
         text = apply_template(tokenizer, question, add_generation_prompt=True, system=prefix)
         content = prefix
@@ -136,9 +144,11 @@ def render_question(
         text = apply_template(tokenizer, content, add_generation_prompt=True)
     if not prefix:
         return RenderedPrompt(text, tuple(_token_ids(tokenizer, text)), (0, 0))
-    if text.count(content) != 1:
+    # A template may trim what it is given.
+    times = text.count(content.strip())
+    if times != 1:
         raise ExtractionError(
-            f"the chat template renders the text of the prompt {text.count(content)} times unchanged, "
+            f"the chat template renders the text of the prompt {times} times unchanged, "
             f"so the prefix {prefix!r} cannot be located; it must appear exactly once"
         )
     if not tokenizer.is_fast:
@@ -147,7 +157,7 @@ def render_question(
             f"(one with a tokenizer.json)"
         )
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    start = text.index(content)
+    start = text.index(content.strip())
     span = _locate(
         encoding["offset_mapping"],
         prefix_start=start,

@@ -19,12 +19,13 @@ class Figures(_Record):
 
     Attributes:
         steerability: Mean grade over concepts, 0 to 1; None where no answer was graded.
-        low: Lower end of its 95 % bootstrap interval over concepts; None with fewer than two.
+        low: Lower end of its 95 % interval over concepts; None with fewer than two, and where all are
+            equal; see ``offline.intervals``.
         high: Upper end.
         gap_closed: Share of the gap closed, mean over the concepts that have one; None without any. The
             gap lies between how likely the prefixed model's own answers are after the plain prompt and
             after the prefixed one: 0 is no effect, 1 that of the prefix.
-        gap_low: Lower end of its 95 % bootstrap interval over concepts; of one concept alone over
+        gap_low: Lower end of its 95 % interval over concepts; of one concept alone over
             questions, None with fewer than three.
         gap_high: Upper end.
         perplexity: Geometric mean over answers of the perplexity under the unsteered model, given
@@ -147,7 +148,6 @@ class SweepResult(_Record):
         model: The model, as it was given; of a local path the last part.
         judge: Name of the judge.
         max_tokens: Longest answer.
-        seed: Seed of the bootstrap.
         packs: Digest of each pack's tensors by name of the pack.
         prefixes: What each direction was held against, by ``pack/direction``; missing where unknown.
         tuning_questions: Questions that scales were chosen on, by class.
@@ -159,7 +159,6 @@ class SweepResult(_Record):
     model: str
     judge: str
     max_tokens: int
-    seed: int
     packs: dict[str, str]
     prefixes: dict[str, Prefix]
     tuning_questions: dict[str, list[str]]

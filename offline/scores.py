@@ -1,7 +1,7 @@
 """From graded answers to steerability: choosing a scale on some questions, reporting on others.
 
-The answers of a concept to different questions are alike, so a bootstrap over answers would make
-intervals too narrow: what is resampled are concepts, each with the mean of its answers.
+The answers of a concept to different questions are alike, so that an interval over answers would be too
+narrow: intervals are over concepts, each with the mean of its answers.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import bootstrap
 
 from offline.fluency import joint
 from offline.grids import Answers, Doubles, Flags, Grid, mean
+from offline.intervals import SHARE, mean_interval, ratio_interval
 from offline.results import Bound, ClassResult, ConceptResult, Figures, Point
-from offline.shares import CONFIDENCE, closed, closed_interval
+from offline.shares import closed
 from vllm_steer.errors import EvaluationError
 
-RESAMPLES = 9999
 NEAR = 0.01
 # Nats below which a gap is none, and no share of it is told.
 LEAST_GAP = 1.0
@@ -104,7 +103,7 @@ def measure(tuning: Grid, heldout: Grid) -> Measured:
     )
 
 
-def class_result(name: str, found: Measured, seed: int) -> ClassResult:
+def class_result(name: str, found: Measured) -> ClassResult:
     """Returns the figures of one class."""
     grid = found.heldout
     bound = joint(found.tuning.bounds)
@@ -117,44 +116,44 @@ def class_result(name: str, found: Measured, seed: int) -> ClassResult:
             perplexity=_optional(bound.perplexity),
             prefixed=int(found.tuning.known.sum()),
         ),
-        concepts=[_concept(found, at, seed) for at in range(len(grid.concepts))],
-        single=figures([found.single], seed),
-        own=figures([found.at_own], seed),
-        oracle=figures([found.oracle], seed),
-        unsteered=figures([grid.unsteered], seed),
-        prefixed=_ceiling([found.prefixed], seed),
-        tuning=_points(found.tuning, found.tuning.jointly_fluent, slice(None), seed),
-        heldout=_points(grid, grid.jointly_fluent, slice(None), seed),
+        concepts=[_concept(found, at) for at in range(len(grid.concepts))],
+        single=figures([found.single]),
+        own=figures([found.at_own]),
+        oracle=figures([found.oracle]),
+        unsteered=figures([grid.unsteered]),
+        prefixed=_ceiling([found.prefixed]),
+        tuning=_points(found.tuning, found.tuning.jointly_fluent, slice(None)),
+        heldout=_points(grid, grid.jointly_fluent, slice(None)),
     )
 
 
-def joint_result(name: str, classes: Sequence[Measured], seed: int) -> ClassResult:
+def joint_result(name: str, classes: Sequence[Measured]) -> ClassResult:
     """Returns the figures of several classes together, each at its own chosen scale."""
-    parts = [class_result(name, found, seed) for found in classes]
+    parts = [class_result(name, found) for found in classes]
     return ClassResult(
         name=name,
         scale=None,
         fluent=None,
         bound=None,
         concepts=[concept for part in parts for concept in part.concepts],
-        single=figures([found.single for found in classes], seed),
-        own=figures([found.at_own for found in classes], seed),
-        oracle=figures([found.oracle for found in classes], seed),
-        unsteered=figures([found.heldout.unsteered for found in classes], seed),
-        prefixed=_ceiling([found.prefixed for found in classes], seed),
+        single=figures([found.single for found in classes]),
+        own=figures([found.at_own for found in classes]),
+        oracle=figures([found.oracle for found in classes]),
+        unsteered=figures([found.heldout.unsteered for found in classes]),
+        prefixed=_ceiling([found.prefixed for found in classes]),
         tuning=[],
         heldout=[],
     )
 
 
-def figures(parts: Sequence[Answers], seed: int) -> Figures:
+def figures(parts: Sequence[Answers]) -> Figures:
     """Returns the figures of answers, of one class or of several together."""
     by_concept = np.concatenate([mean(part.grades, axis=1) for part in parts])
     graded = by_concept[~np.isnan(by_concept)]
-    low, high = interval(graded, seed)
+    low, high = mean_interval(graded, SHARE)
     log_perplexity = np.concatenate([np.log(part.perplexity).ravel() for part in parts])
     perplexity = float(np.exp(mean(log_perplexity[None], axis=1)[0]))
-    gap_closed, gap_low, gap_high = _gap_closed(parts, seed)
+    gap_closed, gap_low, gap_high = _gap_closed(parts)
     return Figures(
         steerability=float(graded.mean()) if len(graded) else None,
         low=low,
@@ -169,33 +168,7 @@ def figures(parts: Sequence[Answers], seed: int) -> Figures:
     )
 
 
-def interval(by_concept: Doubles, seed: int) -> tuple[float | None, float | None]:
-    """Returns the 95 % percentile bootstrap interval of a mean over concepts.
-
-    Args:
-        by_concept: ``[concepts]``, float64, finite. Where all are equal the interval has no width.
-        seed: Seed of the resampling.
-
-    Returns:
-        Its ends; None for both with fewer than two concepts.
-    """
-    if len(by_concept) < 2:
-        return None, None
-    found = bootstrap(
-        (by_concept,),
-        np.mean,
-        n_resamples=RESAMPLES,
-        batch=1000,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        random_state=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(found.low), float(found.high)
-
-
-def _gap_closed(
-    parts: Sequence[Answers], seed: int
-) -> tuple[float | None, float | None, float | None]:
+def _gap_closed(parts: Sequence[Answers]) -> tuple[float | None, float | None, float | None]:
     """Returns the mean over concepts of the share of the gap closed, and the ends of its interval."""
     rows = [
         (raised, gap)
@@ -206,18 +179,18 @@ def _gap_closed(
     if not rows:
         return None, None, None
     if len(rows) == 1:
-        ends = closed_interval(*rows[0], seed)
+        ends = ratio_interval(*rows[0])
         return closed(*rows[0]), *(ends or (None, None))
     shares = np.array([closed(*row) for row in rows])
-    return float(shares.mean()), *interval(shares, seed)
+    return float(shares.mean()), *mean_interval(shares)
 
 
-def _concept(found: Measured, at: int, seed: int) -> ConceptResult:
+def _concept(found: Measured, at: int) -> ConceptResult:
     own = int(found.own[at])
     grid, one = found.heldout, slice(at, at + 1)
 
     def of(answers: Answers) -> Figures:
-        return figures([answers.some(one, slice(None))], seed)
+        return figures([answers.some(one, slice(None))])
 
     return ConceptResult(
         name=grid.concepts[at],
@@ -227,14 +200,14 @@ def _concept(found: Measured, at: int, seed: int) -> ConceptResult:
         own=of(grid.answers[own]),
         unsteered=of(grid.unsteered),
         prefixed=of(grid.prefixed) if grid.known[at] else None,
-        tuning=_points(found.tuning, found.tuning.fluent[:, at], one, seed),
-        heldout=_points(grid, grid.fluent[:, at], one, seed),
+        tuning=_points(found.tuning, found.tuning.fluent[:, at], one),
+        heldout=_points(grid, grid.fluent[:, at], one),
     )
 
 
-def _ceiling(parts: Sequence[Answers], seed: int) -> Figures | None:
+def _ceiling(parts: Sequence[Answers]) -> Figures | None:
     known = [part for part in parts if part.grades.size]
-    return figures(known, seed) if known else None
+    return figures(known) if known else None
 
 
 def _best(grades: Doubles, fluent: Flags) -> int:
@@ -252,12 +225,12 @@ def _best(grades: Doubles, fluent: Flags) -> int:
     return int(best[(len(best) - 1) // 2])
 
 
-def _points(grid: Grid, fluent: Flags, concepts: slice, seed: int) -> list[Point]:
+def _points(grid: Grid, fluent: Flags, concepts: slice) -> list[Point]:
     return [
         Point(
             scale=scale,
             fluent=bool(flag),
-            figures=figures([answers.some(concepts, slice(None))], seed),
+            figures=figures([answers.some(concepts, slice(None))]),
         )
         for scale, answers, flag in zip(grid.scales, grid.answers, fluent, strict=True)
     ]

@@ -64,7 +64,7 @@ class ExtractionSettings(BaseModel):
             tokens are chosen on every other statement of both sides, not on the prompts learned
             from; the last block's state is taken after the final norm, though steering adds before
             it; ridge and logistic regression see raw rows without intercept, not rows of unit norm
-            that are centred.
+            that are centred; statements keep the line breaks of their files.
         batch_size: Prompts per forward pass.
         attention: ``auto`` for the fastest way that gives the numbers of eager attention on the
             model at hand, or ``eager``.

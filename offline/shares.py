@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import bootstrap
 
 Doubles = NDArray[np.float64]
 
-CONFIDENCE = 0.95
-_RESAMPLES = 2000
-# Questions below which an interval over them says nothing.
-_FEWEST = 3
 _TINY = 1e-9
 
 
@@ -24,19 +19,3 @@ def closed(raised: Doubles, gap: Doubles) -> float:
         gap: ``[questions]``; by how much the prefix does.
     """
     return float(raised.sum() / max(gap.sum(), _TINY))
-
-
-def closed_interval(raised: Doubles, gap: Doubles, seed: int) -> tuple[float, float] | None:
-    """Returns the 95 % bootstrap interval of :func:`closed` over questions; None with fewer than three."""
-    if len(raised) < _FEWEST:
-        return None
-    found = bootstrap(
-        (raised, gap),
-        lambda up, total, axis: up.sum(axis=axis) / np.maximum(total.sum(axis=axis), _TINY),
-        paired=True,
-        n_resamples=_RESAMPLES,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        random_state=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(found.low), float(found.high)

@@ -24,16 +24,13 @@ _SHOWN_FAULTS = 5
 T = TypeVar("T")
 
 
-def run_sweep(
-    generator: Generator, subjects: Sequence[Subject], judge: Judge, seed: int = 0
-) -> SweepResult:
+def run_sweep(generator: Generator, subjects: Sequence[Subject], judge: Judge) -> SweepResult:
     """Answers, judges and measures.
 
     Args:
         generator: Engine with the packs of all subjects.
         subjects: What to sweep, each under a name of its own.
         judge: The judge.
-        seed: Seed of the bootstrap.
 
     Raises:
         EvaluationError: Generation failed, or the judge graded nothing of some class. What was
@@ -58,24 +55,20 @@ def run_sweep(
         model=public_name(generator.engine.model),
         judge=judge.name,
         max_tokens=generator.max_tokens,
-        seed=seed,
         packs={pack.name: pack.manifest.tensors.sha256 for pack in generator.engine.packs},
         prefixes={s.directions[name]: s.prefixes[name] for s in subjects for name in s.known},
         tuning_questions={s.name: [q.line for q in s.questions.tuning] for s in subjects},
         heldout_questions={s.name: [q.line for q in s.questions.heldout] for s in subjects},
-        classes=_results(subjects, measured, seed),
+        classes=_results(subjects, measured),
         judge_faults=list(faults)[:_SHOWN_FAULTS],
     )
 
 
-def _results(
-    subjects: Sequence[Subject], measured: Sequence[Measured], seed: int
-) -> list[ClassResult]:
+def _results(subjects: Sequence[Subject], measured: Sequence[Measured]) -> list[ClassResult]:
     results = [
-        class_result(subject.name, found, seed)
-        for subject, found in zip(subjects, measured, strict=True)
+        class_result(subject.name, found) for subject, found in zip(subjects, measured, strict=True)
     ]
-    return results if len(results) == 1 else [*results, joint_result(ALL, measured, seed)]
+    return results if len(results) == 1 else [*results, joint_result(ALL, measured)]
 
 
 def _split(flat: Sequence[T], like: Sequence[Sequence[object]]) -> list[list[T]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from offline.files import write_atomically
 from offline.fluency import PERPLEXITY, REPETITION, UNKNOWN_PERPLEXITY
+from offline.intervals import CAVEAT
 from offline.results import ClassResult, ConceptResult, Figures, Point, SweepResult
 
 JSON_FILE = "sweep.json"
@@ -29,10 +30,10 @@ def markdown(result: SweepResult) -> str:
     """Returns the tables of a sweep."""
     lines = [
         f"Model {result.model}, judge `{result.judge}`, answers of at most {result.max_tokens} tokens, "
-        f"greedy. Steerability is the mean grade of answers to held-out questions, with a 95 % bootstrap "
+        f"greedy. Steerability is the mean grade of answers to held-out questions, with a 95 % "
         f"interval over concepts; in brackets the perplexity of the answers under the unsteered model. "
         f"The floor is the unsteered model, the ceiling the model with the concept's prefix. Gap closed: "
-        f"how far steering makes the prefixed model's own answers as likely as the prefix does.",
+        f"how far steering makes the prefixed model's own answers as likely as the prefix does. {CAVEAT}.",
         "",
         _FLUENT,
         "",

@@ -48,7 +48,6 @@ def add_sweep(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--layers", type=int, nargs="+", metavar="K", help="default: each direction's own"
     )
     sweep.add_argument("--max-tokens", type=int, default=50, help="longest answer (default: 50)")
-    sweep.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
     add_engine(sweep)
     _add_questions(sweep)
     add_prefixes(sweep, "The ceiling; where the pack knows none, that of a given --class is taken.")
@@ -152,7 +151,7 @@ def _sweep(args: argparse.Namespace) -> None:
     judge = _judge(args, packs)
     store = args.out / "answers"
     with generating(args.model, packs, args.max_tokens, store, args.engine) as generator:
-        result = run_sweep(generator, subjects, judge, args.seed)
+        result = run_sweep(generator, subjects, judge)
     write_result(args.out, result)
     sys.stdout.write(markdown(result))
 

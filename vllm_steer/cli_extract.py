@@ -161,8 +161,12 @@ def _add_settings(extract: argparse.ArgumentParser) -> None:
     group.add_argument("--token-statistic", choices=("max", "mean"), help="over prompts")
     group.add_argument("--block-choice", choices=("all", "top_k", "bottom_k", "threshold"))
     group.add_argument("--block-count", type=int, metavar="K", help="of top_k and bottom_k")
-    group.add_argument("--block-threshold", type=float, metavar="E", help="of the enrichment score")
-    group.add_argument("--permutations", type=int, help="of the enrichment test; 0 for no test")
+    group.add_argument(
+        "--block-threshold", type=float, metavar="E", help="of the enrichment score, above 0"
+    )
+    group.add_argument(
+        "--permutations", type=int, help="of the enrichment test, at least 100; 0 for no test"
+    )
     group.add_argument(
         "--paired", action=argparse.BooleanOptionalAction, help="ask every statement both ways"
     )
@@ -206,7 +210,9 @@ def _extract(args: argparse.Namespace) -> None:
         concepts = inputs.class_concepts(args.concepts, args.concept_class)
     else:
         raise ExtractionError("--concepts needs --class, or --prefix with {concept} in it")
-    positives, negatives = inputs.statement_sides(args.positive, args.negative, args.lists)
+    positives, negatives = inputs.statement_sides(
+        args.positive, args.negative, args.lists, strip=not settings.compat
+    )
     pack = extract_pack(
         args.model,
         args.name,

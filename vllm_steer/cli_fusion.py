@@ -51,7 +51,7 @@ def add_fusion(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="of the gold answer's words, from which an answer is right (default: 1)",
     )
     fusion.add_argument("--max-tokens", type=int, default=100, help="longest answer (default: 100)")
-    fusion.add_argument("--seed", type=int, default=0, help="of the searches and the bootstrap")
+    fusion.add_argument("--seed", type=int, default=0, help="of the searches")
     fusion.add_argument(
         "--dtype", default="float32", help="of the model that vectors are taken from"
     )

@@ -63,7 +63,7 @@ def import_pack(
         scale: Default scale (ε): the strength of llama.cpp, the coefficient of repeng.
         safe_scale: Largest |scale| known to leave the text fluent.
         layers: Keep only these layers; for files that name no layers, the layers of their rows.
-        residual_norms: A JSON file of layer to mean residual norm, or a pack of the same model; None
+        residual_norms: A JSON file of layer to median residual norm, or a pack of the same model; None
             to measure them.
 
     Returns:
@@ -185,7 +185,7 @@ def _stack(file: VectorFile) -> NDArray[np.float32]:
 
 
 def _measure_norms(model_path: str | os.PathLike[str]) -> dict[int, float]:
-    """Returns the mean norm of each block's output over plain statements, as extraction measures it."""
+    """Returns the norm of each block's output over plain statements, measured as extraction does."""
     try:
         _, tokenizer = load_config(model_path)
         model = load_model(model_path, "float32", None)

@@ -33,7 +33,7 @@ class Options:
         high: Largest scale.
         right: Share of the gold answer's words from which an answer is right.
         max_tokens: Longest answer.
-        seed: Seed of the searches and of the bootstrap.
+        seed: Seed of the searches.
         dtype: Dtype of the model that vectors are taken from.
         device: Its device; None for CUDA where there is one, else CPU.
         engine: More arguments of ``vllm.LLM``.

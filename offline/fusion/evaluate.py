@@ -22,8 +22,8 @@ from offline.fusion.search import (
     segments_of,
 )
 from offline.generation import Answer, Generator, Request
+from offline.intervals import SHARE, mean_interval
 from offline.models import public_name
-from offline.scores import interval
 from vllm_steer.errors import EvaluationError
 from vllm_steer.pack import SteeringPack
 
@@ -79,7 +79,7 @@ def run_fusion(
     kept = [questions[index] for index in wrong]
     targets = [_target(pack, questions[index], index) for index in wrong]
     others = [_target(pack, q, len(questions) + i) for i, q in enumerate(tuning)]
-    measured = _Measuring(kept, right, budget.seed)
+    measured = _Measuring(kept, right)
     arms: dict[str, Arm] = {}
     layers = pack.manifest.model.num_layers
     for kind in kinds:
@@ -126,8 +126,8 @@ def _check_apart(questions: Sequence[GoldQuestion], tuning: Sequence[GoldQuestio
 class _Measuring:
     """Answers to the questions that are reported, turned into figures."""
 
-    def __init__(self, questions: Sequence[GoldQuestion], right: Right, seed: int) -> None:
-        self._questions, self._right, self._seed = questions, right, seed
+    def __init__(self, questions: Sequence[GoldQuestion], right: Right) -> None:
+        self._questions, self._right = questions, right
 
     def figures(self, answers: Sequence[Answer]) -> Figures:
         pairs = list(zip(self._questions, answers, strict=True))
@@ -202,5 +202,5 @@ class _Measuring:
         ]
 
     def _share(self, values: Sequence[float]) -> Share:
-        low, high = interval(np.array(values), self._seed)
+        low, high = mean_interval(np.array(values), SHARE)
         return Share(mean=float(np.mean(values)), low=low, high=high)

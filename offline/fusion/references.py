@@ -42,7 +42,8 @@ class References:
         prompts: Token ids of each question's chat prompt.
         reference: ``[questions, layers, hidden_size]``, float32; h.
         prompt: ``[questions, layers, hidden_size]``, float32; mu.
-        residual_norms: ``[layers]``, float64; mean norm of the block output over the prompts' tokens.
+        residual_norms: ``[layers]``, float64; median norm of the block output over the prompts' tokens,
+            without the first of all, as everywhere.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -125,7 +126,8 @@ def span_means(
 
     Returns:
         ``[prompts, blocks, hidden_size]``, float32, the last block's before the final norm; and
-        ``[blocks]``, float64, the mean norm of the block output over the tokens of all spans.
+        ``[blocks]``, float64, the median norm of the block output over the tokens of all spans, but
+        for a prompt's first: that one is an attention sink, far longer than the others.
 
     Raises:
         ExtractionError: The blocks cannot be found, or an output is not finite.
@@ -133,27 +135,29 @@ def span_means(
     config = model.config.get_text_config()
     blocks = find_blocks(model, config.num_hidden_layers)
     means = np.zeros((len(prompts), len(blocks), config.hidden_size), dtype=np.float32)
-    norms = np.zeros(len(blocks))
+    norms: list[list[torch.Tensor]] = [[] for _ in blocks]
     for batch in make_batches(prompts, 1, batch_size, 0, model.device):
         rows, inside = list(batch.indices), batch.prefix[..., None]
+        counted = batch.prefix.bool()
+        counted[:, 0] = False
 
         def see(
             block: int,
             output: torch.Tensor,
             rows: list[int] = rows,
             inside: torch.Tensor = inside,
+            counted: torch.Tensor = counted,
         ) -> None:
             kept = output.float() * inside
             means[rows, block] = (kept.sum(dim=1) / inside.sum(dim=1)).cpu().numpy()
-            norms[block] += float(kept.norm(dim=-1).sum(dtype=torch.float64))
+            norms[block].append(kept.norm(dim=-1)[counted].cpu())
 
         with watched(blocks, see):
             model.base_model(
                 input_ids=batch.token_ids, attention_mask=batch.attention_mask, use_cache=False
             )
     check_finite(means[:, :, None])
-    tokens = sum(end - start for start, end in (prompt.prefix_span for prompt in prompts))
-    return means, norms / tokens
+    return means, np.array([float(np.median(torch.cat(found).numpy())) for found in norms])
 
 
 def direction_name(index: int) -> str:

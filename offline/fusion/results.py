@@ -18,7 +18,7 @@ class _Record(BaseModel):
 
 
 class Share(_Record):
-    """A mean over questions, with its 95 % bootstrap interval; no interval for one question."""
+    """A mean over questions, with its 95 % interval; no interval for one question, or where all are equal."""
 
     mean: float
     low: float | None
@@ -95,7 +95,7 @@ class FusionResult(_Record):
         max_tokens: Longest answer.
         trials: Trials of each search.
         scales: Ends of the range of scales.
-        seed: Seed of the samplers and of the bootstrap.
+        seed: Seed of the samplers.
         questions: Questions that were given.
         wrong: Those of them that the model gets wrong unsteered, on which all else is measured.
         tuning_questions: Questions, all others, that common scales were searched on.
@@ -128,7 +128,7 @@ def markdown(result: FusionResult) -> str:
     lines = [
         f"Model {result.model}, {result.wrong} of {result.questions} questions that it gets wrong "
         f"unsteered, scales from {low:g} to {high:g}, greedy answers of at most {result.max_tokens} "
-        f"tokens. Scales are searched with each question's gold answer; 95 % bootstrap intervals over "
+        f"tokens. Scales are searched with each question's gold answer; 95 % intervals over "
         f"questions.",
         "",
         "| | right | overlap | perplexity | answers searched per question |",

@@ -66,7 +66,6 @@ def sweep_result(packs: dict[str, str], errors: int = 0) -> SweepResult:
         model="m",
         judge="demo",
         max_tokens=48,
-        seed=0,
         packs=packs,
         prefixes={f"{name}/spiders": Prefix(text="Fear spiders.") for name in packs},
         tuning_questions={name: ["a"] for name in packs},

@@ -13,6 +13,7 @@ from offline.capture import capture
 from offline.estimators import fit_direction
 from offline.extract import ExtractionSettings, extract_pack
 from offline.figures import FIGURES_FILE, read_figures
+from offline.inputs import statement_sides
 from offline.labels import choose_tokens
 from offline.prompts import prefix_for, render_prompt
 from vllm_steer.errors import ExtractionError, PackError
@@ -243,6 +244,42 @@ def test_compat_learns_the_last_block_after_the_final_norm(extract):
     )
     assert first > 1 - 1e-6
     assert last < 0.999
+
+
+@pytest.mark.parametrize("compat", [False, True])
+def test_compat_keeps_the_line_breaks_of_statements(extract, tmp_path, monkeypatch, compat):
+    """The template does not trim; the last line of a file need not end in a break."""
+    sides = []
+    for name, statements in (("positive", POSITIVES), ("negative", NEGATIVES)):
+        (tmp_path / name).write_text("\n".join(statements))
+        sides.append(tmp_path / name)
+    positives, negatives = statement_sides(*sides, None, strip=not compat)
+    asked: list[str] = []
+
+    def listening(model, prompts, **kwargs):
+        assert all(
+            p.prefix_span == (0, 0) or p.prefix_span[1] > p.prefix_span[0] + 2 for p in prompts
+        )
+        asked.extend(prompt.text for prompt in prompts)
+        return capture(model, prompts, **kwargs)
+
+    monkeypatch.setattr(offline.learning, "capture", listening)
+    extract(
+        {"estimator": "mean_difference", "compat": compat, "permutations": 0},
+        concepts=CONCEPTS[:1],
+        positive_statements=positives,
+        negative_statements=negatives,
+    )
+    kept = [text for text in asked if "\n<|im_end|>" in text]
+    assert len(asked) == (50 if compat else 40)
+    # All but the last of each file.
+    assert len(kept) == (48 if compat else 0)
+
+
+def test_compat_keeps_what_a_template_trims_out_of_the_prefix(make_tokenizer):
+    llama3 = make_tokenizer("llama3")
+    prompt = render_prompt(llama3, "rain is good.\n", CONCEPTS[0][1], strip=False)
+    assert prompt == render_prompt(llama3, "rain is good.", CONCEPTS[0][1])
 
 
 def test_paired_statements_are_asked_both_ways(extract):

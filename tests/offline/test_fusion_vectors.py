@@ -22,6 +22,7 @@ from offline.fusion.references import (
 )
 from offline.generation import Answer
 from offline.models import load_config, load_model
+from offline.prompts import RenderedPrompt
 from vllm_steer.errors import EvaluationError, ExtractionError
 from vllm_steer.pack import load_pack
 
@@ -58,7 +59,7 @@ def test_means_are_those_of_hugging_face_without_padding(
 ) -> None:
     rendered = [render_question(chatml, question)[1] for question in QUESTIONS]
     means, norms = span_means(tiny_model, rendered, batch_size=2)
-    lengths, count = np.zeros(len(norms)), 0
+    lengths = []
     for row, prompt in enumerate(rendered):
         start, end = prompt.prefix_span
         final: list[torch.Tensor] = []
@@ -74,9 +75,15 @@ def test_means_are_those_of_hugging_face_without_padding(
         # The last of Hugging Face's hidden states has passed the final norm.
         blocks = torch.stack([*states[1:-1], final[0]])[:, 0, start:end]
         np.testing.assert_allclose(means[row], blocks.mean(dim=1), atol=1e-5)
-        lengths += blocks.norm(dim=-1).sum(dim=1).numpy()
-        count += end - start
-    np.testing.assert_allclose(norms, lengths / count, rtol=1e-5)
+        lengths.append(blocks[:, max(1 - start, 0) :].norm(dim=-1))
+    expected = np.median(torch.cat(lengths, dim=1).numpy(), axis=1)
+    np.testing.assert_allclose(norms, expected, rtol=1e-5)
+
+
+def test_norms_leave_out_a_prompts_first_token(tiny_llama: PreTrainedModel) -> None:
+    """A template without a header begins with the text itself, and the first token is a sink."""
+    prompts = [RenderedPrompt("", tuple(range(5, 12)), (start, 7)) for start in (0, 1)]
+    np.testing.assert_array_equal(*(span_means(tiny_llama, [p], batch_size=1)[1] for p in prompts))
 
 
 def test_a_vector_is_reference_less_unsteered_prompt(

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import binom
 
 from offline.fluency import Fluency
 from offline.grids import Answers, Doubles, Grid
+from offline.intervals import mean_interval, ratio_interval
 from offline.results import ClassResult
 from offline.scores import (
     LEAST_GAP,
     class_result,
     figures,
-    interval,
     joint_result,
     measure,
     repetition,
@@ -56,7 +55,7 @@ def grid(*grades: list[list[float]], floor: Fluency = UNSTEERED) -> Grid:
 
 
 def measured(tuning: Grid, heldout: Grid) -> ClassResult:
-    return class_result("fears", measure(tuning, heldout), 0)
+    return class_result("fears", measure(tuning, heldout))
 
 
 def test_the_scale_is_chosen_on_tuning_answers_and_reported_on_others() -> None:
@@ -103,7 +102,7 @@ def test_the_oracle_takes_each_answers_best_scale() -> None:
 
 
 def test_a_judges_failures_are_counted_and_count_in_no_grade() -> None:
-    found = figures([answers([[1.0, NAN], [NAN, NAN], [0.0, 0.0]])], 0)
+    found = figures([answers([[1.0, NAN], [NAN, NAN], [0.0, 0.0]])])
     assert (found.answers, found.judge_errors) == (6, 3)
     assert found.steerability == 0.5
     tuning = grid([[NAN]], [[0.0]], [[NAN]])
@@ -118,27 +117,21 @@ def test_nothing_graded_is_an_error() -> None:
         measure(full, empty)
 
 
-def test_the_interval_is_that_of_a_mean_of_coin_flips() -> None:
-    low, high = interval(np.repeat([0.0, 1.0], [30, 70]), 0)
-    assert low == pytest.approx(binom.ppf(0.025, 100, 0.7) / 100, abs=0.02)
-    assert high == pytest.approx(binom.ppf(0.975, 100, 0.7) / 100, abs=0.02)
-    assert (low, high) == interval(np.repeat([0.0, 1.0], [30, 70]), 0)
-
-
-def test_concepts_are_resampled_and_not_answers() -> None:
+def test_intervals_are_over_concepts_and_not_answers() -> None:
     """A hundred equal answers of two concepts say no more than one answer of each."""
     one, many = answers([[0.0], [1.0]]), answers([[0.0] * 100, [1.0] * 100])
-    assert figures([one], 0).low == figures([many], 0).low == 0.0
-    assert figures([answers([[1.0, 0.0]])], 0).low is None
+    assert figures([one]).low == figures([many]).low == 0.0
+    assert figures([one]).high == 1.0, "a mean of grades does not leave their range"
+    assert figures([answers([[1.0, 0.0]])]).low is None
 
 
 def test_classes_together_keep_their_own_scales() -> None:
     weak, strong = grid([[1.0]], [[0.0]], [[0.0]]), grid([[0.0]], [[0.0]], [[1.0]])
     both = [measure(weak, weak), measure(strong, strong)]
-    joint = joint_result("all", both, 0)
+    joint = joint_result("all", both)
     assert joint.scale is None
     assert joint.single.steerability == 1.0
-    assert (joint.single.low, joint.single.high) == (1.0, 1.0)
+    assert (joint.single.low, joint.single.high) == (None, None), "all grades are equal"
 
 
 def test_only_fluent_scales_are_chosen_and_the_weakest_where_none_is() -> None:
@@ -201,16 +194,17 @@ def test_the_gap_closed_is_summed_over_questions_and_averaged_over_concepts() ->
     part = answers([[1.0] * 3] * 3)
     part.raised[:] = [[0.0, 4.0, 8.0], [1.0, 1.0, -1.0], [5.0, 5.0, 5.0]]
     part.gap[:] = [[2.0, 4.0, 10.0], [1.0, 1.0, 2.0], [0.0, 0.0, LEAST_GAP / 2]]
-    found = figures([part], 0)
+    found = figures([part])
     assert found.gap_closed == pytest.approx((0.75 + 0.25) / 2)
-    assert (found.gap_low, found.gap_high) == (0.25, 0.75)
-    one = figures([part.some(slice(0, 1), slice(None))], 0)
+    assert (found.gap_low, found.gap_high) == mean_interval(np.array([0.75, 0.25]))
+    one = figures([part.some(slice(0, 1), slice(None))])
     assert one.gap_closed == pytest.approx(0.75)
-    # Over questions: from the first alone to the second alone.
-    assert (one.gap_low, one.gap_high) == (pytest.approx(0.0), pytest.approx(1.0))
-    two = figures([part.some(slice(0, 1), slice(0, 2))], 0)
+    # Over questions.
+    over = ratio_interval(part.raised[0], part.gap[0])
+    assert (one.gap_low, one.gap_high) == over
+    two = figures([part.some(slice(0, 1), slice(0, 2))])
     assert (two.gap_closed, two.gap_low) == (pytest.approx(4 / 6), None)
-    assert figures([part.some(slice(2, 3), slice(None))], 0).gap_closed is None
+    assert figures([part.some(slice(2, 3), slice(None))]).gap_closed is None
 
 
 def test_classes_together_have_the_ceiling_of_those_that_know_one() -> None:
@@ -222,12 +216,12 @@ def test_classes_together_have_the_ceiling_of_those_that_know_one() -> None:
         answers([[0.0]], raised=0.0, gap=8.0),
         answers([[0.9]], raised=8.0, gap=8.0),
     )
-    joint = joint_result("all", [measure(unknown, unknown), measure(known, known)], 0)
+    joint = joint_result("all", [measure(unknown, unknown), measure(known, known)])
     assert joint.prefixed is not None
     assert (joint.prefixed.steerability, joint.prefixed.gap_closed) == (0.9, 1.0)
     assert (joint.single.gap_closed, joint.unsteered.gap_closed) == (0.25, 0.0)
     assert (joint.bound, joint.fluent) == (None, None)
-    assert joint_result("all", [measure(unknown, unknown)], 0).prefixed is None
+    assert joint_result("all", [measure(unknown, unknown)]).prefixed is None
 
 
 def test_repetition() -> None:
