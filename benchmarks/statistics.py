@@ -2,15 +2,20 @@
 
     python -m benchmarks.statistics --json benchmarks/results/statistics.json
 
-Attention is random and knows no prefix: softmax of normal logits with an effect of each position that all
-prompts, heads and tokens share, and a first token that takes most. ``uniformity`` holds the p-values of
-1,000 such concepts at one block against the uniform distribution, by Kolmogorov and Smirnov, for a token
-that is named before and for the one that attention chooses, with a sliding window and without.
-``p_uniform`` says that none of the four is told from uniform at a level of 0.05 together. ``false_q_rate``
-is the share of concepts that report any q ≤ 0.05 over 30 blocks. ``as_if_named`` is what both would be if
+Attention is random and knows no prefix: softmax of normal logits, beside them an effect of each position
+that all prompts, heads and tokens share, as strong as theirs or weaker, and a first token that takes most.
+``uniformity`` holds the p-values of 1,000 such concepts at one block against the uniform distribution, by
+Kolmogorov and Smirnov, for a token that is named before and for the one that attention chooses, with a
+sliding window and without. ``p_uniform`` says that none of the four is told from uniform at a level of 0.05
+together. ``false_q_rate`` is the share of concepts that report any q ≤ 0.05 over 30 blocks.
+``as_if_named`` is what both would be if
 the choice of the token were left out of the null distribution. ``coverage`` is the share of 95 %
 intervals that hold the mean, by population and number of concepts; where all values are equal there is no
-interval, and ``coverage_min`` is the least.
+interval, and ``coverage_min`` is the least. Where that is below 0.93, ``coverage_caveat``, which stands beside
+intervals that people read, says so.
+
+Prompts differ in length, and subsets of the longer ones overlap those of the shorter a little less than the
+prefix does; over 5,000 concepts the distance of p to uniform is 0.02 for it, 0.01 with equal lengths.
 """
 
 from __future__ import annotations
@@ -93,10 +98,11 @@ def random_concept(
             candidates=candidates,
         )
     )
+    shared = np.float32(rng.random())
     attention = np.zeros((_PROMPTS, blocks, _CANDIDATES), dtype=np.float32)
     for block in range(blocks):
         logits = rng.standard_normal((_PROMPTS, _HEADS, _CANDIDATES, _LENGTH), dtype=np.float32)
-        logits += rng.standard_normal(_LENGTH, dtype=np.float32)
+        logits += shared * rng.standard_normal(_LENGTH, dtype=np.float32)
         logits[..., 0] += 4
         scores = torch.from_numpy(logits).masked_fill(hidden[:, None], float("-inf"))
         weights = scores.softmax(dim=-1)

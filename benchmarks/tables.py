@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import extraction, fusion, interventions, methods, real_model, stalls
+from benchmarks import extraction, fusion, interventions, methods, real_model, stalls, statistics
 from benchmarks.engine import ROOT
 from tests.marked import Block
 
@@ -192,6 +192,8 @@ BLOCKS = (
     Block(FINDINGS, "stalls", lambda: "\n".join(stalls.table(results("stalls")))),
     Block(FINDINGS, "interventions", lambda: interventions.matrix(results("interventions"))),
     Block(FINDINGS, "norms", norms_table),
+    Block(FINDINGS, "p-values", lambda: statistics.p_table(results("statistics"))),
+    Block(FINDINGS, "coverage", lambda: statistics.coverage_table(results("statistics"))),
 )
 
 

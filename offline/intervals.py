@@ -1,6 +1,6 @@
 """95 % intervals of means and of shares, by Student's t: over few concepts the bootstrap's are too narrow.
 
-The percentile bootstrap covers a normal mean in 0.5 of cases over 2 values and 0.91 over 10, and every
+The percentile bootstrap covers a normal mean in 0.5 of cases over 2 values and in 0.75 over 3, and every
 resampling method knows no more than the values it resamples. t covers 0.95 of normal means at any number.
 ``python -m benchmarks.statistics`` has its coverage for other populations, and where it fails.
 """
@@ -17,8 +17,8 @@ CONFIDENCE = 0.95
 SHARE = (0.0, 1.0)
 """Ends of the range of what is a share."""
 CAVEAT = (
-    "95 % intervals are Student's t; where values crowd one end of their range, as grades near 0 or 1 do, they "
-    "cover less, about 0.91 over 3 to 10 values. Values that are all equal have none"
+    "95 % intervals are Student's t, which holds for values that lie like a bell; over few that do not, such as "
+    "grades near 0 or 1, it covers less, down to 0.91. Values that are all equal have none"
 )
 """What stands beside intervals that people read."""
 # Values of a ratio below which its linear form says nothing.

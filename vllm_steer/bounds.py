@@ -7,6 +7,8 @@ block returns is kept finite in the graph (``vllm_steer.engine.finite``).
 At one layer a plan makes of a stream h at most ``gain * ‖h‖ + length``. Let n be the norm of the stream that was
 measured there and d the distance that earlier layers have moved it: after the layer that is at most
 ``gain * d + (gain - 1) * n + length``, since what a block computes of a normalised input does not grow with it.
+n is a median without each prompt's first token, which may be a hundred times as long where it takes up attention: at that
+token a gain above 1 goes further than this bound, and what the block returns is kept finite alone.
 Importing this module imports neither torch nor vllm.
 """
 

@@ -14,7 +14,7 @@ def test_the_interval_of_a_mean_holds_over_few_values(count) -> None:
     rng = np.random.default_rng(0)
     ends = [mean_interval(values) for values in rng.normal(3.0, 2.0, (1500, count))]
     covered = np.mean([low <= 3.0 <= high for low, high in ends])
-    # Three standard errors; the percentile bootstrap covers 0.5, 0.7, 0.83 and 0.91.
+    # Three standard errors; the percentile bootstrap covers 0.5 over two, 0.75 over three.
     assert covered == pytest.approx(0.95, abs=0.017)
 
 
