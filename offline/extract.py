@@ -23,7 +23,7 @@ from offline.figures import FIGURES_FILE, Figures, write_figures
 from offline.labels import fixed_tokens
 from offline.learning import Learned, Plan
 from offline.methods import METHODS
-from offline.models import chosen_dtype, load_config, model_identity
+from offline.models import check_quantisation, chosen_dtype, load_config, model_identity
 from offline.parts import Parts, answers_directory, library_versions
 from offline.prompts import AnswerPair, count_candidates
 from offline.records import learned_records, learned_vectors, records_of
@@ -95,6 +95,8 @@ def extract_pack(
         PackError: The pack cannot be written.
     """
     config, tokenizer = load_config(model_path)
+    # An engine would answer all day before anyone saw that the weights cannot be read.
+    check_quantisation(config, model_path)
     text = config.get_text_config()
     method = METHODS[settings.method]
     settings = settings.model_copy(update={"dtype": chosen_dtype(settings.dtype, device)})

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from vllm_steer.errors import ExtractionError
 from vllm_steer.pack import ModelIdentity
@@ -27,6 +28,7 @@ from vllm_steer.pack import ModelIdentity
 _ELSEWHERE = re.compile(
     r"(^|\.)(vision|visual|audio|image|multi_modal|mm_|mtp|draft|eagle|medusa)|rotary_emb\.inv_freq$"
 )
+_UNQUANTISED = "give the unquantised model that it was made from"
 
 
 def load_config(
@@ -37,13 +39,40 @@ def load_config(
     Raises:
         ExtractionError: There is no such model, or it cannot be loaded.
     """
+    return read_pretrained(AutoConfig, model_path), read_pretrained(AutoTokenizer, model_path)
+
+
+def read_pretrained(kind: Any, model_path: str | os.PathLike[str]) -> Any:
+    """Loads one part of a checkpoint.
+
+    Args:
+        kind: One of the library's ``Auto`` classes.
+        model_path: Checkpoint directory or Hugging Face model id.
+
+    Raises:
+        ExtractionError: It is missing or cannot be read.
+    """
     try:
-        return (
-            AutoConfig.from_pretrained(model_path),
-            AutoTokenizer.from_pretrained(model_path),
-        )
-    except (OSError, ValueError) as error:
-        raise ExtractionError(f"cannot load a model from {str(model_path)!r}: {error}") from error
+        return kind.from_pretrained(model_path)
+    # The readers of tokenizers, and the code that a checkpoint brings, raise what they like.
+    except Exception as error:
+        raise _unreadable(model_path, None, error) from error
+
+
+def check_quantisation(config: PreTrainedConfig, model_path: str | os.PathLike[str]) -> None:
+    """Checks that weights, if they are quantised, can be read here.
+
+    Raises:
+        ExtractionError: They cannot.
+    """
+    if (quantised := _quantisation(config)) is None:
+        return
+    try:
+        quantizer = AutoHfQuantizer.from_config(quantised, pre_quantized=True)
+        quantizer.validate_environment(device_map=None, weights_only=True)
+    # Every quantiser is a library of its own.
+    except Exception as error:
+        raise _unreadable(model_path, quantised, error) from error
 
 
 def chosen_dtype(dtype: str, device: str | None) -> str:
@@ -83,6 +112,8 @@ def load_model(
         ExtractionError: There is no such model, or it cannot be loaded.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    config = read_pretrained(AutoConfig, model_path)
+    check_quantisation(config, model_path)
     model: PreTrainedModel
     report: dict[str, Any]
     try:
@@ -94,12 +125,9 @@ def load_model(
             output_loading_info=True,
         )
         model, report = loaded
-    # A quantised checkpoint may want a library that is not there; weights that do not fit are a RuntimeError.
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise ExtractionError(
-            f"cannot load a model from {str(model_path)!r}: {error}; of a quantised model, extract from the one that it was "
-            f"made from: such a pack is served with either"
-        ) from error
+    # Readers of files, quantisers and the code that a checkpoint brings raise what they like.
+    except Exception as error:
+        raise _unreadable(model_path, _quantisation(config), error) from error
     _check_loaded(model, report, model_path)
     return model.to(device).eval()  # type: ignore[arg-type]  # untyped decorator
 
@@ -123,15 +151,29 @@ def _check_loaded(
         if keys:
             raise ExtractionError(
                 f"the checkpoint {str(model_path)!r} {what.format(len(keys))}, such as {keys[0]!r}, so what is loaded "
-                f"would not compute what it was trained to; extract from the unquantised checkpoint, or with a version of "
-                f"transformers that reads this one"
+                f"would not compute what it was trained to; {_UNQUANTISED}, or a version of transformers that reads this one"
             )
-    quantised = getattr(model.config, "quantization_config", None)
-    if quantised and getattr(model, "hf_quantizer", None) is None:
-        raise ExtractionError(
-            f"the checkpoint {str(model_path)!r} is quantised in a way that transformers leaves as it is; extract from the "
-            f"unquantised model: such a pack is served with either"
-        )
+
+
+def _quantisation(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """How a checkpoint is quantised; None where it is not."""
+    found = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
+    )
+    return None if not found else dict(found)
+
+
+def _unreadable(
+    model_path: str | os.PathLike[str], quantised: Mapping[str, Any] | None, error: Exception
+) -> ExtractionError:
+    why = " ".join(str(error).split()) or type(error).__name__
+    if quantised is None:
+        return ExtractionError(f"cannot load a model from {str(model_path)!r}: {why}")
+    method = quantised.get("quant_method", "in an unnamed way")
+    return ExtractionError(
+        f"the checkpoint {str(model_path)!r} is quantised ({method}) and cannot be read here: {_UNQUANTISED}, whose pack is "
+        f"served with the quantised one too ({why})"
+    )
 
 
 def find_blocks(model: nn.Module, count: int) -> nn.ModuleList:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, cast
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from vllm_steer.errors import ExtractionError, choices
@@ -254,8 +253,8 @@ def apply_template(
                     messages, tokenize=False, add_generation_prompt=add_generation_prompt
                 ),
             )
-        # A template is a program, and may fail in its own ways on the form that is not its own.
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        # A template is a program, and may fail in any way on the form that is not its own.
+        except Exception as error:
             refused = refused or error
             continue
         # A template that knows no parts may write the list as it stands.

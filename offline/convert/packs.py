@@ -26,7 +26,7 @@ from offline.convert.gguf_header import MAGIC
 from offline.convert.torch_file import read_torch
 from offline.convert.vectors import VectorFile
 from offline.demo.statements import statements
-from offline.models import load_config, load_model, model_identity
+from offline.models import load_config, load_model, model_identity, read_pretrained
 from offline.prompts import render_prompt
 from vllm_steer.errors import ConversionError, ExtractionError, choices
 from vllm_steer.pack import (
@@ -147,14 +147,12 @@ def export_direction(
 
 def _identity(model_path: str | os.PathLike[str]) -> ModelIdentity:
     try:
-        config = AutoConfig.from_pretrained(model_path)
-    except (OSError, ValueError) as error:
-        raise ConversionError(
-            f"--model: no configuration at {str(model_path)!r}: {' '.join(str(error).split())}"
-        ) from error
+        config = read_pretrained(AutoConfig, model_path)
+    except ExtractionError as error:
+        raise ConversionError(f"--model: {error}") from error
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path)
-    except (OSError, ValueError):
+        tokenizer = read_pretrained(AutoTokenizer, model_path)
+    except ExtractionError:
         tokenizer = None
     return model_identity(model_path, config, tokenizer)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +13,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from vllm.engine.arg_utils import EngineArgs
 
 import offline.engine
 from offline.demo import demo_model_path
 from offline.engine import start_engine
-from offline.models import chosen_dtype, load_model
-from vllm_steer.errors import EvaluationError, ExtractionError
+from offline.models import chosen_dtype, load_config, load_model, model_identity
+from tests.random_pack import write_random_pack
+from vllm_steer.cli import main
+from vllm_steer.errors import EvaluationError, ExtractionError, PackError
+from vllm_steer.model import model_shape
+from vllm_steer.registry import PackRegistry
 
 CORES = "VLLM_CPU_NUM_OF_RESERVED_CPU"
 
@@ -65,8 +72,6 @@ UP = "model.layers.1.mlp.up_proj.weight"
         ({"model.layers.6.mlp.up_proj.weight": torch.ones(448, 256)}, {}, "has no place for"),
         ({UP: None}, {}, f"lacks 1 weights of the model, such as '{UP}'"),
         ({UP: torch.ones(8, 256)}, {}, "cannot load a model|of another shape"),
-        ({}, {"quantization_config": {"quant_method": "modelopt"}}, "quantised"),
-        ({}, {"quantization_config": {"quant_method": "awq", "bits": 4}}, "cannot load|quantised"),
     ],
 )
 def test_a_model_that_is_not_that_of_its_checkpoint_is_refused(
@@ -75,6 +80,95 @@ def test_a_model_that_is_not_that_of_its_checkpoint_is_refused(
     """The library warns of it and goes on."""
     with pytest.raises(ExtractionError, match=message):
         load_model(changed(tmp_path / "model", tensors, **config), "float32", "cpu")
+
+
+QUANTISED = {
+    "awq": {"bits": 4, "group_size": 128, "version": "gemm", "zero_point": True},
+    "gptq": {"bits": 4, "group_size": 128, "desc_act": False},
+    "bitsandbytes": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "fp8": {"activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+    "mxfp4": {},
+    # Of this one the library only warns.
+    "modelopt": {"quant_algo": "FP8"},
+    # A reader of this one is installed, and stumbles.
+    "compressed-tensors": {"format": "pack-quantized", "config_groups": {}},
+}
+
+
+def quantised(path: Path, method: str) -> Path:
+    """The demo model, with its tokenizer, that says it is quantised."""
+    given = {"quant_method": method, **QUANTISED[method]}
+    changed(path, {}, quantization_config=given)
+    for file in demo_model_path().iterdir():
+        if not (path / file.name).exists():
+            shutil.copy(file, path)
+    return path
+
+
+@pytest.mark.parametrize("method", QUANTISED)
+def test_a_quantised_checkpoint_is_refused_with_what_to_do(
+    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By both commands, and where it can be told before an engine answers for hours."""
+    path = quantised(tmp_path / "model", method)
+    (tmp_path / "concepts.txt").write_text("spiders\n")
+    torch.save({3: torch.ones(256)}, tmp_path / "v.pt")
+    common = ["--model", str(path), "--name", "n", "--out", str(tmp_path / "out")]
+    concepts = ["--concepts", str(tmp_path / "concepts.txt"), "--class", "fears"]
+    early = method != "compressed-tensors"
+    for command in (
+        [
+            "extract",
+            *concepts,
+            *common,
+            *([] if early else ["--learn-from", "prompts", "--estimator", "ridge"]),
+        ],
+        ["convert", "import", f"v={tmp_path / 'v.pt'}", *common],
+    ):
+        assert main(command) == 1
+        shown = capsys.readouterr().err.splitlines()[-1]
+        assert f"is quantised ({method})" in shown
+        assert "give the unquantised model that it was made from, whose pack is served" in shown
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", sorted(QUANTISED.keys() - {"bitsandbytes", "modelopt"}))
+def test_a_pack_of_the_unquantised_model_belongs_to_the_quantised_one(
+    method: str, tmp_path: Path
+) -> None:
+    """As vLLM reads its configuration; bitsandbytes and ModelOpt need a GPU for that."""
+    config, tokenizer = load_config(demo_model_path())
+    identity = model_identity(demo_model_path(), config, tokenizer)
+    write_random_pack(
+        tmp_path / "pack", "p", identity, {"a": [1, 2]}, seed=0, default_scale=1.0, safe_scale=2.0,
+        residual_norm=10.0,
+    )  # fmt: skip
+    served = EngineArgs(model=str(quantised(tmp_path / "model", method))).create_model_config()
+    assert served.quantization
+    registry = PackRegistry.load([str(tmp_path / "pack")])
+    registry.check_model(**model_shape(served))
+    with pytest.raises(PackError, match="another model"):
+        registry.check_model(**model_shape(served) | {"hidden_size": 512})
+
+
+@pytest.mark.parametrize(
+    ("file", "load"),
+    [
+        ("config.json", load_config),
+        ("tokenizer.json", load_config),
+        ("model.safetensors", lambda path: load_model(path, "float32", "cpu")),
+    ],
+)
+@pytest.mark.parametrize("kept", [0, 100])
+def test_a_damaged_file_is_an_error_of_extraction(
+    file: str, load: Callable[[Path], Any], kept: int, tmp_path: Path
+) -> None:
+    """Its readers are several libraries, and raise errors of their own."""
+    path = tmp_path / "model"
+    shutil.copytree(demo_model_path(), path)
+    (path / file).write_bytes((path / file).read_bytes()[:kept])
+    with pytest.raises(ExtractionError, match=r"cannot load a model from .*/model': .+"):
+        load(path)
 
 
 def test_what_a_language_model_has_no_part_in_may_be_left_over(tmp_path: Path) -> None:
