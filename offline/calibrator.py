@@ -24,7 +24,7 @@ from offline.calibration_measures import (
 from offline.calibration_settings import CalibrationSettings
 from offline.everyday import Everyday
 from offline.fluency import Fluency, Margins
-from offline.models import load_config, public_name
+from offline.models import public_name
 from offline.prompts import render_question
 from offline.token_engine import TokenEngine
 from vllm_steer.errors import EvaluationError
@@ -75,7 +75,7 @@ class Calibrator:
         prefixes: Mapping[str, Prefix | None],
     ) -> None:
         self._engine, self._settings, self._prefixes = engine, settings, prefixes
-        _, self._tokenizer = load_config(engine.model)
+        self._tokenizer = engine.tokenizer
         self._blocks = pack.manifest.model.num_layers
         self._subjects = subjects(pack)
         self._tuning = questions.tuning[: settings.tuning_questions]

@@ -94,7 +94,7 @@ def extract_pack(
         EvaluationError: The engine that generates answers fails.
         PackError: The pack cannot be written.
     """
-    config, tokenizer = load_config(model_path)
+    config, tokenizer = load_config(model_path, settings.chat)
     # An engine would answer all day before anyone saw that the weights cannot be read.
     check_quantisation(config, model_path)
     text = config.get_text_config()

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from offline.chat import ChatFormat
 from offline.demo.statements import statements
 from offline.files import read_lines, read_text
 from offline.methods import METHODS
@@ -228,6 +229,7 @@ def _method_for(chosen: Mapping[str, Any]) -> str:
         "seed",
         "answer_length",
         "prefix_role",
+        *ChatFormat.model_fields,
         "questions",
         "stopping_questions",
         "answer_share",

@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from offline.chat import ChatFormat
 from vllm_steer.errors import ExtractionError
 from vllm_steer.pack import ModelIdentity
 
@@ -32,14 +33,19 @@ _UNQUANTISED = "give the unquantised model that it was made from"
 
 
 def load_config(
-    model_path: str | os.PathLike[str],
+    model_path: str | os.PathLike[str], chat: ChatFormat | None = None
 ) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     """Loads a model's configuration and tokenizer alone.
 
+    Args:
+        model_path: Checkpoint directory or Hugging Face model id.
+        chat: Format that the tokenizer renders prompts by; None for its own.
+
     Raises:
-        ExtractionError: There is no such model, or it cannot be loaded.
+        ExtractionError: There is no such model, it cannot be loaded, or has no such format.
     """
-    return read_pretrained(AutoConfig, model_path), read_pretrained(AutoTokenizer, model_path)
+    tokenizer = read_pretrained(AutoTokenizer, model_path)
+    return read_pretrained(AutoConfig, model_path), (chat or ChatFormat()).apply_to(tokenizer)
 
 
 def read_pretrained(kind: Any, model_path: str | os.PathLike[str]) -> Any:

@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from offline.chat import plain_text, template_arguments
 from vllm_steer.errors import ExtractionError, choices
 
 QUESTION = "What are your thoughts on the following statement? \nStatement: {statement}"
@@ -221,22 +222,21 @@ def apply_template(
     add_generation_prompt: bool,
     system: str = "",
 ) -> str:
-    """Returns a user's text as the model's chat template renders it.
+    """Returns a user's text as the tokenizer's format renders it.
 
     Args:
-        tokenizer: A tokenizer with a chat template.
+        tokenizer: A tokenizer with a chat template, or one that was told to do without; see
+            ``offline.chat``.
         content: The user's text.
         add_generation_prompt: Whether the rendered text opens the answer.
         system: The system's text; empty for the template's own.
 
     Raises:
-        ExtractionError: The tokenizer has no chat template, or one without such a message.
+        ExtractionError: The tokenizer has no chat template and was not told to do without, or has one
+            without such a message.
     """
     if tokenizer.chat_template is None:
-        raise ExtractionError(
-            "the tokenizer has no chat template; use an instruction-tuned model, or set "
-            "tokenizer.chat_template"
-        )
+        return plain_text(tokenizer, [system, content])
     said = [("system", system)] if system else []
     said.append(("user", content))
     refused: Exception | None = None
@@ -250,7 +250,10 @@ def apply_template(
             rendered = cast(
                 str,
                 tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                    messages,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    **template_arguments(tokenizer),
                 ),
             )
         # A template is a program, and may fail in any way on the form that is not its own.

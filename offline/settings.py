@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from offline.answer_states import AnswerTokens
+from offline.chat import ChatFormat
 from offline.methods import METHODS
 from offline.prompts import PrefixRole
 
@@ -39,6 +40,8 @@ class ExtractionSettings(BaseModel):
             the plain prompt, since many answers have nothing of it.
         stopping_questions: Further questions on which training stops.
         prefix_role: Where the prefix stands: before the question, or in a ``system`` message.
+        chat_template: Template of the prompts, in Jinja, or ``plain`` for none; None for the tokenizer's own.
+        chat_template_kwargs: Arguments of the template, such as ``enable_thinking``.
         train_steps: Most steps of training.
         train_answers: Answers in a step.
         train_rate: Length of a step; see ``offline.training``.
@@ -98,6 +101,8 @@ class ExtractionSettings(BaseModel):
     answer_share: float = Field(default=0.5, gt=0, le=1)
     stopping_questions: int = Field(default=24, ge=4)
     prefix_role: PrefixRole = "user"
+    chat_template: str | None = Field(default=None, min_length=1)
+    chat_template_kwargs: dict[str, JsonValue] = {}
     train_steps: int = Field(default=16, gt=0)
     train_answers: int = Field(default=8, gt=0)
     train_rate: float = Field(default=0.0075, gt=0, allow_inf_nan=False)
@@ -127,6 +132,13 @@ class ExtractionSettings(BaseModel):
         default=(1.0, 10.0, 100.0), min_length=1
     )
     rfm_solver: Literal["auto", "xrfm", "gram"] = "auto"
+
+    @property
+    def chat(self) -> ChatFormat:
+        """How prompts are rendered."""
+        return ChatFormat(
+            chat_template=self.chat_template, chat_template_kwargs=self.chat_template_kwargs
+        )
 
     @model_validator(mode="before")
     @classmethod

@@ -87,7 +87,9 @@ class _Worker:
         if plan.settings.learn_from == "answers":
             self._learner = AnswerLearner(plan)
         else:
-            self._learner = ConceptLearner(plan, load_config(plan.model_path)[1])
+            self._learner = ConceptLearner(
+                plan, load_config(plan.model_path, plan.settings.chat)[1]
+            )
 
     def learn(self, concepts: Sequence[tuple[str, str]]) -> list[Learned | str]:
         """Learns a group; where it fails, its concepts one by one, so that one fails alone."""

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from offline.chat import ChatFormat
 from offline.engine import asking, start_engine, stop_engine
 from offline.store import Store, model_state
 from vllm_steer.errors import EvaluationError
@@ -147,10 +148,11 @@ class TokenEngine:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that the engine has; loaded without starting it.
+        """The tokenizer that the engine has, with the packs' format; loaded without starting the engine.
 
         Raises:
             EvaluationError: It cannot be loaded.
+            ExtractionError: The packs have several formats, or one that is not the model's.
         """
         names = {"trust_remote_code": "trust_remote_code", "tokenizer_revision": "revision"}
         options = {
@@ -158,11 +160,12 @@ class TokenEngine:
         }
         source = self._options.get("tokenizer") or self.model
         try:
-            return AutoTokenizer.from_pretrained(source, **options)
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
         except (OSError, ValueError) as error:
             raise EvaluationError(
                 f"cannot load a tokenizer from {str(source)!r}: {error}"
             ) from error
+        return ChatFormat.of_packs(self.packs).apply_to(tokenizer)
 
     @property
     def dtype(self) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vllm_steer.cli_calibrate import add_calibrate
 from vllm_steer.cli_demo import add_demo
-from vllm_steer.cli_evaluation import add_card, add_sweep
+from vllm_steer.cli_evaluation import add_card, add_chat, add_sweep, given_chat
 from vllm_steer.cli_extract import add_extract
 from vllm_steer.cli_fusion import add_fusion
 from vllm_steer.cli_model import add_model
@@ -96,6 +96,7 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="JSON file of layer to median residual norm, or a pack of the same model (default: measured "
         "by running --model)",
     )
+    add_chat(into)
     into.set_defaults(run=_import)
     out = ways.add_parser("export", help="a pack's direction to a GGUF control vector")
     out.add_argument("pack", help=_PACK_HELP)
@@ -106,6 +107,7 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _import(args: argparse.Namespace) -> None:
+    from offline.chat import ChatFormat
     from offline.convert.packs import import_pack
 
     sources: dict[str, str] = {}
@@ -125,6 +127,7 @@ def _import(args: argparse.Namespace) -> None:
         safe_scale=abs(args.scale) if args.safe_scale is None else args.safe_scale,
         layers=None if args.layers is None else sorted(set(args.layers)),
         residual_norms=args.residual_norms,
+        chat=ChatFormat(**given_chat(args)),
     )
     sys.stdout.write(pack_summary(pack))
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from offline.questions import QuestionSet
 
 API_KEY_VARIABLE = "OPENAI_API_KEY"
+CHAT_FIELDS = ("chat_template", "chat_template_kwargs")
 
 
 def add_sweep(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -64,6 +65,37 @@ def add_engine(command: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="""more arguments of vllm.LLM, such as '{"dtype": "bfloat16"}'""",
     )
+
+
+def add_chat(command: argparse._ActionsContainer) -> None:
+    """Adds the arguments of the format of prompts, which have no value where they are left out."""
+    command.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="a Jinja file, or plain for texts as they stand, such as a base model's (default: the tokenizer's own)",
+    )
+    command.add_argument(
+        "--chat-template-kwargs",
+        type=json_object,
+        metavar="JSON",
+        default=argparse.SUPPRESS,
+        help="""arguments of the template, such as '{"enable_thinking": false}'""",
+    )
+
+
+def given_chat(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the arguments that :func:`add_chat` has added, as fields of a format.
+
+    Raises:
+        ExtractionError: The file of the template cannot be read.
+    """
+    from offline.chat import read_template
+
+    given = {key: value for key, value in vars(args).items() if key in CHAT_FIELDS}
+    if CHAT_FIELDS[0] in given:
+        given[CHAT_FIELDS[0]] = read_template(given[CHAT_FIELDS[0]])
+    return given
 
 
 def _add_questions(sweep: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from vllm_steer.cli_evaluation import add_engine, extras
+from vllm_steer.cli_evaluation import add_chat, add_engine, extras, given_chat
 from vllm_steer.errors import ExtractionError
 from vllm_steer.pack_summary import pack_summary
 
@@ -139,6 +139,7 @@ def _add_settings(extract: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prefix-role", choices=("user", "system"), help="where the prefix stands (default: user)"
     )
+    add_chat(group)
     group.add_argument("--train-steps", type=int, metavar="N", help="most steps of training")
     group.add_argument("--train-rate", type=float, help="length of a step")
     group.add_argument("--train-penalty", type=float, help="weight of the vectors' squared lengths")
@@ -193,6 +194,7 @@ def _extract(args: argparse.Namespace) -> None:
     from offline.everyday import everyday_questions
 
     given = {name: getattr(args, name) for name in args.setting_names if hasattr(args, name)}
+    given |= given_chat(args)
     settings = inputs.read_settings(args.settings, given, pairs=args.pairs is not None)
     questions = everyday_questions(args.questions)
     concepts, pairs = [], None

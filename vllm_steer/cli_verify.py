@@ -19,8 +19,9 @@ from vllm_steer.verify.run import Plan, verify
 
 _DESCRIPTION = """Starts the vLLM that is installed here, with steering and without, and checks that requests
 are steered as Hugging Face with forward hooks steers them, that requests of a batch do not touch each other, that
-the prefix cache keeps steerings apart, and what steering costs. Prints one page. Exit status: 0 nothing failed, 1
-something failed, 2 nothing could be verified."""
+the prefix cache keeps steerings apart, and what steering costs. Its prompts have the model's own chat template, or
+none, whatever the packs were learned with, since how exact steering is does not hang on that. Prints one page. Exit
+status: 0 nothing failed, 1 something failed, 2 nothing could be verified."""
 
 
 def add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

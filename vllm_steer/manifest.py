@@ -59,7 +59,7 @@ class ModelIdentity(Record):
         model_type: ``model_type`` of the checkpoint's configuration, such as ``llama``.
         hidden_size: Width of the residual stream.
         num_layers: Number of decoder blocks.
-        chat_template_sha256: Digest of the tokenizer's chat template, None when it has none.
+        chat_template_sha256: Digest of the chat template that prompts were rendered by, None for none.
     """
 
     name: Line

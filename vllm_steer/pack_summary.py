@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+
+from pydantic import JsonValue
+
 from vllm_steer.calibration import Calibration
 from vllm_steer.fields import show_layers
 from vllm_steer.pack import SteeringPack
@@ -20,6 +25,7 @@ def pack_summary(pack: SteeringPack) -> str:
         f"hidden size {model.hidden_size}, {model.num_layers} layers",
         f"method     {manifest.method.name}, seed {manifest.method.seed}, "
         f"data {manifest.method.data_sha256[:12]}",
+        *_prompts(manifest.method.settings),
         "layers     layer k is the output of decoder block k, counted from 0",
         "",
         f"{'direction':<32} {'scale':>8} {'safe':>8} {'gap closed':>10} {'expressed':>9} {'steers':>6}  "
@@ -34,6 +40,14 @@ def pack_summary(pack: SteeringPack) -> str:
             f"{show_layers(record.steered_layers):<14}  {show_layers(record.layers)}"
         )
     return "\n".join(lines) + "\n"
+
+
+def _prompts(settings: Mapping[str, JsonValue]) -> list[str]:
+    """How prompts were rendered, where not as the model's tokenizer does by itself."""
+    template, arguments = settings.get("chat_template"), settings.get("chat_template_kwargs")
+    told = ["plain text" if template == "plain" else "a chat template given"] if template else []
+    told += [f"chat_template_kwargs {json.dumps(arguments)}"] if arguments else []
+    return [f"prompts    {', '.join(told)}; ask it likewise"] if told else []
 
 
 def _measured(calibration: Calibration | None) -> tuple[str, str, str]:

@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import AutoConfig, AutoTokenizer
 
 from offline.capture import capture
+from offline.chat import ChatFormat
 from offline.convert.gguf_file import read_gguf, write_gguf
 from offline.convert.gguf_header import MAGIC
 from offline.convert.torch_file import read_torch
@@ -52,6 +53,7 @@ def import_pack(
     safe_scale: float,
     layers: Sequence[int] | None = None,
     residual_norms: str | os.PathLike[str] | None = None,
+    chat: ChatFormat | None = None,
 ) -> SteeringPack:
     """Writes a pack with one direction for each vector file.
 
@@ -65,6 +67,8 @@ def import_pack(
         layers: Keep only these layers; for files that name no layers, the layers of their rows.
         residual_norms: A JSON file of layer to median residual norm, or a pack of the same model; None
             to measure them.
+        chat: Format of the prompts that norms are measured on and that the pack is calibrated with; None
+            for the tokenizer's own.
 
     Returns:
         The pack, read back from disk.
@@ -73,7 +77,8 @@ def import_pack(
         ConversionError: A file is not what it should be, or does not fit the model.
         PackError: The pack cannot be written.
     """
-    model = _identity(model_path)
+    chat = chat or ChatFormat()
+    model = _identity(model_path, chat)
     files = {
         key: _selected(Path(source), _read(Path(source), layers, model), layers)
         for key, source in sources.items()
@@ -94,7 +99,7 @@ def import_pack(
         faults = "; ".join(f"{fault['input']!r}: {fault['msg']}" for fault in error.errors())
         raise ConversionError(f"pack {name!r} cannot be written: {faults}") from error
     norms = (
-        _measure_norms(model_path)
+        _measure_norms(model_path, chat)
         if residual_norms is None
         else _given_norms(residual_norms, model)
     )
@@ -104,7 +109,7 @@ def import_pack(
         model=model,
         directions=records,
         vectors={key: _stack(file) for key, file in files.items()},
-        method=_method(files, residual_norms is None),
+        method=_method(files, residual_norms is None, chat),
         residual_norms=norms,
     )
 
@@ -145,7 +150,7 @@ def export_direction(
     )
 
 
-def _identity(model_path: str | os.PathLike[str]) -> ModelIdentity:
+def _identity(model_path: str | os.PathLike[str], chat: ChatFormat) -> ModelIdentity:
     try:
         config = read_pretrained(AutoConfig, model_path)
     except ExtractionError as error:
@@ -153,7 +158,11 @@ def _identity(model_path: str | os.PathLike[str]) -> ModelIdentity:
     try:
         tokenizer = read_pretrained(AutoTokenizer, model_path)
     except ExtractionError:
-        tokenizer = None
+        return model_identity(model_path, config, None)
+    try:
+        chat.apply_to(tokenizer)
+    except ExtractionError as error:
+        raise ConversionError(str(error)) from error
     return model_identity(model_path, config, tokenizer)
 
 
@@ -182,10 +191,10 @@ def _stack(file: VectorFile) -> NDArray[np.float32]:
     return np.stack(list(file.vectors.values()))
 
 
-def _measure_norms(model_path: str | os.PathLike[str]) -> dict[int, float]:
+def _measure_norms(model_path: str | os.PathLike[str], chat: ChatFormat) -> dict[int, float]:
     """Returns the norm of each block's output over plain statements, measured as extraction does."""
     try:
-        _, tokenizer = load_config(model_path)
+        _, tokenizer = load_config(model_path, chat)
         model = load_model(model_path, "float32", None)
         prompts = [
             render_prompt(tokenizer, statement.text)
@@ -225,7 +234,7 @@ def _given_norms(source: str | os.PathLike[str], model: ModelIdentity) -> dict[i
         ) from error
 
 
-def _method(files: Mapping[str, VectorFile], measured: bool) -> MethodRecord:
+def _method(files: Mapping[str, VectorFile], measured: bool, chat: ChatFormat) -> MethodRecord:
     digest = hashlib.sha256("".join(file.sha256 for file in files.values()).encode())
     return MethodRecord(
         name="imported",
@@ -234,6 +243,7 @@ def _method(files: Mapping[str, VectorFile], measured: bool) -> MethodRecord:
                 key: {"format": file.format, "sha256": file.sha256} for key, file in files.items()
             },
             "residual_norms": "measured" if measured else "given",
+            **chat.model_dump(),
         },
         libraries={library: version(library) for library in ("torch", "transformers")},
         seed=0,
