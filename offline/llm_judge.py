@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from openai import AsyncOpenAI, OpenAIError
 from tqdm import tqdm
@@ -16,6 +17,8 @@ from offline.judges import Case, Grade
 from offline.questions import GENERAL
 from offline.rubrics import RUBRICS
 from vllm_steer.errors import EvaluationError
+
+logger = logging.getLogger(__name__)
 
 Mode = Literal["graded", "yes-no"]
 
@@ -39,6 +42,9 @@ _LINES: dict[Mode, re.Pattern[str]] = {
     "yes-no": re.compile(r"GRADE: ?(yes|no)"),
 }
 _SHOWN = 80
+_PROBE = "Are you ready?"
+# What endpoints answer where the template refuses a message: vLLM, TGI, llama.cpp.
+_REFUSALS = (400, 422, 500)
 
 
 @dataclass(frozen=True)
@@ -84,8 +90,14 @@ class LlmJudge:
         """Grades every case; a request that fails for good is a grade without a value."""
         return asyncio.run(self._grade_all(cases))
 
-    def messages(self, case: Case) -> list[dict[str, str]]:
-        """Returns what is sent about a case."""
+    def messages(self, case: Case, system_role: bool = True) -> list[dict[str, str]]:
+        """Returns what is sent about a case.
+
+        Args:
+            case: The case.
+            system_role: Whether what the judge is told of its task stands in a system message; else it
+                begins the user's.
+        """
         rubric = self.rubrics.get(case.concept_class) or self.rubrics.get(GENERAL)
         if rubric is None:
             raise EvaluationError(
@@ -97,10 +109,7 @@ class LlmJudge:
             f"<answer>\n{case.answer.strip() or '(empty)'}\n</answer>",
             _ENDINGS[self.mode],
         )
-        return [
-            {"role": "system", "content": _SYSTEM},
-            {"role": "user", "content": "\n\n".join(parts)},
-        ]
+        return _told("\n\n".join(parts), system_role)
 
     async def _grade_all(self, cases: Sequence[Case]) -> list[Grade]:
         places = asyncio.Semaphore(self.concurrency)
@@ -110,30 +119,64 @@ class LlmJudge:
             max_retries=self.retries,
             timeout=self.timeout,
         )
-        with tqdm(total=len(cases), desc="judging", unit="answer") as bar:
+        async with client:
+            system_role = await self._takes_system(client)
+            with tqdm(total=len(cases), desc="judging", unit="answer") as bar:
 
-            async def one(case: Case) -> Grade:
-                async with places:
-                    grade = await self._ask(client, case)
-                bar.update()
-                return grade
+                async def one(case: Case) -> Grade:
+                    async with places:
+                        grade = await self._ask(client, self.messages(case, system_role))
+                    bar.update()
+                    return grade
 
-            async with client:
                 return list(await asyncio.gather(*map(one, cases)))
 
-    async def _ask(self, client: AsyncOpenAI, case: Case) -> Grade:
+    async def _takes_system(self, client: AsyncOpenAI) -> bool:
+        """Returns whether the endpoint renders a system message; True where that cannot be told.
+
+        Only the endpoint has the template, so it renders one short request, and where it refuses that, the
+        same without the role. That it takes the second says that the role is at fault.
+        """
         try:
-            response = await client.chat.completions.create(
-                model=self.model,
-                messages=self.messages(case),
-                temperature=0.0,
-                max_tokens=self.max_tokens,
-            )
+            await self._complete(client, _told(_PROBE, True), 1)
+            return True
+        except OpenAIError as error:
+            if getattr(error, "status_code", None) not in _REFUSALS:
+                return True
+        try:
+            await self._complete(client, _told(_PROBE, False), 1)
+        except OpenAIError:
+            return True
+        logger.warning(
+            "the judge %s refuses the system role: its instructions begin the user's message",
+            self.model,
+        )
+        return False
+
+    async def _complete(
+        self, client: AsyncOpenAI, messages: list[dict[str, str]], max_tokens: int
+    ) -> Any:
+        return await client.chat.completions.create(
+            model=self.model,
+            messages=messages,
+            temperature=0.0,
+            max_tokens=max_tokens,
+        )
+
+    async def _ask(self, client: AsyncOpenAI, messages: list[dict[str, str]]) -> Grade:
+        try:
+            response = await self._complete(client, messages, self.max_tokens)
         except OpenAIError as error:
             return Grade(None, f"{type(error).__name__}: {error}")
         if not response.choices:
             return Grade(None, "the reply holds no choice")
         return parse_reply(response.choices[0].message.content or "", self.mode)
+
+
+def _told(text: str, system_role: bool) -> list[dict[str, str]]:
+    if not system_role:
+        return [{"role": "user", "content": f"{_SYSTEM}\n\n{text}"}]
+    return [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": text}]
 
 
 def parse_reply(reply: str, mode: Mode) -> Grade:

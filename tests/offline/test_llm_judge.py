@@ -23,7 +23,10 @@ class Endpoint(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        # The status of what has a system message, as a template like Gemma's makes it.
+        self.refusal: int | None = None
         self.seen: list[dict[str, Any]] = []
+        self.probes: list[dict[str, Any]] = []
         self.tries: Counter[str] = Counter()
         self.running, self.most = 0, 0
         self.gate = threading.Condition()
@@ -35,6 +38,13 @@ class Endpoint(ThreadingHTTPServer):
     def reply(self, body: dict[str, Any]) -> tuple[int, str]:
         """Returns the status and the text for a request."""
         text = body["messages"][-1]["content"]
+        probe = "<answer>" not in text
+        if probe:
+            self.probes.append(body)
+        if self.refusal is not None and body["messages"][0]["role"] == "system":
+            return self.refusal, ""
+        if probe:
+            return 200, "Yes"
         answer = text.split("<answer>\n")[1].split("\n</answer>")[0]
         with self.gate:
             self.seen.append(body)
@@ -114,6 +124,46 @@ def test_what_is_sent(endpoint: Endpoint) -> None:
     text = endpoint.seen[-1]["messages"][-1]["content"]
     assert "concept “spiders”" in text
     assert "GRADE: yes" in text
+
+
+@pytest.mark.parametrize("status", [400, 422, 500])
+def test_a_judge_without_system_role_is_told_in_the_user_s_turn(
+    status: int, endpoint: Endpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Gemma's template raises; what servers make of that differs."""
+    endpoint.refusal = status
+    grades = LlmJudge(endpoint.url, "m", retries=0).grade(
+        cases("a spider", "calm", "a spider again")
+    )
+    assert [grade.value for grade in grades] == [1.0, 0.5, 1.0]
+    for body in endpoint.seen:
+        (message,) = body["messages"]
+        assert message["role"] == "user"
+        assert message["content"].startswith("You grade answers")
+        assert "strong fear of spiders" in message["content"]
+    assert len(endpoint.probes) == 2
+    assert [body["max_tokens"] for body in endpoint.probes] == [1, 1]
+    assert "the judge m refuses the system role" in caplog.text
+
+
+def test_a_judge_that_takes_the_system_role_is_asked_once(
+    endpoint: Endpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    LlmJudge(endpoint.url, "m").grade(cases("a spider", "calm"))
+    assert len(endpoint.probes) == 1
+    assert {body["messages"][0]["role"] for body in endpoint.seen} == {"system"}
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("status", [401, 503])
+def test_another_fault_of_the_endpoint_is_not_laid_on_the_role(
+    status: int, endpoint: Endpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    endpoint.refusal = status
+    grades = LlmJudge(endpoint.url, "m", retries=0).grade(cases("a spider"))
+    assert grades[0].value is None
+    assert len(endpoint.probes) == 1
+    assert not caplog.records
 
 
 def test_requests_run_side_by_side_up_to_the_limit(endpoint: Endpoint) -> None:
