@@ -20,26 +20,35 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from benchmarks.fusion_loop import PlainLoop, layer_scales
+from benchmarks.fusion_loop import PlainLoop
 from benchmarks.report import environment, show, write_json
 from offline.demo import demo_model_path
 from offline.demo.gold import gold_questions, is_gold
 from offline.fusion.distance import distances
 from offline.fusion.evaluate import run_fusion
 from offline.fusion.original import Fusion
+from offline.fusion.pack import write_deltas
 from offline.fusion.questions import GoldQuestion
-from offline.fusion.references import (
-    References,
-    direction_name,
-    measure_references,
-    write_references,
-)
+from offline.fusion.references import References, measure_references
 from offline.fusion.results import Arm, Figures, FusionResult, perplexity_cell
-from offline.fusion.search import Ask, Budget, Kind, Target, Trial, search, segments_of
+from offline.fusion.search import (
+    Ask,
+    Budget,
+    Case,
+    Kind,
+    Target,
+    Trial,
+    cases_of,
+    search,
+    segments_of,
+)
+from offline.fusion.steered import steered_deltas
 from offline.generation import Generator, generating
 from offline.models import load_config, load_model
 from vllm_steer.verify.interleave import Ratio, ratio_to, rounds
@@ -64,6 +73,7 @@ ENGINE = {
 BATCH = 32
 EXAMPLES = 3
 ENGINE_ARM = "through the engine"
+ORIGINAL_ARM = "Hugging Face, one by one, the uncached original"
 
 
 class Bench:
@@ -76,63 +86,84 @@ class Bench:
         self.questions: dict[str, list[GoldQuestion]] = {}
         self.tuning: dict[str, list[GoldQuestion]] = {}
         self.references: dict[str, References] = {}
+        self.deltas: dict[str, NDArray[np.float32]] = {}
         self.packs = {}
+        layers = self.model.config.num_hidden_layers
+        self.budget = Budget(args.trials, args.low, args.high, args.seed)
+        self.cases = cases_of(args.questions, args.tuning, KINDS, layers, self.budget)
         for name, prefixed in SETS.items():
             self.questions[name] = gold_questions("heldout", args.questions, prefixed)
             self.tuning[name] = gold_questions("tune", args.tuning, prefixed)
             every = [*self.questions[name], *self.tuning[name]]
             measured = measure_references(self.model, self.tokenizer, every)
             self.references[name] = measured
-            self.packs[name] = write_references(
+            self.deltas[name] = steered_deltas(self.model, measured, self.cases)
+            self.packs[name] = write_deltas(
                 folder / name,
                 name,
                 demo_model_path(),
                 self.model,
                 self.tokenizer,
                 every,
-                measured,
+                self.cases,
+                self.deltas[name],
+                measured.residual_norms,
             )
 
     def results(self, generator: Generator) -> dict[str, FusionResult]:
         """Unsteered, searched, and at the scales of other questions, by set of vectors."""
-        args = self.args
-        budget = Budget(args.trials, args.low, args.high, args.seed)
         return {
             name: run_fusion(
                 generator,
                 self.packs[name],
                 self.questions[name],
                 self.tuning[name],
-                KINDS,
-                budget,
+                self.cases,
+                self.budget,
                 is_gold,
             )
             for name in SETS
         }
 
     def speed(self, generator: Generator) -> dict[str, Any]:
-        """The segmented search with the published budget, through the engine and in plain loops."""
+        """The segmented search with the published budget, through the engine and in plain loops.
+
+        What measures the deltas is counted where they are added.
+        """
         asks = self._asks(generator)
-        targets = [
-            [Target(question.question, question.answer, f"prefixed/{direction_name(i)}")]
-            for i, question in enumerate(self.questions["prefixed"][: self.args.timed])
+        questions = self.questions["prefixed"][: self.args.timed]
+        cases = [
+            case
+            for case in self.cases
+            if case.kind == "segmented"
+            and not case.common
+            and case.question < len(questions)
+            and case.trial < PUBLISHED_TRIALS
         ]
-        segments = segments_of("segmented", self.model.config.num_hidden_layers)
-        budget = Budget(PUBLISHED_TRIALS, self.args.low, self.args.high, self.args.seed)
+        studies = [
+            [
+                [Target(question.question, question.answer, "prefixed", case)]
+                for case in cases
+                if case.question == place
+            ]
+            for place, question in enumerate(questions)
+        ]
         found: dict[str, list[list[Trial]]] = {}
-        generator.answer([target.request(segments, (0.2,) * 3) for (target,) in targets])
+        generator.answer([trials[0][0].request for trials in studies])
 
         def once(name: str, rng: random.Random) -> float:
             began = time.perf_counter()
-            found[name] = search(asks[name], targets, segments, budget)
+            if name != ORIGINAL_ARM:
+                steered_deltas(self.model, self.references["prefixed"], cases)
+            found[name] = search(asks[name], studies)
             return time.perf_counter() - began
 
         with tqdm(total=len(asks) * self.args.rounds, desc="searches") as bar:
             timed = rounds(list(asks), once, self.args.rounds, self.args.seed, bar.update)
         ratios = {name: ratio_to([ENGINE_ARM], name, timed) for name in asks if name != ENGINE_ARM}
         return {
-            "questions": len(targets),
-            "trials": PUBLISHED_TRIALS,
+            "questions": len(questions),
+            "trials": len(studies[0]),
             "rounds": timed,
             "seconds": {name: sorted(r[name] for r in timed)[len(timed) // 2] for name in asks},
             "ratios": {name: ratio.as_dict() for name, ratio in ratios.items()},
@@ -144,12 +175,14 @@ class Bench:
     def _asks(self, generator: Generator) -> dict[str, Ask]:
         # With the attention that one gets without asking for another.
         model = AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32).eval()
-        given = (model, self.tokenizer, self.references["prefixed"], MAX_TOKENS)
+        names = [case.name for case in self.cases]
+        deltas = dict(zip(names, self.deltas["prefixed"], strict=True))
+        given = (model, self.tokenizer, self.references["prefixed"], deltas, MAX_TOKENS)
         return {
             ENGINE_ARM: generator.answer,
             f"Hugging Face, batches of {BATCH}": PlainLoop(*given, batch=BATCH),
             "Hugging Face, one by one": PlainLoop(*given),
-            "Hugging Face, one by one, the uncached original": PlainLoop(*given, original=True),
+            ORIGINAL_ARM: PlainLoop(*given, original=True),
         }
 
     def distances(self, results: Mapping[str, FusionResult]) -> dict[str, Any]:
@@ -162,10 +195,11 @@ class Bench:
             segments = segments_of(kind, self.model.config.num_hidden_layers)
             for chosen in results["prefixed"].arms[kind].chosen[: self.args.compared]:
                 place = places[chosen.question]
-                target = Target(chosen.question, chosen.gold, "")
-                scales = layer_scales(target.request(segments, tuple(chosen.scales or ())))
+                case = Case(place, kind, 0, segments, tuple(chosen.scales or ()))
                 fusion = Fusion(
-                    references.prompts[place], torch.tensor(references.reference[place]), scales
+                    references.prompts[place],
+                    torch.tensor(references.reference[place]),
+                    torch.tensor(case.layer_scales),
                 )
                 cases.append((fusion, torch.tensor(references.prompt[place])))
             measured = distances(self.model, cases, MAX_TOKENS, self.tokenizer.eos_token_id)

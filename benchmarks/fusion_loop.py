@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offline.fusion.original import Fusion, refreshed
-from offline.fusion.references import References, direction_name
-from offline.fusion.search import FusionRequest
+from offline.fusion.references import References
+from offline.fusion.search import Case, FusionRequest
 from offline.generation import Answer
 from offline.hooks import Change, changed
 from offline.models import find_blocks
@@ -24,7 +26,8 @@ class PlainLoop:
     Attributes:
         model: The model.
         tokenizer: Its tokenizer.
-        references: Vectors of the questions that requests name.
+        references: Prompts and references of the questions.
+        deltas: What is added, by the name of a case.
         max_tokens: Longest answer.
         batch: Requests in a batch.
         original: Whether mu is refreshed at every token and nothing is cached, as in the original;
@@ -34,14 +37,13 @@ class PlainLoop:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     references: References
+    deltas: Mapping[str, NDArray[np.float32]]
     max_tokens: int
     batch: int = 1
     original: bool = False
 
     def __post_init__(self) -> None:
-        layers = self.references.vectors.shape[1]
-        self._blocks = find_blocks(self.model, layers)
-        self._index = {direction_name(i): i for i in range(len(self.references.prompts))}
+        self._blocks = find_blocks(self.model, self.references.reference.shape[1])
 
     def __call__(self, requests: Sequence[FusionRequest]) -> list[Answer]:
         """Answers requests in their order, with the perplexity under the unsteered model."""
@@ -52,13 +54,11 @@ class PlainLoop:
 
     @torch.inference_mode()
     def _answer(self, requests: Sequence[FusionRequest]) -> list[Answer]:
-        rows = [self._index[str(request.direction).partition("/")[2]] for request in requests]
-        prompts = [self.references.prompts[row] for row in rows]
+        cases = [request.case for request in requests if request.case]
+        prompts = [self.references.prompts[case.question] for case in cases]
         ids, mask = self._padded(prompts)
         width, end = ids.shape[1], self.tokenizer.eos_token_id
-        change = (
-            self._original(rows[0], requests[0]) if self.original else self._add(rows, requests)
-        )
+        change = self._original(cases[0]) if self.original else self._add(cases)
         with changed(self._blocks, change):
             out = self.model.generate(
                 input_ids=ids,
@@ -100,24 +100,16 @@ class PlainLoop:
             mask[row, width - len(sequence) :] = 1
         return ids, mask
 
-    def _add(self, rows: Sequence[int], requests: Sequence[FusionRequest]) -> Change:
-        """Plain addition: mu is that of the unsteered prompt."""
-        scales = torch.stack([layer_scales(request) for request in requests])
-        delta = scales[..., None] * torch.tensor(self.references.vectors[list(rows)])
+    def _add(self, cases: Sequence[Case]) -> Change:
+        """Plain addition, as the engine's."""
+        delta = torch.from_numpy(np.stack([self.deltas[case.name] for case in cases]))
 
         def change(layer: int, output: Tensor) -> Tensor:
             return output + delta[:, layer, None]
 
         return change
 
-    def _original(self, row: int, request: FusionRequest) -> Change:
-        reference = torch.tensor(self.references.reference[row])
-        return refreshed(Fusion(self.references.prompts[row], reference, layer_scales(request)))
-
-
-def layer_scales(request: FusionRequest) -> Tensor:
-    """Returns a request's scale of each layer, ``[layers]``, float32."""
-    scales = torch.zeros(sum(len(layers) for layers in request.segments))
-    for layers, scale in zip(request.segments, request.scales, strict=True):
-        scales[list(layers)] = scale
-    return scales
+    def _original(self, case: Case) -> Change:
+        reference = torch.from_numpy(self.references.reference[case.question])
+        scales = torch.tensor(case.layer_scales)
+        return refreshed(Fusion(self.references.prompts[case.question], reference, scales))

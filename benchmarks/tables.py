@@ -10,7 +10,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import extraction, fusion, interventions, methods, real_model, stalls, statistics
+from benchmarks import (
+    extraction,
+    fusion,
+    fusion_depth,
+    interventions,
+    methods,
+    real_model,
+    stalls,
+    statistics,
+)
 from benchmarks.engine import ROOT
 from tests.marked import Block
 
@@ -188,6 +197,7 @@ BLOCKS = (
     Block(FINDINGS, "fusion", lambda: fusion.figures_table(results("fusion"))),
     Block(FINDINGS, "fusion-seconds", lambda: fusion.seconds_table(results("fusion"))),
     Block(FINDINGS, "fusion-distances", lambda: fusion.distances_table(results("fusion"))),
+    Block(FINDINGS, "fusion-depth", lambda: fusion_depth.table(results("fusion-depth"))),
     Block(FINDINGS, "soak", lambda: soak_table(("float32", "bfloat16", "float16"))),
     Block(FINDINGS, "stalls", lambda: "\n".join(stalls.table(results("stalls")))),
     Block(FINDINGS, "interventions", lambda: interventions.matrix(results("interventions"))),

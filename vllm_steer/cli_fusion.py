@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from vllm_steer.cli_evaluation import extras, json_object
+from vllm_steer.cli_evaluation import add_chat, extras, given_chat, json_object
 
 
 def add_fusion(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -41,8 +41,8 @@ def add_fusion(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--kind", choices=("full", "segmented", "both"), default="both", help="default: %(default)s"
     )
     fusion.add_argument("--trials", type=int, default=5, help="of each question (default: 5)")
-    fusion.add_argument("--low", type=float, default=0.01, help="least scale (default: 0.01)")
-    fusion.add_argument("--high", type=float, default=1.0, help="largest scale (default: 1)")
+    fusion.add_argument("--low", type=float, default=0.01, help="least α and γ (default: 0.01)")
+    fusion.add_argument("--high", type=float, default=1.0, help="largest α and γ (default: 1)")
     fusion.add_argument(
         "--right",
         type=float,
@@ -55,6 +55,7 @@ def add_fusion(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     fusion.add_argument(
         "--dtype", default="float32", help="of the model that vectors are taken from"
     )
+    add_chat(fusion)
     fusion.add_argument("--device", help="likewise (default: cuda where there is one)")
     fusion.add_argument(
         "--engine",
@@ -68,6 +69,7 @@ def add_fusion(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _fusion(args: argparse.Namespace) -> None:
     with extras("offline"):
+        from offline.chat import ChatFormat
         from offline.fusion.command import Options, fuse
     from offline.fusion.results import markdown
 
@@ -87,6 +89,7 @@ def _fusion(args: argparse.Namespace) -> None:
             dtype=args.dtype,
             device=args.device,
             engine=args.engine,
+            chat=ChatFormat(**given_chat(args)),
         )
     )
     sys.stdout.write(markdown(result))

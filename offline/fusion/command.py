@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from offline.chat import ChatFormat
 from offline.fusion.evaluate import run_fusion, words_are_there
+from offline.fusion.pack import write_deltas
 from offline.fusion.questions import read_questions
-from offline.fusion.references import measure_references, write_references
+from offline.fusion.references import measure_references
 from offline.fusion.results import FusionResult, write_result
-from offline.fusion.search import Budget, Kind
+from offline.fusion.search import Budget, Kind, cases_of
+from offline.fusion.steered import steered_deltas
 from offline.generation import generating
 from offline.models import load_config, load_model
 
@@ -29,14 +32,15 @@ class Options:
         out: Directory of everything that is written.
         kinds: Which layers share a scale.
         trials: Trials of each search.
-        low: Least scale.
-        high: Largest scale.
+        low: Least value of alpha and of gamma.
+        high: Largest value of either.
         right: Share of the gold answer's words from which an answer is right.
         max_tokens: Longest answer.
         seed: Seed of the searches.
         dtype: Dtype of the model that vectors are taken from.
         device: Its device; None for CUDA where there is one, else CPU.
         engine: More arguments of ``vllm.LLM``.
+        chat: Format of the prompts.
     """
 
     model: str
@@ -53,6 +57,7 @@ class Options:
     dtype: str
     device: str | None
     engine: Mapping[str, Any]
+    chat: ChatFormat = ChatFormat()
 
 
 def fuse(options: Options) -> FusionResult:
@@ -66,12 +71,24 @@ def fuse(options: Options) -> FusionResult:
     budget = Budget(options.trials, options.low, options.high, options.seed)
     questions = read_questions(options.questions)
     tuning = read_questions(options.tuning) if options.tuning else []
-    _, tokenizer = load_config(options.model)
+    _, tokenizer = load_config(options.model, options.chat)
     model = load_model(options.model, options.dtype, options.device)
     every = [*questions, *tuning]
     references = measure_references(model, tokenizer, every)
-    pack = write_references(
-        options.out / "pack", PACK_NAME, options.model, model, tokenizer, every, references
+    layers = references.reference.shape[1]
+    cases = cases_of(len(questions), len(tuning), options.kinds, layers, budget)
+    deltas = steered_deltas(model, references, cases)
+    pack = write_deltas(
+        options.out / "pack",
+        PACK_NAME,
+        options.model,
+        model,
+        tokenizer,
+        every,
+        cases,
+        deltas,
+        references.residual_norms,
+        options.chat,
     )
     # The engine needs its memory.
     del model
@@ -83,7 +100,7 @@ def fuse(options: Options) -> FusionResult:
             pack,
             questions,
             tuning,
-            options.kinds,
+            cases,
             budget,
             words_are_there(options.right),
         )

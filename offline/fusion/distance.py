@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,8 +18,10 @@ from offline.fusion.original import (
     frozen_steered,
     refreshed,
     running_mean,
+    unchanged,
 )
-from offline.hooks import Change
+from offline.hooks import Change, changed, watched
+from offline.models import find_blocks
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,31 @@ def distances(
             row = own == answer, same.cpu().numpy(), divergence.cpu().numpy()
             found.setdefault(name, []).append(row)
     return {name: _distance(rows) for name, rows in found.items()}
+
+
+@torch.inference_mode()
+def displacement(
+    model: PreTrainedModel, fusion: Fusion, change: Change | None, prompt_mean: Tensor
+) -> float:
+    """Returns how far a form moves the last block's mean over the prompt, in ways to the reference.
+
+    At scale 1 the original's is 1: it puts the mean on the reference.
+
+    Args:
+        model: The model.
+        fusion: What is steered to.
+        change: What is done to block outputs; None for nothing.
+        prompt_mean: ``[layers, hidden_size]``, the mean over the unsteered prompt.
+    """
+    seen: dict[int, Tensor] = {}
+    blocks = find_blocks(model, len(prompt_mean))
+    with changed(blocks, change or unchanged), watched(blocks, seen.__setitem__):
+        model.base_model(
+            input_ids=torch.tensor([fusion.prompt], device=model.device), use_cache=False
+        )
+    last = len(prompt_mean) - 1
+    moved = seen[last].float().mean(dim=1)[0] - prompt_mean[last]
+    return float(moved.norm() / (fusion.reference[last] - prompt_mean[last]).norm())
 
 
 def _distance(rows: Sequence[tuple[bool, np.ndarray, np.ndarray]]) -> Distance:

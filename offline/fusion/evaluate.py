@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from offline.fusion.objective import overlap
 from offline.fusion.questions import GoldQuestion
-from offline.fusion.references import direction_name
 from offline.fusion.results import Arm, Chosen, Figures, FusionResult, Share
 from offline.fusion.search import (
     Budget,
+    Case,
     Kind,
-    Segments,
     Target,
     Trial,
     best,
     search,
-    segments_of,
 )
 from offline.generation import Answer, Generator, Request
 from offline.intervals import SHARE, mean_interval
@@ -45,7 +43,7 @@ def run_fusion(
     pack: SteeringPack,
     questions: Sequence[GoldQuestion],
     tuning: Sequence[GoldQuestion],
-    kinds: Sequence[Kind],
+    cases: Sequence[Case],
     budget: Budget,
     right: Right,
 ) -> FusionResult:
@@ -56,11 +54,11 @@ def run_fusion(
 
     Args:
         generator: Engine with the pack.
-        pack: Reference vectors of ``questions``, then of ``tuning``.
+        pack: Directions of all cases.
         questions: What is reported; those that the model gets right unsteered are left out.
         tuning: Other questions to search common scales on; may be empty.
-        kinds: Which layers share a scale.
-        budget: How to search.
+        cases: What is tried on ``questions``, then on ``tuning``; see ``offline.fusion.search.cases_of``.
+        budget: How the scales were drawn.
         right: Says which answers are right.
 
     Raises:
@@ -77,24 +75,25 @@ def run_fusion(
     if not wrong:
         raise EvaluationError(f"the model gets all {len(questions)} questions right unsteered")
     kept = [questions[index] for index in wrong]
-    targets = [_target(pack, questions[index], index) for index in wrong]
-    others = [_target(pack, q, len(questions) + i) for i, q in enumerate(tuning)]
     measured = _Measuring(kept, right)
+    every = [*questions, *tuning]
     arms: dict[str, Arm] = {}
-    layers = pack.manifest.model.num_layers
-    for kind in kinds:
-        segments = segments_of(kind, layers)
+    for kind in dict.fromkeys(case.kind for case in cases):
+        own = _trials(pack, every, cases, kind, common=False)
         began = time.perf_counter()
-        found = search(generator.answer, [[target] for target in targets], segments, budget)
-        arms[kind] = measured.searched(targets, segments, found, time.perf_counter() - began)
-        if others:
+        studies = [[[target] for target in _of(own, index)] for index in wrong]
+        found = search(generator.answer, studies)
+        arms[kind] = measured.searched(studies, found, time.perf_counter() - began)
+        if tuning:
+            shared = _trials(pack, every, cases, kind, common=True)
+            places = range(len(questions), len(every))
+            trials = list(zip(*(_of(shared, place) for place in places), strict=True))
             began = time.perf_counter()
-            (common,) = search(generator.answer, [others], segments, budget)
-            scales, seconds = best(common).scales, time.perf_counter() - began
-            answers = generator.answer([target.request(segments, scales) for target in targets])
-            arms[f"{kind}, scales of other questions"] = measured.common(
-                targets, segments, scales, answers, seconds
-            )
+            (common,) = search(generator.answer, [trials])
+            chosen, seconds = common.index(best(common)), time.perf_counter() - began
+            targets = [_of(shared, index)[chosen] for index in wrong]
+            answers = generator.answer([target.request for target in targets])
+            arms[f"{kind}, scales of other questions"] = measured.common(targets, answers, seconds)
     return FusionResult(
         model=public_name(generator.engine.model),
         pack=pack.manifest.tensors.sha256,
@@ -110,8 +109,24 @@ def run_fusion(
     )
 
 
-def _target(pack: SteeringPack, question: GoldQuestion, index: int) -> Target:
-    return Target(question.question, question.answer, f"{pack.name}/{direction_name(index)}")
+def _trials(
+    pack: SteeringPack,
+    questions: Sequence[GoldQuestion],
+    cases: Sequence[Case],
+    kind: Kind,
+    common: bool,
+) -> list[Target]:
+    """What is tried of a kind, on the questions alone or together."""
+    return [
+        Target(questions[c.question].question, questions[c.question].answer, pack.name, c)
+        for c in cases
+        if (c.kind, c.common) == (kind, common)
+    ]
+
+
+def _of(targets: Sequence[Target], question: int) -> list[Target]:
+    """The trials of one question, in their order."""
+    return [target for target in targets if target.case.question == question]
 
 
 def _check_apart(questions: Sequence[GoldQuestion], tuning: Sequence[GoldQuestion]) -> None:
@@ -140,8 +155,7 @@ class _Measuring:
 
     def searched(
         self,
-        targets: Sequence[Target],
-        segments: Segments,
+        studies: Sequence[Sequence[Sequence[Target]]],
         found: Sequence[Sequence[Trial]],
         seconds: float,
     ) -> Arm:
@@ -151,42 +165,28 @@ class _Measuring:
             self.figures([best(trials[:length]).answers[0] for trials in found])
             for length in range(1, count + 1)
         ]
-        chosen = [best(trials) for trials in found]
-        scales = {t.direction: trial.scales for t, trial in zip(targets, chosen, strict=True)}
-        answers = [trial.answers[0] for trial in chosen]
+        places = [trials.index(best(trials)) for trials in found]
+        targets = [study[place][0] for study, place in zip(studies, places, strict=True)]
+        answers = [trials[place].answers[0] for trials, place in zip(found, places, strict=True)]
         return Arm(
             figures=by_trials[-1],
             by_trials=by_trials,
             answers_per_question=count,
             seconds=seconds,
-            chosen=self._chosen(targets, segments, scales, answers),
+            chosen=self._chosen(targets, answers),
         )
 
-    def common(
-        self,
-        targets: Sequence[Target],
-        segments: Segments,
-        scales: tuple[float, ...],
-        answers: Sequence[Answer],
-        seconds: float,
-    ) -> Arm:
+    def common(self, targets: Sequence[Target], answers: Sequence[Answer], seconds: float) -> Arm:
         """Returns the arm of one set of scales, searched on other questions."""
-        every = {target.direction: scales for target in targets}
         return Arm(
             figures=self.figures(answers),
             by_trials=[],
             answers_per_question=0.0,
             seconds=seconds,
-            chosen=self._chosen(targets, segments, every, answers),
+            chosen=self._chosen(targets, answers),
         )
 
-    def _chosen(
-        self,
-        targets: Sequence[Target],
-        segments: Segments,
-        scales: Mapping[str, tuple[float, ...]],
-        answers: Sequence[Answer],
-    ) -> list[Chosen]:
+    def _chosen(self, targets: Sequence[Target], answers: Sequence[Answer]) -> list[Chosen]:
         return [
             Chosen(
                 question=question.question,
@@ -195,8 +195,8 @@ class _Measuring:
                 right=self._right(question, answer),
                 overlap=overlap(answer.text, question.answer),
                 perplexity=answer.perplexity,
-                scales=list(scales[target.direction]),
-                steering=target.request(segments, scales[target.direction]).steering(),
+                scales=list(target.case.scales),
+                steering=target.request.steering(),
             )
             for question, target, answer in zip(self._questions, targets, answers, strict=True)
         ]

@@ -10,11 +10,13 @@ OVERLAP_WEIGHT = 0.7
 PERPLEXITY_WEIGHT = 0.3
 # Beyond this, text is as bad as can be.
 WORST_PERPLEXITY = 100.0
-_WORD = re.compile(r"\w+")
+# As a tokenizer of words has them, which the authors use: "1.1", "o'clock" and "well-read" are one, and
+# so are "C++" and "C#".
+_WORD = re.compile(r"\w+(?:(?:(?<=\d)[.,:](?=\d)|['’&/-](?=\w))\w+)*[+#]*")
 
 
 def overlap(text: str, gold: str) -> float:
-    """Returns the share of the gold answer's words, repeated ones as often, that a text holds.
+    """Returns the share of the gold answer's words, each counted once, that a text holds.
 
     The text is the answer alone: words that the question echoes would count for every answer.
 
@@ -22,9 +24,12 @@ def overlap(text: str, gold: str) -> float:
         text: The answer.
         gold: The gold answer; at least one word.
     """
-    wanted = _WORD.findall(gold.lower())
-    found = set(_WORD.findall(text.lower()))
-    return sum(word in found for word in wanted) / len(wanted)
+    wanted = _words(gold)
+    return len(wanted & _words(text)) / len(wanted)
+
+
+def _words(text: str) -> set[str]:
+    return set(_WORD.findall(text.lower()))
 
 
 def objective(answer: Answer, gold: str) -> float:

@@ -2,8 +2,8 @@
 
 The original recomputes the whole sequence for every token, so mu is the mean over prompt and answer so
 far, of block outputs that steering of lower layers has reached. With a cache, the past stays as it was
-computed. Three stand-ins: mu measured on the unsteered prompt, which is plain addition and what the
-server does; mu measured on the prompt while lower layers are steered; and a running mean.
+computed. Three stand-ins: mu measured on the unsteered prompt; mu measured on the prompt while lower
+layers are steered, which is plain addition too and what the server does; and a running mean.
 
 All forms are run here in the same way, by a forward pass over the whole sequence for each token. For
 the stand-ins that gives what a cache gives, since none of them looks ahead.
@@ -90,6 +90,11 @@ def running_mean(fusion: Fusion) -> Change:
     return change
 
 
+def unchanged(layer: int, output: Tensor) -> Tensor:
+    """No steering."""
+    return output
+
+
 @torch.inference_mode()
 def next_logs(model: PreTrainedModel, change: Change | None, tokens: Sequence[int]) -> Tensor:
     """Returns log-probabilities ``[vocabulary]`` of the token after a sequence.
@@ -99,7 +104,7 @@ def next_logs(model: PreTrainedModel, change: Change | None, tokens: Sequence[in
         change: What is done to block outputs; None for nothing.
         tokens: The sequence.
     """
-    with changed(_blocks(model) if change else [], change or _nothing):
+    with changed(_blocks(model) if change else [], change or unchanged):
         logits: Tensor = model(
             torch.tensor([list(tokens)], device=model.device), use_cache=False, logits_to_keep=1
         ).logits
@@ -138,10 +143,6 @@ def forced_logs(
 
 def _toward(fusion: Fusion, layer: int, output: Tensor, mean: Tensor) -> Tensor:
     return output + fusion.scales[layer] * (fusion.reference[layer] - mean)
-
-
-def _nothing(layer: int, output: Tensor) -> Tensor:
-    return output
 
 
 def _blocks(model: PreTrainedModel) -> nn.ModuleList:

@@ -1,14 +1,11 @@
-"""Reference vectors of questions, over all layers, and the steering pack that holds them.
+"""References of questions, over all layers: where steering goes.
 
-The vector of a question at layer l is h_l - mu_l: h_l the mean output of block l over the tokens of
-the gold answer and its explanation, mu_l the mean over all tokens of the unsteered prompt.
+The reference of a question at layer l is h_l, the mean output of block l over the tokens of the gold
+answer and its explanation. Beside it stands the mean over the tokens of the unsteered prompt.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,16 +19,9 @@ from offline.batches import make_batches
 from offline.capture import check_finite
 from offline.fusion.questions import GoldQuestion
 from offline.hooks import watched
-from offline.models import find_blocks, model_identity
-from offline.parts import library_versions
+from offline.models import find_blocks
 from offline.prompts import RenderedPrompt, apply_template
 from vllm_steer.errors import ExtractionError
-from vllm_steer.pack import DirectionRecord, MethodRecord, SteeringPack, write_pack
-
-# What alpha * gamma comes to on average where both are drawn evenly from 0 to 1.
-DEFAULT_SCALE = 0.25
-# Puts the mean of the prompt's outputs on the reference itself.
-FULL_SCALE = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +31,7 @@ class References:
     Attributes:
         prompts: Token ids of each question's chat prompt.
         reference: ``[questions, layers, hidden_size]``, float32; h.
-        prompt: ``[questions, layers, hidden_size]``, float32; mu.
+        prompt: ``[questions, layers, hidden_size]``, float32; mean over the unsteered prompt.
         residual_norms: ``[layers]``, float64; median norm of the block output over the prompts' tokens,
             without the first of all, as everywhere.
     """
@@ -50,11 +40,6 @@ class References:
     reference: NDArray[np.float32]
     prompt: NDArray[np.float32]
     residual_norms: NDArray[np.float64]
-
-    @property
-    def vectors(self) -> NDArray[np.float32]:
-        """``[questions, layers, hidden_size]``, float32: what is added at scale 1."""
-        return self.reference - self.prompt
 
 
 def render_question(
@@ -158,59 +143,3 @@ def span_means(
             )
     check_finite(means[:, :, None])
     return means, np.array([float(np.median(torch.cat(found).numpy())) for found in norms])
-
-
-def direction_name(index: int) -> str:
-    """Returns the name of the direction of a question by its place in the list of questions."""
-    return f"q{index}"
-
-
-def write_references(
-    path: str | os.PathLike[str],
-    name: str,
-    model_path: str | os.PathLike[str],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[GoldQuestion],
-    references: References,
-) -> SteeringPack:
-    """Writes a pack with one direction per question, over all layers and at all positions.
-
-    Args:
-        path: Directory of the pack.
-        name: Name of the pack.
-        model_path: What the model was loaded from.
-        model: The model.
-        tokenizer: Its tokenizer.
-        questions: The questions, in the order of ``references``.
-        references: What was measured.
-
-    Raises:
-        PackError: The pack cannot be written.
-    """
-    layers = list(range(references.vectors.shape[1]))
-    content = json.dumps([question.model_dump() for question in questions], sort_keys=True)
-    return write_pack(
-        path,
-        name=name,
-        model=model_identity(model_path, model.config, tokenizer),
-        directions=[
-            DirectionRecord(
-                name=direction_name(index),
-                layers=layers,
-                default_scale=DEFAULT_SCALE,
-                safe_scale=FULL_SCALE,
-                positions="all",
-            )
-            for index in range(len(questions))
-        ],
-        vectors={direction_name(i): vector for i, vector in enumerate(references.vectors)},
-        method=MethodRecord(
-            name="fusion",
-            settings={"dtype": str(model.dtype).removeprefix("torch.")},
-            libraries=library_versions(),
-            seed=0,
-            data_sha256=hashlib.sha256(content.encode()).hexdigest(),
-        ),
-        residual_norms=dict(enumerate(references.residual_norms)),
-    )

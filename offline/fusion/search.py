@@ -1,19 +1,18 @@
-"""The search for scales: one study per question, the current trials of all of them in one batch.
+"""The search for scales: which are tried on which question, and which of them do best.
 
 What the method writes as alpha (x + gamma (h - mu)) + (1 - alpha) x is x + alpha gamma (h - mu), so one
-number is searched for each segment of layers: the product.
+number counts for each segment of layers: the product of two that are drawn evenly. The method's own
+search is five trials of Optuna's TPE, which draws its first ten at random; here all are, so that what
+each trial adds can be measured before an engine is started.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import optuna
-from optuna.distributions import FloatDistribution
-from tqdm import tqdm
 
 from offline.fusion.objective import objective
 from offline.generation import Answer, Request
@@ -25,59 +24,14 @@ SEGMENTS = 3
 
 
 @dataclass(frozen=True)
-class FusionRequest(Request):
-    """An answer steered along one direction with a scale for each segment of layers.
-
-    Attributes:
-        segments: Layers of each segment.
-        scales: Scale of each segment.
-    """
-
-    segments: Segments = ()
-    scales: tuple[float, ...] = ()
-
-    def steering(self) -> dict[str, Any] | None:
-        """Returns the request's steering as vllm-steer reads it."""
-        return {
-            "directions": [
-                {"name": self.direction, "scale": scale, "layers": list(layers)}
-                for layers, scale in zip(self.segments, self.scales, strict=True)
-            ]
-        }
-
-
-Ask = Callable[[Sequence[FusionRequest]], list[Answer]]
-"""Answers requests, in their order."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """A question of a study.
-
-    Attributes:
-        question: The user's text.
-        gold: The gold answer.
-        direction: ``pack/direction`` of its reference vector.
-    """
-
-    question: str
-    gold: str
-    direction: str
-
-    def request(self, segments: Segments, scales: tuple[float, ...]) -> FusionRequest:
-        """Returns the request for an answer with these scales."""
-        return FusionRequest(self.question, self.direction, segments=segments, scales=scales)
-
-
-@dataclass(frozen=True)
 class Budget:
     """How a search goes.
 
     Attributes:
         trials: Trials of each study.
-        low: Least scale.
-        high: Largest scale.
-        seed: Seed of the samplers; each study's differs.
+        low: Least value of alpha and of gamma.
+        high: Largest value of either.
+        seed: Seed of the draws; each study's differs.
     """
 
     trials: int
@@ -91,6 +45,85 @@ class Budget:
                 f"a search needs trials and a range of scales, not {self.trials} trials from "
                 f"{self.low:g} to {self.high:g}"
             )
+
+    def draw(self, count: int, study: int) -> list[tuple[float, ...]]:
+        """Returns ``count`` scales for each trial of a study, each the product of an alpha and a gamma."""
+        drawn = np.random.default_rng([self.seed, study]).uniform(
+            self.low, self.high, (2, self.trials, count)
+        )
+        return [tuple(row) for row in drawn.prod(axis=0).tolist()]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A question steered by the scales of one trial.
+
+    Attributes:
+        question: Place of the question among all.
+        kind: Which layers share a scale.
+        trial: Number of the trial.
+        segments: Layers of each segment.
+        scales: Scale of each segment.
+        common: Whether the scales are tried on several questions together.
+    """
+
+    question: int
+    kind: Kind
+    trial: int
+    segments: Segments
+    scales: tuple[float, ...]
+    common: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name of its direction."""
+        return f"q{self.question} {self.kind} {'common ' if self.common else ''}{self.trial}"
+
+    @property
+    def layer_scales(self) -> list[float]:
+        """Scale of each layer."""
+        return [
+            scale for layers, scale in zip(self.segments, self.scales, strict=True) for _ in layers
+        ]
+
+
+@dataclass(frozen=True)
+class FusionRequest(Request):
+    """An answer steered along a case's direction.
+
+    Attributes:
+        case: The case.
+    """
+
+    case: Case | None = None
+
+
+Ask = Callable[[Sequence[FusionRequest]], list[Answer]]
+"""Answers requests, in their order."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A question of a study, in one of its trials.
+
+    Attributes:
+        question: The user's text.
+        gold: The gold answer.
+        pack: Name of the pack that has the case's direction.
+        case: What it is steered by.
+    """
+
+    question: str
+    gold: str
+    pack: str
+    case: Case
+
+    @property
+    def request(self) -> FusionRequest:
+        """The request for the answer; the scales stand in the direction's vectors."""
+        return FusionRequest(
+            self.question, f"{self.pack}/{self.case.name}", scale=1.0, case=self.case
+        )
 
 
 @dataclass(frozen=True)
@@ -120,49 +153,58 @@ def segments_of(kind: Kind, layers: int) -> Segments:
     return tuple(tuple(part.tolist()) for part in np.array_split(np.arange(layers), count))
 
 
+def cases_of(
+    questions: int, tuning: int, kinds: Sequence[Kind], layers: int, budget: Budget
+) -> list[Case]:
+    """Returns everything that a run tries.
+
+    Args:
+        questions: Number of questions that are reported, each with a study of its own.
+        tuning: Number of questions after them that share a study, whose scales the others are also
+            asked with; may be 0.
+        kinds: Which layers share a scale.
+        layers: Layers of the model.
+        budget: How many trials, and where.
+
+    Raises:
+        EvaluationError: There are fewer layers than segments.
+    """
+    cases = []
+    for kind in kinds:
+        segments = segments_of(kind, layers)
+        # The last study is that of the tuning questions.
+        for study in range(questions + bool(tuning)):
+            common = study == questions
+            places = range(questions + tuning) if common else (study,)
+            cases += [
+                Case(place, kind, trial, segments, scales, common)
+                for trial, scales in enumerate(budget.draw(len(segments), study))
+                for place in places
+            ]
+    return cases
+
+
 def best(trials: Sequence[Trial]) -> Trial:
     """Returns the first of the trials with the highest value."""
     return max(trials, key=lambda trial: trial.value)
 
 
-def search(
-    ask: Ask, studies: Sequence[Sequence[Target]], segments: Segments, budget: Budget
-) -> list[list[Trial]]:
-    """Searches scales for every study by Optuna's TPE, all studies trial by trial side by side.
-
-    The first ten trials of TPE are drawn at random, which is all of them in the method's own budget
-    of five.
+def search(ask: Ask, studies: Sequence[Sequence[Sequence[Target]]]) -> list[list[Trial]]:
+    """Tries the scales of every study, all in one batch.
 
     Args:
-        ask: Answers the requests of one round: one per question of each study.
-        studies: Questions of each study, which share its scales.
-        segments: Layers of each scale.
-        budget: How many trials, and where.
+        ask: Answers requests.
+        studies: For each study and trial its questions, which share the trial's scales.
 
     Returns:
         The trials of each study, in their order.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    samplers = (optuna.samplers.TPESampler(seed=budget.seed + i) for i in range(len(studies)))
-    made = [optuna.create_study(direction="maximize", sampler=sampler) for sampler in samplers]
-    space = {
-        f"segment {i}": FloatDistribution(budget.low, budget.high) for i in range(len(segments))
-    }
-    found: list[list[Trial]] = [[] for _ in studies]
-    for _ in tqdm(range(budget.trials), desc="trials", unit="trial"):
-        asked = [study.ask(dict(space)) for study in made]
-        scales = [tuple(trial.params[name] for name in space) for trial in asked]
-        requests = [
-            target.request(segments, given)
-            for targets, given in zip(studies, scales, strict=True)
-            for target in targets
-        ]
-        answers = iter(ask(requests))
-        for study, trial, targets, given, trials in zip(
-            made, asked, studies, scales, found, strict=True
-        ):
-            own = tuple(next(answers) for _ in targets)
-            values = [objective(a, t.gold) for a, t in zip(own, targets, strict=True)]
-            study.tell(trial, float(np.mean(values)))
-            trials.append(Trial(given, own, float(np.mean(values))))
-    return found
+    every = [target for trials in studies for targets in trials for target in targets]
+    answers = iter(ask([target.request for target in every]))
+    return [[_trial(targets, answers) for targets in trials] for trials in studies]
+
+
+def _trial(targets: Sequence[Target], answers: Iterator[Answer]) -> Trial:
+    own = tuple(next(answers) for _ in targets)
+    values = [objective(answer, t.gold) for answer, t in zip(own, targets, strict=True)]
+    return Trial(targets[0].case.scales, own, float(np.mean(values)))

@@ -1,10 +1,11 @@
-"""Fusion Steering through the engine equals Hugging Face with hooks that add the same frozen delta."""
+"""Fusion Steering through the engine equals Hugging Face with hooks: mu is that of the steered prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,14 +13,11 @@ import torch
 from transformers import PreTrainedModel
 
 from offline.demo.gold import gold_questions
-from offline.fusion.original import Fusion, continue_greedily, forced_logs, frozen
-from offline.fusion.references import (
-    References,
-    direction_name,
-    measure_references,
-    write_references,
-)
-from offline.fusion.search import Kind, Target, segments_of
+from offline.fusion.original import Fusion, continue_greedily, forced_logs, frozen_steered
+from offline.fusion.pack import write_deltas
+from offline.fusion.references import References, measure_references
+from offline.fusion.search import Case, Kind, Target, segments_of
+from offline.fusion.steered import steered_deltas
 from offline.models import load_config, load_model
 from tests.conftest import engine_arguments
 from tests.engine_process import EngineProcess
@@ -31,6 +29,17 @@ SCALES: dict[Kind, list[tuple[float, ...]]] = {
     "full": [(0.25,), (0.4,), (1.0,)],
     "segmented": [(0.3, 0.5, 0.1), (0.01, 0.9, 0.4), (0.7, 0.2, 0.6)],
 }
+LAYERS = 6
+CASES = [
+    Case(place, kind, 0, segments_of(kind, LAYERS), scales)
+    for place, (kind, scales) in enumerate((k, s) for k, tried in SCALES.items() for s in tried)
+]
+# The first question again, by scales that are equal layer by layer, and by none.
+SAME = [
+    Case(0, "full", 1, segments_of("full", LAYERS), (0.25,)),
+    Case(0, "segmented", 1, segments_of("segmented", LAYERS), (0.25,) * 3),
+    Case(0, "full", 2, segments_of("full", LAYERS), (0.0,)),
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,50 +58,44 @@ def setting(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     questions = gold_questions("heldout", 6, prefixed_reference=True)
     found = measure_references(loaded, tokenizer, questions)
     folder = tmp_path_factory.mktemp("fusion")
-    pack = write_references(folder, "fusion", model, loaded, tokenizer, questions, found)
+    cases = [*CASES, *SAME]
+    deltas = steered_deltas(loaded, found, cases)
+    pack = write_deltas(
+        folder, "fusion", model, loaded, tokenizer, questions, cases, deltas, found.residual_norms
+    )
     engine = EngineProcess(engine_arguments(model, [pack], "eager"), forked=True)
     yield Setting(loaded, found, engine)
     engine.close()
 
 
-def test_equals_the_frozen_delta_of_hugging_face(setting: Setting) -> None:
-    """All prompts and kinds in one batch, each with a vector and scales of its own."""
-    layers = setting.model.config.num_hidden_layers
-    cases = [(kind, scales) for kind, tried in SCALES.items() for scales in tried]
-    steerings = [
-        Target("", "", f"fusion/{direction_name(row)}")
-        .request(segments_of(kind, layers), scales)
-        .steering()
-        for row, (kind, scales) in enumerate(cases)
-    ]
-    outputs = setting.engine.generate(setting.references.prompts, steerings, TOKENS)
+def steering(case: Case) -> Any:
+    return Target("", "", "fusion", case).request.steering()
+
+
+def test_equals_the_delta_of_hugging_face(setting: Setting) -> None:
+    """All prompts and kinds in one batch, each with a vector of its own."""
+    prompts = setting.references.prompts
+    outputs = setting.engine.generate(prompts, [steering(case) for case in CASES], TOKENS)
     answers = set()
-    for row, ((kind, scales), output) in enumerate(zip(cases, outputs, strict=True)):
-        by_layer = torch.zeros(layers)
-        for segment, scale in zip(segments_of(kind, layers), scales, strict=True):
-            by_layer[list(segment)] = scale
-        prompt = setting.references.prompts[row]
-        reference = torch.tensor(setting.references.reference[row])
-        mean = torch.tensor(setting.references.prompt[row])
-        delta = frozen(Fusion(prompt, reference, by_layer), mean)
+    for case, output in zip(CASES, outputs, strict=True):
+        prompt = prompts[case.question]
+        reference = torch.tensor(setting.references.reference[case.question])
+        fusion = Fusion(prompt, reference, torch.tensor(case.layer_scales))
+        delta = frozen_steered(setting.model, fusion)
         assert output.tokens == continue_greedily(setting.model, delta, prompt, TOKENS, None)
         expected = forced_logs(setting.model, delta, prompt, output.tokens).numpy()
         assert np.abs(output.logprobs - expected).max() < TOLERANCE
         plain = forced_logs(setting.model, None, prompt, output.tokens).numpy()
         assert np.abs(output.logprobs - plain).max() > 100 * TOLERANCE
         answers.add(tuple(output.tokens))
-    assert len(answers) == len(cases)
+    assert len(answers) == len(CASES)
 
 
-def test_equal_products_are_equal_requests(setting: Setting) -> None:
-    """One number per segment is all that a request has; a segment of all layers is the full one."""
-    layers = setting.model.config.num_hidden_layers
-    target = Target("", "", f"fusion/{direction_name(0)}")
-    full = target.request(segments_of("full", layers), (0.5 * 0.6,)).steering()
-    cut = target.request(segments_of("segmented", layers), (0.6 * 0.5,) * 3).steering()
-    zero = target.request(segments_of("segmented", layers), (0.0,) * 3).steering()
+def test_equal_scales_are_equal_answers(setting: Setting) -> None:
+    """A segment of all layers is the full one, and a scale of 0 is no steering."""
     prompt = setting.references.prompts[0]
-    one, two, three, plain = setting.engine.generate([prompt] * 4, [full, cut, zero, None], TOKENS)
+    asked = [*map(steering, SAME), None]
+    one, two, three, plain = setting.engine.generate([prompt] * 4, asked, TOKENS)
     assert one.tokens == two.tokens
     assert np.abs(one.logprobs - two.logprobs).max() < TOLERANCE
     assert three.tokens == plain.tokens != one.tokens

@@ -12,13 +12,14 @@ from offline.demo.gold import gold_questions
 from offline.fusion.evaluate import run_fusion, words_are_there
 from offline.fusion.objective import objective, overlap
 from offline.fusion.questions import GoldQuestion
-from offline.fusion.references import direction_name
 from offline.fusion.results import markdown
 from offline.fusion.search import (
     Budget,
+    Case,
     FusionRequest,
     Target,
     best,
+    cases_of,
     search,
     segments_of,
 )
@@ -30,33 +31,55 @@ from vllm_steer.errors import EvaluationError
 from vllm_steer.pack import SteeringPack
 from vllm_steer.request import parse
 
-SEGMENTS = segments_of("segmented", 6)
-BEST = (0.2, 0.7, 0.4)
+BEST = (0.2, 0.4, 0.1)
 
 
 def landscape(requests: Sequence[FusionRequest]) -> list[Answer]:
     """Answers whose objective falls with the distance of the scales from the best ones."""
     return [
-        Answer("", True, 100 * float(np.abs(np.subtract(request.scales, BEST)).mean()))
+        Answer("", True, 100 * float(np.abs(np.subtract(request.case.scales, BEST)).mean()))
         for request in requests
+        if request.case
     ]
 
 
-def targets(count: int) -> list[Target]:
-    return [Target(f"question {i}", "gold", f"fusion/q{i}") for i in range(count)]
+def trials_of(cases: Sequence[Case]) -> list[list[Target]]:
+    return [[Target(f"question {c.question}", "gold", "fusion", c)] for c in cases]
 
 
 @pytest.mark.parametrize(
     ("text", "share"),
     [
         ("Webs and FANGS.", 0.5),
-        ("webs, fangs; silk-legs", 1.0),
+        ("webs, fangs; silk and legs", 1.0),
+        ("Webs webs silk-legs", 0.25),
         ("cobwebs", 0.0),
         ("", 0.0),
     ],
 )
 def test_overlap_counts_whole_words_of_the_gold_answer(text: str, share: float) -> None:
     assert overlap(text, "webs, fangs, silk, legs") == share
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "share"),
+    [
+        ("It opened on 1 May.", "1.1", 0.0),
+        ("It is version 1.1.", "1.1", 1.0),
+        ("the letter c", "C++", 0.0),
+        ("They wrote it in C++, mostly.", "C++", 1.0),
+        ("C", "C#", 0.0),
+        ("At 10:30, for $1,000.", "10:30 1,000", 1.0),
+        ("10 and 30", "10:30", 0.0),
+        ("O’Brien", "o’brien", 1.0),
+        ("He read well", "well-read", 0.0),
+        ("the cat", "The cat and the dog", 0.5),
+    ],
+)
+def test_overlap_counts_words_as_a_tokenizer_has_them_each_once(
+    text: str, gold: str, share: float
+) -> None:
+    assert overlap(text, gold) == share
 
 
 def test_objective() -> None:
@@ -77,39 +100,63 @@ def test_segments_are_the_published_thirds() -> None:
         segments_of("segmented", 2)
 
 
-def test_a_request_names_its_direction_once_for_each_segment() -> None:
-    request = targets(1)[0].request(SEGMENTS, BEST)
+def test_scales_are_products_of_two_even_draws() -> None:
+    """Whose mean is that of one squared; a single even draw has twice that."""
+    drawn = np.array(Budget(20_000, 0.01, 1.0, seed=0).draw(3, study=1))
+    assert drawn.shape == (20_000, 3)
+    assert drawn.mean() == pytest.approx(0.505**2, abs=0.005)
+    assert np.median(drawn) == pytest.approx(0.19, abs=0.01)
+    assert 1e-4 <= drawn.min() < 0.001 < 0.98 < drawn.max() <= 1.0
+    assert abs(np.corrcoef(drawn.T)[0, 1]) < 0.03
+    few = Budget(5, 0.01, 1.0, seed=0)
+    assert few.draw(3, 1) == few.draw(3, 1) != few.draw(3, 2)
+
+
+def test_every_question_has_scales_of_its_own_and_those_of_the_others() -> None:
+    cases = cases_of(3, 2, ["full", "segmented"], 6, Budget(4, 0.01, 1.0, seed=0))
+    assert len({case.name for case in cases}) == len(cases) == 2 * 4 * (3 + 5)
+    own = [case for case in cases if not case.common and case.kind == "segmented"]
+    assert len({case.scales for case in own}) == len(own) == 12
+    common = [case for case in cases if case.common and case.kind == "full"]
+    assert {case.question for case in common} == set(range(5))
+    for trial in range(4):
+        assert len({case.scales for case in common if case.trial == trial}) == 1
+    assert own[0].layer_scales == [scale for scale in own[0].scales for _ in range(2)]
+    assert not [case for case in cases_of(3, 0, ["full"], 6, Budget(4, 0, 1, 0)) if case.common]
+
+
+def test_a_request_names_the_direction_of_its_case_at_scale_1() -> None:
+    (case,) = cases_of(1, 0, ["segmented"], 6, Budget(1, 0.01, 1.0, seed=0))
+    request = Target("", "", "fusion", case).request
     parsed = parse({"steering": request.steering()})
     assert parsed is not None
-    assert [(c.name, c.scale, tuple(c.layers or ())) for c in parsed.directions] == [
-        ("fusion/q0", scale, layers) for scale, layers in zip(BEST, SEGMENTS, strict=True)
-    ]
+    assert [(c.name, c.scale) for c in parsed.directions] == [(f"fusion/{case.name}", 1.0)]
 
 
-def test_all_studies_go_on_in_one_batch_and_learn() -> None:
+def test_all_studies_are_asked_in_one_batch() -> None:
     batches: list[int] = []
 
     def ask(requests: Sequence[FusionRequest]) -> list[Answer]:
         batches.append(len(requests))
         return landscape(requests)
 
-    studies = [[target] for target in targets(3)]
-    found = search(ask, studies, SEGMENTS, Budget(60, 0.01, 1.0, seed=0))
-    assert batches == [3] * 60
-    for trials in found:
-        assert len(trials) == 60
-        drawn = np.mean([trial.value for trial in trials[:10]])
-        learned = np.mean([trial.value for trial in trials[30:]])
-        assert learned > drawn + 0.02
-        assert best(trials).value == max(trial.value for trial in trials)
-        assert all(0.01 <= scale <= 1.0 for trial in trials for scale in trial.scales)
-    assert found[0][0].scales != found[1][0].scales, "every study has a seed of its own"
-    again = search(ask, studies, SEGMENTS, Budget(60, 0.01, 1.0, seed=0))
-    assert again == found
+    cases = cases_of(3, 0, ["segmented"], 6, Budget(60, 0.01, 1.0, seed=0))
+    studies = [trials_of([c for c in cases if c.question == place]) for place in range(3)]
+    found = search(ask, studies)
+    assert batches == [180]
+    for trials, study in zip(found, studies, strict=True):
+        assert [trial.scales for trial in trials] == [targets[0].case.scales for targets in study]
+        distances = [np.abs(np.subtract(trial.scales, BEST)).mean() for trial in trials]
+        assert best(trials) is trials[int(np.argmin(distances))]
 
 
 def test_questions_of_one_study_share_their_scales() -> None:
-    (found,) = search(landscape, [targets(4)], SEGMENTS, Budget(3, 0.01, 1.0, seed=0))
+    cases = cases_of(0, 4, ["segmented"], 6, Budget(3, 0.01, 1.0, seed=0))
+    shared = [
+        [target for (target,) in trials_of([c for c in cases if c.trial == trial])]
+        for trial in range(3)
+    ]
+    (found,) = search(landscape, [shared])
     for trial in found:
         assert len(trial.answers) == 4
         assert trial.value == pytest.approx(-0.3 * np.abs(np.subtract(trial.scales, BEST)).mean())
@@ -137,7 +184,7 @@ def pack(tmp_path: Path) -> SteeringPack:
         tmp_path,
         "fusion",
         random_identity(hidden_size=8, num_layers=6),
-        {direction_name(index): range(6) for index in range(6)},
+        {"unused": range(6)},
         seed=0,
         default_scale=1.0,
         safe_scale=1.0,
@@ -155,7 +202,7 @@ def generator(
         return [_answer(request) for request in requests]
 
     def _answer(request: Request) -> Answer:
-        steered = isinstance(request, FusionRequest) and min(request.scales) > 0.5
+        steered = isinstance(request, FusionRequest) and min(request.case.scales) > 0.2
         if request.question == questions[0].question:
             return Answer(questions[0].answer, True, 1.0)
         gold = {q.question: q.answer for q in gold_questions("heldout", 4, True)}
@@ -173,9 +220,8 @@ def test_what_is_right_unsteered_is_left_out(
     tuning: list[GoldQuestion],
 ) -> None:
     budget = Budget(12, 0.01, 1.0, seed=0)
-    result = run_fusion(
-        generator, pack, questions, tuning, ["full", "segmented"], budget, words_are_there(1.0)
-    )
+    cases = cases_of(4, 2, ["full", "segmented"], 6, budget)
+    result = run_fusion(generator, pack, questions, tuning, cases, budget, words_are_there(1.0))
     assert (result.questions, result.wrong, result.tuning_questions) == (4, 3, 2)
     assert result.unsteered.right.mean == 0.0
     assert result.unsteered.overlap.mean == 0.0
@@ -189,7 +235,9 @@ def test_what_is_right_unsteered_is_left_out(
     assert [chosen.question for chosen in full.chosen] == [q.question for q in questions[1:]]
     for place, chosen in enumerate(full.chosen, start=1):
         assert chosen.steering is not None
-        assert chosen.steering["directions"][0]["name"] == f"fusion/q{place}"
+        (direction,) = chosen.steering["directions"]
+        assert direction["name"].startswith(f"fusion/q{place} full ")
+        assert direction["scale"] == 1.0
     common = result.arms["full, scales of other questions"]
     assert common.figures.right.mean == 1.0
     assert len({tuple(chosen.scales or ()) for chosen in common.chosen}) == 1
@@ -203,10 +251,11 @@ def test_nothing_wrong_and_mixed_questions_are_refused(
     tuning: list[GoldQuestion],
 ) -> None:
     budget, right = Budget(2, 0.01, 1.0, seed=0), words_are_there(1.0)
+    cases = cases_of(4, 2, ["full"], 6, budget)
     with pytest.raises(EvaluationError, match="gets all 1 questions right"):
-        run_fusion(generator, pack, questions[:1], tuning, ["full"], budget, right)
+        run_fusion(generator, pack, questions[:1], tuning, cases, budget, right)
     with pytest.raises(EvaluationError, match="1 questions are reported and for tuning"):
-        run_fusion(generator, pack, questions, questions[2:3], ["full"], budget, right)
+        run_fusion(generator, pack, questions, questions[2:3], cases, budget, right)
 
 
 @pytest.mark.parametrize(

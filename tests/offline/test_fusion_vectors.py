@@ -8,18 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
+from offline.chat import ChatFormat
 from offline.demo import demo_model_path
 from offline.demo.gold import gold_questions, is_gold
+from offline.fusion.distance import displacement
+from offline.fusion.original import Fusion, frozen, refreshed
+from offline.fusion.pack import write_deltas
 from offline.fusion.questions import GoldQuestion, read_questions
-from offline.fusion.references import (
-    direction_name,
-    measure_references,
-    render_question,
-    span_means,
-    write_references,
-)
+from offline.fusion.references import measure_references, render_question, span_means
+from offline.fusion.search import Budget, Case, Kind, cases_of, segments_of
+from offline.fusion.steered import steered_deltas
 from offline.generation import Answer
 from offline.models import load_config, load_model
 from offline.prompts import RenderedPrompt
@@ -86,33 +91,88 @@ def test_norms_leave_out_a_prompts_first_token(tiny_llama: PreTrainedModel) -> N
     np.testing.assert_array_equal(*(span_means(tiny_llama, [p], batch_size=1)[1] for p in prompts))
 
 
-def test_a_vector_is_reference_less_unsteered_prompt(
+def test_a_reference_is_read_after_its_own_question(
     tiny_llama: PreTrainedModel, chatml: PreTrainedTokenizerFast
 ) -> None:
     found = measure_references(tiny_llama, chatml, QUESTIONS)
     alone = measure_references(tiny_llama, chatml, QUESTIONS[2:])
-    np.testing.assert_allclose(found.vectors[2], alone.vectors[0], atol=1e-5)
+    np.testing.assert_allclose(found.reference[2], alone.reference[0], atol=1e-5)
     assert found.prompts[2] == tuple(render_question(chatml, QUESTIONS[2])[0].token_ids)
     plain = QUESTIONS[2].model_copy(update={"reference_question": None})
     other = measure_references(tiny_llama, chatml, [plain])
     np.testing.assert_allclose(other.prompt[0], alone.prompt[0], atol=1e-6)
     assert np.abs(other.reference - alone.reference).max() > 1e-2
-    np.testing.assert_allclose(found.vectors, found.reference - found.prompt)
 
 
-def test_the_pack_has_a_direction_for_each_question_over_all_layers(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def deep() -> PreTrainedModel:
+    """As many blocks as small real models have."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=600, hidden_size=32, intermediate_size=48, num_hidden_layers=30,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["full", "segmented"])
+def test_deltas_move_the_prompt_as_the_original_does_however_deep(
+    deep: PreTrainedModel, chatml: PreTrainedTokenizerFast, kind: Kind
+) -> None:
+    """Prompts of several lengths in a batch; with mu of the unsteered prompt they overshoot."""
+    references = measure_references(deep, chatml, QUESTIONS)
+    cases = cases_of(len(QUESTIONS), 0, [kind], 30, Budget(2, 0.01, 1.0, seed=0))
+    deltas = steered_deltas(deep, references, cases, batch_size=4)
+    overshoot = []
+    for case, delta in zip(cases, deltas, strict=True):
+        place = case.question
+        mean = torch.tensor(references.prompt[place])
+        given = Fusion(
+            references.prompts[place],
+            torch.tensor(references.reference[place]),
+            torch.tensor(case.layer_scales),
+        )
+        added = torch.tensor(delta)
+        served = displacement(deep, given, lambda k, x, a=added: x + a[k], mean)
+        original = displacement(deep, given, refreshed(given), mean)
+        unsteered = displacement(deep, given, frozen(given, mean), mean)
+        assert served == pytest.approx(original, rel=1e-3)
+        overshoot.append(unsteered / original)
+    assert max(overshoot) > 1.5
+
+
+def test_at_full_scale_the_prompt_lands_on_the_reference(
+    deep: PreTrainedModel, chatml: PreTrainedTokenizerFast
+) -> None:
+    references = measure_references(deep, chatml, QUESTIONS[:1])
+    case = Case(0, "full", 0, segments_of("full", 30), (1.0,))
+    (delta,) = torch.tensor(steered_deltas(deep, references, [case]))
+    mean = torch.tensor(references.prompt[0])
+    given = Fusion(references.prompts[0], torch.tensor(references.reference[0]), torch.ones(30))
+    assert displacement(deep, given, lambda k, x: x + delta[k], mean) == pytest.approx(1, rel=1e-3)
+    assert displacement(deep, given, None, mean) == pytest.approx(0, abs=1e-4)
+
+
+def test_the_pack_has_a_direction_for_every_case_over_all_layers(tmp_path: Path) -> None:
     path = demo_model_path()
     _, tokenizer = load_config(path)
     model = load_model(path, "float32", "cpu")
     questions = gold_questions("heldout", 3, prefixed_reference=True)
     references = measure_references(model, tokenizer, questions)
-    write_references(tmp_path, "fusion", path, model, tokenizer, questions, references)
+    cases = cases_of(2, 1, ["full", "segmented"], 6, Budget(2, 0.01, 1.0, seed=0))
+    deltas = steered_deltas(model, references, cases)
+    write_deltas(
+        tmp_path, "fusion", path, model, tokenizer, questions, cases, deltas,
+        references.residual_norms, ChatFormat(chat_template="plain"),
+    )  # fmt: skip
     pack = load_pack(tmp_path)
-    assert list(pack.directions) == [direction_name(index) for index in range(3)]
-    for index, record in enumerate(pack.directions.values()):
+    assert list(pack.directions) == [case.name for case in cases]
+    assert pack.manifest.method.settings["chat_template"] == "plain"
+    for case, delta, record in zip(cases, deltas, pack.directions.values(), strict=True):
         assert record.layers == list(range(model.config.num_hidden_layers))
-        assert record.positions == "all"
-        np.testing.assert_array_equal(pack.vectors[record.name], references.vectors[index])
+        assert (record.positions, record.default_scale) == ("all", 1.0)
+        assert record.metrics == {"question": case.question, "scales": list(case.scales)}
+        np.testing.assert_array_equal(pack.vectors[record.name], delta)
 
 
 def test_a_tokenizer_without_template_is_refused(chatml: PreTrainedTokenizerFast) -> None:

@@ -1,0 +1,83 @@
+"""The steering pack of Fusion Steering: a direction for each question and each set of scales tried on it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from offline.chat import ChatFormat
+from offline.fusion.questions import GoldQuestion
+from offline.fusion.search import Case
+from offline.models import model_identity
+from offline.parts import library_versions
+from vllm_steer.pack import DirectionRecord, MethodRecord, SteeringPack, write_pack
+
+
+def write_deltas(
+    path: str | os.PathLike[str],
+    name: str,
+    model_path: str | os.PathLike[str],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[GoldQuestion],
+    cases: Sequence[Case],
+    deltas: NDArray[np.float32],
+    residual_norms: NDArray[np.float64],
+    chat: ChatFormat | None = None,
+) -> SteeringPack:
+    """Writes a pack whose directions, at scale 1, steer each question by the scales of its cases.
+
+    Another scale than 1 is not the method's: what is added was measured under the scales that it has.
+
+    Args:
+        path: Directory of the pack.
+        name: Name of the pack.
+        model_path: What the model was loaded from.
+        model: The model.
+        tokenizer: Its tokenizer.
+        questions: All questions.
+        cases: What they are steered by.
+        deltas: ``[cases, layers, hidden_size]``, what is added.
+        residual_norms: ``[layers]``, mean norm of the block output over the prompts' tokens.
+        chat: Format that prompts were rendered by; None for the tokenizer's own.
+
+    Raises:
+        PackError: The pack cannot be written.
+    """
+    layers = list(range(deltas.shape[1]))
+    content = json.dumps([question.model_dump() for question in questions], sort_keys=True)
+    return write_pack(
+        path,
+        name=name,
+        model=model_identity(model_path, model.config, tokenizer),
+        directions=[
+            DirectionRecord(
+                name=case.name,
+                layers=layers,
+                default_scale=1.0,
+                safe_scale=1.0,
+                positions="all",
+                metrics={"question": case.question, "scales": list(case.scales)},
+            )
+            for case in cases
+        ],
+        vectors={case.name: delta for case, delta in zip(cases, deltas, strict=True)},
+        method=MethodRecord(
+            name="fusion",
+            settings={
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "mu": "steered",
+                **(chat or ChatFormat()).model_dump(),
+            },
+            libraries=library_versions(),
+            seed=0,
+            data_sha256=hashlib.sha256(content.encode()).hexdigest(),
+        ),
+        residual_norms=dict(enumerate(residual_norms)),
+    )
