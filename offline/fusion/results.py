@@ -91,10 +91,10 @@ class FusionResult(_Record):
 
     Attributes:
         model: The model, as it was given; of a local path the last part.
-        pack: Digest of the reference vectors.
+        pack: Digest of the vectors.
         max_tokens: Longest answer.
         trials: Trials of each search.
-        scales: Ends of the range of scales.
+        scales: Ends of the range of α, and of γ.
         seed: Seed of the samplers.
         questions: Questions that were given.
         wrong: Those of them that the model gets wrong unsteered, on which all else is measured.
@@ -127,7 +127,7 @@ def markdown(result: FusionResult) -> str:
     low, high = result.scales
     lines = [
         f"Model {result.model}, {result.wrong} of {result.questions} questions that it gets wrong "
-        f"unsteered, scales from {low:g} to {high:g}, greedy answers of at most {result.max_tokens} "
+        f"unsteered, α and γ from {low:g} to {high:g} each, greedy answers of at most {result.max_tokens} "
         f"tokens. Scales are searched with each question's gold answer; 95 % intervals over "
         f"questions.",
         "",

@@ -190,6 +190,16 @@ def test_gpu_on_a_cpu(tmp_path: Path, work: Path) -> None:
     assert abs(found["extra_kernels_per_layer"]["idle"]) < 1
 
 
+def test_fusion_depth(tmp_path: Path) -> None:
+    """On the demo model alone, which needs no engine."""
+    sizes = ("--models", str(demo_model_path()), "--questions", "1", "--tokens", "2")
+    out = tmp_path / "depth.json"
+    command = [sys.executable, "-m", "benchmarks.fusion_depth", "--json", str(out)]
+    assert "| 6 | 0.1 |" in _run([*command, *sizes])
+    (model,) = json.loads(out.read_text())["models"]
+    assert model["scales"]["1"]["original"] == pytest.approx(1.0, rel=1e-3)
+
+
 @pytest.mark.engine
 @pytest.mark.slow
 def test_fusion(tmp_path: Path) -> None:

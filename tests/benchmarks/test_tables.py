@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.fusion_depth import STEERED, UNSTEERED
 from benchmarks.tables import BLOCKS, FINDINGS, README, blocks_of, results, stale
 from tests.marked import Block
 
@@ -48,6 +49,25 @@ def test_nothing_is_written_where_a_marker_is_missing() -> None:
     for broken in (text.replace(block.begin, ""), text.replace(block.end, ""), text + block.begin):
         with pytest.raises(ValueError, match="must stand once in FINDINGS.md"):
             block.replaced(broken, "")
+
+
+def test_what_the_sentences_say_of_depth() -> None:
+    """On a model of 30 blocks: how far each delta goes, beside the original."""
+    shallow, deep = results("fusion-depth")["models"]
+    assert (shallow["blocks"], deep["blocks"]) == (6, 30)
+    for model in (shallow, deep):
+        for scale, row in model["scales"].items():
+            assert row[STEERED]["displacement"] == pytest.approx(row["original"], rel=1e-3)
+            assert abs(row[STEERED]["first_kl"]) < 1e-4
+            if float(scale) >= 0.1:
+                assert row[UNSTEERED]["displacement"] > 1.2 * row["original"]
+                assert row[UNSTEERED]["mean_kl"] > 10 * abs(row[STEERED]["mean_kl"])
+    times = [row[UNSTEERED]["displacement"] / row["original"] for row in deep["scales"].values()]
+    assert f"{times[-1]:.0f} times at full scale" in text_of(README)
+    words = {3: "three", 21: "21"}
+    assert (
+        f"moves {words[round(times[1])]} times too far at αγ = 0.1 and {words[round(times[-1])]} times at 1"
+    ) in text_of(FINDINGS)
 
 
 def test_what_the_sentences_say_of_fusion() -> None:

@@ -220,6 +220,28 @@ def test_answers_are_asked_for_as_they_will_be(
     )
 
 
+def test_fusion_renders_as_it_is_told(
+    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts, references and what the engine is asked; the pack says how."""
+    model, seen = checkpoint(None), []
+
+    def generate(self: TokenEngine, asked: list[Asked], *_: Any) -> None:
+        seen.extend(asked)
+        raise EvaluationError("no engine here")
+
+    monkeypatch.setattr(TokenEngine, "generate", generate)
+    (tmp_path / "questions.jsonl").write_text('{"question": "Rain?", "answer": "rain is good"}')
+    command = ["fusion", "--model", str(model), "--questions", f"{tmp_path}/questions.jsonl"]
+    command += ["--out", f"{tmp_path}/out", "--kind", "full", "--trials", "2"]
+    assert main(command) == 1
+    assert not seen
+    assert main([*command, "--chat-template", "plain"]) == 1
+    _, tokenizer = load_config(model)
+    assert tokenizer.decode(seen[0].prompt) == "Rain?"
+    assert load_pack(tmp_path / "out/pack").manifest.method.settings["chat_template"] == "plain"
+
+
 @pytest.fixture
 def pack_with(tmp_path: Path) -> Callable[..., SteeringPack]:
     """A pack that says how its prompts were rendered."""
