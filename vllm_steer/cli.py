@@ -58,18 +58,19 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    convert = commands.add_parser(
-        "convert", help="vectors of llama.cpp, repeng, EasySteer and PyTorch from and to packs"
-    )
+    convert = commands.add_parser("convert", help="vectors of other tools from and to packs")
     ways = convert.add_subparsers(required=True, metavar="WAY")
     into = ways.add_parser(
         "import",
         help="vector files to a pack",
-        description="Writes a pack from GGUF control vectors and torch.save files of tensors. direction.N of "
-        "a control vector is layer N: the output of decoder block N, counted from 0.",
+        description="Writes a pack from GGUF control vectors, files of torch.save, safetensors, .npy or JSON. Layer N is "
+        "the output of decoder block N, counted from 0. VECTORS.md says which file becomes what.",
     )
     into.add_argument(
-        "files", nargs="+", metavar="NAME=FILE", help="name of a direction and its .gguf or .pt"
+        "files",
+        nargs="+",
+        metavar="NAME=FILE",
+        help="name of a direction and its file, or one of its files; FILE#KEY for one direction of several in it",
     )
     into.add_argument("--model", required=True, help="checkpoint directory or hub id of its model")
     into.add_argument("--name", required=True, help="name of the pack, as requests will give it")
@@ -110,14 +111,12 @@ def _import(args: argparse.Namespace) -> None:
     from offline.chat import ChatFormat
     from offline.convert.packs import import_pack
 
-    sources: dict[str, str] = {}
+    sources = []
     for item in args.files:
         name, equals, file = item.partition("=")
-        if not equals or not name or name in sources:
-            raise ConversionError(
-                f"{item!r} must be NAME=FILE, such as happy=happy.gguf, each name once"
-            )
-        sources[name] = file
+        if not equals or not name or not file:
+            raise ConversionError(f"{item!r} must be NAME=FILE, such as happy=happy.gguf")
+        sources.append((name, file))
     pack = import_pack(
         sources,
         name=args.name,
@@ -125,11 +124,16 @@ def _import(args: argparse.Namespace) -> None:
         out_dir=args.out,
         scale=args.scale,
         safe_scale=abs(args.scale) if args.safe_scale is None else args.safe_scale,
-        layers=None if args.layers is None else sorted(set(args.layers)),
+        layers=args.layers,
         residual_norms=args.residual_norms,
         chat=ChatFormat(**given_chat(args)),
+        notice=_note,
     )
     sys.stdout.write(pack_summary(pack))
+
+
+def _note(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
 
 
 def _export(args: argparse.Namespace) -> None:

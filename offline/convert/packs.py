@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -22,10 +22,10 @@ from transformers import AutoConfig, AutoTokenizer
 
 from offline.capture import capture
 from offline.chat import ChatFormat
-from offline.convert.gguf_file import read_gguf, write_gguf
-from offline.convert.gguf_header import MAGIC
-from offline.convert.torch_file import read_torch
-from offline.convert.vectors import VectorFile
+from offline.convert.gguf_file import write_gguf
+from offline.convert.interpret import by_layer
+from offline.convert.readers import read_contents
+from offline.convert.vectors import VectorFile, checked, file_digest
 from offline.demo.statements import statements
 from offline.models import load_config, load_model, model_identity, read_pretrained
 from offline.prompts import render_prompt
@@ -44,7 +44,7 @@ _MAX_NORMS_BYTES: Final = 2**20
 
 
 def import_pack(
-    sources: Mapping[str, str | os.PathLike[str]],
+    sources: Iterable[tuple[str, str | os.PathLike[str]]],
     *,
     name: str,
     model_path: str | os.PathLike[str],
@@ -54,11 +54,14 @@ def import_pack(
     layers: Sequence[int] | None = None,
     residual_norms: str | os.PathLike[str] | None = None,
     chat: ChatFormat | None = None,
+    notice: Callable[[str], None] = lambda _: None,
 ) -> SteeringPack:
-    """Writes a pack with one direction for each vector file.
+    """Writes a pack of directions from vector files.
 
     Args:
-        sources: Name of each direction to its file, GGUF or PyTorch, told by content.
+        sources: Name of a direction and its file, or one of several that hold its layers: GGUF, PyTorch,
+            safetensors, ``.npy`` or JSON, told by content; see ``offline.convert.interpret``. ``FILE#KEY``
+            for the direction under that name in the file.
         name: Name of the pack.
         model_path: Checkpoint directory or Hugging Face id of the model that the vectors are for.
         out_dir: Directory of the pack.
@@ -69,6 +72,7 @@ def import_pack(
             to measure them.
         chat: Format of the prompts that norms are measured on and that the pack is calibrated with; None
             for the tokenizer's own.
+        notice: Called with a line where a file was read in a way that is good to know.
 
     Returns:
         The pack, read back from disk.
@@ -79,21 +83,21 @@ def import_pack(
     """
     chat = chat or ChatFormat()
     model = _identity(model_path, chat)
-    files = {
-        key: _selected(Path(source), _read(Path(source), layers, model), layers)
-        for key, source in sources.items()
-    }
+    files: dict[str, list[VectorFile]] = {}
+    for key, source in sources:
+        files.setdefault(key, []).append(read_direction(str(source), key, layers, model, notice))
+    vectors = {key: _joined(key, read) for key, read in files.items()}
     try:
         records = [
             DirectionRecord(
                 name=key,
-                layers=list(file.vectors),
+                layers=list(vectors[key]),
                 default_scale=scale,
                 safe_scale=safe_scale,
                 positions="all",
-                metrics={} if file.model_hint is None else {"model_hint": file.model_hint},
+                metrics={"model_hint": hint} if (hint := read[0].model_hint) else {},
             )
-            for key, file in files.items()
+            for key, read in files.items()
         ]
     except ValidationError as error:
         faults = "; ".join(f"{fault['input']!r}: {fault['msg']}" for fault in error.errors())
@@ -108,7 +112,7 @@ def import_pack(
         name=name,
         model=model,
         directions=records,
-        vectors={key: _stack(file) for key, file in files.items()},
+        vectors={key: np.stack([*rows.values()]) for key, rows in vectors.items()},
         method=_method(files, residual_norms is None, chat),
         residual_norms=norms,
     )
@@ -166,29 +170,48 @@ def _identity(model_path: str | os.PathLike[str], chat: ChatFormat) -> ModelIden
     return model_identity(model_path, config, tokenizer)
 
 
-def _read(file: Path, layers: Sequence[int] | None, model: ModelIdentity) -> VectorFile:
-    try:
-        with file.open("rb") as stream:
-            magic = stream.read(len(MAGIC))
-    except OSError as error:
-        raise ConversionError(f"{file}: cannot be read ({error.strerror})") from error
-    return read_gguf(file, model) if magic == MAGIC else read_torch(file, layers, model)
+def read_direction(
+    source: str,
+    name: str,
+    layers: Sequence[int] | None,
+    model: ModelIdentity,
+    notice: Callable[[str], None] = lambda _: None,
+) -> VectorFile:
+    """Reads one direction of a vector file.
+
+    Args:
+        source: The file, or ``FILE#KEY`` for the direction under that name in it.
+        name: Name of the direction.
+        layers: As in :func:`import_pack`.
+        model: The model.
+        notice: As in :func:`import_pack`.
+
+    Raises:
+        ConversionError: It cannot be read, or does not fit the model.
+    """
+    file, key = Path(source), None
+    if "#" in source and not file.exists():
+        path, _, key = source.rpartition("#")
+        file = Path(path)
+    digest = file_digest(file)
+    contents = read_contents(file)
+    rows, notes = by_layer(file, key or None, name, contents, layers, model)
+    for note in notes:
+        notice(note)
+    return VectorFile(contents.format, digest, checked(file, rows), contents.model_hint)
 
 
-def _selected(file: Path, found: VectorFile, layers: Sequence[int] | None) -> VectorFile:
-    if layers is None:
-        return found
-    if missing := sorted(set(layers) - found.vectors.keys()):
-        raise ConversionError(
-            f"{file}: has no vector at layers {missing}; it has {[*found.vectors]}"
-        )
-    kept = {layer: row for layer, row in found.vectors.items() if layer in layers}
-    return VectorFile(found.format, found.sha256, kept, found.model_hint)
-
-
-def _stack(file: VectorFile) -> NDArray[np.float32]:
-    """Float32 ``[layers, hidden_size]``."""
-    return np.stack(list(file.vectors.values()))
+def _joined(name: str, files: Sequence[VectorFile]) -> dict[int, NDArray[np.float32]]:
+    """Returns the vectors of a direction, float32 ``[hidden_size]`` by layer, ascending."""
+    rows: dict[int, NDArray[np.float32]] = {}
+    for file in files:
+        if again := sorted(rows.keys() & file.vectors.keys()):
+            raise ConversionError(
+                f"{name}: two of its files hold layers {again}; files of one direction must hold different layers, and say "
+                f"them in their names or inside: leave one out, or give it a name of its own"
+            )
+        rows |= file.vectors
+    return dict(sorted(rows.items()))
 
 
 def _measure_norms(model_path: str | os.PathLike[str], chat: ChatFormat) -> dict[int, float]:
@@ -234,13 +257,17 @@ def _given_norms(source: str | os.PathLike[str], model: ModelIdentity) -> dict[i
         ) from error
 
 
-def _method(files: Mapping[str, VectorFile], measured: bool, chat: ChatFormat) -> MethodRecord:
-    digest = hashlib.sha256("".join(file.sha256 for file in files.values()).encode())
+def _method(
+    files: Mapping[str, Sequence[VectorFile]], measured: bool, chat: ChatFormat
+) -> MethodRecord:
+    every = [file.sha256 for read in files.values() for file in read]
+    digest = hashlib.sha256("".join(every).encode())
     return MethodRecord(
         name="imported",
         settings={
             "files": {
-                key: {"format": file.format, "sha256": file.sha256} for key, file in files.items()
+                key: [{"format": file.format, "sha256": file.sha256} for file in read]
+                for key, read in files.items()
             },
             "residual_norms": "measured" if measured else "given",
             **chat.model_dump(),

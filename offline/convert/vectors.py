@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from vllm_steer.pack import ModelIdentity
 MAX_FILE_BYTES: Final = 2**30
 MAX_LAYERS: Final = 10_000
 MAX_WIDTH: Final = 2**20
+FORMATS: Final = "give a control vector in GGUF, what torch.save writes, safetensors, NumPy's .npy or JSON of numbers"
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +27,7 @@ class VectorFile:
     """A direction as another tool stored it.
 
     Attributes:
-        format: ``gguf`` or ``pt``.
+        format: ``gguf``, ``pt``, ``safetensors``, ``npy`` or ``json``.
         sha256: Digest of the file.
         vectors: Layer to float32 ``[hidden_size]``, finite and non-zero, ascending. Layer k is the
             output of decoder block k, 0-based.
@@ -44,14 +46,20 @@ def file_digest(file: Path) -> str:
     Raises:
         ConversionError: There is no such file, or it is too large.
     """
-    if not file.is_file():
-        raise ConversionError(f"{file}: there is no such file; give a .gguf or .pt file")
-    if file.stat().st_size > MAX_FILE_BYTES:
-        raise ConversionError(
-            f"{file}: larger than the {MAX_FILE_BYTES} bytes that a vector file may have"
-        )
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    try:
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode):
+            kind = "a directory" if file.is_dir() else "no regular file"
+            raise ConversionError(f"{file}: is {kind}; {FORMATS}")
+        if found.st_size > MAX_FILE_BYTES:
+            raise ConversionError(
+                f"{file}: larger than the {MAX_FILE_BYTES} bytes that a vector file may have; save the vectors of one "
+                f"direction alone"
+            )
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise ConversionError(f"{file}: cannot be read ({error.strerror}); {FORMATS}") from error
 
 
 def check_fit(
@@ -73,9 +81,11 @@ def check_fit(
             f"{file}: vectors have {sorted(wrong)[:5]} values; the model's hidden size is "
             f"{model.hidden_size}"
         )
-    if beyond := sorted(layer for layer in layers if layer >= model.num_layers):
+    last = model.num_layers - 1
+    if beyond := sorted(layer for layer in layers if layer > last):
         raise ConversionError(
-            f"{file}: has layers {beyond[:5]}; the model has layers 0 to {model.num_layers - 1}"
+            f"{file}: has layers {beyond[:5]}; the model has layers 0 to {last}, each the output of a block. Where 0 are "
+            f"the embeddings, save each under the layer before it; else keep those of the model with --layers"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,17 @@ def moods_pack(folder: Path) -> SteeringPack:
         folder / "moods", "moods", MODEL, {"happy": [1, 3], "low": [0, 2]},
         seed=0, default_scale=2.0, safe_scale=4.0, residual_norm=10.0,
     )  # fmt: skip
+
+
+def config_folder(folder: Path, blocks: int) -> Path:
+    """A model directory without weights and tokenizer."""
+    folder.mkdir()
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN,
+        "num_hidden_layers": blocks, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 32,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def rows(seed: int = 0, layers: tuple[int, ...] = (1, 2, 3)) -> dict[int, np.ndarray]:

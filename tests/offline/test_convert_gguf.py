@@ -17,8 +17,7 @@ import pytest
 import torch
 from gguf import GGUFReader
 
-from offline.convert.gguf_file import read_gguf
-from offline.convert.packs import export_direction
+from offline.convert.packs import export_direction, read_direction
 from offline.models import find_blocks
 from tests.offline.convert_cases import HIDDEN, MODEL, moods_pack, rows, write_control_vector
 from vllm_steer.errors import ConversionError
@@ -72,7 +71,7 @@ def test_repeng_reads_the_export(pack: SteeringPack, tmp_path: Path, repeng: Any
 def test_repeng_export_is_read(tmp_path: Path, repeng: Any) -> None:
     given = rows()
     repeng.ControlVector("llama", given).export_gguf(tmp_path / "v.gguf")
-    found = read_gguf(tmp_path / "v.gguf", MODEL)
+    found = read_direction(str(tmp_path / "v.gguf"), "happy", None, MODEL)
     assert found.model_hint == "llama"
     assert all(np.array_equal(found.vectors[layer], row) for layer, row in given.items())
     assert list(found.vectors) == list(given)
@@ -101,7 +100,7 @@ def test_layer_k_of_repeng_is_the_output_of_block_k(tiny_llama: Any, repeng: Any
 
 def test_layer_0_is_imported_but_not_exported(pack: SteeringPack, tmp_path: Path) -> None:
     write_control_vector(tmp_path / "v.gguf", rows(layers=(0, 2)))
-    assert list(read_gguf(tmp_path / "v.gguf", MODEL).vectors) == [0, 2]
+    assert list(read_direction(str(tmp_path / "v.gguf"), "happy", None, MODEL).vectors) == [0, 2]
     with pytest.raises(ConversionError, match="llama.cpp refuses .* leave it out with --layers 2"):
         export_direction(pack, "low", tmp_path / "low.gguf")
     assert not (tmp_path / "low.gguf").exists()
@@ -143,7 +142,7 @@ def test_hostile_gguf(data: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "v.gguf").write_bytes(data)
     start = time.monotonic()
     with pytest.raises(ConversionError, match=message):
-        read_gguf(tmp_path / "v.gguf", MODEL)
+        read_direction(str(tmp_path / "v.gguf"), "happy", None, MODEL)
     assert time.monotonic() - start < 2
 
 
@@ -161,7 +160,7 @@ def test_damaged_gguf_never_crashes(tmp_path: Path) -> None:
     for candidate in damaged:
         (tmp_path / "d.gguf").write_bytes(candidate)
         try:
-            read_gguf(tmp_path / "d.gguf", MODEL)
+            read_direction(str(tmp_path / "d.gguf"), "happy", None, MODEL)
         except ConversionError:
             refused += 1
     assert refused >= len(data)
@@ -171,7 +170,7 @@ def test_damaged_gguf_never_crashes(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda d: d.update({1: np.full(HIDDEN, np.inf, np.float32)}), "layer 1 has NaN or Inf"),
-        (lambda d: d.update({1: np.ones(HIDDEN, np.int32)}), "direction.1 is int32"),
+        (lambda d: d.update({1: np.ones(HIDDEN, np.int32)}), "direction.1 is I32; it must be F32"),
         (lambda d: d.update({1: np.ones(HIDDEN + 1, np.float32)}), r"vectors have \[17\] values"),
         (lambda d: d.update({8: np.ones(HIDDEN, np.float32)}), r"has layers \[8\]"),
         (lambda d: d.update({"01": np.ones(HIDDEN, np.float32)}), "a tensor 'direction.01'"),
@@ -183,4 +182,4 @@ def test_wrong_control_vectors(change: Callable[[Any], None], message: str, tmp_
     change(directions)
     write_control_vector(tmp_path / "v.gguf", directions)
     with pytest.raises(ConversionError, match=message):
-        read_gguf(tmp_path / "v.gguf", MODEL)
+        read_direction(str(tmp_path / "v.gguf"), "happy", None, MODEL)

@@ -11,7 +11,13 @@ import torch
 
 from offline.convert.packs import export_direction, import_pack
 from offline.demo import demo_model_path
-from tests.offline.convert_cases import HIDDEN, moods_pack, rows, write_control_vector
+from tests.offline.convert_cases import (
+    HIDDEN,
+    config_folder,
+    moods_pack,
+    rows,
+    write_control_vector,
+)
 from vllm_steer.cli import main
 from vllm_steer.pack import SteeringPack, load_pack
 
@@ -24,20 +30,13 @@ def pack(tmp_path: Path) -> SteeringPack:
 @pytest.fixture
 def config_dir(tmp_path: Path) -> Path:
     """A model directory without weights and tokenizer."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN,
-        "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 32,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return config_folder(tmp_path / "model", 4)
 
 
 def test_round_trip(pack: SteeringPack, config_dir: Path, tmp_path: Path) -> None:
     export_direction(pack, "happy", tmp_path / "happy.gguf")
     again = import_pack(
-        {"happy": tmp_path / "happy.gguf"}, name="again", model_path=config_dir,
+        [("happy", tmp_path / "happy.gguf")], name="again", model_path=config_dir,
         out_dir=tmp_path / "again", scale=3.0, safe_scale=5.0, residual_norms=pack.path,
     )  # fmt: skip
     assert again.digests["happy"] == pack.digests["happy"]

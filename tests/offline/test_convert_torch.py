@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from offline.convert.torch_file import read_torch
+from offline.convert.packs import read_direction
 from tests.offline.convert_cases import HIDDEN, MODEL, rows
 from vllm_steer.errors import ConversionError
 
@@ -47,7 +47,7 @@ def test_plain_tensors(
     content: Any, layers: list[int] | None, expected: dict[int, np.ndarray], tmp_path: Path
 ) -> None:
     torch.save(content, tmp_path / "v.pt")
-    found = read_torch(tmp_path / "v.pt", layers, MODEL).vectors
+    found = read_direction(str(tmp_path / "v.pt"), "happy", layers, MODEL).vectors
     assert list(found) == list(expected)
     for layer, row in expected.items():
         assert found[layer].dtype == np.float32
@@ -71,7 +71,7 @@ def test_one_vector_belongs_where_its_name_says(
     name: str, layers: list[int] | None, expected: list[int], shape: tuple[int, ...], tmp_path: Path
 ) -> None:
     torch.save(torch.ones(shape), tmp_path / name)
-    assert list(read_torch(tmp_path / name, layers, MODEL).vectors) == expected
+    assert list(read_direction(str(tmp_path / name), "happy", layers, MODEL).vectors) == expected
 
 
 @pytest.mark.parametrize("layers", [[1], [1, 2], [2, 3]])
@@ -79,9 +79,10 @@ def test_a_layer_that_contradicts_the_name_is_refused(layers: list[int], tmp_pat
     """As when two files are given that hold one layer each, with the layer of the first."""
     torch.save(torch.ones(HIDDEN), tmp_path / "vec_layer_2.pt")
     with pytest.raises(
-        ConversionError, match="by its name for layer 2, and --layers says .*Each file"
+        ConversionError,
+        match="by the name of its file for layer 2, and --layers says .*For one direction of several",
     ):
-        read_torch(tmp_path / "vec_layer_2.pt", layers, MODEL)
+        read_direction(str(tmp_path / "vec_layer_2.pt"), "happy", layers, MODEL)
 
 
 class Runs:
@@ -97,31 +98,31 @@ class Runs:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([1, 2], "holds a list; it must be a tensor"),
-        ({}, "holds a dict; it must be a tensor"),
-        ({"a": torch.ones(HIDDEN)}, "key 'a' where a layer belongs"),
+        ([1, 2], "holds a list of int; it must be tensors"),
+        ({}, "holds no array; it must hold a vector"),
+        ({"a": torch.ones(HIDDEN)}, "one vector for no layer in particular"),
         ({-1: torch.ones(HIDDEN)}, "key '-1' where a layer belongs"),
-        ({True: torch.ones(HIDDEN)}, "key 'True' where a layer belongs"),
-        ({1: torch.ones(HIDDEN), "1": torch.ones(HIDDEN)}, "gives a layer twice"),
+        ({True: torch.ones(HIDDEN)}, "key 'True' of type bool; keys must be names or layers"),
+        ({1: torch.ones(HIDDEN), "1": torch.ones(HIDDEN)}, "has the key '1' twice"),
         ({9: torch.ones(HIDDEN)}, r"has layers \[9\]; the model has layers 0 to 3"),
         ({1: torch.ones(7)}, r"vectors have \[7\] values; the model's hidden size is 16"),
-        ({1: torch.ones(2, HIDDEN)}, r"holds torch.float32 \[2, 16\]"),
+        ({1: torch.ones(2, HIDDEN)}, r"layer 1 has an array \[2, 16\]; it must be one vector"),
         ({1: torch.ones(HIDDEN, dtype=torch.int32)}, "holds torch.int32"),
-        ({1: [1.0] * HIDDEN}, "holds list; vectors must be float tensors"),
+        ({1: [1.0] * HIDDEN}, "holds a list of float; it must be tensors"),
         ({1: torch.full((HIDDEN,), float("nan"))}, "layer 1 has NaN or Inf"),
         ({1: torch.full((HIDDEN,), 1e300, dtype=torch.float64)}, "layer 1 has NaN or Inf"),
         ({1: torch.zeros(HIDDEN)}, "every vector is zero"),
         ({1: torch.ones(1).expand(HIDDEN)}, "larger than what is stored of it"),
         (torch.ones(1).expand(4, HIDDEN), "larger than what is stored of it"),
-        (torch.ones(3, HIDDEN), "has 3 rows for 4 blocks of the model; name the layer"),
-        (torch.ones(HIDDEN), "one vector for no layer in particular; name its layers"),
+        (torch.ones(3, HIDDEN), "has 3 rows, and the model has 4 blocks; name the layer"),
+        (torch.ones(HIDDEN), "name its layer with --layers, such as --layers 2"),
         ({1: np.ones(HIDDEN, np.float32)}, "holds more than tensors.*save plain tensors"),
     ],
 )  # fmt: skip
 def test_other_content_is_refused(content: Any, message: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "v.pt")
     with pytest.raises(ConversionError, match=message):
-        read_torch(tmp_path / "v.pt", None, MODEL)
+        read_direction(str(tmp_path / "v.pt"), "happy", None, MODEL)
 
 
 def test_nothing_is_unpickled(tmp_path: Path) -> None:
@@ -131,11 +132,11 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     (tmp_path / "bare.pt").write_bytes(pickle.dumps(Runs(trap)))
     for name, message in (
         ("zip.pt", "code is never unpickled"),
-        ("old.pt", "neither a GGUF file nor what torch.save writes"),
-        ("bare.pt", "neither a GGUF file nor what torch.save writes"),
+        ("old.pt", "is a Python pickle, .* never opened"),
+        ("bare.pt", "is a Python pickle, .* never opened"),
     ):
         with pytest.raises(ConversionError, match=message):
-            read_torch(tmp_path / name, None, MODEL)
+            read_direction(str(tmp_path / name), "happy", None, MODEL)
     assert not trap.exists()
     torch.load(tmp_path / "zip.pt", weights_only=False)
     assert trap.exists(), "the trap does not work"
@@ -151,12 +152,12 @@ def test_archive_bombs_are_refused(tmp_path: Path) -> None:
             bomb.writestr(member, plain.read(member))
         bomb.writestr("v/data/9", bytes(10**8))
     with pytest.raises(ConversionError, match="its archive is compressed"):
-        read_torch(tmp_path / "c.pt", None, MODEL)
+        read_direction(str(tmp_path / "c.pt"), "happy", None, MODEL)
     torch.save({1: torch.ones(HIDDEN), 2: list(range(10**6))}, tmp_path / "many.pt")
     with pytest.raises(ConversionError, match="more objects than a vector file has"):
-        read_torch(tmp_path / "many.pt", None, MODEL)
+        read_direction(str(tmp_path / "many.pt"), "happy", None, MODEL)
     data = (tmp_path / "v.pt").read_bytes()
     for length in range(0, len(data), 97):
         (tmp_path / "cut.pt").write_bytes(data[:length])
         with pytest.raises(ConversionError):
-            read_torch(tmp_path / "cut.pt", None, MODEL)
+            read_direction(str(tmp_path / "cut.pt"), "happy", None, MODEL)
