@@ -112,11 +112,16 @@ def _groups(file: Path, contents: Contents, key: str | None) -> dict[str, _Group
     groups: dict[str, _Group] = {}
     for names, array in contents.arrays.items():
         whole = ".".join(names)
-        name, layer = _split(file, names)
-        if names and names[:-1] in contents.layers:
-            if layer is not None:
-                raise ConversionError(f"{file}: says the layer of {whole!r} twice; leave one out")
-            layer = contents.layers[names[:-1]]
+        name, own = _split(file, names)
+        said = {
+            contents.layers[names[:i]] for i in range(len(names)) if names[:i] in contents.layers
+        }
+        said |= set() if own is None else {own}
+        if len(said) > 1:
+            raise ConversionError(
+                f"{file}: says two layers for {whole!r}, {sorted(said)}; leave one out"
+            )
+        layer = min(said, default=None)
         if (
             key is not None
             and key != name
@@ -175,9 +180,7 @@ def _chosen(file: Path, key: str | None, name: str, groups: Mapping[str, _Group]
             f"matrix [layers, hidden_size], or vectors by layer"
         )
     if len(groups) > 1 and name not in groups:
-        shown = " ".join(
-            shlex.quote(f"{known or 'NAME'}={file}#{known}") for known in [*groups][:4]
-        )
+        shown = " ".join(shlex.quote(f"{known or name}={file}#{known}") for known in [*groups][:4])
         raise ConversionError(
             f"{file}: holds {len(groups)} directions, and none is named {name!r}; say which: {shown}"
         )

@@ -195,7 +195,7 @@ def read_direction(
         file = Path(path)
     digest = file_digest(file)
     contents = read_contents(file)
-    rows, notes = by_layer(file, key or None, name, contents, layers, model)
+    rows, notes = by_layer(file, key, name, contents, layers, model)
     for note in notes:
         notice(note)
     return VectorFile(contents.format, digest, checked(file, rows), contents.model_hint)
