@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -44,8 +47,16 @@ def load_config(
     Raises:
         ExtractionError: There is no such model, it cannot be loaded, or has no such format.
     """
+    config = read_pretrained(AutoConfig, model_path)
     tokenizer = read_pretrained(AutoTokenizer, model_path)
-    return read_pretrained(AutoConfig, model_path), (chat or ChatFormat()).apply_to(tokenizer)
+    if tokenizer.chat_template is None and config.get_text_config() is not config:
+        # Of older models that see images, the file of the template is the processor's alone.
+        try:
+            processor, _ = ProcessorMixin.get_processor_dict(model_path)
+        except (OSError, ValueError) as error:
+            raise _unreadable(model_path, None, error) from error
+        tokenizer.chat_template = processor.get("chat_template")
+    return config, (chat or ChatFormat()).apply_to(tokenizer)
 
 
 def read_pretrained(kind: Any, model_path: str | os.PathLike[str]) -> Any:
@@ -124,7 +135,7 @@ def load_model(
     report: dict[str, Any]
     try:
         # With the report it returns a pair, which its types do not say.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = _loader(model_path).from_pretrained(
             model_path,
             dtype=getattr(torch, dtype),
             attn_implementation=attention,
@@ -136,6 +147,15 @@ def load_model(
         raise _unreadable(model_path, _quantisation(config), error) from error
     _check_loaded(model, report, model_path)
     return model.to(device).eval()  # type: ignore[arg-type]  # untyped decorator
+
+
+def _loader(model_path: str | os.PathLike[str]) -> Any:
+    """The class that loads a checkpoint: a language model, or what sees images and has one in it."""
+    config = AutoConfig.from_pretrained(model_path)
+    inside = config.get_text_config() is not config
+    if inside and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def _check_loaded(
@@ -186,12 +206,14 @@ def find_blocks(model: nn.Module, count: int) -> nn.ModuleList:
     """Returns a model's decoder blocks, found by structure rather than by name.
 
     Args:
-        model: The model.
+        model: The model; of one that sees images, the language model in it is looked at.
         count: Its number of decoder blocks, from the configuration.
 
     Raises:
         ExtractionError: Not exactly one outermost ``ModuleList`` has ``count`` entries.
     """
+    if isinstance(model, PreTrainedModel) and model.config.get_text_config() is not model.config:
+        model = model.get_decoder()
     lists = {
         name: module
         for name, module in model.named_modules()
@@ -212,14 +234,17 @@ def model_identity(
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> ModelIdentity:
-    """Returns what a pack says of its model; of a local path only its last part."""
+    """Returns what a pack says of its model; of a local path only its last part.
+
+    The type is that of the language model, alone or inside of one that sees images.
+    """
     text = config.get_text_config()
     template = None if tokenizer is None else tokenizer.chat_template
     local = Path(model_path)
     return ModelIdentity(
         name=local.resolve().name if local.exists() else str(model_path),
         architecture=(config.architectures or [config.model_type])[0],
-        model_type=config.model_type,
+        model_type=text.model_type,
         hidden_size=text.hidden_size,
         num_layers=text.num_hidden_layers,
         chat_template_sha256=(

@@ -127,7 +127,7 @@ FIELDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "vllm.config",
         "ModelConfig",
         (
-            "runner_type", "dtype", "max_model_len", "hf_config", "get_hidden_size",
+            "runner_type", "dtype", "max_model_len", "hf_config", "hf_text_config", "get_hidden_size",
             "get_total_num_hidden_layers", "get_total_num_kv_heads", "get_head_size", "use_mla",
             "is_hybrid", "is_attention_free",
         ),

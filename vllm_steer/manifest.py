@@ -56,7 +56,8 @@ class ModelIdentity(Record):
     Attributes:
         name: Name or path given at extraction; informative only.
         architecture: Class name in the checkpoint's configuration, such as ``LlamaForCausalLM``.
-        model_type: ``model_type`` of the checkpoint's configuration, such as ``llama``.
+        model_type: ``model_type`` of the language model's configuration, such as ``llama``; of a model
+            that sees images, of the language model in it.
         hidden_size: Width of the residual stream.
         num_layers: Number of decoder blocks.
         chat_template_sha256: Digest of the chat template that prompts were rendered by, None for none.

@@ -13,7 +13,9 @@ def dtype_name(dtype: object) -> str:
 
 
 def model_shape(model_config: Any) -> dict[str, Any]:
-    """Returns model type, hidden size and number of layers as packs record them.
+    """Returns model types, hidden size and number of layers, to compare with what packs record.
+
+    A model that sees images has the type of the language model in it, too, so that a pack of either serves both.
 
     Args:
         model_config: ``VllmConfig.model_config``.
@@ -21,8 +23,9 @@ def model_shape(model_config: Any) -> dict[str, Any]:
     Raises:
         CompatibilityError: The model does not say.
     """
+    types = (model_config.hf_text_config.model_type, model_config.hf_config.model_type)
     shape = {
-        "model_type": model_config.hf_config.model_type,
+        "model_types": tuple(dict.fromkeys(types)),
         "hidden_size": model_config.get_hidden_size(),
         "num_layers": model_config.get_total_num_hidden_layers(),
     }

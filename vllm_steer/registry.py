@@ -9,11 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Final
 
 import numpy as np
 
 from vllm_steer.errors import ConfigError, PackError, UnknownDirectionError, choices
 from vllm_steer.pack import DirectionRecord, SteeringPack, load_pack
+
+# Language models inside of models that see images, which compute on text what the other type does alone.
+_ON_TEXT: Final = {
+    "qwen2_vl_text": "qwen2",
+    "qwen2_5_vl_text": "qwen2",
+    "qwen3_vl_text": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_moe",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,17 +163,35 @@ class PackRegistry:
                 f"no loaded direction has the content {digest[:12]}…; the worker's packs differ from the API server's"
             ) from None
 
-    def check_model(self, *, model_type: str, hidden_size: int, num_layers: int) -> None:
-        """Raises PackError if a pack was made for a model of another type or shape."""
-        served = {"model_type": model_type, "hidden_size": hidden_size, "num_layers": num_layers}
+    def check_model(self, *, model_types: Iterable[str], hidden_size: int, num_layers: int) -> None:
+        """Checks that every pack was made for the served model, or for the language model in it.
+
+        Args:
+            model_types: Types that its packs may name.
+            hidden_size: Width of its residual stream.
+            num_layers: Its number of decoder blocks.
+
+        Raises:
+            PackError: A pack was made for a model of another type or shape.
+        """
+        served: dict[str, tuple[Any, ...]] = {
+            "model_type": tuple(model_types),
+            "hidden_size": (hidden_size,),
+            "num_layers": (num_layers,),
+        }
         for pack in self.packs.values():
             wrong = [
-                f"{field} {getattr(pack.manifest.model, field)!r} where the served model has {value!r}"
-                for field, value in served.items()
-                if getattr(pack.manifest.model, field) != value
+                f"{field} {getattr(pack.manifest.model, field)!r} where the served model has "
+                + " or ".join(map(repr, values))
+                for field, values in served.items()
+                if not {*map(_on_text, values)} & {_on_text(getattr(pack.manifest.model, field))}
             ]
             if wrong:
                 raise PackError(
                     f"steering pack {pack.name!r} ({pack.path}) was extracted from another model "
                     f"({pack.manifest.model.name}): {', '.join(wrong)}; extract it from the served model"
                 )
+
+
+def _on_text(value: Any) -> Any:
+    return _ON_TEXT.get(value, value)

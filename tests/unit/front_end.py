@@ -29,6 +29,7 @@ def started(*packs: SteeringPack, **fields: Any) -> Admission:
         max_model_len=64,
         dtype="float32",
         hf_config=SimpleNamespace(model_type=packs[0].manifest.model.model_type),
+        hf_text_config=SimpleNamespace(model_type=packs[0].manifest.model.model_type),
         get_hidden_size=lambda: HIDDEN,
         get_total_num_hidden_layers=lambda: LAYERS,
     )

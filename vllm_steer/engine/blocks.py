@@ -37,6 +37,7 @@ def find_blocks(model: nn.Module, num_layers: int) -> list[nn.Module]:
     """
     get_language_model = getattr(model, "get_language_model", None)
     if callable(get_language_model):
+        # Of a model that sees images, whose other tower may have as many blocks.
         model = get_language_model()
     outermost: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
