@@ -75,7 +75,9 @@ def _checked(rows: Rows, options: FitOptions) -> Rows:
     if not (rows.positive.any() and not rows.positive.all()):
         raise ExtractionError("both prefixed and unprefixed prompts are needed")
     if options.held_out and split_point(len(rows.labels)) > len(rows.labels) - 2:
-        raise ExtractionError(f"{len(rows.labels)} rows are too few to learn and validate from")
+        raise ExtractionError(
+            f"{len(rows.labels)} rows are too few to learn and validate from; give more statements of each side"
+        )
     if np.ptp(rows.labels) == 0:
         raise ExtractionError("all labels are equal: the chosen token pays the prefix no attention")
     return rows

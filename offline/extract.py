@@ -94,6 +94,8 @@ def extract_pack(
         EvaluationError: The engine that generates answers fails.
         PackError: The pack cannot be written.
     """
+    if workers < 1:
+        raise ExtractionError(f"workers is {workers}; it must be at least 1")
     config, tokenizer = load_config(model_path, settings.chat)
     # An engine would answer all day before anyone saw that the weights cannot be read.
     check_quantisation(config, model_path)
@@ -117,6 +119,12 @@ def extract_pack(
     )
     if not pairs and (unprefixed := [name for name, prefix in concepts if not prefix.strip()]):
         raise ExtractionError(f"concepts {unprefixed} have an empty prefix")
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+    except OSError as error:
+        raise ExtractionError(
+            f"{os.fspath(out_dir)}: the pack cannot be written ({error.strerror}); give a directory that can be made"
+        ) from error
     answers: Mapping[str, ConceptAnswers] = {}
     if settings.learn_from == "answers":
         if pairs:

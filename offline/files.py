@@ -9,16 +9,21 @@ from vllm_steer.pack import replace_file
 
 
 def read_text(file: Path, error: type[SteeringError]) -> str:
-    """Returns the text of a file that a user gave.
+    """Returns the text of a file that a user gave, without a byte order mark.
 
     Args:
         file: The file.
         error: What is raised when it cannot be read as UTF-8.
     """
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
-        raise error(f"cannot read {file}: {fault}") from fault
+        return file.read_text(encoding="utf-8-sig")
+    except OSError as fault:
+        raise error(f"cannot read {file}: {fault.strerror}; give a text file") from fault
+    except UnicodeDecodeError as fault:
+        raise error(
+            f"cannot read {file}: it is not in UTF-8 (byte {fault.start}); save it as UTF-8, such as by "
+            f"iconv -f latin1 -t utf-8"
+        ) from fault
 
 
 def read_lines(file: Path, error: type[SteeringError], strip: bool = True) -> list[str]:

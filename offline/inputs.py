@@ -213,7 +213,9 @@ def read_settings(
             chosen["method"] = "caa" if pairs else _method_for(chosen)
         return ExtractionSettings.model_validate(chosen)
     except OSError as error:
-        raise ExtractionError(f"cannot read {file}: {error.strerror}") from error
+        raise ExtractionError(
+            f"cannot read {file}: {error.strerror}; give a file of JSON"
+        ) from error
     except ValidationError as error:
         faults = explain_faults(error, "settings")
         raise ExtractionError(f"settings cannot be used: {faults}") from error

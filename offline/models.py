@@ -35,6 +35,43 @@ _ELSEWHERE = re.compile(
 _UNQUANTISED = "give the unquantised model that it was made from"
 
 
+def read_config(model_path: str | os.PathLike[str]) -> PreTrainedConfig:
+    """Reads the configuration of a language model, alone or inside of one that sees images.
+
+    Raises:
+        ExtractionError: There is none, or it cannot be read, or it is that of something else.
+    """
+    local = Path(model_path)
+    if local.is_file():
+        raise ExtractionError(
+            f"{str(model_path)!r} is a file; give the directory of a checkpoint, which vllm-steer model --gguf FILE --out "
+            f"DIR writes of a GGUF file"
+        )
+    adapter = local / "adapter_config.json"
+    if adapter.is_file() and not (local / "config.json").exists():
+        base = re.search(
+            r'"base_model_name_or_path":\s*"([^"]*)"', adapter.read_text(errors="replace")
+        )
+        raise ExtractionError(
+            f"{str(model_path)!r} is an adapter without its model{f', {base[1]}' if base else ''}; merge it into that, with "
+            f"merge_and_unload() of PEFT, and give the directory of the merged checkpoint"
+        )
+    try:
+        config = AutoConfig.from_pretrained(model_path)
+    # What a reader of files that others made stumbles over has no common class.
+    except Exception as error:
+        raise ExtractionError(
+            f"no configuration of a model at {str(model_path)!r}: {_line(error)}; give a checkpoint directory with a "
+            f"config.json that transformers reads, or the id of one on the hub"
+        ) from error
+    text = config.get_text_config()
+    if not all(hasattr(text, name) for name in ("hidden_size", "num_hidden_layers", "vocab_size")):
+        raise ExtractionError(
+            f"{str(model_path)!r} is a {config.model_type}, which has no language model; give one that writes text"
+        )
+    return config
+
+
 def load_config(
     model_path: str | os.PathLike[str], chat: ChatFormat | None = None
 ) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
@@ -47,33 +84,31 @@ def load_config(
     Raises:
         ExtractionError: There is no such model, it cannot be loaded, or has no such format.
     """
-    config = read_pretrained(AutoConfig, model_path)
-    tokenizer = read_pretrained(AutoTokenizer, model_path)
-    if tokenizer.chat_template is None and config.get_text_config() is not config:
-        # Of older models that see images, the file of the template is the processor's alone.
-        try:
-            processor, _ = ProcessorMixin.get_processor_dict(model_path)
-        except (OSError, ValueError) as error:
-            raise _unreadable(model_path, None, error) from error
-        tokenizer.chat_template = processor.get("chat_template")
-    return config, (chat or ChatFormat()).apply_to(tokenizer)
+    config = read_config(model_path)
+    return config, (chat or ChatFormat()).apply_to(read_tokenizer(model_path, config))
 
 
-def read_pretrained(kind: Any, model_path: str | os.PathLike[str]) -> Any:
-    """Loads one part of a checkpoint.
-
-    Args:
-        kind: One of the library's ``Auto`` classes.
-        model_path: Checkpoint directory or Hugging Face model id.
+def read_tokenizer(
+    model_path: str | os.PathLike[str], config: PreTrainedConfig
+) -> PreTrainedTokenizerBase:
+    """Reads a model's tokenizer, with the chat template of its processor where it has none of its own.
 
     Raises:
         ExtractionError: It is missing or cannot be read.
     """
     try:
-        return kind.from_pretrained(model_path)
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+        if tokenizer.chat_template is None and config.get_text_config() is not config:
+            # Of older models that see images, the file of the template is the processor's alone.
+            processor, _ = ProcessorMixin.get_processor_dict(model_path)
+            tokenizer.chat_template = processor.get("chat_template")
     # The readers of tokenizers, and the code that a checkpoint brings, raise what they like.
     except Exception as error:
-        raise _unreadable(model_path, None, error) from error
+        raise ExtractionError(
+            f"cannot load a tokenizer from {str(model_path)!r}: {_line(error)}; put the files of the model's tokenizer, "
+            f"such as tokenizer.json, beside its config.json"
+        ) from error
+    return tokenizer
 
 
 def check_quantisation(config: PreTrainedConfig, model_path: str | os.PathLike[str]) -> None:
@@ -90,6 +125,11 @@ def check_quantisation(config: PreTrainedConfig, model_path: str | os.PathLike[s
     # Every quantiser is a library of its own.
     except Exception as error:
         raise _unreadable(model_path, quantised, error) from error
+
+
+def _line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 def chosen_dtype(dtype: str, device: str | None) -> str:
@@ -129,7 +169,14 @@ def load_model(
         ExtractionError: There is no such model, or it cannot be loaded.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    config = read_pretrained(AutoConfig, model_path)
+    try:
+        torch.empty(0, device=device)
+    # Which of them depends on why there is none.
+    except (RuntimeError, AssertionError) as error:
+        raise ExtractionError(
+            f"there is no device {device!r} here ({_line(error)}); give cpu, or another one, such as cuda:0"
+        ) from error
+    config = read_config(model_path)
     check_quantisation(config, model_path)
     model: PreTrainedModel
     report: dict[str, Any]
@@ -140,6 +187,8 @@ def load_model(
             dtype=getattr(torch, dtype),
             attn_implementation=attention,
             output_loading_info=True,
+            # Refused below, by their names.
+            ignore_mismatched_sizes=True,
         )
         model, report = loaded
     # Readers of files, quantisers and the code that a checkpoint brings raise what they like.
@@ -151,7 +200,7 @@ def load_model(
 
 def _loader(model_path: str | os.PathLike[str]) -> Any:
     """The class that loads a checkpoint: a language model, or what sees images and has one in it."""
-    config = AutoConfig.from_pretrained(model_path)
+    config = read_config(model_path)
     inside = config.get_text_config() is not config
     if inside and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForImageTextToText
@@ -192,9 +241,11 @@ def _quantisation(config: PreTrainedConfig) -> dict[str, Any] | None:
 def _unreadable(
     model_path: str | os.PathLike[str], quantised: Mapping[str, Any] | None, error: Exception
 ) -> ExtractionError:
-    why = " ".join(str(error).split()) or type(error).__name__
+    why = _line(error)
     if quantised is None:
-        return ExtractionError(f"cannot load a model from {str(model_path)!r}: {why}")
+        return ExtractionError(
+            f"cannot load a model from {str(model_path)!r}: {why}; fetch it again if it is damaged"
+        )
     method = quantised.get("quant_method", "in an unnamed way")
     return ExtractionError(
         f"the checkpoint {str(model_path)!r} is quantised ({method}) and cannot be read here: {_UNQUANTISED}, whose pack is "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,10 @@ from offline.prompts import PrefixRole
 from vllm_steer.errors import ExtractionError, choices
 from vllm_steer.pack import DirectionRecord, PackName, Prefix, raw_dose
 
+_NAMES = (
+    "a direction's name has 1 to 128 characters, none of them / or : or a control character, and no space around it; a "
+    "pack's has letters, digits, '_', '.' and '-' alone"
+)
 # Of a direction that nobody has calibrated: a raw dose, and degrees from the first axis of a plane.
 _DOSE = 0.5
 _ANGLE = 60.0
@@ -45,8 +50,12 @@ def records_of(
     """
     names = [name for name, _ in concepts]
     every = [*names, *(name + PLANE_SUFFIX for name in names if method.plane)]
-    if not names or len(set(every)) != len(every):
-        raise ExtractionError("concepts must be given, each under a name of its own")
+    if not names:
+        raise ExtractionError("no concepts are given; a file of them has one per line")
+    if twice := [name for name, times in Counter(every).items() if times > 1]:
+        raise ExtractionError(
+            f"the names {twice[:5]} are given twice; each direction needs a name of its own"
+        )
     try:
         TypeAdapter(PackName).validate_python(pack_name)
         return [
@@ -64,9 +73,18 @@ def records_of(
             for name, prefix in concepts
         ]
     except ValidationError as error:
-        # A prefix may be as long as a book.
-        faults = "; ".join(f"{fault['input']!r:.80}: {fault['msg']}" for fault in error.errors())
-        raise ExtractionError(f"pack {pack_name!r} could not be written: {faults}") from error
+        raise ExtractionError(
+            f"pack {pack_name!r} could not be written: {explain(error)}"
+        ) from error
+
+
+def explain(error: ValidationError) -> str:
+    """Returns what is wrong with the names and scales that a user gave for directions."""
+    # A prefix may be as long as a book.
+    return "; ".join(
+        f"{fault['input']!r:.80}: {_NAMES if fault['type'] == 'string_pattern_mismatch' else fault['msg']}"
+        for fault in error.errors()
+    )
 
 
 def _scale(scales: Mapping[str, float] | float, name: str, kind: str) -> float:

@@ -116,7 +116,9 @@ def replace_pack(root: Path, manifest: bytes, vectors: bytes, sha256: str) -> No
             _sync(root)
             _sweep(root)
     except OSError as error:
-        raise PackError(f"{root}: the pack cannot be written ({error.strerror})") from error
+        raise PackError(
+            f"{root}: the pack cannot be written ({error.strerror}); give a directory that can be made"
+        ) from error
 
 
 @contextmanager

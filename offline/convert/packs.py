@@ -18,7 +18,6 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
-from transformers import AutoConfig, AutoTokenizer
 
 from offline.capture import capture
 from offline.chat import ChatFormat
@@ -27,13 +26,15 @@ from offline.convert.interpret import by_layer
 from offline.convert.readers import read_contents
 from offline.convert.vectors import VectorFile, checked, file_digest
 from offline.demo.statements import statements
-from offline.models import load_config, load_model, model_identity, read_pretrained
+from offline.models import load_config, load_model, model_identity, read_config, read_tokenizer
 from offline.prompts import render_prompt
+from offline.records import explain
 from vllm_steer.errors import ConversionError, ExtractionError, choices
 from vllm_steer.pack import (
     DirectionRecord,
     MethodRecord,
     ModelIdentity,
+    PackName,
     SteeringPack,
     load_pack,
     write_pack,
@@ -88,6 +89,7 @@ def import_pack(
         files.setdefault(key, []).append(read_direction(str(source), key, layers, model, notice))
     vectors = {key: _joined(key, read) for key, read in files.items()}
     try:
+        TypeAdapter(PackName).validate_python(name)
         records = [
             DirectionRecord(
                 name=key,
@@ -100,8 +102,7 @@ def import_pack(
             for key, read in files.items()
         ]
     except ValidationError as error:
-        faults = "; ".join(f"{fault['input']!r}: {fault['msg']}" for fault in error.errors())
-        raise ConversionError(f"pack {name!r} cannot be written: {faults}") from error
+        raise ConversionError(f"pack {name!r} cannot be written: {explain(error)}") from error
     norms = (
         _measure_norms(model_path, chat)
         if residual_norms is None
@@ -156,11 +157,11 @@ def export_direction(
 
 def _identity(model_path: str | os.PathLike[str], chat: ChatFormat) -> ModelIdentity:
     try:
-        config = read_pretrained(AutoConfig, model_path)
+        config = read_config(model_path)
     except ExtractionError as error:
         raise ConversionError(f"--model: {error}") from error
     try:
-        tokenizer = read_pretrained(AutoTokenizer, model_path)
+        tokenizer = read_tokenizer(model_path, config)
     except ExtractionError:
         return model_identity(model_path, config, None)
     try:

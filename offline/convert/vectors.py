@@ -82,7 +82,7 @@ def check_fit(
             f"{model.hidden_size}"
         )
     last = model.num_layers - 1
-    if beyond := sorted(layer for layer in layers if layer > last):
+    if beyond := sorted(layer for layer in layers if not 0 <= layer <= last):
         raise ConversionError(
             f"{file}: has layers {beyond[:5]}; the model has layers 0 to {last}, each the output of a block. Where 0 are "
             f"the embeddings, save each under the layer before it; else keep those of the model with --layers"

@@ -80,7 +80,7 @@ def test_norms_are_measured_with_the_model(
         (["--residual-norms", "norms.json", "--layers", "7"], r"no vector at layers \[7\]"),
         (["--residual-norms", "bad.json"], "it must be a JSON object of layer to norm"),
         (["--residual-norms", "norms.json"], "residual_norms lacks layers .3."),
-        (["--residual-norms", "norms.json", "--name", "../x"], "name: String should match"),
+        (["--residual-norms", "norms.json", "--name", "../x"], "letters, digits"),
         (["--residual-norms", "norms.json", "--layers", "1", "--scale", "nan"], "nan"),
     ],
 )  # fmt: skip
