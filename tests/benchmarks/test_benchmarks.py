@@ -28,7 +28,7 @@ RATIOS = ("idle", "steered_half", "steered_one", "steered_distinct")
 
 def bench(name: str, out: Path, *options: str) -> dict[str, Any]:
     """Runs a benchmark as its users do; returns its results."""
-    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--json", str(out)]
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--json", str(out)]
     _run([*command, *options])
     found: dict[str, Any] = json.loads(out.read_text())
     return found
@@ -180,7 +180,7 @@ def test_serve_with_many_directions(tmp_path: Path, work: Path) -> None:
 @pytest.mark.engine
 @pytest.mark.slow
 def test_gpu_on_a_cpu(tmp_path: Path, work: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--device", "cpu"]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu"]
     sizes = ["--shapes", "tiny", "--runners", "v1", "--batches", "2", "--answer", "16"]
     folders = ["--work", str(work), "--results", str(tmp_path)]
     _run([*command, *sizes, *folders, "--repetitions", "1", "--no-rivals"])

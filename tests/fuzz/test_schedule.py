@@ -15,13 +15,12 @@ from tests.fuzz.builds import MUTATIONS
 
 pytestmark = pytest.mark.engine
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "benchmarks" / "fuzz_schedule.py"
 
 
 def fuzz(out: Path, *options: str, package: Path = ROOT) -> dict[str, Any]:
     """Runs the fuzzer with the plugin found in ``package``; returns its results."""
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--json", str(out), *options],
+        [sys.executable, "-P", "-m", "benchmarks.fuzz_schedule", "--json", str(out), *options],
         env=os.environ | {"PYTHONPATH": f"{package}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,
