@@ -127,8 +127,9 @@ def ask(server: Server, route: str, fields: dict[str, Any]) -> httpx.Response:
     return httpx.post(server.url.removesuffix("/v1") + route, json=body, timeout=60)
 
 
-def test_somebody_has_decided_on_every_route(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of vLLM's own application with all that a flag or a variable adds to it."""
+@pytest.fixture
+def application(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """vLLM's own, with all that a flag or a variable adds to it."""
     from vllm.entrypoints.launchers.app import build_app
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -136,9 +137,19 @@ def test_somebody_has_decided_on_every_route(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     parser = make_arg_parser(FlexibleArgumentParser())
-    args = parser.parse_args(["--enable-scale-out", "--tokens-only"])
+    args = parser.parse_args(["--enable-scale-out", "--tokens-only", "--api-key", "secret"])
     args.enable_fault_tolerance = True
-    app = build_app(args, ("generate",))
+    return build_app(args, ("generate",))
+
+
+def test_a_key_is_checked_before_a_body_is_looked_into(application: Any) -> None:
+    order = [each.cls.__name__ for each in application.user_middleware]
+    ours = [order.index("SteeringFront"), order.index("SteeringGuard")]
+    assert order.index("AuthenticationMiddleware") < min(ours)
+
+
+def test_somebody_has_decided_on_every_route(application: Any) -> None:
+    app = application
     found = {
         route.path for route in app.routes if "POST" in (getattr(route, "methods", None) or ())
     }
