@@ -445,6 +445,11 @@ def test_settings_are_closed_and_checked():
             ExtractionSettings(**wrong)
     with pytest.raises(ValidationError):
         ExtractionSettings().seed = 1
+    # p-values are multiples of 1 / (permutations + 1), and the score counts those below 0.01.
+    for few in (1, 99):
+        with pytest.raises(ValidationError, match=f"permutations is {few}: .* needs 100 at least"):
+            ExtractionSettings(permutations=few)
+    assert ExtractionSettings(permutations=100).permutations == 100
 
 
 @pytest.mark.parametrize("layer", [1, 2])
