@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import json
 import random
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -27,13 +26,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as hypothesis_seed
 from tqdm import tqdm
 
-sys.path.append(str(Path(__file__).parents[1]))
-from benchmarks import report  # noqa: E402
-from benchmarks.fuzz_values import content_of, fault_of, mutated  # noqa: E402
-from offline.demo import demo_model_path  # noqa: E402
-from offline.demo.concepts import CONCEPTS  # noqa: E402
-from offline.demo.packs import FULL_METHOD, extract_demo_packs  # noqa: E402
-from offline.demo.server import SERVED_NAME, Server, serve  # noqa: E402
+from benchmarks import report
+from benchmarks.fuzz_values import content_of, fault_of, mutated
+from offline.demo import demo_model_path
+from offline.demo.concepts import CONCEPTS
+from offline.demo.packs import FULL_METHOD, extract_demo_packs
+from offline.demo.server import SERVED_NAME, Server, serve
 
 ROUTES = ("/completions", "/chat/completions", "/responses")
 NAMES = ("fears/spiders", "fears/heights")

@@ -1,6 +1,6 @@
 """Random schedules against the plain form: does every request get exactly its own steering?
 
-    python benchmarks/fuzz_schedule.py --requests 2000 --json fuzz_schedule.json
+    python -m benchmarks.fuzz_schedule --requests 2000 --json fuzz_schedule.json
 
 Each world is one engine with a small key-value cache, so that requests are preempted, and a small
 token budget, so that prompts are chunked; prefix cache, asynchronous scheduling and the number of
@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import random
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -28,13 +27,10 @@ from tqdm import tqdm
 from offline.demo import demo_model_path
 from offline.demo.corpus import user_text
 from offline.demo.statements import statements
+from offline.reference import Reference
+from tests.engine_process import pretend_triton_backend
+from tests.random_pack import checkpoint_identity, write_random_pack
 from vllm_steer.pack import load_pack
-
-# The plain form is the tests' own. Behind all else, so that a plugin found earlier is the one tested.
-sys.path.append(str(Path(__file__).parents[1]))
-from offline.reference import Reference  # noqa: E402
-from tests.engine_process import pretend_triton_backend  # noqa: E402
-from tests.random_pack import checkpoint_identity, write_random_pack  # noqa: E402
 
 TOLERANCE = 1e-4
 WORLD_REQUESTS = 125

@@ -14,18 +14,15 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# Behind all else, so that a plugin found earlier is the one measured.
-sys.path.append(str(Path(__file__).parents[1]))
-from benchmarks import arms, report  # noqa: E402
-from benchmarks.arms import Arm, Workload  # noqa: E402
-from benchmarks.engine import Engine  # noqa: E402
-from benchmarks.equality import Answer, compare_greedy  # noqa: E402
-from benchmarks.fleet import (  # noqa: E402
+from benchmarks import arms, report
+from benchmarks.arms import Arm, Workload
+from benchmarks.engine import Engine
+from benchmarks.equality import Answer, compare_greedy
+from benchmarks.fleet import (
     PLUGIN_ENVIRONMENT,
     Fleet,
     Measurement,
@@ -33,7 +30,7 @@ from benchmarks.fleet import (  # noqa: E402
     fleet,
     measure,
 )
-from benchmarks.models import SHAPES, WORK, BenchModel, prepare_model  # noqa: E402
+from benchmarks.models import SHAPES, WORK, BenchModel, prepare_model
 
 PROMPT = 32
 ANSWER = 128

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -22,17 +21,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Behind all else, so that a plugin found earlier is the one that is loaded.
-sys.path.append(str(Path(__file__).parents[1]))
-from benchmarks import report  # noqa: E402
-from benchmarks.load_cases import STEERINGS, CaseBook  # noqa: E402
-from benchmarks.load_check import World, check_metrics, compare  # noqa: E402
-from benchmarks.load_clients import load  # noqa: E402
-from offline.demo import demo_model_path  # noqa: E402
-from offline.demo.concepts import CONCEPTS  # noqa: E402
-from offline.demo.packs import FULL_METHOD, extract_demo_packs  # noqa: E402
-from offline.demo.server import serve  # noqa: E402
-from vllm_steer.pack import SteeringPack  # noqa: E402
+from benchmarks import report
+from benchmarks.load_cases import STEERINGS, CaseBook
+from benchmarks.load_check import World, check_metrics, compare
+from benchmarks.load_clients import load
+from offline.demo import demo_model_path
+from offline.demo.concepts import CONCEPTS
+from offline.demo.packs import FULL_METHOD, extract_demo_packs
+from offline.demo.server import serve
+from vllm_steer.pack import SteeringPack
 
 # Fewer than the requests that run at once need, so that some wait.
 _ROWS = 65

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,20 +21,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-# Behind all else, so that a plugin found earlier is the one measured.
-sys.path.append(str(Path(__file__).parents[1]))
-from benchmarks import report  # noqa: E402
-from tests.random_pack import random_identity, write_random_pack  # noqa: E402
-from vllm_steer.binding import bind  # noqa: E402
-from vllm_steer.config import GRAPH_REVISION, ResolvedConfig, plugin_version  # noqa: E402
-from vllm_steer.engine.intake import check_plan  # noqa: E402
-from vllm_steer.limits import check_limits  # noqa: E402
-from vllm_steer.pack import load_pack  # noqa: E402
-from vllm_steer.plan_message import decode_plan, encode_plan  # noqa: E402
-from vllm_steer.registry import PackRegistry  # noqa: E402
-from vllm_steer.request import PLAN_KEY, parse  # noqa: E402
-from vllm_steer.resolve import resolve  # noqa: E402
-from vllm_steer.store import configured_store  # noqa: E402
+from benchmarks import report
+from tests.random_pack import random_identity, write_random_pack
+from vllm_steer.binding import bind
+from vllm_steer.config import GRAPH_REVISION, ResolvedConfig, plugin_version
+from vllm_steer.engine.intake import check_plan
+from vllm_steer.limits import check_limits
+from vllm_steer.pack import load_pack
+from vllm_steer.plan_message import decode_plan, encode_plan
+from vllm_steer.registry import PackRegistry
+from vllm_steer.request import PLAN_KEY, parse
+from vllm_steer.resolve import resolve
+from vllm_steer.store import configured_store
 
 HIDDEN = 256
 PROMPT = 200

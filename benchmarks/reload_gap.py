@@ -12,24 +12,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
 from tqdm import tqdm
 
-# Behind all else, so that a plugin found earlier is the one measured.
-sys.path.append(str(Path(__file__).parents[1]))
-from benchmarks import report  # noqa: E402
-from benchmarks.models import PACK_NAME, prepare_model, write_pack  # noqa: E402
-from benchmarks.options import parser_of  # noqa: E402
-from benchmarks.serve import serving  # noqa: E402
-from benchmarks.traffic import SERVED_NAME  # noqa: E402
-from vllm_steer.pack import load_pack  # noqa: E402
+from benchmarks import report
+from benchmarks.models import PACK_NAME, prepare_model, write_pack
+from benchmarks.options import parser_of
+from benchmarks.serve import serving
+from benchmarks.traffic import SERVED_NAME
+from vllm_steer.pack import load_pack
 
 # Between a load and the next time of measurement.
 _PAUSE = 0.5

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,16 +23,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-# Behind all else, so that a plugin found earlier is the one measured.
-sys.path.append(str(Path(__file__).parents[1]))
-from benchmarks import arms, report  # noqa: E402
-from benchmarks.arms import Arm  # noqa: E402
-from benchmarks.models import DEMO, BenchModel, prepare_model, write_pack  # noqa: E402
-from benchmarks.options import parser_of  # noqa: E402
-from benchmarks.traffic import SERVED_NAME, Latency, Traffic, send  # noqa: E402
-from offline.demo.server import Server, free_port, running  # noqa: E402
-from vllm_steer.pack import load_pack  # noqa: E402
-from vllm_steer.verify.interleave import Ratio, ratio_to, rounds  # noqa: E402
+from benchmarks import arms, report
+from benchmarks.arms import Arm
+from benchmarks.models import DEMO, BenchModel, prepare_model, write_pack
+from benchmarks.options import parser_of
+from benchmarks.traffic import SERVED_NAME, Latency, Traffic, send
+from offline.demo.server import Server, free_port, running
+from vllm_steer.pack import load_pack
+from vllm_steer.verify.interleave import Ratio, ratio_to, rounds
 
 MAX_MODEL_LEN = 512
 PLAIN_ARM = Arm(arms.PLAIN, arms.PLAIN, arms.unsteered)

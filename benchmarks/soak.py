@@ -16,7 +16,6 @@ import asyncio
 import hashlib
 import json
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -27,16 +26,14 @@ from typing import Any
 import httpx
 from tqdm import tqdm
 
-# Behind all else, so that a plugin found earlier is the one that is loaded.
-sys.path.append(str(Path(__file__).parents[1]))
-from benchmarks import report  # noqa: E402
-from benchmarks import soak_bystanders as bystanders  # noqa: E402
-from benchmarks import soak_hostile as hostile  # noqa: E402
-from benchmarks.fuzz_http import memory  # noqa: E402
-from benchmarks.load_clients import scrape  # noqa: E402
-from benchmarks.soak_model import CALM, DEEP, SWING, write_model, write_packs  # noqa: E402
-from offline.demo.server import SERVED_NAME, Server, free_port, running, serve_command  # noqa: E402
-from vllm_steer.pack import SteeringPack  # noqa: E402
+from benchmarks import report
+from benchmarks import soak_bystanders as bystanders
+from benchmarks import soak_hostile as hostile
+from benchmarks.fuzz_http import memory
+from benchmarks.load_clients import scrape
+from benchmarks.soak_model import CALM, DEEP, SWING, write_model, write_packs
+from offline.demo.server import SERVED_NAME, Server, free_port, running, serve_command
+from vllm_steer.pack import SteeringPack
 
 _ADMIN = "administrator"
 # Of the time, for the waits beside unsteered load.

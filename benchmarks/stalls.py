@@ -14,7 +14,6 @@ import hashlib
 import json
 import random
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -27,12 +26,10 @@ from typing import Any
 import httpx
 from tqdm import tqdm
 
-# Behind all else, so that a plugin found earlier is the one measured.
-sys.path.append(str(Path(__file__).parents[1]))
-from benchmarks import report  # noqa: E402
-from offline.demo import demo_model_path  # noqa: E402
-from offline.demo.server import SERVED_NAME, Server, free_port, running, serve_command  # noqa: E402
-from tests.random_pack import checkpoint_identity, write_random_pack  # noqa: E402
+from benchmarks import report
+from offline.demo import demo_model_path
+from offline.demo.server import SERVED_NAME, Server, free_port, running, serve_command
+from tests.random_pack import checkpoint_identity, write_random_pack
 
 RATIO, SECONDS = 1.5, 0.05
 _LARGE = 6 * 2**20

@@ -11,16 +11,12 @@ every arm runs once, in random order, and its speed is divided by plain vLLM's i
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 from typing import Any
 
-# Behind all else, so that a plugin found earlier is the one measured.
-sys.path.append(str(Path(__file__).parents[1]))
-from benchmarks import arms, report  # noqa: E402
-from benchmarks.fleet import WAITING_LIMIT, Fleet, Measurement, Rounds, fleet, measure  # noqa: E402
-from benchmarks.models import prepare_model  # noqa: E402
-from benchmarks.options import parser_of  # noqa: E402
+from benchmarks import arms, report
+from benchmarks.fleet import WAITING_LIMIT, Fleet, Measurement, Rounds, fleet, measure
+from benchmarks.models import prepare_model
+from benchmarks.options import parser_of
 
 MAX_MODEL_LEN = 512
 CACHE_BYTES = 2**29

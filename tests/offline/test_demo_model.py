@@ -1,6 +1,6 @@
 """What ``benchmarks/FINDINGS.md`` says of the demo model, on a part of its held-out statements.
 
-``python benchmarks/demo_model.py`` measures the whole.
+``python -m benchmarks.demo_model`` measures the whole.
 """
 
 from __future__ import annotations
