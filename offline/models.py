@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -23,6 +24,7 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils.hub import cached_file
 
 from offline.chat import ChatFormat
 from vllm_steer.errors import ExtractionError
@@ -60,9 +62,11 @@ def read_config(model_path: str | os.PathLike[str]) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(model_path)
     # What a reader of files that others made stumbles over has no common class.
     except Exception as error:
+        absent = not local.exists() and str(model_path).startswith((os.sep, "."))
+        why = "there is no such directory" if absent else _line(error)
         raise ExtractionError(
-            f"no configuration of a model at {str(model_path)!r}: {_line(error)}; give a checkpoint directory with a "
-            f"config.json that transformers reads, or the id of one on the hub"
+            f"no configuration of a model at {str(model_path)!r}: {why}; give a checkpoint directory with a config.json "
+            f"that transformers reads, or the id of one on the hub"
         ) from error
     text = config.get_text_config()
     if not all(hasattr(text, name) for name in ("hidden_size", "num_hidden_layers", "vocab_size")):
@@ -228,6 +232,33 @@ def _check_loaded(
                 f"the checkpoint {str(model_path)!r} {what.format(len(keys))}, such as {keys[0]!r}, so what is loaded "
                 f"would not compute what it was trained to; {_UNQUANTISED}, or a version of transformers that reads this one"
             )
+    if getattr(model, "hf_quantizer", None) is not None:
+        return
+    if getattr(model.config, "quantization_config", None):
+        raise ExtractionError(
+            f"the checkpoint {str(model_path)!r} is quantised in a way that transformers leaves as it is; {_UNQUANTISED}, "
+            f"whose pack is served with the quantised one too"
+        )
+    _check_stored(model_path)
+
+
+def _check_stored(model_path: str | os.PathLike[str]) -> None:
+    """Checks that weights are stored as they are meant: others are cast without the scale that they want.
+
+    Raises:
+        ExtractionError: Some are integers, or floats of fewer than 16 bits.
+    """
+    config = cached_file(os.fspath(model_path), "config.json")
+    for file in sorted(Path(str(config)).parent.glob("model*.safetensors")):
+        with safe_open(os.fspath(file), framework="pt") as stream:
+            for name in stream.keys():  # noqa: SIM118
+                dtype = stream.get_slice(name).get_dtype()
+                # Masks are stored as biases, and positions under names of their own.
+                if name.endswith("weight") and dtype not in ("F64", "F32", "F16", "BF16"):
+                    raise ExtractionError(
+                        f"the checkpoint {str(model_path)!r} stores {name!r} as {dtype} and says nothing of how it was "
+                        f"quantised; {_UNQUANTISED}, whose pack is served with the quantised one too"
+                    )
 
 
 def _quantisation(config: PreTrainedConfig) -> dict[str, Any] | None:

@@ -72,6 +72,29 @@ UP = "model.layers.1.mlp.up_proj.weight"
         ({"model.layers.6.mlp.up_proj.weight": torch.ones(448, 256)}, {}, "has no place for"),
         ({UP: None}, {}, f"lacks 1 weights of the model, such as '{UP}'"),
         ({UP: torch.ones(8, 256)}, {}, "cannot load a model|of another shape"),
+        # Stored in eight bits, with a scale that is nowhere or under a name of its own.
+        ({UP: torch.ones(448, 256, dtype=torch.int8)}, {}, f"stores '{UP}' as I8"),
+        ({UP: torch.ones(448, 256).to(torch.float8_e4m3fn)}, {}, f"stores '{UP}' as F8_E4M3"),
+        (
+            {UP: torch.ones(448, 256).to(torch.float8_e4m3fn), f"{UP}_scale_inv": torch.ones(4, 2)},
+            {},
+            "no place for",
+        ),
+        # As GPTQ packs them.
+        (
+            {
+                UP: None,
+                UP.replace("weight", "qweight"): torch.ones(32, 448, dtype=torch.int32),
+                UP.replace("weight", "scales"): torch.ones(2, 448),
+            },
+            {},
+            f"lacks 1 weights of the model, such as '{UP}'",
+        ),
+        # Under another name.
+        ({UP: None, UP.replace("up_proj", "w3"): torch.ones(448, 256)}, {}, "lacks 1 weights"),
+        ({UP: torch.ones(448, 8)}, {}, "has 1 weights of another shape"),
+        ({}, {"quantization_config": {"quant_method": "modelopt"}}, "quantised"),
+        ({}, {"quantization_config": {"quant_method": "awq", "bits": 4}}, "cannot load|quantised"),
     ],
 )
 def test_a_model_that_is_not_that_of_its_checkpoint_is_refused(
