@@ -65,7 +65,7 @@ def read_config(model_path: str | os.PathLike[str]) -> PreTrainedConfig:
         absent = not local.exists() and str(model_path).startswith((os.sep, "."))
         why = "there is no such directory" if absent else _line(error)
         raise ExtractionError(
-            f"no configuration of a model at {str(model_path)!r}: {why}; give a checkpoint directory with a config.json "
+            f"cannot load a model from {str(model_path)!r}: {why}; give a checkpoint directory with a config.json "
             f"that transformers reads, or the id of one on the hub"
         ) from error
     text = config.get_text_config()

@@ -22,6 +22,7 @@ from vllm_steer.errors import ExtractionError, choices
 QUESTION = "What are your thoughts on the following statement? \nStatement: {statement}"
 SEPARATOR = "  "
 _PARTS_AS_THEY_STAND = re.compile(r"""["']type["']:\s*["']text["']""")
+_NOBODY_SAYS = "\u2e3b\u2e3b"
 PrefixRole = Literal["user", "system"]
 
 PREFIX_TEMPLATES: Mapping[str, str] = MappingProxyType(
@@ -239,38 +240,61 @@ def apply_template(
         return plain_text(tokenizer, [system, content])
     said = [("system", system)] if system else []
     said.append(("user", content))
+    texts = [text.strip() for _, text in said if text.strip()]
+    # One may be part of the other.
+    said_in_all = "\0".join(texts)
     refused: Exception | None = None
+    dropped = False
     for as_parts in (False, True):
-        # Templates of models that see images want a list of parts, and render nothing of a string.
-        messages: list[Any] = [
-            {"role": role, "content": [{"type": "text", "text": text}] if as_parts else text}
-            for role, text in said
-        ]
-        try:
-            rendered = cast(
-                str,
-                tokenizer.apply_chat_template(
-                    messages,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    **template_arguments(tokenizer),
-                ),
-            )
         # A template is a program, and may fail in any way on the form that is not its own.
+        try:
+            rendered = _rendered(tokenizer, said, as_parts, add_generation_prompt)
+            # What the template says by itself, so that a text that is in it is not taken for the one that it dropped.
+            frame = _rendered(
+                tokenizer,
+                [(role, _NOBODY_SAYS) for role, _ in said],
+                as_parts,
+                add_generation_prompt,
+            )
         except Exception as error:
             refused = refused or error
             continue
         # A template that knows no parts may write the list as it stands.
         if as_parts and _PARTS_AS_THEY_STAND.search(rendered):
             continue
-        if all(text.strip() in rendered for _, text in said):
+        if all(
+            rendered.count(text) - frame.count(text) >= said_in_all.count(text) for text in texts
+        ):
             return rendered
+        dropped = True
     what = "a system message" if system else "the prompt"
-    if refused is not None:
+    if refused is not None and not dropped:
         raise ExtractionError(f"the chat template refuses {what}: {refused}") from refused
     raise ExtractionError(
         f"the chat template renders the text of {what} 0 times unchanged, as a string and as a list of parts: it drops "
         f"or alters what is said, so the model would not read it"
+    )
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    said: Sequence[tuple[str, str]],
+    as_parts: bool,
+    add_generation_prompt: bool,
+) -> str:
+    """Renders roles and texts; templates of models that see images want a list of parts, and render nothing of a string."""
+    messages: list[Any] = [
+        {"role": role, "content": [{"type": "text", "text": text}] if as_parts else text}
+        for role, text in said
+    ]
+    return cast(
+        str,
+        tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **template_arguments(tokenizer),
+        ),
     )
 
 

@@ -58,6 +58,22 @@ def test_a_second_list_of_the_same_blocks() -> None:
     assert find_blocks(model(layers=wanted, again=wanted[:]), LAYERS) == list(wanted)
 
 
+def test_of_a_model_that_sees_images_the_blocks_of_its_language_model() -> None:
+    """Its other tower has as many."""
+
+    class SeesImages(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vision_tower = model(layers=blocks())
+            self.language_model = model(layers=wanted)
+
+        def get_language_model(self) -> nn.Module:
+            return self.language_model
+
+    wanted = blocks()
+    assert find_blocks(SeesImages(), LAYERS) == list(wanted)
+
+
 @pytest.mark.parametrize(
     ("lists", "message"),
     [

@@ -161,7 +161,7 @@ def test_pairs_mean_contrastive_addition_and_a_method_that_is_named_stays():
         ({"method": "prompt_only", "learn_from": "answers"}, "'prompt_only' takes learn_from 'prompts'"),
         ({"questions": 7}, "questions: Input should be greater than or equal to 8"),
         ({"train_rate": 0}, "train_rate: Input should be greater than 0"),
-        ({"answer_tokens": "all"}, "answer_tokens: Input should be 'mean', 'weighted' or 'attention'"),
+        ({"answer_tokens": "all"}, "answer_tokens: Input should be 'mean', 'weighted', 'attention' or 'telling'"),
     ],
     ids=str,
 )  # fmt: skip

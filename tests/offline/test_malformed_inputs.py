@@ -213,6 +213,10 @@ def edited(**fields: Any) -> Callable[[Path], Any]:
     return change
 
 
+def template(content: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / "chat_template.jinja").write_text(content)
+
+
 def without(*names: str) -> Callable[[Path], Any]:
     return lambda folder: [(folder / name).unlink() for name in names]
 
@@ -258,6 +262,9 @@ EXTRACTS: dict[str, tuple[Write, list[str], str | None]] = {
     "no pairs": (text("c.txt", ""), ["--pairs", "c.txt"], "no answer pairs for .'c'"),
     "one pair": (text("c.txt", json.dumps(PAIR)), ["--pairs", "c.txt"], None),
     "a directory without lists": (lambda _: None, ["--lists", "model"], "must hold one of"),
+    "a template that drops what is said": (
+        both(model("m", template("{{ '<|im_start|>user ok' }}")), text("c.txt", json.dumps(PAIR | {"prompt": "user"}))),
+        ["--pairs", "c.txt", "--model", "m"], "drops or alters what is said"),
     "an adapter alone": (adapter, [*CONCEPTS, "--model", "adapter"], "adapter.*some/base.*merge"),
     "no tokenizer": (model("m", without("tokenizer.json", "tokenizer_config.json")), OTHER, "tokenizer.json, beside"),
     "no weights": (model("m", without("model.safetensors")), OTHER, "cannot load a model.*no file named"),

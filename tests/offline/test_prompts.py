@@ -6,6 +6,7 @@ from offline.prompts import (
     PREFIX_TEMPLATES,
     QUESTION,
     _locate,
+    apply_template,
     count_candidates,
     prefix_for,
     render_answer,
@@ -223,3 +224,42 @@ def test_a_template_that_drops_what_is_said_is_refused(templated, template):
     ):
         with pytest.raises(ExtractionError, match="0 times unchanged, as a string and as a list"):
             render()
+
+
+@pytest.mark.parametrize("statement", ["assistant", "user", "a", "im_start"])
+def test_words_of_the_template_are_not_those_that_it_drops(templated, statement):
+    """They are in what is rendered, whatever was said."""
+    with pytest.raises(ExtractionError, match="0 times unchanged"):
+        render_answer(templated(DROPPING), statement, "Yes")
+    assert render_answer(templated(PARTS), statement, "Yes").text.count(statement) > 1
+
+
+@pytest.mark.parametrize(
+    ("change", "statement"),
+    [
+        ("part.text | e", "Salt & pepper?"),
+        ("part.text | tojson", 'She said "no".'),
+        ("part.text | title", "rain is good."),
+        ("part.text | replace('\n', ' ')", "One.\nTwo."),
+        ("part.text.split('?')[0]", "Is it? Is it not?"),
+        ("part.content", "rain is good."),
+    ],
+)
+def test_a_template_that_alters_what_is_said_is_refused(templated, change, statement):
+    with pytest.raises(ExtractionError, match="0 times unchanged"):
+        render_answer(templated(PARTS.replace("part.text }}", f"{change} }}}}")), statement, "Yes")
+
+
+def test_a_template_that_reads_one_message_alone_is_refused_where_there_are_two(templated):
+    tokenizer = templated(STRINGS.replace("for m in messages", "for m in messages[-1:]"))
+    assert STATEMENT in render_question(tokenizer, STATEMENT).text
+    with pytest.raises(ExtractionError, match="a system message 0 times unchanged"):
+        render_question(tokenizer, STATEMENT, PREFIX, role="system")
+
+
+def test_a_system_message_that_is_dropped_is_not_found_in_the_question(templated):
+    tokenizer = templated(STRINGS.replace("for m in messages", "for m in messages[-1:]"))
+    with pytest.raises(ExtractionError, match="a system message 0 times unchanged"):
+        render_question(tokenizer, "Why is rain good?", "rain", role="system")
+    said = {"add_generation_prompt": True, "system": "rain"}
+    assert apply_template(templated(STRINGS), "Why is rain good?", **said).count("rain") == 2
