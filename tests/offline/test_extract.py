@@ -374,7 +374,7 @@ def test_a_model_in_bfloat16_gives_nearly_the_same_pack(extract):
         ({"settings": {"token": -5}}, "tokens -4 to -1"),
         (
             {"model_path": "/nowhere/at/all"},
-            "model at '/nowhere/at/all': there is no such directory",
+            "model from '/nowhere/at/all': there is no such directory",
         ),
     ],
 )

@@ -270,7 +270,7 @@ EXTRACTS: dict[str, tuple[Write, list[str], str | None]] = {
     "no weights": (model("m", without("model.safetensors")), OTHER, "cannot load a model.*no file named"),
     "weights that end early": (model("m", halved), OTHER, "cannot load a model.*fetch it again"),
     "a shard that is not there": (model("m", sharded), OTHER, "cannot load a model.*b.safetensors"),
-    "weights of another shape": (model("m", edited(intermediate_size=50)), OTHER, "another shape, such as .*extract"),
+    "weights of another shape": (model("m", edited(intermediate_size=50)), OTHER, "another shape, such as .*unquantised"),
     "a width in words": (model("m", edited(hidden_size="wide")), OTHER, "hidden_size"),
     "a model that sees alone": (
         model("m", lambda f: (f / "config.json").write_text(VIT)), OTHER, "no language model"),

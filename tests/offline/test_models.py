@@ -152,7 +152,7 @@ def test_a_quantised_checkpoint_is_refused_with_what_to_do(
         shown = capsys.readouterr().err.splitlines()[-1]
         assert f"is quantised ({method})" in shown
         assert "give the unquantised model that it was made from, whose pack is served" in shown
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").glob("*"))
 
 
 @pytest.mark.parametrize("method", sorted(QUANTISED.keys() - {"bitsandbytes", "modelopt"}))
@@ -190,7 +190,7 @@ def test_a_damaged_file_is_an_error_of_extraction(
     path = tmp_path / "model"
     shutil.copytree(demo_model_path(), path)
     (path / file).write_bytes((path / file).read_bytes()[:kept])
-    with pytest.raises(ExtractionError, match=r"cannot load a model from .*/model': .+"):
+    with pytest.raises(ExtractionError, match=r"cannot load a (model|tokenizer) from .*/model': .+"):
         load(path)
 
 
