@@ -190,7 +190,9 @@ def test_a_damaged_file_is_an_error_of_extraction(
     path = tmp_path / "model"
     shutil.copytree(demo_model_path(), path)
     (path / file).write_bytes((path / file).read_bytes()[:kept])
-    with pytest.raises(ExtractionError, match=r"cannot load a (model|tokenizer) from .*/model': .+"):
+    with pytest.raises(
+        ExtractionError, match=r"cannot load a (model|tokenizer) from .*/model': .+"
+    ):
         load(path)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 from tests.unit.conftest import HIDDEN, LAYERS, resolved
 from vllm_steer.pack import SteeringPack
 from vllm_steer.registry import PackRegistry
-from vllm_steer.rpc import FORGET
 from vllm_steer.serving.admission import Admission
 from vllm_steer.serving.runtime import PackDesk
 from vllm_steer.store import keep_store
@@ -44,7 +43,7 @@ def desk_of(admission: Admission, *roots: Path) -> Iterator[PackDesk]:
     """The desk of a server whose engine agrees to everything."""
 
     async def agree(method: str, *arguments: Any) -> Any:
-        return arguments[0] if method == FORGET else True
+        return True
 
     engine = SimpleNamespace(engine_core=SimpleNamespace(call_utility_async=agree))
     assert admission.store is not None

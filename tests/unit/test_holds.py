@@ -10,11 +10,14 @@ import pytest
 from tests.unit.conftest import resolved
 from vllm_steer.engine.holds import HOLDS, ContentHolds, release_held
 from vllm_steer.engine.intake import check_intake
+from vllm_steer.engine.runtime import _core_forget, _core_load
+from vllm_steer.engine.staging import stage
 from vllm_steer.errors import PackError, RequestError
 from vllm_steer.pack import SteeringPack
 from vllm_steer.plan_message import encode_plan
 from vllm_steer.registry import PackRegistry
 from vllm_steer.request import PLAN_KEY
+from vllm_steer.rpc import FORGET
 from vllm_steer.steering_plan import Segment, SteeringPlan, Term
 from vllm_steer.store import configured_store, keep_store
 
@@ -66,3 +69,36 @@ def test_a_request_holds_from_intake_until_the_scheduler_frees_it(fears: Steerin
     with pytest.raises(PackError, match="no loaded direction has the content"):
         intake(core, request(3, Term(digest, 1.0, (1,))))
     assert forgotten() == {digest}
+
+
+def test_an_engine_forgets_what_its_requests_needed_without_being_told_again(
+    fears: SteeringPack,
+) -> None:
+    config = resolved(
+        packs=[str(fears.path)], digests=[fears.manifest.tensors.sha256], layers=[0, 1, 2, 3]
+    )
+    keep_store(config, PackRegistry([fears]))
+    told: list[set[str]] = []
+    core = SimpleNamespace(
+        vllm_config=SimpleNamespace(additional_config={"steering": config.model_dump()}),
+        model_executor=SimpleNamespace(
+            collective_rpc=lambda method, args: (
+                told.append(set(args[0])) if method == FORGET else []
+            )
+        ),
+    )
+    spiders, other = sorted(fears.digests.values())[:2]
+    HOLDS.hold("one", [spiders])
+    _core_forget(core, [spiders, other], ["fears"])
+    _core_forget(core, [], [])
+    HOLDS.release("one")
+    _core_forget(core, [], [])
+    assert told == [{other}, set(), {spiders}]
+    # Loaded again meanwhile, it stays.
+    HOLDS.hold("two", [spiders])
+    _core_forget(core, [spiders], [])
+    stage(str(fears.path), fears.manifest.tensors.sha256)
+    _core_load(core, str(fears.path), fears.manifest.tensors.sha256)
+    HOLDS.release("two")
+    _core_forget(core, [], [])
+    assert told[3:] == [set(), set()]

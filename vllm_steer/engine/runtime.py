@@ -17,6 +17,8 @@ from vllm_steer.engine.staging import drop_staged, stage, staged_pack
 from vllm_steer.rpc import FORGET, LOAD, STAGE
 from vllm_steer.store import PackStore, configured_store
 
+_LET_GO = "_vllm_steer_let_go"
+
 
 def install(engine_core: type) -> None:
     """Gives ``EngineCore`` the three methods."""
@@ -50,15 +52,26 @@ def _core_load(self: Any, path: str, sha256: str) -> None:
     self.model_executor.collective_rpc(LOAD, args=(path, sha256))
     # Last, so that what a worker refuses is not kept here.
     core_store(self).add(pack)
+    _let_go(self).difference_update(pack.digests.values())
     drop_staged()
 
 
-def _core_forget(self: Any, digests: list[str], names: list[str]) -> list[str]:
-    """Returns what was forgotten: content that a request here still needs is not."""
-    store = core_store(self)
-    dropped = HOLDS.drop_unheld(digests, lambda unheld: _forget(store, unheld, names))
+def _core_forget(self: Any, digests: list[str], names: list[str]) -> None:
+    """Content that a request here still needs is forgotten by a later call.
+
+    Of several engines behind one front end each has requests of its own.
+    """
+    store, let_go = core_store(self), _let_go(self)
+    let_go.update(digests)
+    dropped = HOLDS.drop_unheld(let_go, lambda unheld: _forget(store, unheld, names))
+    let_go -= dropped
     self.model_executor.collective_rpc(FORGET, args=(sorted(dropped), names))
-    return sorted(dropped)
+
+
+def _let_go(engine: Any) -> set[str]:
+    """What the front end has let go of and a request of the engine still needed then."""
+    found: set[str] = engine.__dict__.setdefault(_LET_GO, set())
+    return found
 
 
 def _forget(store: PackStore, digests: set[str], names: list[str]) -> None:

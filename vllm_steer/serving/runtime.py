@@ -273,9 +273,9 @@ class PackDesk:
         """Frees the content that no name leads to and no request uses, in every process."""
         store = self._store
         unused = sorted(d for d in store.retired if not self._admission.active[d])
-        if unused or names:
-            # What a request of the engine still needs is kept, and forgotten with the next change.
-            store.forget(set(await self._core.call_utility_async(FORGET, unused, names)))
+        # Also of nothing: an engine drops what its requests needed when it was let go of.
+        await self._core.call_utility_async(FORGET, unused, names)
+        store.forget(set(unused))
 
     def _find(self, name: str) -> Path:
         for root in self._roots:
