@@ -42,7 +42,8 @@ showcase: demo-full
 
 ## test: everything that runs in minutes, against real vLLM
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not (slow or engine or server)'
+	$(BIN)/python -m pytest -m '(engine or server) and not slow'
 
 ## test-slow: the long tests
 test-slow: setup
