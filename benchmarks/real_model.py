@@ -46,7 +46,7 @@ from offline.extract import extract_pack
 from offline.files import write_atomically
 from offline.gguf_model import model_path
 from offline.inputs import read_settings, statement_sides
-from offline.intervals import mean_interval
+from offline.intervals import SHARE, mean_interval
 from offline.models import load_config
 from offline.prompts import render_question
 from offline.scores import repetition
@@ -92,6 +92,8 @@ MAX_TOKENS = 48
 # chosen by which it takes a strength; these come after them.
 SKIPPED, ASKED = 32, 16
 PASSAGES, ITEMS = 6, 20
+# Figures that lie between 0 and 1.
+_SHARES = {"keyword_rate", "repetition", "multiple_choice"}
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class Figures:
             array = np.array(values, dtype=np.float64)
             logs = key.endswith("perplexity")
             array = np.log(array) if logs else array
-            low, high = mean_interval(array)
+            low, high = mean_interval(array, SHARE) if key in _SHARES else mean_interval(array)
             ends = [float(array.mean()), low, high]
             mean, low, high = [
                 None if end is None else math.exp(end) if logs else end for end in ends

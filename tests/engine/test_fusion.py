@@ -34,11 +34,10 @@ CASES = [
     Case(place, kind, 0, segments_of(kind, LAYERS), scales)
     for place, (kind, scales) in enumerate((k, s) for k, tried in SCALES.items() for s in tried)
 ]
-# The first question again, by scales that are equal layer by layer, and by none.
+# The first question again, by scales that are equal layer by layer.
 SAME = [
     Case(0, "full", 1, segments_of("full", LAYERS), (0.25,)),
     Case(0, "segmented", 1, segments_of("segmented", LAYERS), (0.25,) * 3),
-    Case(0, "full", 2, segments_of("full", LAYERS), (0.0,)),
 ]
 
 
@@ -92,11 +91,9 @@ def test_equals_the_delta_of_hugging_face(setting: Setting) -> None:
 
 
 def test_equal_scales_are_equal_answers(setting: Setting) -> None:
-    """A segment of all layers is the full one, and a scale of 0 is no steering."""
+    """A segment of all layers is the full one."""
     prompt = setting.references.prompts[0]
     asked = [*map(steering, SAME), None]
-    one, two, three, plain = setting.engine.generate([prompt] * 4, asked, TOKENS)
-    assert one.tokens == two.tokens
+    one, two, plain = setting.engine.generate([prompt] * 3, asked, TOKENS)
+    assert one.tokens == two.tokens != plain.tokens
     assert np.abs(one.logprobs - two.logprobs).max() < TOLERANCE
-    assert three.tokens == plain.tokens != one.tokens
-    assert np.abs(three.logprobs - plain.logprobs).max() < TOLERANCE
