@@ -193,6 +193,11 @@ BLOCKS = (
     Block(FINDINGS, "overhead", overhead_table),
     Block(FINDINGS, "extraction", extraction_table),
     Block(FINDINGS, "real-model", lambda: real_model.table(results("real-model")).strip()),
+    Block(
+        FINDINGS,
+        "real-model-untrained",
+        lambda: real_model.table(results("real-model-untrained")).strip(),
+    ),
     Block(FINDINGS, "methods", lambda: methods.published_table(results("methods"))),
     Block(FINDINGS, "fusion", lambda: fusion.figures_table(results("fusion"))),
     Block(FINDINGS, "fusion-seconds", lambda: fusion.seconds_table(results("fusion"))),
