@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,7 +36,7 @@ from vllm_steer.request import (
 )
 from vllm_steer.resolve import resolve
 from vllm_steer.serving import metrics
-from vllm_steer.serving.exchange import current_exchange
+from vllm_steer.serving.exchange import Exchange, current_exchange
 from vllm_steer.serving.refusals import as_http_400
 from vllm_steer.steering_plan import SteeringPlan, count_steered
 from vllm_steer.store import PackStore, configured_store
@@ -168,6 +169,18 @@ class Admission:
         self.active.subtract(list(receipt.names))
         self.active += Counter()
         metrics.ACTIVE_DIRECTIONS.set(len(self.active))
+
+    @contextmanager
+    def exchanging(self, exchange: Exchange) -> Iterator[None]:
+        """Lets vLLM answer with an exchange, and counts out what it was admitted with."""
+        token = current_exchange.set(exchange)
+        try:
+            yield
+        finally:
+            current_exchange.reset(token)
+            exchange.ended = True
+            for receipt in exchange.receipts:
+                self.release(receipt)
 
     def default(self, extra_args: dict[str, Any]) -> SteeringRequest | None:
         """Returns the steering of a request that names none, None where it declines the default."""

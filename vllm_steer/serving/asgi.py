@@ -114,14 +114,14 @@ def dump_object(fields: dict[str, Any]) -> bytes:
 
 def model_of(body: bytes) -> str | None:
     """Returns ``model`` of a JSON object, and reads no other value; None where it has none."""
-    for text in (body, _SURROGATES.sub(b"?", body)):
+    model: Any = None
+    try:
+        model = _NAMED.decode(body).model
+    except (msgspec.MsgspecError, RecursionError):
         try:
-            model = _NAMED.decode(text).model
+            model = _NAMED.decode(_SURROGATES.sub(b"?", body)).model
         except (msgspec.MsgspecError, RecursionError):
-            continue
-        return model if isinstance(model, str) else None
-    fields = parse_object(body)
-    model = fields.get("model") if fields else None
+            model = (parse_object(body) or {}).get("model")
     return model if isinstance(model, str) else None
 
 

@@ -34,7 +34,7 @@ from vllm_steer.serving.asgi import (
     with_length,
     with_model,
 )
-from vllm_steer.serving.exchange import Exchange, current_exchange
+from vllm_steer.serving.exchange import Exchange
 from vllm_steer.serving.packs_api import PREFIX, answer
 from vllm_steer.serving.responses import ModelList, Receipts, Stored, Unavailable
 
@@ -99,20 +99,15 @@ class SteeringFront:
     async def _exchanged(
         self, exchange: Exchange, scope: Message, receive: Receive, send: Send, admission: Admission
     ) -> None:
-        """Lets vLLM answer with an exchange, and counts out what it was admitted with."""
-        token = current_exchange.set(exchange)
+        """Lets vLLM answer with an exchange, or answers for it where a wait ended."""
         unavailable = Unavailable(send, exchange)
-        try:
-            await self.app(scope, receive, unavailable.send)
-        # vLLM does not catch it everywhere in what it streams.
-        except Exception:
-            if not await unavailable.refuse():
-                raise
-        finally:
-            current_exchange.reset(token)
-            exchange.ended = True
-            for receipt in exchange.receipts:
-                admission.release(receipt)
+        with admission.exchanging(exchange):
+            try:
+                await self.app(scope, receive, unavailable.send)
+            # vLLM does not catch it everywhere in what it streams.
+            except Exception:
+                if not await unavailable.refuse():
+                    raise
 
 
 def _may_name(body: bytes, aliases: Iterable[str]) -> bool:

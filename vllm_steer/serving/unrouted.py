@@ -29,14 +29,8 @@ def follow_chat(original: Callable[..., Any]) -> Callable[..., Any]:
         if named is not None and not self.models.is_base_model(request.model):
             exchange.model, exchange.alias = request.model, named.steering
             request = request.model_copy(update={"model": named.served})
-        token = current_exchange.set(exchange)
-        try:
+        with admission.exchanging(exchange):
             answer = await original(self, request, *args, **kwargs)
-        finally:
-            current_exchange.reset(token)
-            exchange.ended = True
-            for receipt in exchange.receipts:
-                admission.release(receipt)
         if exchange.receipts and hasattr(answer, "choices"):
             # vLLM's answers keep fields that they do not know.
             setattr(answer, REQUEST_KEY, [receipt.to_json() for receipt in exchange.receipts])
