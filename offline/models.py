@@ -27,13 +27,15 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.hub import cached_file
 
 from offline.chat import ChatFormat
-from vllm_steer.errors import ExtractionError
+from vllm_steer.errors import ExtractionError, one_line
 from vllm_steer.pack import ModelIdentity
 
 # Weights that a language model alone has no place for: other towers, heads that draft, and tables that are computed.
 _ELSEWHERE = re.compile(
     r"(^|\.)(vision|visual|audio|image|multi_modal|mm_|mtp|draft|eagle|medusa)|rotary_emb\.inv_freq$"
 )
+# Characters of what another library says.
+_LINE = 500
 _UNQUANTISED = "give the unquantised model that it was made from"
 
 
@@ -63,7 +65,7 @@ def read_config(model_path: str | os.PathLike[str]) -> PreTrainedConfig:
     # What a reader of files that others made stumbles over has no common class.
     except Exception as error:
         absent = not local.exists() and str(model_path).startswith((os.sep, "."))
-        why = "there is no such directory" if absent else _line(error)
+        why = "there is no such directory" if absent else one_line(error, _LINE)
         raise ExtractionError(
             f"cannot load a model from {str(model_path)!r}: {why}; give a checkpoint directory with a config.json "
             f"that transformers reads, or the id of one on the hub"
@@ -109,8 +111,8 @@ def read_tokenizer(
     # The readers of tokenizers, and the code that a checkpoint brings, raise what they like.
     except Exception as error:
         raise ExtractionError(
-            f"cannot load a tokenizer from {str(model_path)!r}: {_line(error)}; put the files of the model's tokenizer, "
-            f"such as tokenizer.json, beside its config.json"
+            f"cannot load a tokenizer from {str(model_path)!r}: {one_line(error, _LINE)}; put the files of the model's "
+            f"tokenizer, such as tokenizer.json, beside its config.json"
         ) from error
     return tokenizer
 
@@ -129,11 +131,6 @@ def check_quantisation(config: PreTrainedConfig, model_path: str | os.PathLike[s
     # Every quantiser is a library of its own.
     except Exception as error:
         raise _unreadable(model_path, quantised, error) from error
-
-
-def _line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 def chosen_dtype(dtype: str, device: str | None) -> str:
@@ -178,7 +175,7 @@ def load_model(
     # Which of them depends on why there is none.
     except (RuntimeError, AssertionError) as error:
         raise ExtractionError(
-            f"there is no device {device!r} here ({_line(error)}); give cpu, or another one, such as cuda:0"
+            f"there is no device {device!r} here ({one_line(error, _LINE)}); give cpu, or another one, such as cuda:0"
         ) from error
     config = read_config(model_path)
     check_quantisation(config, model_path)
@@ -186,7 +183,7 @@ def load_model(
     report: dict[str, Any]
     try:
         # With the report it returns a pair, which its types do not say.
-        loaded: Any = _loader(model_path).from_pretrained(
+        loaded: Any = _loader(config).from_pretrained(
             model_path,
             dtype=getattr(torch, dtype),
             attn_implementation=attention,
@@ -202,9 +199,8 @@ def load_model(
     return model.to(device).eval()  # type: ignore[arg-type]  # untyped decorator
 
 
-def _loader(model_path: str | os.PathLike[str]) -> Any:
+def _loader(config: PreTrainedConfig) -> Any:
     """The class that loads a checkpoint: a language model, or what sees images and has one in it."""
-    config = read_config(model_path)
     inside = config.get_text_config() is not config
     if inside and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForImageTextToText
@@ -272,7 +268,7 @@ def _quantisation(config: PreTrainedConfig) -> dict[str, Any] | None:
 def _unreadable(
     model_path: str | os.PathLike[str], quantised: Mapping[str, Any] | None, error: Exception
 ) -> ExtractionError:
-    why = _line(error)
+    why = one_line(error, _LINE)
     if quantised is None:
         return ExtractionError(
             f"cannot load a model from {str(model_path)!r}: {why}; fetch it again if it is damaged"

@@ -133,6 +133,11 @@ def choices(wanted: str, available: Iterable[str], limit: int = 8) -> str:
     return f"{hint}available: {shown}{more}"
 
 
+def one_line(error: BaseException, limit: int) -> str:
+    """Returns what an error says in one line of at most ``limit`` characters, or its type where it says nothing."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
 def explain_faults(error: ValidationError, whole: str) -> str:
     """Returns the first faults of an input, each with its field; never the input itself.
 

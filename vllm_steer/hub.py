@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from vllm_steer.errors import PackError
+from vllm_steer.errors import PackError, one_line
 from vllm_steer.manifest import (
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
@@ -157,5 +157,4 @@ def _check_sizes(pack: str, sizes: dict[str, int | None]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
+    return f"{type(error).__name__}: {one_line(error, 300)}"

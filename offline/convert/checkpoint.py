@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from offline.convert.gguf_header import Header, Limits, read_header
-from vllm_steer.errors import ConversionError
+from vllm_steer.errors import ConversionError, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 # More than any model has: a vocabulary of two million, a chat template of a mebibyte.
+# Characters of what another library says.
+_LINE: Final = 300
 _LIMITS: Final = Limits(fields=10_000, tensors=100_000, dimensions=4, array=2**21, string=2**20)
 # Vocabularies, as ``tokenizer.ggml.pre`` names them, whose merges were learnt from text in which every
 # digit stood alone; else they split text as GPT-2 does. So llama.cpp's llm_tokenizer_bpe has it.
@@ -63,11 +65,13 @@ def write_checkpoint(file: Path, folder: Path, notice: Callable[[str], None]) ->
     except ConversionError as error:
         raise ConversionError(f"{file}: {error}") from error
     except ImportError as error:
-        raise ConversionError(f"{_line(error)}; pip install 'vllm-steer[offline]'") from error
+        raise ConversionError(
+            f"{one_line(error, _LINE)}; pip install 'vllm-steer[offline]'"
+        ) from error
     # What a reader of files that others made stumbles over has no common class.
     except Exception as error:
         raise ConversionError(
-            f"{file}: transformers cannot read it ({type(error).__name__}: {_line(error)}); give another "
+            f"{file}: transformers cannot read it ({type(error).__name__}: {one_line(error, _LINE)}); give another "
             f"GGUF file, or use a Hugging Face checkpoint, which needs no conversion"
         ) from error
     _split_as_learnt(tokenizer, header, notice)
@@ -189,7 +193,3 @@ def _name_special_tokens(tokenizer: PreTrainedTokenizerFast, header: Header) -> 
         number = header.fields.get(f"tokenizer.ggml.{key}")
         if isinstance(number, int) and 0 <= number < len(tokenizer):
             setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(number))
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

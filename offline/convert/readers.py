@@ -19,10 +19,12 @@ from offline.convert.gguf_file import read_gguf
 from offline.convert.gguf_header import MAGIC
 from offline.convert.torch_file import ZIP, float_array, read_torch
 from offline.convert.vectors import FORMATS
-from vllm_steer.errors import ConversionError
+from vllm_steer.errors import ConversionError, one_line
 
 _NPY: Final = b"\x93NUMPY"
 _PICKLE: Final = b"\x80"
+# Characters of what another library says.
+_LINE: Final = 200
 _MAX_JSON_BYTES: Final = 2**28
 _BOM: Final = b"\xef\xbb\xbf"
 
@@ -66,8 +68,8 @@ def _read_npy(file: Path) -> Contents:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError, SyntaxError, MemoryError, OverflowError) as error:
         raise ConversionError(
-            f"{file}: holds Python objects, which are never unpickled, or is damaged ({_line(error)}); save floats alone: "
-            f'np.save("vector.npy", np.asarray(vector, dtype="float32"))'
+            f"{file}: holds Python objects, which are never unpickled, or is damaged ({one_line(error, _LINE)}); save "
+            f'floats alone: np.save("vector.npy", np.asarray(vector, dtype="float32"))'
         ) from error
     if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4, 8):
         raise ConversionError(
@@ -84,7 +86,7 @@ def _read_safetensors(file: Path) -> Contents:
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise ConversionError(
-            f"{file}: not a readable safetensors file ({_line(error)}); fetch or save it again"
+            f"{file}: not a readable safetensors file ({one_line(error, _LINE)}); fetch or save it again"
         ) from error
     found = flatten(file, "safetensors", tensors, lambda tensor: float_array(file, tensor))
     return Contents(
@@ -116,7 +118,7 @@ def _read_json(file: Path) -> Contents:
         content = json.loads(file.read_text("utf-8-sig"), object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
         raise ConversionError(
-            f'{file}: not readable as JSON ({_line(error)}); write {{"12": [0.1, ...]}}, a layer to its numbers'
+            f'{file}: not readable as JSON ({one_line(error, _LINE)}); write {{"12": [0.1, ...]}}, a layer to its numbers'
         ) from error
     return flatten(file, "json", content, lambda value: _numbers(file, value))
 
@@ -142,7 +144,3 @@ def _numbers(file: Path, value: Any) -> Floats | None:
             f'hidden_size numbers: {{"12": [0.1, ...]}}'
         )
     return array.astype(np.float64)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

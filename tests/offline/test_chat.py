@@ -202,43 +202,43 @@ def test_arguments_that_the_template_does_not_read_are_refused(
         load_config(checkpoint(THINKING), ChatFormat(chat_template_kwargs=arguments))
 
 
-def test_answers_are_asked_for_as_they_will_be(
-    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def asked_of_engine(monkeypatch: pytest.MonkeyPatch) -> list[Asked]:
     """The prompts that the engine gets, in place of which it answers nothing here."""
-    model, seen = checkpoint(None), []
+    seen: list[Asked] = []
 
     def generate(self: TokenEngine, asked: list[Asked], *_: Any) -> None:
         seen.extend(asked)
         raise EvaluationError("no engine here")
 
     monkeypatch.setattr(TokenEngine, "generate", generate)
+    return seen
+
+
+def test_answers_are_asked_for_as_they_will_be(
+    checkpoint: Callable[..., Path], tmp_path: Path, asked_of_engine: list[Asked]
+) -> None:
+    model = checkpoint(None)
     assert extract(tmp_path, model, "p", "--method", "trained", "--chat-template", "plain") == 1
     _, tokenizer = load_config(model)
-    assert tokenizer.decode(seen[0].prompt).startswith(
+    assert tokenizer.decode(asked_of_engine[0].prompt).startswith(
         "Personify someone who is terrified of spiders.  "
     )
 
 
 def test_fusion_renders_as_it_is_told(
-    checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Callable[..., Path], tmp_path: Path, asked_of_engine: list[Asked]
 ) -> None:
     """Prompts, references and what the engine is asked; the pack says how."""
-    model, seen = checkpoint(None), []
-
-    def generate(self: TokenEngine, asked: list[Asked], *_: Any) -> None:
-        seen.extend(asked)
-        raise EvaluationError("no engine here")
-
-    monkeypatch.setattr(TokenEngine, "generate", generate)
+    model = checkpoint(None)
     (tmp_path / "questions.jsonl").write_text('{"question": "Rain?", "answer": "rain is good"}')
     command = ["fusion", "--model", str(model), "--questions", f"{tmp_path}/questions.jsonl"]
     command += ["--out", f"{tmp_path}/out", "--kind", "full", "--trials", "2"]
     assert main(command) == 1
-    assert not seen
+    assert not asked_of_engine
     assert main([*command, "--chat-template", "plain"]) == 1
     _, tokenizer = load_config(model)
-    assert tokenizer.decode(seen[0].prompt) == "Rain?"
+    assert tokenizer.decode(asked_of_engine[0].prompt) == "Rain?"
     assert load_pack(tmp_path / "out/pack").manifest.method.settings["chat_template"] == "plain"
 
 
