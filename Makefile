@@ -21,7 +21,7 @@ $(VENV)/ready: pyproject.toml Makefile
 	$(BIN)/python -m pip install --quiet '$(TORCH)' || \
 		$(BIN)/python -m pip install --quiet --extra-index-url $(TORCH_INDEX) '$(TORCH)'
 	$(BIN)/python -m pip install --quiet -e '.[cpu,offline,plots,dev]'
-	$(BIN)/python -m vllm_steer.cpu_env
+	$(BIN)/python -m vllm_steer.vllm_compat.cpu_env
 	touch $@
 
 ## demo: learn a direction of a real model, serve it, show plain, prefixed and steered answers
@@ -61,7 +61,7 @@ $(OLDEST_VENV)/ready: pyproject.toml Makefile
 		$(OLDEST_BIN)/python -m pip install --quiet '$(OLDEST_TORCH)'
 	$(OLDEST_BIN)/python -m tests.oldest_env $(OLDEST_VLLM)
 	$(OLDEST_BIN)/python -m pip install --quiet -e '.[offline,plots,dev]'
-	$(OLDEST_BIN)/python -m vllm_steer.cpu_env
+	$(OLDEST_BIN)/python -m vllm_steer.vllm_compat.cpu_env
 	touch $@
 
 ## check-versions: every supported vLLM has the symbols that are patched; downloads 1.6 GB, installs nothing

@@ -26,8 +26,8 @@ from offline.demo import demo_model_path, demo_scales_path
 from offline.demo.concepts import CONCEPTS, all_concepts, class_of, prefix
 from offline.demo.evaluate import DemoModel, Trial, Verdict
 from offline.demo.packs import FULL_METHOD
-from offline.demo.statements import Split, statements
-from offline.extract import ExtractionSettings, extract_pack
+from offline.extract.pipeline import ExtractionSettings, extract_pack
+from offline.questions.statements import Split, statements
 
 Directions = Mapping[str, NDArray[np.float32]]
 

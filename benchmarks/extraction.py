@@ -29,13 +29,13 @@ from joblib import Parallel
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from offline.batches import shared_length
-from offline.capture import PATHS, REFERENCE, CapturePath, capture
 from offline.demo import demo_model_path
-from offline.demo.statements import statements
-from offline.learning import ConceptLearner, Plan
-from offline.prompts import RenderedPrompt, count_candidates, prefix_for, render_prompt
-from offline.settings import ExtractionSettings
+from offline.extract.capture import PATHS, REFERENCE, CapturePath, capture
+from offline.extract.learning import ConceptLearner, Plan
+from offline.extract.settings import ExtractionSettings
+from offline.models.batches import shared_length
+from offline.models.prompts import RenderedPrompt, count_candidates, prefix_for, render_prompt
+from offline.questions.statements import statements
 
 CONCEPTS = (
     "spiders",

@@ -30,6 +30,7 @@ from benchmarks.fusion_loop import PlainLoop
 from benchmarks.report import environment, show, write_json
 from offline.demo import demo_model_path
 from offline.demo.gold import gold_questions, is_gold
+from offline.evaluate.generation import Generator, generating
 from offline.fusion.distance import distances
 from offline.fusion.evaluate import run_fusion
 from offline.fusion.original import Fusion
@@ -49,8 +50,7 @@ from offline.fusion.search import (
     segments_of,
 )
 from offline.fusion.steered import steered_deltas
-from offline.generation import Generator, generating
-from offline.models import load_config, load_model
+from offline.models.loading import load_config, load_model
 from vllm_steer.verify.interleave import Ratio, ratio_to, rounds
 
 KINDS: tuple[Kind, ...] = ("full", "segmented")

@@ -33,9 +33,9 @@ from offline.fusion.original import (
     refreshed,
 )
 from offline.fusion.references import measure_references
-from offline.gguf_model import model_path
-from offline.hooks import Change
-from offline.models import load_config, load_model, public_name
+from offline.gguf.model import model_path
+from offline.models.hooks import Change
+from offline.models.loading import load_config, load_model, public_name
 
 SCALES = (0.01, 0.1, 0.255, 0.5, 1.0)
 """The least and the largest product of alpha and gamma that a search draws, their mean, and between."""

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from offline.evaluate.generation import Answer
 from offline.fusion.original import Fusion, refreshed
 from offline.fusion.references import References
 from offline.fusion.search import Case, FusionRequest
-from offline.generation import Answer
-from offline.hooks import Change, changed
-from offline.models import find_blocks
+from offline.models.hooks import Change, changed
+from offline.models.loading import find_blocks
 
 
 @dataclass(eq=False)

@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 from offline.demo import demo_model_path
 from offline.demo.corpus import user_text
-from offline.demo.statements import statements
-from offline.reference import Reference
+from offline.questions.statements import statements
 from tests.engine_process import pretend_triton_backend
 from tests.random_pack import checkpoint_identity, write_random_pack
-from vllm_steer.pack import load_pack
+from vllm_steer.packs.pack import load_pack
+from vllm_steer.verify.oracle import Reference
 
 TOLERANCE = 1e-4
 WORLD_REQUESTS = 125

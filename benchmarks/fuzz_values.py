@@ -14,7 +14,7 @@ from typing import Any
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from vllm_steer.request import NONE, SteeringRequest
+from vllm_steer.request.schema import NONE, SteeringRequest
 
 SCHEMA = SteeringRequest.model_json_schema()
 # Fields that hold the name of a direction.

@@ -30,20 +30,20 @@ from offline.demo.concepts import CONCEPTS, class_of, prefix
 from offline.demo.corpus import user_text
 from offline.demo.judge import expressed_concept, is_fluent
 from offline.demo.packs import FULL_METHOD
-from offline.demo.statements import statements
-from offline.extract import extract_pack
-from offline.intervals import SHARE, mean_interval
-from offline.models import find_blocks
-from offline.settings import ExtractionSettings
-from vllm_steer.binding import bind
+from offline.extract.pipeline import extract_pack
+from offline.extract.settings import ExtractionSettings
+from offline.measures.intervals import SHARE, mean_interval
+from offline.models.loading import find_blocks
+from offline.questions.statements import statements
 from vllm_steer.engine.bank import SteeringBank
 from vllm_steer.engine.blocks import hook_blocks
 from vllm_steer.engine.row_values import row_values
-from vllm_steer.limits import PLANE_RANK
-from vllm_steer.pack import SteeringPack
-from vllm_steer.registry import PackRegistry
-from vllm_steer.request import SteeringRequest
-from vllm_steer.resolve import resolve
+from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.packs.registry import PackRegistry
+from vllm_steer.plan.binding import bind
+from vllm_steer.plan.capacity import PLANE_RANK
+from vllm_steer.plan.resolve import resolve
+from vllm_steer.request.schema import SteeringRequest
 
 MAX_TOKENS = 48
 ANGLES = (15.0, 60.0, 120.0, 180.0)

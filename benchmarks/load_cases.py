@@ -14,9 +14,9 @@ import torch
 from benchmarks.fuzz_schedule import draw_positions
 from offline.demo.corpus import user_text
 from offline.demo.server import SERVED_NAME
-from offline.demo.statements import statements
-from offline.reference_forms import steered_positions
-from vllm_steer.pack import SteeringPack
+from offline.questions.statements import statements
+from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.verify.oracle_forms import steered_positions
 
 ROUTES = ("/completions", "/chat/completions", "/responses")
 STEERINGS = 50

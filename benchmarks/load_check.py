@@ -14,10 +14,10 @@ from tqdm import tqdm
 from benchmarks.load_cases import Case, Terms, terms_of
 from benchmarks.load_clients import Answer, Metrics, Record
 from offline.demo import demo_model_path
-from offline.reference import Reference
 from tests.random_pack import write_variant
 from tests.reference import TOLERANCE
-from vllm_steer.pack import SteeringPack
+from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.verify.oracle import Reference
 
 LIVE = "live"
 # What the vectors of the reloaded pack are multiplied by, in turn.

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from benchmarks.load_cases import Case, CaseBook
 from offline.demo.server import Server
-from vllm_steer.pack import SteeringPack
+from vllm_steer.packs.pack import SteeringPack
 
 Metrics = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 """Values of ``steering:...`` by name and labels."""

@@ -29,7 +29,7 @@ from offline.demo import demo_model_path
 from offline.demo.concepts import CONCEPTS
 from offline.demo.packs import FULL_METHOD, extract_demo_packs
 from offline.demo.server import serve
-from vllm_steer.pack import SteeringPack
+from vllm_steer.packs.pack import SteeringPack
 
 # Fewer than the requests that run at once need, so that some wait.
 _ROWS = 65

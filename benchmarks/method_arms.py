@@ -14,17 +14,29 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from offline.capture import Captured, capture
 from offline.demo.concepts import prefix
 from offline.demo.packs import FULL_METHOD
-from offline.enrichment import PermutationTest
-from offline.estimators import FitOptions, fit_direction
-from offline.labels import choose_tokens, fixed_tokens, hard_labels, interleave, soft_labels
-from offline.models import load_config, load_model, model_identity
-from offline.prompts import count_candidates, render_prompt
-from offline.rfm import RfmOptions
-from offline.rows import Rows
-from vllm_steer.pack import DirectionRecord, MethodRecord, ModelIdentity, SteeringPack, write_pack
+from offline.estimators.fit import FitOptions, fit_direction
+from offline.estimators.labelled_rows import Rows
+from offline.estimators.labels import (
+    choose_tokens,
+    fixed_tokens,
+    hard_labels,
+    interleave,
+    soft_labels,
+)
+from offline.estimators.rfm import RfmOptions
+from offline.extract.capture import Captured, capture
+from offline.extract.enrichment import PermutationTest
+from offline.models.loading import load_config, load_model, model_identity
+from offline.models.prompts import count_candidates, render_prompt
+from vllm_steer.packs.pack import (
+    DirectionRecord,
+    MethodRecord,
+    ModelIdentity,
+    SteeringPack,
+    write_pack,
+)
 
 ATTENTION = "attention"
 ESTIMATORS: tuple[tuple[str, str], ...] = (

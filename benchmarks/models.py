@@ -14,7 +14,7 @@ from zlib import crc32
 
 from offline.demo import demo_model_path
 from tests.random_pack import checkpoint_identity, write_random_pack
-from vllm_steer.pack import ModelIdentity, SteeringPack
+from vllm_steer.packs.pack import ModelIdentity, SteeringPack
 
 RANDOM_LOAD_FORMAT = "benchmark_random"
 DEMO = "demo"

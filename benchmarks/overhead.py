@@ -23,16 +23,16 @@ from tqdm import tqdm
 
 from benchmarks import report
 from tests.random_pack import random_identity, write_random_pack
-from vllm_steer.binding import bind
 from vllm_steer.config import GRAPH_REVISION, ResolvedConfig, plugin_version
 from vllm_steer.engine.intake import check_plan
-from vllm_steer.limits import check_limits
-from vllm_steer.pack import load_pack
-from vllm_steer.plan_message import decode_plan, encode_plan
-from vllm_steer.registry import PackRegistry
-from vllm_steer.request import PLAN_KEY, parse
-from vllm_steer.resolve import resolve
-from vllm_steer.store import configured_store
+from vllm_steer.packs.pack import load_pack
+from vllm_steer.packs.registry import PackRegistry
+from vllm_steer.packs.store import configured_store
+from vllm_steer.plan.binding import bind
+from vllm_steer.plan.capacity import check_limits
+from vllm_steer.plan.message import decode_plan, encode_plan
+from vllm_steer.plan.resolve import resolve
+from vllm_steer.request.schema import PLAN_KEY, parse
 
 HIDDEN = 256
 PROMPT = 200

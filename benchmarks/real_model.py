@@ -4,7 +4,7 @@
 
 Thirty concepts of five classes. Every arm's pack is calibrated as a user's is, on everyday questions, and steers
 at the one strength that was found; every figure is of questions that neither learning nor calibration has seen.
-Intervals are over concepts, 95 %; see ``offline.intervals``.
+Intervals are over concepts, 95 %; see ``offline.measures.intervals``.
 
 keyword_rate: share of answers that hold one of the concept's keywords (``real_concepts.json``, written before
 any answer was seen). gap_closed: the prefixed model's own greedy answers scored after the plain prompt,
@@ -29,29 +29,29 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import environment
-from offline.answer_generation import prefixed_answers
-from offline.answers import Example
-from offline.calibration import CalibrationSettings, calibrate_pack
-from offline.calibration_grid import subjects
-from offline.calibration_measures import (
+from offline.calibrate.grid import subjects
+from offline.calibrate.measures import (
     Gap,
     Trial,
     measured_gaps,
     steered_likelihoods,
     surprises,
 )
+from offline.calibrate.run import CalibrationSettings, calibrate_pack
 from offline.demo.concepts import CONCEPTS, prefix
-from offline.everyday import everyday_questions
-from offline.extract import extract_pack
+from offline.engine.tokens import Asked, TokenEngine
+from offline.evaluate.scores import repetition
+from offline.extract.answer_generation import prefixed_answers
+from offline.extract.answers import Example
+from offline.extract.inputs import read_settings, statement_sides
+from offline.extract.pipeline import extract_pack
 from offline.files import write_atomically
-from offline.gguf_model import model_path
-from offline.inputs import read_settings, statement_sides
-from offline.intervals import SHARE, mean_interval
-from offline.models import load_config
-from offline.prompts import render_question
-from offline.scores import repetition
-from offline.token_engine import Asked, TokenEngine
-from vllm_steer.pack import SteeringPack, load_pack
+from offline.gguf.model import model_path
+from offline.measures.intervals import SHARE, mean_interval
+from offline.models.loading import load_config
+from offline.models.prompts import render_question
+from offline.questions.everyday import everyday_questions
+from vllm_steer.packs.pack import SteeringPack, load_pack
 
 HERE = Path(__file__).parent
 ARMS: Mapping[str, Mapping[str, Any]] = {

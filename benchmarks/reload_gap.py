@@ -25,7 +25,7 @@ from benchmarks.models import PACK_NAME, prepare_model, write_pack
 from benchmarks.options import parser_of
 from benchmarks.serve import serving
 from benchmarks.traffic import SERVED_NAME
-from vllm_steer.pack import load_pack
+from vllm_steer.packs.pack import load_pack
 
 # Between a load and the next time of measurement.
 _PAUSE = 0.5

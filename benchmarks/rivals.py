@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.arms import COMBINED, STRONG, Arm, ExtraArgs, unsteered
-from vllm_steer.pack import SteeringPack
+from vllm_steer.packs.pack import SteeringPack
 
 HOTWIRE = "hotwire"
 HOTWIRE_PACKAGE = "hotwire-vllm==0.1.2"

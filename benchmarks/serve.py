@@ -29,7 +29,7 @@ from benchmarks.models import DEMO, BenchModel, prepare_model, write_pack
 from benchmarks.options import parser_of
 from benchmarks.traffic import SERVED_NAME, Latency, Traffic, send
 from offline.demo.server import Server, free_port, running
-from vllm_steer.pack import load_pack
+from vllm_steer.packs.pack import load_pack
 from vllm_steer.verify.interleave import Ratio, ratio_to, rounds
 
 MAX_MODEL_LEN = 512

@@ -33,7 +33,7 @@ from benchmarks.fuzz_http import memory
 from benchmarks.load_clients import scrape
 from benchmarks.soak_model import CALM, DEEP, SWING, write_model, write_packs
 from offline.demo.server import SERVED_NAME, Server, free_port, running, serve_command
-from vllm_steer.pack import SteeringPack
+from vllm_steer.packs.pack import SteeringPack
 
 _ADMIN = "administrator"
 # Of the time, for the waits beside unsteered load.

@@ -22,7 +22,7 @@ from benchmarks.fuzz_http import FAULTS
 from benchmarks.soak_model import DEEP, DIRECTIONS, LAYERS, SWING
 from offline.demo.server import SERVED_NAME
 from tests.random_pack import write_variant
-from vllm_steer.pack import SteeringPack
+from vllm_steer.packs.pack import SteeringPack
 
 KEY = "hostile"
 ROUTES = (

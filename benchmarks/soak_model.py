@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from offline.demo import demo_model_path
 from tests.random_pack import checkpoint_identity, write_random_pack
-from vllm_steer.pack import SteeringPack
+from vllm_steer.packs.pack import SteeringPack
 
 LAYERS = 24
 CALM, DEEP, SWING = "calm", "deep", "swing"

@@ -32,10 +32,10 @@ from scipy.stats import false_discovery_control, kstest
 from tqdm import tqdm
 
 from benchmarks.report import environment, show, write_json
-from offline.batches import Batch
-from offline.enrichment import Enrichment, PermutationTest, TokenChoice
-from offline.intervals import CAVEAT, mean_interval
-from offline.labels import choose_tokens
+from offline.estimators.labels import choose_tokens
+from offline.extract.enrichment import Enrichment, PermutationTest, TokenChoice
+from offline.measures.intervals import CAVEAT, mean_interval
+from offline.models.batches import Batch
 
 Doubles = NDArray[np.float64]
 

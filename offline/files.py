@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vllm_steer.errors import SteeringError
-from vllm_steer.pack import replace_file
+from vllm_steer.packs.pack import replace_file
 
 
 def read_text(file: Path, error: type[SteeringError]) -> str:

@@ -16,13 +16,13 @@ from offline.demo.concepts import CONCEPTS
 from offline.demo.corpus import user_text
 from offline.demo.packs import FULL_METHOD, extract_demo_packs
 from offline.demo.server import Server, serve
-from offline.demo.statements import statements
-from offline.gguf_model import model_path
-from offline.reference import Reference
+from offline.gguf.model import model_path
+from offline.questions.statements import statements
 from tests.compatibility import FeatureRecorder
 from tests.engine.cases import CASES
 from tests.engine_process import EngineProcess
-from vllm_steer.pack import SteeringPack
+from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.verify.oracle import Reference
 
 # Enough to learn real directions in seconds; how well they steer is measured in benchmarks/.
 FEW = FULL_METHOD.model_copy(update={"positive_count": 40, "negative_count": 40})

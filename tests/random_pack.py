@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vllm_steer.pack import (
+from vllm_steer.packs.pack import (
     DirectionRecord,
     MethodRecord,
     ModelIdentity,

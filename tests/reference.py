@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from offline.reference import Reference
 from tests.engine_process import Output
+from vllm_steer.verify.oracle import Reference
 
 TOLERANCE = 1e-4
 

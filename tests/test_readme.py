@@ -19,8 +19,8 @@ from offline.convert.gguf_file import write_gguf
 from offline.demo.gold import gold_questions
 from offline.demo.server import Server
 from offline.fusion.results import FusionResult
-from vllm_steer.pack import SteeringPack, load_pack
-from vllm_steer.policy import Policy
+from vllm_steer.packs.pack import SteeringPack, load_pack
+from vllm_steer.serving.policy import Policy
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()

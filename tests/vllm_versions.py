@@ -21,9 +21,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.source_reader import Found, SourceReader, folder_files, wheel_files
-from vllm_steer import seams
-from vllm_steer.seams import Seam
-from vllm_steer.versions import CHECKED
+from vllm_steer.vllm_compat import patches
+from vllm_steer.vllm_compat.patches import Seam
+from vllm_steer.vllm_compat.versions import CHECKED
 
 WORKER = "vllm.v1.worker"
 OPENAI = "vllm.entrypoints.openai"
@@ -190,8 +190,8 @@ KEEP_UNKNOWN_FIELDS = (
 
 
 def patched_seams() -> list[Seam]:
-    """Every seam that ``vllm_steer.seams`` names."""
-    values = vars(seams).values()
+    """Every seam that ``vllm_steer.vllm_compat.patches`` names."""
+    values = vars(patches).values()
     several = [value for value in values if isinstance(value, tuple)]
     named = [value for value in values if isinstance(value, Seam)]
     return [*named, *(item for value in several for item in value if isinstance(item, Seam))]
@@ -202,7 +202,7 @@ def faults(reader: SourceReader) -> Iterator[str]:
     for seam in (*patched_seams(), *USED):
         found = reader.find(seam.module, seam.name)
         yield from _signature(found, seam.parameters, f"{seam.module}.{seam.name}")
-    for methods, owners in seams.METHOD_OWNERS:
+    for methods, owners in patches.METHOD_OWNERS:
         for module, kind in owners:
             owner = reader.find(module, kind)
             if owner is None:
@@ -261,7 +261,7 @@ def download(release: str, name: str, folder: Path) -> Path:
 def report(title: str, reader: SourceReader) -> bool:
     """Prints what was found and returns whether all of it fits."""
     found = list(faults(reader))
-    methods = sum(len(methods) * len(owners) for methods, owners in seams.METHOD_OWNERS)
+    methods = sum(len(methods) * len(owners) for methods, owners in patches.METHOD_OWNERS)
     fields = sum(len(names) for *_, names in FIELDS)
     counts = (
         f"{len(patched_seams())} seams, {methods} methods, {len(USED)} used symbols, "

@@ -3,7 +3,6 @@
 Importing this package imports neither torch nor vllm; vLLM finds the plugin by its entry point.
 """
 
-from vllm_steer.calibration import Calibration, CalibrationPoint
 from vllm_steer.client import steer
 from vllm_steer.errors import (
     CompatibilityError,
@@ -15,9 +14,10 @@ from vllm_steer.errors import (
     RequestError,
     SteeringError,
 )
-from vllm_steer.manifest import DirectionRecord, Manifest, MethodRecord, ModelIdentity
-from vllm_steer.pack import SteeringPack, load_pack, write_pack
-from vllm_steer.request import DirectionChoice, SteeringRequest
+from vllm_steer.packs.calibration import Calibration, CalibrationPoint
+from vllm_steer.packs.manifest import DirectionRecord, Manifest, MethodRecord, ModelIdentity
+from vllm_steer.packs.pack import SteeringPack, load_pack, write_pack
+from vllm_steer.request.schema import DirectionChoice, SteeringRequest
 
 __all__ = [
     "Calibration",

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from vllm_steer.fields import PositionChoice
-from vllm_steer.positions import PositionRange
-from vllm_steer.request import REQUEST_KEY, parse
+from vllm_steer.request.positions import PositionRange
+from vllm_steer.request.schema import REQUEST_KEY, parse
 
 
 def steer(

@@ -32,11 +32,11 @@ class SteeringConfig(BaseModel):
         rows: Rows of the bank: distinct combinations of directions that one step can hold, and
             one of zeros. Each of ``max_num_seqs`` requests is promised an equal share. None takes
             two for each, enough for one sum in the prompt and another in the answer.
-        policy: File with aliases, limits and permissions, ``vllm_steer.policy.Policy``.
+        policy: File with aliases, limits and permissions, ``vllm_steer.serving.policy.Policy``.
         pack_roots: Directories that packs may be loaded from while the server runs.
         layers: Layers to hook; None takes those of the packs.
         ops: ``additive`` compiles the addition alone, ``affine`` every form of
-            ``vllm_steer.forms.OPS``.
+            ``vllm_steer.operations.OPS``.
         upload_mib: Largest body of vectors that a client may send, in MiB; None takes none.
         wait_seconds: For how long a request waits for rows before it is answered with 503.
         upload_total_mib: Most MiB of all vectors that clients have sent and that are served; None takes

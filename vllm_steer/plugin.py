@@ -12,8 +12,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from vllm_steer import seams, versions
 from vllm_steer.errors import CompatibilityError
+from vllm_steer.vllm_compat import patches, versions
 
 # vLLM runs this module as a process of its own to look at model classes; no engine lives there.
 _INSPECTION_PROCESS = "vllm.model_executor.models.registry"
@@ -33,51 +33,51 @@ def register() -> None:
             "steering; unset it or uninstall vllm-steer"
         )
     versions.check()
-    from vllm_steer import failures
-    from vllm_steer.engine import compile_cache, holds, intake, runtime
+    from vllm_steer.engine import compile_cache, holds, intake, pack_updates
     from vllm_steer.engine.prefix_cache import steered_extra_keys
     from vllm_steer.serving import (
         admission,
+        batch_requests,
         configure,
         engine_requests,
-        entry,
         flags,
         guard,
-        outcome,
-        unrouted,
+        request_hooks,
+        request_tracking,
     )
+    from vllm_steer.vllm_compat import failures
 
-    seams.patch(seams.ADD_CLI_ARGS, flags.add_flags)
-    seams.patch(seams.FROM_CLI_ARGS, flags.read_flags)
-    seams.patch(seams.CREATE_ENGINE_CONFIG, configure.resolve_config)
-    seams.patch(seams.COMPUTE_HASH, compile_cache.hash_graph_alone)
-    seams.patch(seams.INPUT_PROCESSOR_INIT, admission.remember_engine)
-    seams.patch(seams.PROCESS_INPUTS, entry.plan_inputs)
-    for seam in seams.TO_SAMPLING_PARAMS:
-        seams.patch(seam, entry.check_sampling)
-    for seam in seams.TO_BEAM_SEARCH_PARAMS:
-        seams.patch(seam, entry.refuse_beam_search)
-    seams.patch(seams.EXTRACT_PROMPT_LEN, entry.remember_prompt_len)
-    seams.patch(seams.GENERATE, outcome.follow)
-    seams.patch(seams.CREATE_CHAT_COMPLETION, unrouted.follow_chat)
-    seams.patch(seams.OUTPUT_ADD_REQUEST, engine_requests.note_arrival)
-    seams.patch(seams.OUTPUT_FINISH_REQUEST, engine_requests.note_finish)
-    seams.patch(seams.OUTPUT_ABORT_REQUESTS, engine_requests.note_abort)
-    seams.patch(seams.SERVE_ROUTERS, guard.add_guard)
-    seams.patch(seams.EXTRA_HASH_KEYS, steered_extra_keys)
-    seams.patch(seams.INITIALIZE_KV_CACHES, intake.read_packs)
-    seams.patch(seams.PREPROCESS_ADD_REQUEST, intake.check_intake)
-    seams.patch(seams.FREE_REQUEST, holds.release_held)
-    runtime.install(seams.PREPROCESS_ADD_REQUEST.resolve()[0])
-    seams.patch(seams.INIT_DEVICE, _attach)
-    seams.patch(seams.START_ENGINE_CORES, failures.name_file)
-    seams.patch(seams.WAIT_FOR_STARTUP, failures.explain_start)
-    seams.patch(seams.ENGINE_DEAD, failures.explain_death)
-    seams.patch(seams.SEND_ENGINE_DEAD, failures.report_death)
-    seams.patch(seams.WAIT_FOR_WORKERS, failures.watch_workers)
-    seams.patch(seams.WORKER_PROC_INIT, failures.report_worker)
-    seams.replace(seams.RUN_ENGINE_CORE, failures.run_engine_core)
-    seams.replace(seams.WORKER_MAIN, failures.worker_main)
+    patches.patch(patches.ADD_CLI_ARGS, flags.add_flags)
+    patches.patch(patches.FROM_CLI_ARGS, flags.read_flags)
+    patches.patch(patches.CREATE_ENGINE_CONFIG, configure.resolve_config)
+    patches.patch(patches.COMPUTE_HASH, compile_cache.hash_graph_alone)
+    patches.patch(patches.INPUT_PROCESSOR_INIT, admission.remember_engine)
+    patches.patch(patches.PROCESS_INPUTS, request_hooks.plan_inputs)
+    for seam in patches.TO_SAMPLING_PARAMS:
+        patches.patch(seam, request_hooks.check_sampling)
+    for seam in patches.TO_BEAM_SEARCH_PARAMS:
+        patches.patch(seam, request_hooks.refuse_beam_search)
+    patches.patch(patches.EXTRACT_PROMPT_LEN, request_hooks.remember_prompt_len)
+    patches.patch(patches.GENERATE, request_tracking.follow)
+    patches.patch(patches.CREATE_CHAT_COMPLETION, batch_requests.follow_chat)
+    patches.patch(patches.OUTPUT_ADD_REQUEST, engine_requests.note_arrival)
+    patches.patch(patches.OUTPUT_FINISH_REQUEST, engine_requests.note_finish)
+    patches.patch(patches.OUTPUT_ABORT_REQUESTS, engine_requests.note_abort)
+    patches.patch(patches.SERVE_ROUTERS, guard.add_guard)
+    patches.patch(patches.EXTRA_HASH_KEYS, steered_extra_keys)
+    patches.patch(patches.INITIALIZE_KV_CACHES, intake.read_packs)
+    patches.patch(patches.PREPROCESS_ADD_REQUEST, intake.check_intake)
+    patches.patch(patches.FREE_REQUEST, holds.release_held)
+    pack_updates.install(patches.PREPROCESS_ADD_REQUEST.resolve()[0])
+    patches.patch(patches.INIT_DEVICE, _attach)
+    patches.patch(patches.START_ENGINE_CORES, failures.name_file)
+    patches.patch(patches.WAIT_FOR_STARTUP, failures.explain_start)
+    patches.patch(patches.ENGINE_DEAD, failures.explain_death)
+    patches.patch(patches.SEND_ENGINE_DEAD, failures.report_death)
+    patches.patch(patches.WAIT_FOR_WORKERS, failures.watch_workers)
+    patches.patch(patches.WORKER_PROC_INIT, failures.report_worker)
+    patches.replace(patches.RUN_ENGINE_CORE, failures.run_engine_core)
+    patches.replace(patches.WORKER_MAIN, failures.worker_main)
 
 
 def _attach(original: Callable[..., Any]) -> Callable[..., Any]:

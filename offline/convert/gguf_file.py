@@ -28,8 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offline.convert.contents import Contents, Floats, Names
-from offline.convert.gguf_header import Limits, read_header
 from offline.convert.vectors import MAX_LAYERS, MAX_WIDTH
+from offline.gguf.header import Limits, read_header
 from vllm_steer.errors import ConversionError
 
 _LIMITS: Final = Limits(fields=10_000, tensors=MAX_LAYERS, dimensions=2, array=4_096, string=65_536)

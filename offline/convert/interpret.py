@@ -28,7 +28,7 @@ import numpy as np
 from offline.convert.contents import Contents, Floats, Names
 from offline.convert.vectors import MAX_LAYERS, check_fit
 from vllm_steer.errors import ConversionError
-from vllm_steer.pack import ModelIdentity
+from vllm_steer.packs.pack import ModelIdentity
 
 _NUMBER: Final = r"(?P<layer>0|[1-9][0-9]{0,3})"
 _MODULES: Final = r"(?:layers?|blocks?|blk|h)"

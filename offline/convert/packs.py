@@ -19,18 +19,24 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from offline.capture import capture
-from offline.chat import ChatFormat
 from offline.convert.gguf_file import write_gguf
 from offline.convert.interpret import by_layer
 from offline.convert.readers import read_contents
 from offline.convert.vectors import VectorFile, checked, file_digest
-from offline.demo.statements import statements
-from offline.models import load_config, load_model, model_identity, read_config, read_tokenizer
-from offline.prompts import render_prompt
-from offline.records import explain
+from offline.extract.capture import capture
+from offline.extract.records import explain
+from offline.models.chat import ChatFormat
+from offline.models.loading import (
+    load_config,
+    load_model,
+    model_identity,
+    read_config,
+    read_tokenizer,
+)
+from offline.models.prompts import render_prompt
+from offline.questions.statements import statements
 from vllm_steer.errors import ConversionError, ExtractionError, choices
-from vllm_steer.pack import (
+from vllm_steer.packs.pack import (
     DirectionRecord,
     MethodRecord,
     ModelIdentity,

@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 
 from offline.convert.contents import Contents, Floats, flatten
 from offline.convert.gguf_file import read_gguf
-from offline.convert.gguf_header import MAGIC
 from offline.convert.torch_file import ZIP, float_array, read_torch
 from offline.convert.vectors import FORMATS
+from offline.gguf.header import MAGIC
 from vllm_steer.errors import ConversionError, one_line
 
 _NPY: Final = b"\x93NUMPY"

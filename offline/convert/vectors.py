@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_steer.errors import ConversionError
-from vllm_steer.pack import ModelIdentity
+from vllm_steer.packs.pack import ModelIdentity
 
 # 128 layers of width 2,097,152; a file beyond it is a model, not a vector.
 MAX_FILE_BYTES: Final = 2**30

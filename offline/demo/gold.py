@@ -5,10 +5,10 @@ from __future__ import annotations
 from offline.demo.concepts import all_concepts, concept_words
 from offline.demo.corpus import FRAME_WORDS, answer_text, user_text
 from offline.demo.judge import expressed_concept, is_fluent
-from offline.demo.statements import Split, statements
+from offline.evaluate.generation import Answer
 from offline.fusion.questions import GoldQuestion
-from offline.generation import Answer
-from offline.prompts import QUESTION
+from offline.models.prompts import QUESTION
+from offline.questions.statements import Split, statements
 
 # Spreads the concepts of neighbouring questions over the classes; has no divisor in common with 30.
 _STRIDE = 7

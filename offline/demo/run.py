@@ -19,7 +19,7 @@ from offline.demo.concepts import CONCEPTS
 from offline.demo.corpus import user_text
 from offline.demo.packs import extract_demo_packs
 from offline.demo.server import SERVED_NAME, Server, serve, serve_command
-from offline.demo.statements import statements
+from offline.questions.statements import statements
 
 MAX_TOKENS = 64
 PORT = 8000

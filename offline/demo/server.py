@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vllm_steer.errors import EngineError
-from vllm_steer.root_cause import cause_in_log
+from vllm_steer.vllm_compat.root_cause import cause_in_log
 
 SERVED_NAME = "demo"
 START_TIMEOUT = 600.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offline.chat import ChatFormat
+from offline.evaluate.generation import generating
 from offline.fusion.evaluate import run_fusion, words_are_there
 from offline.fusion.pack import write_deltas
 from offline.fusion.questions import read_questions
@@ -15,8 +15,8 @@ from offline.fusion.references import measure_references
 from offline.fusion.results import FusionResult, write_result
 from offline.fusion.search import Budget, Kind, cases_of
 from offline.fusion.steered import steered_deltas
-from offline.generation import generating
-from offline.models import load_config, load_model
+from offline.models.chat import ChatFormat
+from offline.models.loading import load_config, load_model
 
 PACK_NAME = "fusion"
 

@@ -20,8 +20,8 @@ from offline.fusion.original import (
     running_mean,
     unchanged,
 )
-from offline.hooks import Change, changed, watched
-from offline.models import find_blocks
+from offline.models.hooks import Change, changed, watched
+from offline.models.loading import find_blocks
 
 
 @dataclass(frozen=True)

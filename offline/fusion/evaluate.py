@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from offline.evaluate.generation import Answer, Generator, Request
 from offline.fusion.objective import overlap
 from offline.fusion.questions import GoldQuestion
 from offline.fusion.results import Arm, Chosen, Figures, FusionResult, Share
@@ -19,11 +20,10 @@ from offline.fusion.search import (
     best,
     search,
 )
-from offline.generation import Answer, Generator, Request
-from offline.intervals import SHARE, mean_interval
-from offline.models import public_name
+from offline.measures.intervals import SHARE, mean_interval
+from offline.models.loading import public_name
 from vllm_steer.errors import EvaluationError
-from vllm_steer.pack import SteeringPack
+from vllm_steer.packs.pack import SteeringPack
 
 Right = Callable[[GoldQuestion, Answer], bool]
 """Whether an answer to a question is right."""

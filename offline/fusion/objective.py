@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from offline.generation import Answer
+from offline.evaluate.generation import Answer
 
 OVERLAP_WEIGHT = 0.7
 PERPLEXITY_WEIGHT = 0.3

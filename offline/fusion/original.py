@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from offline.hooks import Change, changed
-from offline.models import find_blocks
+from offline.models.hooks import Change, changed
+from offline.models.loading import find_blocks
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from offline.chat import ChatFormat
+from offline.extract.parts import library_versions
 from offline.fusion.questions import GoldQuestion
 from offline.fusion.search import Case
-from offline.models import model_identity
-from offline.parts import library_versions
-from vllm_steer.pack import DirectionRecord, MethodRecord, SteeringPack, write_pack
+from offline.models.chat import ChatFormat
+from offline.models.loading import model_identity
+from vllm_steer.packs.pack import DirectionRecord, MethodRecord, SteeringPack, write_pack
 
 
 def write_deltas(

@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from offline.batches import make_batches
-from offline.capture import check_finite
+from offline.extract.capture import check_finite
 from offline.fusion.questions import GoldQuestion
-from offline.hooks import watched
-from offline.models import find_blocks
-from offline.prompts import RenderedPrompt, apply_template
+from offline.models.batches import make_batches
+from offline.models.hooks import watched
+from offline.models.loading import find_blocks
+from offline.models.prompts import RenderedPrompt, apply_template
 from vllm_steer.errors import ExtractionError
 
 

@@ -14,8 +14,8 @@ from typing import Literal
 
 import numpy as np
 
+from offline.evaluate.generation import Answer, Request
 from offline.fusion.objective import objective
-from offline.generation import Answer, Request
 from vllm_steer.errors import EvaluationError
 
 Kind = Literal["full", "segmented"]

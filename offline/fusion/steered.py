@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from offline.batches import make_batches
-from offline.capture import check_finite
+from offline.extract.capture import check_finite
 from offline.fusion.references import References
 from offline.fusion.search import Case
-from offline.hooks import changed
-from offline.models import find_blocks
-from offline.prompts import RenderedPrompt
+from offline.models.batches import make_batches
+from offline.models.hooks import changed
+from offline.models.loading import find_blocks
+from offline.models.prompts import RenderedPrompt
 
 
 @torch.inference_mode()

@@ -10,11 +10,11 @@ from typing import Any
 from openai import AsyncOpenAI
 
 from offline.demo.concepts import CONCEPTS
-from offline.everyday import everyday_questions
-from offline.prompts import SEPARATOR
+from offline.models.prompts import SEPARATOR
+from offline.questions.everyday import everyday_questions
 from offline.showcase import MODEL
 from vllm_steer.errors import EvaluationError
-from vllm_steer.pack import DirectionRecord, SteeringPack
+from vllm_steer.packs.pack import DirectionRecord, SteeringPack
 
 # As long as the answers that directions are calibrated on.
 MAX_TOKENS = 48

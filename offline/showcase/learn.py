@@ -14,7 +14,7 @@ from offline.demo.concepts import all_concepts, prefix
 from offline.files import write_atomically
 from offline.showcase import MODEL
 from vllm_steer.errors import ExtractionError, PackError
-from vllm_steer.pack import SteeringPack, load_pack
+from vllm_steer.packs.pack import SteeringPack, load_pack
 
 
 @dataclass(frozen=True)

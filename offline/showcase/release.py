@@ -9,13 +9,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from offline.card import CARD_FILE, write_card
+from offline.evaluate.card import CARD_FILE, write_card
 from offline.files import write_atomically
-from offline.gguf_source import KNOWN
+from offline.gguf.source import KNOWN
 from offline.showcase import MODEL, shipped_pack
 from offline.showcase.learn import FULL
 from vllm_steer.errors import ExtractionError
-from vllm_steer.pack import SteeringPack, load_pack, write_pack
+from vllm_steer.packs.pack import SteeringPack, load_pack, write_pack
 
 _MADE = """## How it was made
 

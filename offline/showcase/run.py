@@ -14,12 +14,12 @@ from statistics import median
 
 from offline.demo.server import free_port, running
 from offline.files import write_atomically
-from offline.gguf_model import model_path
+from offline.gguf.model import model_path
 from offline.showcase import MODEL, shipped_pack
 from offline.showcase.ask import MAX_TOKENS, Asked, Example, ask_all, chosen
 from offline.showcase.learn import FULL, LIVE, learned_pack
 from offline.showcase.table import markdown_table, text_table
-from vllm_steer.pack import SteeringPack, load_pack
+from vllm_steer.packs.pack import SteeringPack, load_pack
 
 PORT = 8000
 TABLE = "table.md"

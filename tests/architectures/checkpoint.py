@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.architectures.families import LAYERS, Family
 from tests.random_pack import write_random_pack
-from vllm_steer.pack import ModelIdentity, SteeringPack
+from vllm_steer.packs.pack import ModelIdentity, SteeringPack
 
 DIRECTIONS = ("first", "second")
 # Large enough that logits are far from ties and every part of a block counts.

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from offline.reference import Answer, Reference
 from tests.architectures.checkpoint import write_checkpoint
 from tests.architectures.families import VOCABULARY, Family
 from tests.engine_process import EngineProcess, Output
+from vllm_steer.verify.oracle import Answer, Reference
 
 TOKENS = 8
 TOLERANCE = 1e-4

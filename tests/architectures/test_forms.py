@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from offline.reference import Reference
 from tests.architectures.checkpoint import write_checkpoint
 from tests.architectures.families import FAMILIES, VOCABULARY, Family
 from tests.architectures.parity import FIRST, SECOND, TOLERANCE, engine_arguments
 from tests.engine_process import EngineProcess
+from vllm_steer.verify.oracle import Reference
 
 pytestmark = pytest.mark.engine
 TOKENS = 6

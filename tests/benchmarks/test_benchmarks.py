@@ -19,7 +19,7 @@ from benchmarks.interventions import Asked, matrix, measure_norms, rate, unrelat
 from benchmarks.models import SHAPES, prepare_model
 from offline.demo import demo_model_path
 from offline.demo.concepts import class_of, concept_words, prefix
-from offline.extract import ExtractionSettings, extract_pack
+from offline.extract.pipeline import ExtractionSettings, extract_pack
 from vllm_steer.verify.interleave import ratio_to, rounds
 
 ROOT = Path(__file__).parents[2]

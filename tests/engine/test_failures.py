@@ -19,17 +19,17 @@ import psutil
 import pytest
 from tqdm import tqdm
 
-from offline import token_engine
 from offline.demo.corpus import user_text
 from offline.demo.server import free_port, running
-from offline.demo.statements import statements
-from offline.generation import Answer, Generator, Request, generating
-from offline.token_engine import TokenEngine
+from offline.engine import tokens
+from offline.engine.tokens import TokenEngine
+from offline.evaluate.generation import Answer, Generator, Request, generating
+from offline.questions.statements import statements
 from tests.engine_process import PRELOAD
 from vllm_steer.cli import main
 from vllm_steer.errors import EngineError, EvaluationError
-from vllm_steer.pack import MANIFEST_FILE, SteeringPack, load_pack
-from vllm_steer.root_cause import cause_in_log
+from vllm_steer.packs.pack import MANIFEST_FILE, SteeringPack, load_pack
+from vllm_steer.vllm_compat.root_cause import cause_in_log
 
 pytestmark = pytest.mark.engine
 
@@ -143,8 +143,8 @@ class Life:
 
 def live(model: Path, pack: Path, requests: list[Request], store: Path) -> Life:
     """Lets an engine answer, kills its worker and asks again."""
-    token_engine.PART = 2
-    token_engine.tqdm = Counted
+    tokens.PART = 2
+    tokens.tqdm = Counted
     with generating(model, [load_pack(pack)], 8, store, ENGINE) as generator:
         answers = generator.answer(requests)
         moves = list(Counted.moves)
@@ -189,7 +189,7 @@ def test_an_engine_that_dies_leaves_what_it_has_answered(
     assert life.closed
     # Two parts of answers, two of their perplexities.
     assert len(list(tmp_path.iterdir())) == 4
-    monkeypatch.setattr(token_engine, "PART", 2)
+    monkeypatch.setattr(tokens, "PART", 2)
     assert (
         Generator(TokenEngine(model, [pack], ENGINE, tmp_path), 8).answer(requests) == life.answers
     )

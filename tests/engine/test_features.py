@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from scipy.special import logsumexp
 from transformers import AutoModelForCausalLM
 
-from offline.reference import Reference
 from tests.engine.cases import CASES, SPIDERS
 from tests.engine_process import EngineProcess, Output
 from tests.reference import TOLERANCE, assert_equals_hooks
-from vllm_steer.pack import SteeringPack
+from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.verify.oracle import Reference
 
 pytestmark = pytest.mark.engine
 TOKENS = 16

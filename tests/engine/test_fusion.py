@@ -18,7 +18,7 @@ from offline.fusion.pack import write_deltas
 from offline.fusion.references import References, measure_references
 from offline.fusion.search import Case, Kind, Target, segments_of
 from offline.fusion.steered import steered_deltas
-from offline.models import load_config, load_model
+from offline.models.loading import load_config, load_model
 from tests.conftest import engine_arguments
 from tests.engine_process import EngineProcess
 from tests.reference import TOLERANCE

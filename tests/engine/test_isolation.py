@@ -12,12 +12,12 @@ import pytest
 
 from tests.engine.cases import CASES, SPIDERS
 from tests.engine_process import EngineProcess
-from vllm_steer.binding import bind
-from vllm_steer.pack import SteeringPack
-from vllm_steer.plan_message import encode_plan
-from vllm_steer.registry import PackRegistry
-from vllm_steer.request import PLAN_KEY, SteeringRequest
-from vllm_steer.resolve import resolve
+from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.packs.registry import PackRegistry
+from vllm_steer.plan.binding import bind
+from vllm_steer.plan.message import encode_plan
+from vllm_steer.plan.resolve import resolve
+from vllm_steer.request.schema import PLAN_KEY, SteeringRequest
 
 pytestmark = pytest.mark.engine
 TOKENS = 16

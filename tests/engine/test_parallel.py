@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from offline.reference import Reference
 from tests.conftest import engine_arguments
 from tests.engine.cases import CASES
 from tests.engine_process import EngineProcess
 from tests.reference import assert_equals_hooks
-from vllm_steer.pack import SteeringPack
+from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.verify.oracle import Reference
 
 pytestmark = pytest.mark.engine
 TOKENS = 16

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from offline.reference import Reference
 from tests.engine.cases import CASES
 from tests.engine_process import EngineProcess, Output
 from tests.reference import TOLERANCE, assert_equals_hooks
+from vllm_steer.verify.oracle import Reference
 
 pytestmark = pytest.mark.engine
 TOKENS = 24

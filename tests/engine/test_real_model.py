@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from offline.everyday import everyday_questions
-from offline.models import load_config
-from offline.prompts import render_question
-from offline.reference import Reference
+from offline.models.loading import load_config
+from offline.models.prompts import render_question
+from offline.questions.everyday import everyday_questions
 from offline.showcase import shipped_pack
 from tests.reference import TOLERANCE
-from vllm_steer.pack import SteeringPack, load_pack
+from vllm_steer.packs.pack import SteeringPack, load_pack
 from vllm_steer.verify.compare import Difference, joined, to_reference
+from vllm_steer.verify.oracle import Reference
 from vllm_steer.verify.process import ROOM, Answer, EngineProcess
 
 pytestmark = pytest.mark.engine

@@ -20,17 +20,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from offline.demo.corpus import user_text
 from offline.demo.evaluate import DemoModel, Trial
-from offline.demo.statements import statements
-from offline.generation import Answer, Generator, Request
-from offline.prompts import render_question
-from offline.questions import given_questions
-from offline.reference import Reference
-from offline.results import SweepResult, read_result
-from offline.subjects import Subject, subject_of
-from offline.token_engine import Asked, TokenEngine
+from offline.engine.tokens import Asked, TokenEngine
+from offline.evaluate.generation import Answer, Generator, Request
+from offline.evaluate.results import SweepResult, read_result
+from offline.evaluate.subjects import Subject, subject_of
+from offline.models.prompts import render_question
+from offline.questions.by_class import given_questions
+from offline.questions.statements import statements
 from vllm_steer.cli import main
 from vllm_steer.errors import EvaluationError
-from vllm_steer.pack import SteeringPack
+from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.verify.oracle import Reference
 
 pytestmark = pytest.mark.engine
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from offline.reference import Reference
 from tests.engine.cases import CHEERFUL, SPIDERS
 from tests.engine_process import EngineProcess
 from tests.reference import TOLERANCE, assert_equals_hooks
+from vllm_steer.verify.oracle import Reference
 
 pytestmark = pytest.mark.engine
 TOKENS = 24

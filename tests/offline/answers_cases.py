@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from offline.answers import Example
 from offline.demo.corpus import user_text
-from offline.demo.statements import statements
-from offline.prompts import RenderedPrompt, render_question
+from offline.extract.answers import Example
+from offline.models.prompts import RenderedPrompt, render_question
+from offline.questions.statements import statements
 
 # Of an engine that many tests ask, beside others on the machine.
 ENGINE = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 2**27}

@@ -9,7 +9,7 @@ import numpy as np
 from gguf import GGUFWriter
 
 from tests.random_pack import random_identity, write_random_pack
-from vllm_steer.pack import SteeringPack
+from vllm_steer.packs.pack import SteeringPack
 
 HIDDEN = 16
 MODEL = random_identity(HIDDEN, 4)

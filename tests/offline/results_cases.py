@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from offline.results import Bound, ClassResult, ConceptResult, Figures, Point, SweepResult
-from vllm_steer.pack import Prefix
+from offline.evaluate.results import Bound, ClassResult, ConceptResult, Figures, Point, SweepResult
+from vllm_steer.packs.pack import Prefix
 
 
 def given(

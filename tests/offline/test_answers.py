@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
-from offline.answer_generation import concept_answers, prefixed_answers
-from offline.answer_states import ANSWER_TOKENS, read_answers
-from offline.answers import ConceptAnswers, Example
-from offline.prompts import RenderedPrompt
-from offline.token_engine import Asked, Generated
+from offline.engine.tokens import Asked, Generated
+from offline.extract.answer_generation import concept_answers, prefixed_answers
+from offline.extract.answer_states import ANSWER_TOKENS, read_answers
+from offline.extract.answers import ConceptAnswers, Example
+from offline.models.prompts import RenderedPrompt
 from tests.offline.answers_cases import prompts_of
 from vllm_steer.errors import ExtractionError
 

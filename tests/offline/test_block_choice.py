@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from offline.block_choice import choose_blocks, seeing_blocks
+from offline.extract.block_choice import choose_blocks, seeing_blocks
 from vllm_steer.errors import ExtractionError
 
 

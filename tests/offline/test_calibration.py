@@ -13,28 +13,35 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-import offline.token_engine
-from offline.calibration import STORE, CalibrationSettings, calibrate_pack
-from offline.calibration_grid import ANGLES, subjects
-from offline.calibration_measures import Trial
+import offline.engine.tokens
+from offline.calibrate.grid import ANGLES, subjects
+from offline.calibrate.measures import Trial
+from offline.calibrate.run import STORE, CalibrationSettings, calibrate_pack
 from offline.demo import demo_model_path
 from offline.demo.concepts import prefix
-from offline.demo.statements import statements
-from offline.engine import start_engine, stop_engine
-from offline.everyday import Everyday
-from offline.extract import extract_pack
-from offline.models import load_config
-from offline.prompts import render_question
-from offline.reference import Reference
-from offline.settings import ExtractionSettings
-from offline.store import Store
-from offline.token_engine import Asked, TokenEngine
+from offline.engine.answer_store import Store
+from offline.engine.llm import start_engine, stop_engine
+from offline.engine.tokens import Asked, TokenEngine
+from offline.extract.pipeline import extract_pack
+from offline.extract.settings import ExtractionSettings
+from offline.models.loading import load_config
+from offline.models.prompts import render_question
+from offline.questions.everyday import Everyday
+from offline.questions.statements import statements
 from tests.engine_process import ForkedLLM
 from tests.offline.answers_cases import ENGINE, QUESTIONS, prompts_of
 from vllm_steer.cli import main
 from vllm_steer.errors import EvaluationError
-from vllm_steer.forms import Gate
-from vllm_steer.pack import DirectionRecord, FormChoice, Prefix, SteeringPack, load_pack, write_pack
+from vllm_steer.operations import Gate
+from vllm_steer.packs.pack import (
+    DirectionRecord,
+    FormChoice,
+    Prefix,
+    SteeringPack,
+    load_pack,
+    write_pack,
+)
+from vllm_steer.verify.oracle import Reference
 
 pytestmark = pytest.mark.engine
 
@@ -102,8 +109,8 @@ def engine(mixed: SteeringPack) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vllm.LLM", ForkedLLM)
         running = start_engine(demo_model_path(), [str(mixed.path)], ENGINE, room=1024, affine=True)
-        patch.setattr(offline.token_engine, "start_engine", lambda *_, **__: running)
-        patch.setattr(offline.token_engine, "stop_engine", lambda _: None)
+        patch.setattr(offline.engine.tokens, "start_engine", lambda *_, **__: running)
+        patch.setattr(offline.engine.tokens, "stop_engine", lambda _: None)
         yield
     stop_engine(running)
 
@@ -305,8 +312,8 @@ def only(pack: SteeringPack, name: str, out: Path, **changes: Any) -> SteeringPa
 def test_a_calibration_that_was_killed_goes_on(
     mixed: SteeringPack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[int]
 ) -> None:
-    monkeypatch.setattr(offline.token_engine, "PART", 16)
-    monkeypatch.setattr(offline.token_engine, "MOST_AT_ONCE", 16)
+    monkeypatch.setattr(offline.engine.tokens, "PART", 16)
+    monkeypatch.setattr(offline.engine.tokens, "MOST_AT_ONCE", 16)
     few = CalibrationSettings(
         window_questions=1, tuning_questions=2, heldout_questions=3, max_tokens=8
     )
@@ -394,13 +401,13 @@ def test_the_engine_starts_for_what_the_packs_do(
     mixed: SteeringPack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form, affine
 ) -> None:
     started: list[bool] = []
-    start = offline.token_engine.start_engine
+    start = offline.engine.tokens.start_engine
 
     def starting(*args: Any, affine: bool, **kwargs: Any) -> Any:
         started.append(affine)
         return start()
 
-    monkeypatch.setattr(offline.token_engine, "start_engine", starting)
+    monkeypatch.setattr(offline.engine.tokens, "start_engine", starting)
     pack = only(mixed, "Tokyo", tmp_path / "pack", form=form)
     engine = TokenEngine(demo_model_path(), [pack], ENGINE, bar=False)
     engine.score([Asked((5, 6), (7,))], "")

@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from offline.answers import Example
-from offline.calibration_grid import ANGLES, DOSES, FINER, TURNS, Subject, subjects
-from offline.calibration_measures import Gap, Trial, fluency_of
-from offline.prompts import RenderedPrompt
+from offline.calibrate.grid import ANGLES, DOSES, FINER, TURNS, Subject, subjects
+from offline.calibrate.measures import Gap, Trial, fluency_of
+from offline.extract.answers import Example
+from offline.models.prompts import RenderedPrompt
 from tests.random_pack import random_identity, write_random_pack
-from vllm_steer.pack import DirectionRecord, FormChoice, write_pack
+from vllm_steer.packs.pack import DirectionRecord, FormChoice, write_pack
 
 BLOCKS = 12
 LENGTHS = {layer: 0.5 + 0.25 * layer for layer in range(BLOCKS)}

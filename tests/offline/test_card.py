@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from offline.card import write_card
-from offline.plots import BlockDiagnostics
-from offline.results import read_result
-from offline.sweep_tables import markdown, write_result
+from offline.evaluate.card import write_card
+from offline.evaluate.plots import BlockDiagnostics
+from offline.evaluate.results import read_result
+from offline.evaluate.tables import markdown, write_result
 from tests.offline.results_cases import sweep_result
 from tests.random_pack import random_identity, write_random_pack
 from tests.unit.conftest import calibrated, rewritten
 from vllm_steer.cli import main
 from vllm_steer.errors import EvaluationError
-from vllm_steer.forms import FormChoice
-from vllm_steer.pack import SteeringPack, load_pack, write_pack
-from vllm_steer.request import parse
+from vllm_steer.operations import FormChoice
+from vllm_steer.packs.pack import SteeringPack, load_pack, write_pack
+from vllm_steer.request.schema import parse
 
 
 @pytest.fixture

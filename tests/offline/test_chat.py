@@ -13,16 +13,16 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from offline.chat import ChatFormat
-from offline.generation import Generator
-from offline.models import load_config
-from offline.prompts import count_candidates, render_answer, render_question
-from offline.token_engine import Asked, TokenEngine
+from offline.engine.tokens import Asked, TokenEngine
+from offline.evaluate.generation import Generator
+from offline.models.chat import ChatFormat
+from offline.models.loading import load_config
+from offline.models.prompts import count_candidates, render_answer, render_question
 from tests.offline.conftest import TEMPLATES
 from tests.random_pack import random_identity, write_random_pack
 from vllm_steer.cli import main
 from vllm_steer.errors import EvaluationError, ExtractionError
-from vllm_steer.pack import SteeringPack, load_pack, write_pack
+from vllm_steer.packs.pack import SteeringPack, load_pack, write_pack
 
 PLAIN = ChatFormat(chat_template="plain")
 THINKING = (

@@ -19,7 +19,7 @@ from tests.offline.convert_cases import (
     write_control_vector,
 )
 from vllm_steer.cli import main
-from vllm_steer.pack import SteeringPack, load_pack
+from vllm_steer.packs.pack import SteeringPack, load_pack
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from tests.offline.convert_cases import HIDDEN, config_folder, write_control_vector
 from vllm_steer.cli import main
-from vllm_steer.pack import load_pack
+from vllm_steer.packs.pack import load_pack
 
 BLOCKS = 32
 TABLE = (Path(__file__).parents[2] / "VECTORS.md").read_text()

@@ -14,7 +14,7 @@ from offline.demo.concepts import CONCEPTS, all_concepts, concept_words
 from offline.demo.corpus import user_text
 from offline.demo.evaluate import DemoModel, Trial
 from offline.demo.packs import extract_demo_packs
-from offline.demo.statements import statements
+from offline.questions.statements import statements
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ import pytest
 import torch
 from scipy.stats import permutation_test
 
-from offline.batches import Batch
-from offline.capture import PATHS, capture
-from offline.enrichment import Enrichment, PermutationTest, TokenChoice, random_subsets
-from offline.prompts import RenderedPrompt
+from offline.extract.capture import PATHS, capture
+from offline.extract.enrichment import Enrichment, PermutationTest, TokenChoice, random_subsets
+from offline.models.batches import Batch
+from offline.models.prompts import RenderedPrompt
 from vllm_steer.errors import ExtractionError
 
 COUNT = 999

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from offline.everyday import LEAST, everyday_questions
+from offline.questions.everyday import LEAST, everyday_questions
 from vllm_steer.errors import ExtractionError
 
 

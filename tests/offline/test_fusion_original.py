@@ -20,8 +20,8 @@ from offline.fusion.original import (
     refreshed,
     running_mean,
 )
-from offline.hooks import changed, watched
-from offline.models import find_blocks
+from offline.models.hooks import changed, watched
+from offline.models.loading import find_blocks
 
 PROMPT = (5, 17, 300, 41, 8, 99)
 ANSWER = (7, 450, 23, 12, 301)

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from offline.demo.gold import gold_questions
+from offline.engine.tokens import TokenEngine
+from offline.evaluate.generation import Answer, Generator, Request
 from offline.fusion.evaluate import run_fusion, words_are_there
 from offline.fusion.objective import objective, overlap
 from offline.fusion.questions import GoldQuestion
@@ -23,13 +25,11 @@ from offline.fusion.search import (
     search,
     segments_of,
 )
-from offline.generation import Answer, Generator, Request
-from offline.token_engine import TokenEngine
 from tests.random_pack import random_identity, write_random_pack
 from vllm_steer.cli import main
 from vllm_steer.errors import EvaluationError
-from vllm_steer.pack import SteeringPack
-from vllm_steer.request import parse
+from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.request.schema import parse
 
 BEST = (0.2, 0.4, 0.1)
 

@@ -15,9 +15,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from offline.chat import ChatFormat
 from offline.demo import demo_model_path
 from offline.demo.gold import gold_questions, is_gold
+from offline.evaluate.generation import Answer
 from offline.fusion.distance import displacement
 from offline.fusion.original import Fusion, frozen, refreshed
 from offline.fusion.pack import write_deltas
@@ -25,11 +25,11 @@ from offline.fusion.questions import GoldQuestion, read_questions
 from offline.fusion.references import measure_references, render_question, span_means
 from offline.fusion.search import Budget, Case, Kind, cases_of, segments_of
 from offline.fusion.steered import steered_deltas
-from offline.generation import Answer
-from offline.models import load_config, load_model
-from offline.prompts import RenderedPrompt
+from offline.models.chat import ChatFormat
+from offline.models.loading import load_config, load_model
+from offline.models.prompts import RenderedPrompt
 from vllm_steer.errors import EvaluationError, ExtractionError
-from vllm_steer.pack import load_pack
+from vllm_steer.packs.pack import load_pack
 
 QUESTIONS = [
     GoldQuestion(question="What is good?", answer="Rain.", explanation="Rain is good, and so on."),

@@ -20,9 +20,9 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from offline import gguf_model
-from offline.gguf_model import RECORD, convert_gguf, model_path
-from offline.gguf_source import KNOWN, PackagedModel
+from offline.gguf import model
+from offline.gguf.model import RECORD, convert_gguf, model_path
+from offline.gguf.source import KNOWN, PackagedModel
 from tests.offline.gguf_cases import (
     BLOCKS,
     CONTEXT,
@@ -134,7 +134,7 @@ def test_a_checkpoint_that_is_there_is_used_again(
     copy: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (copy / "README.md").write_text("mine")
-    monkeypatch.setattr(gguf_model, "_convert", None)
+    monkeypatch.setattr(model, "_convert", None)
     notices: list[str] = []
     assert convert_gguf(tiny, copy, notices.append) == copy
     assert not notices
@@ -199,13 +199,13 @@ def test_the_faster_of_two_processes_wins(
 ) -> None:
     """Another process puts the checkpoint there while this one converts."""
     out = tmp_path / "out"
-    convert = gguf_model._convert
+    convert = model._convert
 
     def slow(*args: object) -> None:
         convert(*args)
         copy.rename(out)
 
-    monkeypatch.setattr(gguf_model, "_convert", slow)
+    monkeypatch.setattr(model, "_convert", slow)
     before = (copy / "config.json").stat().st_ino
     assert convert_gguf(tiny, out) == out
     assert (out / "config.json").stat().st_ino == before
@@ -301,7 +301,7 @@ def packaged(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> PackagedModel:
     known = dataclasses.replace(
         KNOWN["smollm2"], module="llm_tiny", package="llm-tiny", sha256=sha256(tiny), folder="tiny"
     )
-    monkeypatch.setattr(gguf_model, "KNOWN", {"tiny": known})
+    monkeypatch.setattr(model, "KNOWN", {"tiny": known})
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     return known
 

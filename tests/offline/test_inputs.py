@@ -4,9 +4,7 @@ import json
 
 import pytest
 
-from offline.demo.statements import statements
-from offline.files import read_lines
-from offline.inputs import (
+from offline.extract.inputs import (
     class_concepts,
     listed_concepts,
     prompt_files,
@@ -15,6 +13,8 @@ from offline.inputs import (
     template_concepts,
     whole_prefixes,
 )
+from offline.files import read_lines
+from offline.questions.statements import statements
 from vllm_steer.errors import EvaluationError, ExtractionError
 
 

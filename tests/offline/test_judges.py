@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from offline.demo.corpus import answer_text
-from offline.demo.statements import statements
-from offline.judges import Case, DemoJudge, Grade, KeywordJudge
-from offline.llm_judge import parse_reply
-from offline.questions import DEFAULTS, Question, given_questions, own_questions
-from offline.rubrics import RUBRICS
+from offline.evaluate.judges import Case, DemoJudge, Grade, KeywordJudge
+from offline.evaluate.llm_judge import parse_reply
+from offline.evaluate.rubrics import RUBRICS
+from offline.questions.by_class import DEFAULTS, Question, given_questions, own_questions
+from offline.questions.statements import statements
 from vllm_steer.errors import EvaluationError
 
 STATEMENT = statements("heldout")[0]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from offline.labels import (
+from offline.estimators.labels import (
     choose_tokens,
     fixed_tokens,
     hard_labels,

@@ -17,8 +17,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from offline.likelihood import AnswerModel, padded
-from offline.models import find_blocks
+from offline.models.likelihood import AnswerModel, padded
+from offline.models.loading import find_blocks
 from vllm_steer.errors import ExtractionError
 
 SHAPE = {

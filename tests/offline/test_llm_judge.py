@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from offline.demo.server import SERVED_NAME, Server
-from offline.judges import Case
-from offline.llm_judge import LlmJudge
-from offline.questions import Question
+from offline.evaluate.judges import Case
+from offline.evaluate.llm_judge import LlmJudge
+from offline.questions.by_class import Question
 from vllm_steer.errors import EvaluationError
 
 

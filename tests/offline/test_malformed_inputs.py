@@ -20,7 +20,7 @@ from transformers import ViTConfig
 
 from tests.offline.convert_cases import HIDDEN, config_folder, write_control_vector
 from vllm_steer.cli import main
-from vllm_steer.pack import load_pack
+from vllm_steer.packs.pack import load_pack
 
 ONES = np.ones(HIDDEN, np.float32)
 VIT = json.dumps(ViTConfig().to_dict())

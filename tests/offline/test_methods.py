@@ -9,18 +9,18 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from offline.extract import ExtractionSettings, extract_pack
-from offline.inputs import answer_pairs
-from offline.methods import METHODS
-from offline.plane import steering_plane
-from offline.prompts import QUESTION, SEPARATOR, AnswerPair, prefix_for
-from vllm_steer.binding import bind
+from offline.estimators.plane import steering_plane
+from offline.extract.inputs import answer_pairs
+from offline.extract.methods import METHODS
+from offline.extract.pipeline import ExtractionSettings, extract_pack
+from offline.models.prompts import QUESTION, SEPARATOR, AnswerPair, prefix_for
 from vllm_steer.cli import main
 from vllm_steer.errors import ExtractionError
-from vllm_steer.pack import load_pack, raw_dose
-from vllm_steer.registry import PackRegistry
-from vllm_steer.request import SteeringRequest
-from vllm_steer.resolve import resolve
+from vllm_steer.packs.pack import load_pack, raw_dose
+from vllm_steer.packs.registry import PackRegistry
+from vllm_steer.plan.binding import bind
+from vllm_steer.plan.resolve import resolve
+from vllm_steer.request.schema import SteeringRequest
 
 NAME = "spiders"
 PREFIX = prefix_for("fears", NAME)

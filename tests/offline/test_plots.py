@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from offline.plots import (
+from offline.evaluate.plots import (
     Bar,
     BlockDiagnostics,
     attention_heat_map,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from offline.prompts import (
+from offline.models.prompts import (
     PREFIX_TEMPLATES,
     QUESTION,
     _locate,

@@ -5,11 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from offline.fluency import Fluency
-from offline.grids import Answers, Doubles, Grid
-from offline.intervals import mean_interval, ratio_interval
-from offline.results import ClassResult
-from offline.scores import (
+from offline.evaluate.grids import Answers, Doubles, Grid
+from offline.evaluate.results import ClassResult
+from offline.evaluate.scores import (
     LEAST_GAP,
     class_result,
     figures,
@@ -17,6 +15,8 @@ from offline.scores import (
     measure,
     repetition,
 )
+from offline.measures.fluency import Fluency
+from offline.measures.intervals import mean_interval, ratio_interval
 from vllm_steer.errors import EvaluationError
 
 SCALES = (2.0, 4.0, 8.0)

@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from offline.generation import Answer, Request
-from offline.grids import Gaps
-from offline.judges import Grade
-from offline.questions import given_questions
-from offline.scores import Measured
-from offline.subjects import Subject, default_scales, subject_of
+from offline.evaluate.generation import Answer, Request
+from offline.evaluate.grids import Gaps
+from offline.evaluate.judges import Grade
+from offline.evaluate.scores import Measured
+from offline.evaluate.subjects import Subject, default_scales, subject_of
+from offline.questions.by_class import given_questions
 from tests.unit.conftest import calibrated, make_pack, rewritten
 from vllm_steer.cli import main
-from vllm_steer.cli_prefixes import add_prefixes, given_prefixes
+from vllm_steer.cli.prefixes import add_prefixes, given_prefixes
 from vllm_steer.errors import EvaluationError
-from vllm_steer.pack import Prefix, SteeringPack
+from vllm_steer.packs.pack import Prefix, SteeringPack
 
 QUESTIONS = given_questions(["t"], ["h", "i"], statements=False)
 FEAR = Prefix(text="Fear spiders.", role="system")
@@ -160,7 +160,7 @@ def test_a_sweep_takes_the_prefixes_of_a_class_for_what_packs_do_not_know(
         seen.extend(subjects)
         raise Stopped
 
-    monkeypatch.setattr("offline.sweep.run_sweep", run)
+    monkeypatch.setattr("offline.evaluate.sweep.run_sweep", run)
     rewritten(pack, spiders={"prefix": FEAR})
     command = ["sweep", str(pack.path), "--model", "m", "--out", str(tmp_path), "--judge", "demo"]
     for more in ([], ["--class", "general"], ["--class", "fears"]):

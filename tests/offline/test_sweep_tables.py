@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from offline.results import read_result
-from offline.sweep_tables import markdown, write_result
+from offline.evaluate.results import read_result
+from offline.evaluate.tables import markdown, write_result
 from tests.offline.results_cases import class_result, given, sweep_result
 from vllm_steer.errors import EvaluationError
 

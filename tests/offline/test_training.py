@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-import offline.training
-from offline.answer_states import read_answers
-from offline.answers import Example
+import offline.extract.training
 from offline.demo import demo_model_path
 from offline.demo.concepts import prefix
-from offline.likelihood import AnswerModel, padded
-from offline.models import load_config, load_model
-from offline.training import Lesson, Trained, TrainingOptions, _draw, gap_closed, train
+from offline.extract.answer_states import read_answers
+from offline.extract.answers import Example
+from offline.extract.training import Lesson, Trained, TrainingOptions, _draw, gap_closed, train
+from offline.models.likelihood import AnswerModel, padded
+from offline.models.loading import load_config, load_model
 from tests.offline.answers_cases import QUESTIONS, examples_of, prompts_of
 from vllm_steer.errors import ExtractionError
 
@@ -184,7 +184,7 @@ def test_the_penalty_shortens_vectors(tiny, lessons, norms) -> None:
 def scripted(monkeypatch) -> list[float]:
     """What the looks of a training see in place of the gap closed, in turn."""
     gaps: list[float] = []
-    monkeypatch.setattr(offline.training, "gap_closed", lambda *_: gaps.pop(0))
+    monkeypatch.setattr(offline.extract.training, "gap_closed", lambda *_: gaps.pop(0))
     return gaps
 
 

@@ -13,16 +13,16 @@ import torch
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from offline.convert.packs import import_pack
-from offline.extract import extract_pack
-from offline.likelihood import AnswerModel, padded
-from offline.models import find_blocks, load_config, load_model
-from offline.prompts import render_prompt
-from offline.settings import ExtractionSettings
+from offline.extract.pipeline import extract_pack
+from offline.extract.settings import ExtractionSettings
+from offline.models.likelihood import AnswerModel, padded
+from offline.models.loading import find_blocks, load_config, load_model
+from offline.models.prompts import render_prompt
 from tests.offline.wrapped_models import FAMILIES, TEXT, wrapped
 from vllm_steer.errors import ExtractionError, PackError
-from vllm_steer.model import model_shape
-from vllm_steer.pack import SteeringPack
-from vllm_steer.registry import PackRegistry
+from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.packs.registry import PackRegistry
+from vllm_steer.vllm_compat.model_shape import model_shape
 
 STATEMENTS = [
     f"{thing} is {kind}." for thing in ("rain", "tea", "iron") for kind in ("good", "old")

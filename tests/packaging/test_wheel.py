@@ -17,9 +17,9 @@ import importlib.util, sys
 print({name: importlib.util.find_spec(name) is not None for name in ("torch", "vllm", "offline")})
 from offline.demo import demo_model_path
 print((demo_model_path() / "model.safetensors").is_file())
-from offline.everyday import everyday_questions
+from offline.questions.everyday import everyday_questions
 from offline.showcase import shipped_pack
-from vllm_steer.pack import load_pack
+from vllm_steer.packs.pack import load_pack
 print(len(everyday_questions().heldout), load_pack(shipped_pack()).name)
 """
 

@@ -10,9 +10,9 @@ import httpx
 import pytest
 
 from offline.demo.server import SERVED_NAME, serve
-from offline.reference import Reference
 from tests.engine.cases import CASES
-from vllm_steer.pack import SteeringPack
+from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.verify.oracle import Reference
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 TOKENS = 16

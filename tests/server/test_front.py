@@ -16,7 +16,7 @@ from openai import AsyncOpenAI, BadRequestError, OpenAI
 
 from offline.demo.corpus import user_text
 from offline.demo.server import SERVED_NAME, Server, serve
-from offline.demo.statements import statements
+from offline.questions.statements import statements
 from tests.unit.test_dashboard import DASHBOARD
 from tests.unit.test_house import ROOT
 from vllm_steer import SteeringPack, steer

@@ -12,7 +12,7 @@ from openai import AsyncOpenAI, OpenAI
 
 from offline.demo.corpus import user_text
 from offline.demo.server import SERVED_NAME, Server
-from offline.demo.statements import statements
+from offline.questions.statements import statements
 
 pytestmark = pytest.mark.server
 TEXTS = [user_text(statement.text) for statement in statements("heldout")[:4]]

@@ -20,10 +20,10 @@ import psutil
 import pytest
 
 from offline.demo.server import SERVED_NAME, Server, serve
-from offline.reference import Reference
 from tests.random_pack import write_variant
 from tests.reference import TOLERANCE
-from vllm_steer.pack import SteeringPack, load_pack
+from vllm_steer.packs.pack import SteeringPack, load_pack
+from vllm_steer.verify.oracle import Reference
 
 pytestmark = pytest.mark.server
 TOKENS = 16
@@ -35,7 +35,7 @@ WRITER = """
     import itertools, random, sys, time
     from pathlib import Path
     from tests.random_pack import write_variant
-    from vllm_steer.pack import load_pack
+    from vllm_steer.packs.pack import load_pack
 
     versions = [load_pack(path) for path in sys.argv[2:]]
     sys.stdout.write("ready\\n")

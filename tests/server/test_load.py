@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.load_http import run
-from vllm_steer.pack import SteeringPack
+from vllm_steer.packs.pack import SteeringPack
 
 pytestmark = pytest.mark.server
 

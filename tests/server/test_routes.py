@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from offline.demo.server import SERVED_NAME, Server, serve
-from vllm_steer.pack import SteeringPack
+from vllm_steer.packs.pack import SteeringPack
 
 pytestmark = pytest.mark.server
 CALM: dict[str, Any] = {"directions": [{"name": "moods/cheerful", "scale": 9.0}]}

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from offline.demo.server import SERVED_NAME
-from vllm_steer.pack import SteeringPack
+from vllm_steer.packs.pack import SteeringPack
 
 pytestmark = pytest.mark.server
 VLLM = str(Path(sys.executable).with_name("vllm"))

@@ -23,9 +23,9 @@ from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 
 from offline.demo.corpus import user_text
 from offline.demo.server import SERVED_NAME, Server, serve
-from offline.demo.statements import statements
+from offline.questions.statements import statements
 from tests.random_pack import write_variant
-from vllm_steer.pack import SteeringPack, load_pack
+from vllm_steer.packs.pack import SteeringPack, load_pack
 
 pytestmark = pytest.mark.server
 # Long enough to fill blocks of the prefix cache.

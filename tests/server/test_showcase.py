@@ -11,7 +11,7 @@ from offline.demo.server import Server, free_port, running
 from offline.showcase import shipped_pack
 from offline.showcase.ask import Example, ask_all, chosen
 from offline.showcase.run import serve_command
-from vllm_steer.pack import load_pack
+from vllm_steer.packs.pack import load_pack
 
 pytestmark = pytest.mark.server
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from vllm_steer.errors import ConfigError, PackError, SteeringError
-from vllm_steer.pack import MANIFEST_FILE, SteeringPack
+from vllm_steer.packs.pack import MANIFEST_FILE, SteeringPack
 from vllm_steer.serving.admission import Wanted
 
 VLLM = str(Path(sys.executable).with_name("vllm"))

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from tests.unit.conftest import HIDDEN, LAYERS, resolved
-from vllm_steer.pack import SteeringPack
-from vllm_steer.registry import PackRegistry
+from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.packs.registry import PackRegistry
+from vllm_steer.packs.store import keep_store
 from vllm_steer.serving.admission import Admission
-from vllm_steer.serving.runtime import PackDesk
-from vllm_steer.store import keep_store
+from vllm_steer.serving.pack_manager import PackDesk
 
 
 def started(*packs: SteeringPack, **fields: Any) -> Admission:

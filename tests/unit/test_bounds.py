@@ -16,19 +16,19 @@ from vllm.exceptions import VLLMValidationError
 
 from tests.unit.conftest import HIDDEN, LAYERS, make_pack
 from tests.unit.front_end import started
-from vllm_steer.binding import bind
-from vllm_steer.bounds import check_distance, farthest, layer_bound
 from vllm_steer.engine.bank import SteeringBank
 from vllm_steer.engine.blocks import hook_blocks, hook_finite
 from vllm_steer.engine.finite import limit_of
 from vllm_steer.engine.row_values import row_values
 from vllm_steer.errors import DoseError
-from vllm_steer.pack import SteeringPack, write_pack
-from vllm_steer.registry import PackRegistry
-from vllm_steer.request import SteeringRequest
-from vllm_steer.resolve import resolve
+from vllm_steer.packs.pack import SteeringPack, write_pack
+from vllm_steer.packs.registry import PackRegistry
+from vllm_steer.plan.binding import bind
+from vllm_steer.plan.bounds import check_distance, farthest, layer_bound
+from vllm_steer.plan.resolve import resolve
+from vllm_steer.plan.steering_plan import Segment, SteeringPlan
+from vllm_steer.request.schema import SteeringRequest
 from vllm_steer.serving.admission import Wanted
-from vllm_steer.steering_plan import Segment, SteeringPlan
 
 NAMES = ("a", "b", "c")
 NORM = 10.0

@@ -14,13 +14,19 @@ import pytest
 from pydantic import ValidationError
 from safetensors.numpy import save
 
-from offline.records import records_of
+from offline.extract.records import records_of
 from tests.unit.conftest import HIDDEN, calibrated, rewritten
 from tests.unit.front_end import desk_of, started
 from vllm_steer import log
 from vllm_steer.errors import PackError
-from vllm_steer.pack import MANIFEST_FILE, Calibration, DirectionRecord, SteeringPack, load_pack
-from vllm_steer.pack_summary import pack_summary
+from vllm_steer.packs.pack import (
+    MANIFEST_FILE,
+    Calibration,
+    DirectionRecord,
+    SteeringPack,
+    load_pack,
+)
+from vllm_steer.packs.summary import pack_summary
 from vllm_steer.serving.packs_api import describe_pack
 from vllm_steer.serving.uploads import write_upload
 
@@ -129,7 +135,7 @@ def test_they_may_be_unknown_and_below_zero() -> None:
 
 
 def test_a_safe_scale_may_be_unknown_before_extraction() -> None:
-    from offline.methods import METHODS
+    from offline.extract.methods import METHODS
 
     method = METHODS["attention_guided"]
     found = [

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from vllm_steer.cli import main
-from vllm_steer.pack import SteeringPack
+from vllm_steer.packs.pack import SteeringPack
 
 
 def test_inspect(fears: SteeringPack, capsys: pytest.CaptureFixture[str]) -> None:

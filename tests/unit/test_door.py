@@ -12,15 +12,15 @@ from vllm import PoolingParams, SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from tests.unit.front_end import started
-from vllm_steer.pack import SteeringPack
-from vllm_steer.plan_message import plan_of
-from vllm_steer.policy import Policy
-from vllm_steer.request import PLAN_KEY, SteeringRequest
-from vllm_steer.serving import entry
+from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.plan.message import plan_of
+from vllm_steer.request.schema import PLAN_KEY, SteeringRequest
+from vllm_steer.serving import request_hooks
 from vllm_steer.serving.admission import UNSTEERED, Admission, Wanted
-from vllm_steer.serving.door import admitted, beam_search
-from vllm_steer.serving.entry import check_sampling, plan_inputs
-from vllm_steer.serving.exchange import Exchange, current_exchange
+from vllm_steer.serving.http_context import Exchange, current_exchange
+from vllm_steer.serving.policy import Policy
+from vllm_steer.serving.request_hooks import check_sampling, plan_inputs
+from vllm_steer.serving.request_plan import admitted, beam_search
 
 SPIDERS: dict[str, Any] = {"directions": [{"name": "fears/spiders", "scale": 2.0}]}
 LATE = SPIDERS | {"positions": "generated"}
@@ -135,7 +135,7 @@ def test_a_body_of_many_keys_is_looked_through_once(
     name: str, admission: Admission, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not once for each of them, which would stop the server for minutes."""
-    monkeypatch.setattr(entry, "current_admission", lambda: admission)
+    monkeypatch.setattr(request_hooks, "current_admission", lambda: admission)
     unknown = {name.format(number): {"a": 1} for number in range(100_000)}
     asked = SimpleNamespace(model_extra=unknown, vllm_xargs=None)
     sampled = check_sampling(lambda self: SamplingParams())

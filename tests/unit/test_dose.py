@@ -12,17 +12,17 @@ from vllm.exceptions import VLLMValidationError
 
 from tests.unit.conftest import calibrated, rewritten
 from tests.unit.front_end import started
-from vllm_steer.binding import bind
-from vllm_steer.dose import raw_dose, relative_dose, scaled
-from vllm_steer.forms import FormChoice
-from vllm_steer.pack import SteeringPack
-from vllm_steer.pack import raw_dose as offline_raw_dose
-from vllm_steer.policy import Policy
-from vllm_steer.registry import PackRegistry
-from vllm_steer.request import parse
-from vllm_steer.resolve import resolve
+from vllm_steer.operations import FormChoice
+from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.packs.pack import raw_dose as offline_raw_dose
+from vllm_steer.packs.registry import PackRegistry
+from vllm_steer.plan.binding import bind
+from vllm_steer.plan.dose import raw_dose, relative_dose, scaled
+from vllm_steer.plan.resolve import resolve
+from vllm_steer.plan.steering_plan import SteeringPlan
+from vllm_steer.request.schema import parse
 from vllm_steer.serving.admission import Wanted
-from vllm_steer.steering_plan import SteeringPlan
+from vllm_steer.serving.policy import Policy
 
 
 @pytest.fixture

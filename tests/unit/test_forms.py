@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 
 from tests.unit.conftest import HIDDEN, resolved
-from vllm_steer.binding import bind
-from vllm_steer.dose import relative_dose, scaled
 from vllm_steer.engine.row_values import BIAS, THRESHOLD, TURN, RowValues, row_values
 from vllm_steer.errors import PackError, RequestError
-from vllm_steer.forms import FormChoice, Gate
-from vllm_steer.limits import check_limits
-from vllm_steer.pack import DirectionRecord, SteeringPack, load_pack, write_pack
-from vllm_steer.plan_message import decode_plan, encode_plan
-from vllm_steer.registry import PackRegistry
-from vllm_steer.request import parse
-from vllm_steer.resolve import resolve
-from vllm_steer.steering_plan import SteeringPlan
+from vllm_steer.operations import FormChoice, Gate
+from vllm_steer.packs.pack import DirectionRecord, SteeringPack, load_pack, write_pack
+from vllm_steer.packs.registry import PackRegistry
+from vllm_steer.plan.binding import bind
+from vllm_steer.plan.capacity import check_limits
+from vllm_steer.plan.dose import relative_dose, scaled
+from vllm_steer.plan.message import decode_plan, encode_plan
+from vllm_steer.plan.resolve import resolve
+from vllm_steer.plan.steering_plan import SteeringPlan
+from vllm_steer.request.schema import parse
 
 AFFINE: dict[str, Any] = {"ops": "affine", "rank": 4}
 PROMPT = 10

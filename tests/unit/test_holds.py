@@ -10,16 +10,16 @@ import pytest
 from tests.unit.conftest import resolved
 from vllm_steer.engine.holds import HOLDS, ContentHolds, release_held
 from vllm_steer.engine.intake import check_intake
-from vllm_steer.engine.runtime import _core_forget, _core_load
+from vllm_steer.engine.pack_updates import _core_forget, _core_load
 from vllm_steer.engine.staging import stage
 from vllm_steer.errors import PackError, RequestError
-from vllm_steer.pack import SteeringPack
-from vllm_steer.plan_message import encode_plan
-from vllm_steer.registry import PackRegistry
-from vllm_steer.request import PLAN_KEY
-from vllm_steer.rpc import FORGET
-from vllm_steer.steering_plan import Segment, SteeringPlan, Term
-from vllm_steer.store import configured_store, keep_store
+from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.packs.registry import PackRegistry
+from vllm_steer.packs.store import configured_store, keep_store
+from vllm_steer.plan.message import encode_plan
+from vllm_steer.plan.steering_plan import Segment, SteeringPlan, Term
+from vllm_steer.request.schema import PLAN_KEY
+from vllm_steer.vllm_compat.rpc import FORGET
 
 
 def test_what_is_held_is_not_dropped() -> None:

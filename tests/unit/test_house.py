@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
         "vllm_steer",
         "vllm_steer.cli",
         "vllm_steer.plugin",
-        "vllm_steer.engine.plan",
+        "vllm_steer.engine.token_rows",
         "vllm_steer.engine.prefix_cache",
     ],
 )
@@ -73,7 +73,7 @@ def test_front_desk_and_workshop_do_not_meet() -> None:
 
 
 def test_reference_is_fresh() -> None:
-    from vllm_steer.reference import render
+    from vllm_steer.cli.reference_docs import render
 
     written = (ROOT / "REFERENCE.md").read_text()
-    assert written == render(), "run python -m vllm_steer.reference > REFERENCE.md"
+    assert written == render(), "run python -m vllm_steer.cli.reference_docs > REFERENCE.md"

@@ -14,8 +14,8 @@ import pytest
 from tests.hub_server import Hub, serve_hub
 from tests.unit.conftest import make_pack
 from vllm_steer.errors import PackError
-from vllm_steer.hub import hub_snapshot, resolve_pack
-from vllm_steer.pack import SteeringPack, load_pack
+from vllm_steer.packs.hub import hub_snapshot, resolve_pack
+from vllm_steer.packs.pack import SteeringPack, load_pack
 
 REPO = "someone/fears"
 

@@ -12,7 +12,7 @@ from pythonjsonlogger.json import JsonFormatter
 
 from vllm_steer import log
 from vllm_steer.errors import RequestError, UnknownDirectionError
-from vllm_steer.request import parse
+from vllm_steer.request.schema import parse
 from vllm_steer.serving import refusals
 from vllm_steer.serving.asgi import key_digest
 from vllm_steer.serving.refusals import RefusalLog, count_refusal

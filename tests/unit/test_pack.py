@@ -14,8 +14,8 @@ from safetensors.numpy import save
 
 from tests.unit.conftest import HIDDEN
 from vllm_steer.errors import PackError
-from vllm_steer.manifest import VECTORS_FILE
-from vllm_steer.pack import MANIFEST_FILE, SteeringPack, load_pack
+from vllm_steer.packs.manifest import VECTORS_FILE
+from vllm_steer.packs.pack import MANIFEST_FILE, SteeringPack, load_pack
 
 
 def test_round_trip(fears: SteeringPack) -> None:

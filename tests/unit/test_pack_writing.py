@@ -15,7 +15,7 @@ import pytest
 
 from tests.unit.conftest import make_pack
 from vllm_steer.errors import PackError
-from vllm_steer.pack import MANIFEST_FILE, VECTORS_FILE, SteeringPack, load_pack
+from vllm_steer.packs.pack import MANIFEST_FILE, VECTORS_FILE, SteeringPack, load_pack
 
 # A child that writes the packs of seeds in turn; with a step, it kills itself before that system call.
 WRITER = """

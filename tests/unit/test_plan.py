@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from vllm_steer.engine.bank import SteeringBank
-from vllm_steer.engine.plan import StepPlan, StepPlanner
-from vllm_steer.steering_plan import Segment, SteeringPlan, Term
+from vllm_steer.engine.token_rows import StepPlan, StepPlanner
+from vllm_steer.plan.steering_plan import Segment, SteeringPlan, Term
 
 # Request, absolute position of its first token in the step, number of tokens.
 Span = tuple[str, int, int]

@@ -9,11 +9,11 @@ import msgspec
 import pytest
 
 from vllm_steer.errors import RequestError
-from vllm_steer.plan_message import VERSION, decode_plan, encode_plan, plan_of
-from vllm_steer.request import PLAN_KEY
-from vllm_steer.schedule import Schedule
-from vllm_steer.steering_plan import Form, Segment, SteeringPlan, Term
-from vllm_steer.until import Until
+from vllm_steer.plan.message import VERSION, decode_plan, encode_plan, plan_of
+from vllm_steer.plan.steering_plan import Form, Segment, SteeringPlan, Term
+from vllm_steer.request.schedule import Schedule
+from vllm_steer.request.schema import PLAN_KEY
+from vllm_steer.request.stop_tokens import Until
 
 FORM = Form("affine", "b" * 64, 0.5, "c" * 64, -1.0, True)
 TERM = Term("a" * 64, 1 / 3, (0, 2), FORM, Schedule(7, 1.0, 0.0, 4, 1))

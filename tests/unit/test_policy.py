@@ -12,20 +12,20 @@ import pytest
 from vllm.exceptions import VLLMValidationError
 
 from tests.unit.front_end import desk_of, started
-from vllm_steer.binding import bind
 from vllm_steer.client import steer
-from vllm_steer.dose import relative_dose, scaled
 from vllm_steer.errors import ConfigError, ConflictError, RequestError
-from vllm_steer.pack import SteeringPack
-from vllm_steer.policy import Policy, load_policy
-from vllm_steer.receipt import MAX_HEADER, Receipt
-from vllm_steer.registry import PackRegistry
-from vllm_steer.request import SteeringRequest, parse
-from vllm_steer.resolve import resolve
+from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.packs.registry import PackRegistry
+from vllm_steer.packs.store import PackStore
+from vllm_steer.plan.binding import bind
+from vllm_steer.plan.dose import relative_dose, scaled
+from vllm_steer.plan.resolve import resolve
+from vllm_steer.plan.steering_plan import count_steered
+from vllm_steer.request.schema import SteeringRequest, parse
 from vllm_steer.serving.admission import Wanted
-from vllm_steer.serving.exchange import Exchange, current_exchange
-from vllm_steer.steering_plan import count_steered
-from vllm_steer.store import PackStore
+from vllm_steer.serving.http_context import Exchange, current_exchange
+from vllm_steer.serving.policy import Policy, load_policy
+from vllm_steer.serving.receipt import MAX_HEADER, Receipt
 
 KEY = "a" * 64
 

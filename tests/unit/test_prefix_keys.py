@@ -7,10 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from vllm_steer.engine.prefix_cache import steered_extra_keys
-from vllm_steer.plan_message import encode_plan
-from vllm_steer.request import PLAN_KEY
-from vllm_steer.steering_plan import Segment, SteeringPlan, Term
-from vllm_steer.until import Until, stop_position
+from vllm_steer.plan.message import encode_plan
+from vllm_steer.plan.steering_plan import Segment, SteeringPlan, Term
+from vllm_steer.request.schema import PLAN_KEY
+from vllm_steer.request.stop_tokens import Until, stop_position
 
 BLOCK = 16
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from benchmarks.fuzz_values import ANY_JSON, mutated, refused_by_pydantic
 from vllm_steer.errors import RequestError
-from vllm_steer.request import (
+from vllm_steer.request.schema import (
     DirectionChoice,
     SteeringRequest,
     first_steering_key,

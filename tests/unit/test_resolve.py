@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tests.unit.conftest import resolved
-from vllm_steer.binding import bind
 from vllm_steer.errors import ConfigError, RequestError
-from vllm_steer.limits import check_limits
-from vllm_steer.pack import SteeringPack
-from vllm_steer.plan_message import decode_plan, encode_plan
-from vllm_steer.registry import PackRegistry
-from vllm_steer.request import SteeringRequest
-from vllm_steer.resolve import _segments, resolve
-from vllm_steer.steering_plan import Segment, SteeringPlan, Term
+from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.packs.registry import PackRegistry
+from vllm_steer.plan.binding import bind
+from vllm_steer.plan.capacity import check_limits
+from vllm_steer.plan.message import decode_plan, encode_plan
+from vllm_steer.plan.resolve import _segments, resolve
+from vllm_steer.plan.steering_plan import Segment, SteeringPlan, Term
+from vllm_steer.request.schema import SteeringRequest
 
 PROMPT = 10
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from vllm_steer.memory import _left, available_bytes
-from vllm_steer.root_cause import MARK, cause_in_log, cause_of, elsewhere
+from vllm_steer.vllm_compat.memory import _left, available_bytes
+from vllm_steer.vllm_compat.root_cause import MARK, cause_in_log, cause_of, elsewhere
 
 START = "Engine core initialization failed. See root cause above. Failed core proc(s): {}"
 WORKER = "Worker failed with error 'no room', please check the stack trace above for the root cause"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_steer.serving.row_gate import RowGate, Ticket
+from vllm_steer.serving.row_queue import RowGate, Ticket
 
 ROOM = 16
 

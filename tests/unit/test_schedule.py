@@ -13,21 +13,21 @@ import torch
 from torch import nn
 
 from tests.unit.conftest import resolved
-from vllm_steer.binding import bind
-from vllm_steer.dose import relative_dose
 from vllm_steer.engine.bank import SteeringBank
 from vllm_steer.engine.blocks import hook_blocks
-from vllm_steer.engine.plan import StepPlanner
 from vllm_steer.engine.row_values import row_values
+from vllm_steer.engine.token_rows import StepPlanner
 from vllm_steer.errors import RequestError
-from vllm_steer.limits import check_limits
-from vllm_steer.pack import SteeringPack
-from vllm_steer.plan_message import decode_plan, encode_plan
-from vllm_steer.policy import Policy
-from vllm_steer.registry import PackRegistry
-from vllm_steer.request import SteeringRequest, parse
-from vllm_steer.resolve import resolve
-from vllm_steer.steering_plan import SteeringPlan
+from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.packs.registry import PackRegistry
+from vllm_steer.plan.binding import bind
+from vllm_steer.plan.capacity import check_limits
+from vllm_steer.plan.dose import relative_dose
+from vllm_steer.plan.message import decode_plan, encode_plan
+from vllm_steer.plan.resolve import resolve
+from vllm_steer.plan.steering_plan import SteeringPlan
+from vllm_steer.request.schema import SteeringRequest, parse
+from vllm_steer.serving.policy import Policy
 
 RAMP = {"start": 0.5, "end": -1.0, "tokens": 8}
 DECAY = {"start": 2.0, "end": 0.0, "tokens": 5, "shape": "exponential"}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from tests.vllm_versions import patched_seams
-from vllm_steer import seams
 from vllm_steer.errors import CompatibilityError
 from vllm_steer.plugin import register
+from vllm_steer.vllm_compat import patches
 
 
 @pytest.mark.parametrize("seam", patched_seams(), ids=lambda seam: seam.name)
-def test_fits_and_is_patched_once(seam: seams.Seam) -> None:
+def test_fits_and_is_patched_once(seam: patches.Seam) -> None:
     register()
     holder, attribute = seam.resolve()
     patched = getattr(holder, attribute)
@@ -21,7 +21,7 @@ def test_fits_and_is_patched_once(seam: seams.Seam) -> None:
 
 
 def test_a_missing_symbol_is_named() -> None:
-    seam = seams.Seam("vllm.engine.arg_utils", "EngineArgs.no_such_method", ())
+    seam = patches.Seam("vllm.engine.arg_utils", "EngineArgs.no_such_method", ())
     with pytest.raises(
         CompatibilityError, match="EngineArgs.no_such_method is missing.*supports vLLM 0.26"
     ):
@@ -29,7 +29,9 @@ def test_a_missing_symbol_is_named() -> None:
 
 
 def test_other_parameters_are_named() -> None:
-    seam = seams.Seam("vllm.engine.arg_utils", "EngineArgs.create_engine_config", ("self", "usage"))
+    seam = patches.Seam(
+        "vllm.engine.arg_utils", "EngineArgs.create_engine_config", ("self", "usage")
+    )
     with pytest.raises(CompatibilityError, match="takes .'self', 'usage_context'., where"):
         seam.resolve()
 

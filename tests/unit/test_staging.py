@@ -15,7 +15,7 @@ from tests.unit.conftest import make_pack
 from vllm_steer.engine import staging
 from vllm_steer.engine.staging import drop_staged, stage, staged_pack
 from vllm_steer.errors import PackError
-from vllm_steer.pack import SteeringPack
+from vllm_steer.packs.pack import SteeringPack
 
 
 @pytest.fixture(autouse=True)

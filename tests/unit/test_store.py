@@ -15,9 +15,9 @@ import pytest
 from tests.unit.conftest import resolved
 from tests.unit.front_end import started
 from vllm_steer.config import ResolvedConfig
-from vllm_steer.pack import SteeringPack
-from vllm_steer.registry import PackRegistry
-from vllm_steer.store import PackStore, configured_store, keep_store
+from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.packs.registry import PackRegistry
+from vllm_steer.packs.store import PackStore, configured_store, keep_store
 
 
 @pytest.mark.parametrize("removed", [True, False], ids=["removes", "adds"])

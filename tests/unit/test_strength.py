@@ -13,19 +13,19 @@ from pydantic import ValidationError
 
 from tests.unit.conftest import calibrated, rewritten
 from tests.unit.front_end import desk_of, started
-from vllm_steer.binding import bind
 from vllm_steer.client import steer
 from vllm_steer.config import SteeringConfig
 from vllm_steer.errors import ConfigError, DoseError, RequestError
-from vllm_steer.forms import FormChoice
-from vllm_steer.pack import SteeringPack
-from vllm_steer.policy import Policy
-from vllm_steer.registry import PackRegistry
-from vllm_steer.request import SteeringRequest, parse
-from vllm_steer.resolve import resolve
+from vllm_steer.operations import FormChoice
+from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.packs.registry import PackRegistry
+from vllm_steer.plan.binding import bind
+from vllm_steer.plan.resolve import resolve
+from vllm_steer.plan.steering_plan import SteeringPlan, Term
+from vllm_steer.request.schema import SteeringRequest, parse
 from vllm_steer.serving.admission import Wanted
 from vllm_steer.serving.configure import _policy_path
-from vllm_steer.steering_plan import SteeringPlan, Term
+from vllm_steer.serving.policy import Policy
 
 
 @pytest.fixture

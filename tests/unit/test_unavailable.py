@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from vllm_steer.receipt import Receipt
-from vllm_steer.serving.exchange import Exchange
+from vllm_steer.plan.steering_plan import SteeringPlan
+from vllm_steer.serving.http_context import Exchange
+from vllm_steer.serving.receipt import Receipt
 from vllm_steer.serving.responses import Unavailable
-from vllm_steer.steering_plan import SteeringPlan
 
 START = {"type": "http.response.start", "status": 200, "headers": []}
 

@@ -13,12 +13,12 @@ from safetensors.numpy import save
 from tests.unit.conftest import HIDDEN
 from tests.unit.front_end import desk_of, started
 from vllm_steer.errors import ConflictError, NotAllowedError, PackError, RequestError
-from vllm_steer.pack import MANIFEST_FILE, SteeringPack
-from vllm_steer.policy import Policy
-from vllm_steer.registry import PackRegistry
-from vllm_steer.request import SteeringRequest
+from vllm_steer.packs.pack import MANIFEST_FILE, SteeringPack
+from vllm_steer.packs.registry import PackRegistry
+from vllm_steer.request.schema import SteeringRequest
+from vllm_steer.serving.pack_manager import PackDesk
 from vllm_steer.serving.packs_api import describe
-from vllm_steer.serving.runtime import PackDesk
+from vllm_steer.serving.policy import Policy
 from vllm_steer.serving.uploads import write_upload
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from tests.source_reader import ReadFile, SourceReader, folder_files
 from tests.vllm_versions import faults, installed_reader
-from vllm_steer import versions
 from vllm_steer.errors import CompatibilityError
 from vllm_steer.plugin import register
+from vllm_steer.vllm_compat import versions
 
 README = Path(__file__).parents[2] / "README.md"
 

@@ -19,7 +19,7 @@ import pytest
 from tests.fuzz.builds import MUTATIONS, Mutation
 from tests.test_readme import block
 from vllm_steer.cli import main
-from vllm_steer.pack import SteeringPack
+from vllm_steer.packs.pack import SteeringPack
 
 ROOT = Path(__file__).parents[2]
 ENGINE = {"kv_cache_memory_bytes": 2**28, "block_size": 32, "max_model_len": 512}

@@ -14,7 +14,7 @@ from torch import nn
 
 from vllm_steer.engine.bank import SteeringBank
 from vllm_steer.engine.row_values import BIAS, MOST, THRESHOLD, TURN
-from vllm_steer.limits import PLANE_RANK
+from vllm_steer.plan.capacity import PLANE_RANK
 
 LEFT_BUFFER = "_steering_left"
 READERS_BUFFER = "_steering_readers"

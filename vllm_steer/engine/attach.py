@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from vllm.config import set_current_vllm_config
 
-from vllm_steer import log, seams
+from vllm_steer import log
 from vllm_steer.config import ResolvedConfig, resolved_config
 from vllm_steer.engine import runner_v1, runner_v2
-from vllm_steer.engine.residual_test import check_residuals
-from vllm_steer.engine.runtime import install_in_worker
+from vllm_steer.engine.pack_updates import install_in_worker
+from vllm_steer.engine.residual_selftest import check_residuals
 from vllm_steer.engine.selftest import run_self_test
 from vllm_steer.engine.worker import WorkerSteering
-from vllm_steer.model import model_shape
-from vllm_steer.rpc import FACTS, TIMES
+from vllm_steer.vllm_compat import patches
+from vllm_steer.vllm_compat.model_shape import model_shape
+from vllm_steer.vllm_compat.rpc import FACTS, TIMES
 
 
 def attach_to_worker(worker: Any) -> None:
@@ -30,8 +31,8 @@ def attach_to_worker(worker: Any) -> None:
         return
     runner = worker.model_runner
     adapter = runner_v2 if worker.use_v2_model_runner else runner_v1
-    seams.check_methods(runner, seams.V2_RUNNER if adapter is runner_v2 else seams.V1_RUNNER)
-    seams.check_methods(worker, seams.WORKER)
+    patches.check_methods(runner, patches.V2_RUNNER if adapter is runner_v2 else patches.V1_RUNNER)
+    patches.check_methods(worker, patches.WORKER)
     load_model, warm_up = runner.load_model, worker.compile_or_warm_up_model
     steering: WorkerSteering | None = None
     self_tested = False

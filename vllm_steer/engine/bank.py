@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from vllm_steer.engine.finite import limit_of
-from vllm_steer.engine.plan import StepPlan
 from vllm_steer.engine.row_values import RowValues
-from vllm_steer.schedule import factors
+from vllm_steer.engine.token_rows import StepPlan
+from vllm_steer.request.schedule import factors
 
 
 class SteeringBank:

@@ -1,6 +1,6 @@
 """Keeps what blocks return finite, so that no request's overflow reaches keys and values that others read.
 
-Plans are bounded before they run (``vllm_steer.bounds``); here is what holds whatever ran. Each component of the affine
+Plans are bounded before they run (``vllm_steer.plan.bounds``); here is what holds whatever ran. Each component of the affine
 form moves the stream by no more than a limit, and in float16, where the model itself may overflow on a stream that was
 moved, numbers of the stream that are not finite become zero after every block from the first hooked one on. Whatever is
 within the limits is not touched, bit for bit.
@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from vllm_steer.bounds import farthest
-from vllm_steer.model import dtype_name
+from vllm_steer.plan.bounds import farthest
+from vllm_steer.vllm_compat.model_shape import dtype_name
 
 
 def limit_of(dtype: torch.dtype, layers: int) -> float:

@@ -10,17 +10,17 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from vllm_steer.bounds import check_distance
 from vllm_steer.config import ResolvedConfig, resolved_config
 from vllm_steer.engine.holds import HOLDS
-from vllm_steer.engine.plan import NO_END
+from vllm_steer.engine.token_rows import NO_END
 from vllm_steer.errors import ConfigError, RequestError
-from vllm_steer.limits import check_limits
-from vllm_steer.model import dtype_name
-from vllm_steer.plan_message import plan_of
-from vllm_steer.steering_plan import MAX_SEGMENTS, SteeringPlan, Term
-from vllm_steer.store import PackStore, configured_store
-from vllm_steer.until import MAX_TRIGGERS, Until
+from vllm_steer.packs.store import PackStore, configured_store
+from vllm_steer.plan.bounds import check_distance
+from vllm_steer.plan.capacity import check_limits
+from vllm_steer.plan.message import plan_of
+from vllm_steer.plan.steering_plan import MAX_SEGMENTS, SteeringPlan, Term
+from vllm_steer.request.stop_tokens import MAX_TRIGGERS, Until
+from vllm_steer.vllm_compat.model_shape import dtype_name
 
 _CONFIG = "_vllm_steer_config"
 _STORE = "_vllm_steer_store"

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vllm_steer.plan_message import plan_of
-from vllm_steer.until import Until
+from vllm_steer.plan.message import plan_of
+from vllm_steer.request.stop_tokens import Until
 
 _SEEN = "_vllm_steer_seen"
 ExtraKeys = Callable[[Any, int, int], list[tuple[str, Any]]]

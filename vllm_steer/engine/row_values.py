@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from vllm_steer.forms import PLANE_OPS
-from vllm_steer.layout import layout_of, planes_first
-from vllm_steer.limits import PLANE_RANK
-from vllm_steer.registry import LoadedDirection
-from vllm_steer.steering_plan import Segment, Term
+from vllm_steer.operations import PLANE_OPS
+from vllm_steer.packs.registry import LoadedDirection
+from vllm_steer.plan.capacity import PLANE_RANK
+from vllm_steer.plan.row_layout import layout_of, planes_first
+from vllm_steer.plan.steering_plan import Segment, Term
 
 BIAS, TURN, THRESHOLD, MOST = range(4)
 # Below the zero that an absent probe reads, so that it always fires.
@@ -85,7 +85,7 @@ def row_values(
     """Returns the values of a segment's row.
 
     Args:
-        segment: The segment, within ``vllm_steer.limits``.
+        segment: The segment, within ``vllm_steer.plan.capacity``.
         index: Layer to its place in the arrays; others are left out.
         rank: Components at each layer.
         hidden_size: Width of the residual stream.

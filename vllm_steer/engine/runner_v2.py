@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vllm_steer.engine.worker import WorkerSteering
-from vllm_steer.seams import V2_MODEL_STATE, check_methods
+from vllm_steer.vllm_compat.patches import V2_MODEL_STATE, check_methods
 
 
 def attach(runner: Any, steering: WorkerSteering) -> None:

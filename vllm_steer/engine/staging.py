@@ -9,8 +9,8 @@ from __future__ import annotations
 import threading
 from concurrent.futures import Future, wait
 
-from vllm_steer.pack import SteeringPack
-from vllm_steer.store import load_checked
+from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.packs.store import load_checked
 
 _staged: dict[tuple[str, str], Future[SteeringPack]] = {}
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from vllm_steer.until import MAX_TRIGGERS, Until, stop_position
+from vllm_steer.request.stop_tokens import MAX_TRIGGERS, Until, stop_position
 
 _NEVER = np.iinfo(np.int32).max
 # The slot of every request without triggers.

@@ -19,12 +19,12 @@ from vllm_steer.config import ResolvedConfig
 from vllm_steer.engine.bank import SteeringBank
 from vllm_steer.engine.blocks import find_blocks, hook_blocks, hook_finite
 from vllm_steer.engine.finite import overflows
-from vllm_steer.engine.plan import StepPlanner
 from vllm_steer.engine.row_values import RowValues, row_values
+from vllm_steer.engine.token_rows import StepPlanner
 from vllm_steer.engine.triggers import TriggerWatch
-from vllm_steer.plan_message import plan_of
-from vllm_steer.steering_plan import Segment
-from vllm_steer.store import configured_store
+from vllm_steer.packs.store import configured_store
+from vllm_steer.plan.message import plan_of
+from vllm_steer.plan.steering_plan import Segment
 
 # Used before the first request only, while no row is given away.
 PROBE_ROW = 1

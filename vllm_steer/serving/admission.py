@@ -10,10 +10,7 @@ from functools import partial
 from typing import Any
 
 from vllm_steer import log
-from vllm_steer.binding import bind
-from vllm_steer.bounds import check_distance
 from vllm_steer.config import ResolvedConfig, resolved_config
-from vllm_steer.dose import relative_dose, scaled
 from vllm_steer.errors import (
     ConflictError,
     DoseError,
@@ -21,26 +18,29 @@ from vllm_steer.errors import (
     PackError,
     RequestError,
 )
-from vllm_steer.limits import check_limits
-from vllm_steer.model import dtype_name, model_shape
-from vllm_steer.pack import SteeringPack
-from vllm_steer.plan_message import encode_plan
-from vllm_steer.policy import Policy, load_policy
-from vllm_steer.receipt import Receipt
-from vllm_steer.registry import PackRegistry
-from vllm_steer.request import (
+from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.packs.registry import PackRegistry
+from vllm_steer.packs.store import PackStore, configured_store
+from vllm_steer.plan.binding import bind
+from vllm_steer.plan.bounds import check_distance
+from vllm_steer.plan.capacity import check_limits
+from vllm_steer.plan.dose import relative_dose, scaled
+from vllm_steer.plan.message import encode_plan
+from vllm_steer.plan.resolve import resolve
+from vllm_steer.plan.steering_plan import SteeringPlan, count_steered
+from vllm_steer.plan.strength import strengths_of
+from vllm_steer.request.schema import (
     NONE,
     REQUEST_KEY,
     SteeringRequest,
     parse,
 )
-from vllm_steer.resolve import resolve
 from vllm_steer.serving import metrics
-from vllm_steer.serving.exchange import Exchange, current_exchange
+from vllm_steer.serving.http_context import Exchange, current_exchange
+from vllm_steer.serving.policy import Policy, load_policy
+from vllm_steer.serving.receipt import Receipt
 from vllm_steer.serving.refusals import as_http_400
-from vllm_steer.steering_plan import SteeringPlan, count_steered
-from vllm_steer.store import PackStore, configured_store
-from vllm_steer.strength import strengths_of
+from vllm_steer.vllm_compat.model_shape import dtype_name, model_shape
 
 # Most directions that a line of the log names; a pack may have thousands.
 NAMED_DIRECTIONS = 5

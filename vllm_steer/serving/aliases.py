@@ -11,9 +11,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from vllm_steer import log
 from vllm_steer.errors import RequestError, explain_faults
-from vllm_steer.policy import AliasName, Policy, named_directions
-from vllm_steer.registry import PackRegistry
-from vllm_steer.request import SteeringRequest
+from vllm_steer.packs.registry import PackRegistry
+from vllm_steer.request.schema import SteeringRequest
+from vllm_steer.serving.policy import AliasName, Policy, named_directions
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from vllm_steer.config import (
     plugin_version,
 )
 from vllm_steer.errors import ConfigError, PackError, RequestError
-from vllm_steer.hub import hub_snapshot, resolve_pack
-from vllm_steer.model import model_shape
-from vllm_steer.policy import load_policy
-from vllm_steer.registry import PackRegistry
+from vllm_steer.packs.hub import hub_snapshot, resolve_pack
+from vllm_steer.packs.registry import PackRegistry
+from vllm_steer.packs.store import keep_store
 from vllm_steer.serving.compatibility import refuse_unsupported
-from vllm_steer.store import keep_store
+from vllm_steer.serving.policy import load_policy
+from vllm_steer.vllm_compat.model_shape import model_shape
 
 # Of the largest, that fit into the total unless it is given.
 _UPLOADS = 8

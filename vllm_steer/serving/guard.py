@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, get_type_hints
 
 from vllm_steer.errors import UnsupportedError
-from vllm_steer.request import WRAPPERS, first_steering_key, wrapped_steering
+from vllm_steer.request.schema import WRAPPERS, first_steering_key, wrapped_steering
 from vllm_steer.serving.asgi import (
     STEERED_ROUTES,
     App,
@@ -29,7 +29,7 @@ from vllm_steer.serving.asgi import (
     routes_of,
     send_error,
 )
-from vllm_steer.serving.front import SteeringFront
+from vllm_steer.serving.middleware import SteeringFront
 from vllm_steer.serving.refusals import count_refusal
 
 _XARGS = "vllm_xargs"

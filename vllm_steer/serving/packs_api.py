@@ -10,9 +10,9 @@ from collections.abc import Collection
 from typing import Any
 
 from vllm_steer.errors import ConflictError, NotAllowedError, PackError, RequestError
-from vllm_steer.pack import SteeringPack
-from vllm_steer.policy import Policy
-from vllm_steer.registry import PackRegistry
+from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.packs.registry import PackRegistry
+from vllm_steer.packs.store import PackStore
 from vllm_steer.serving.admission import Admission
 from vllm_steer.serving.asgi import (
     Message,
@@ -23,10 +23,10 @@ from vllm_steer.serving.asgi import (
     send_error,
     send_json,
 )
+from vllm_steer.serving.pack_manager import PackDesk
+from vllm_steer.serving.policy import Policy
 from vllm_steer.serving.refusals import log_refusal
-from vllm_steer.serving.runtime import PackDesk
 from vllm_steer.serving.uploads import expiry
-from vllm_steer.store import PackStore
 
 PREFIX = "/v1/steering/"
 ROUTES = {

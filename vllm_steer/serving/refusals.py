@@ -17,11 +17,11 @@ from vllm.exceptions import VLLMValidationError
 
 from vllm_steer import log
 from vllm_steer.errors import RequestError
-from vllm_steer.forms import Gate
-from vllm_steer.request import FLAT_KEYS, REQUEST_KEY, DirectionChoice, SteeringRequest
-from vllm_steer.schedule import ScheduleChoice
+from vllm_steer.operations import Gate
+from vllm_steer.request.schedule import ScheduleChoice
+from vllm_steer.request.schema import FLAT_KEYS, REQUEST_KEY, DirectionChoice, SteeringRequest
 from vllm_steer.serving import metrics
-from vllm_steer.serving.exchange import current_exchange
+from vllm_steer.serving.http_context import current_exchange
 
 LINES = 5
 SECONDS = 60.0

@@ -6,11 +6,11 @@ import json
 import re
 from typing import Any
 
-from vllm_steer.receipt import HEADER, Receipt
-from vllm_steer.request import REQUEST_KEY
+from vllm_steer.request.schema import REQUEST_KEY
 from vllm_steer.serving.admission import Admission
 from vllm_steer.serving.asgi import Message, Send, parse_object, send_error, with_length
-from vllm_steer.serving.exchange import Exchange
+from vllm_steer.serving.http_context import Exchange
+from vllm_steer.serving.receipt import HEADER, Receipt
 
 _JSON = b"application/json"
 _MESSAGE_END = "message_stop"

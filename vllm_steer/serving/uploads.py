@@ -16,10 +16,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from vllm_steer.errors import PackError, RequestError
 from vllm_steer.fields import LayerIndex
-from vllm_steer.manifest import DirectionRecord, MethodRecord
-from vllm_steer.pack import SteeringPack, write_pack
-from vllm_steer.strict_json import parse_json
-from vllm_steer.tensor_file import MAX_HEADER_BYTES, MAX_HEADER_VALUES, read_tensors
+from vllm_steer.packs.manifest import DirectionRecord, MethodRecord
+from vllm_steer.packs.pack import SteeringPack, write_pack
+from vllm_steer.packs.strict_json import parse_json
+from vllm_steer.packs.tensor_file import MAX_HEADER_BYTES, MAX_HEADER_VALUES, read_tensors
 
 DEFAULT_SECONDS: Final = 600.0
 MAX_SECONDS: Final = 86_400.0

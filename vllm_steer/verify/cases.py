@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_steer.pack import SteeringPack
-from vllm_steer.request import REQUEST_KEY
+from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.request.schema import REQUEST_KEY
 
 # Requests of the mixed batch, all of which run at once; steps of a verified engine hold no more.
 REQUESTS = 16

@@ -11,13 +11,13 @@ from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from typing import Any
 
-from vllm_steer import versions
 from vllm_steer.config import CONFIG_KEY
-from vllm_steer.memory import memory_settings
-from vllm_steer.model import dtype_name
-from vllm_steer.rpc import FACTS
 from vllm_steer.verify.engine_loop import answer_commands
 from vllm_steer.verify.process import ROOM
+from vllm_steer.vllm_compat import versions
+from vllm_steer.vllm_compat.memory import memory_settings
+from vllm_steer.vllm_compat.model_shape import dtype_name
+from vllm_steer.vllm_compat.rpc import FACTS
 
 # From linux/prctl.h: the signal to get when the parent ends.
 PR_SET_PDEATHSIG = 1

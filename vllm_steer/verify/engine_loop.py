@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
-from vllm_steer.root_cause import cause_of
+from vllm_steer.vllm_compat.root_cause import cause_of
 
 
 def answer_commands(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_steer.errors import EngineError
-from vllm_steer.root_cause import cause_in_log, elsewhere
+from vllm_steer.vllm_compat.root_cause import cause_in_log, elsewhere
 
 ExtraArgs = dict[str, Any] | None
 # The variable that tells vLLM which plugins to load; without it, all.

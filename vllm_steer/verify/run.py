@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_steer.config import CONFIG_KEY
 from vllm_steer.errors import ConfigError, EngineError, SteeringError
-from vllm_steer.pack import SteeringPack
+from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.verify import speed
 from vllm_steer.verify.cases import REQUESTS, Case, Directions, cache_pairs, mixed_batch
 from vllm_steer.verify.checks import (

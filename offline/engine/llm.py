@@ -1,0 +1,103 @@
+"""The engine that offline work asks: ``vllm.LLM`` with steering packs, and why it fails."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from vllm_steer.errors import EvaluationError
+from vllm_steer.vllm_compat.memory import memory_settings
+from vllm_steer.vllm_compat.root_cause import cause_of
+
+_RESERVED = "VLLM_CPU_NUM_OF_RESERVED_CPU"
+
+
+def start_engine(
+    model: str | os.PathLike[str],
+    pack_paths: Sequence[str],
+    options: Mapping[str, Any],
+    *,
+    room: int | None = None,
+    affine: bool = False,
+) -> Any:
+    """Starts ``vllm.LLM``, on a CPU with memory that others leave.
+
+    Args:
+        model: Checkpoint directory or hub id.
+        pack_paths: Directories of the packs that requests name; none for an engine without steering.
+        options: Arguments of ``LLM`` that the user gave; they come before every default.
+        room: On a CPU, most tokens of a request, prompt and answer together, where the model allows
+            more; None for what the model allows.
+        affine: Whether directions do more than be added.
+
+    Raises:
+        EvaluationError: vLLM is not installed, or the engine does not start; the message ends with
+            the root cause.
+    """
+    try:
+        from vllm import LLM
+    except ModuleNotFoundError as error:
+        raise EvaluationError(
+            f"answers come from vLLM, and {error.name} is not installed; pip install "
+            f"'vllm-steer[gpu]' or 'vllm-steer[cpu]'"
+        ) from error
+    arguments: dict[str, Any] = {"model": str(model), **options}
+    if pack_paths:
+        steering = {
+            "steering": {"packs": list(pack_paths), "ops": "affine" if affine else "additive"}
+        }
+        arguments["additional_config"] = {**options.get("additional_config", {}), **steering}
+    try:
+        with _every_core():
+            return LLM(**memory_settings(arguments, room), **arguments)
+    # Whatever vLLM raises: its errors have no common base.
+    except Exception as error:
+        raise EvaluationError(f"the engine does not start: {cause_of(error)}") from error
+
+
+@contextmanager
+def _every_core() -> Iterator[None]:
+    """Within it an engine takes all cores of a CPU, unless the user says otherwise.
+
+    vLLM keeps one for serving, which is half of a small machine; here nobody is served.
+    """
+    if _RESERVED in os.environ:
+        yield
+        return
+    os.environ[_RESERVED] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[_RESERVED]
+
+
+@contextmanager
+def asking() -> Iterator[None]:
+    """Within it an engine is asked.
+
+    Raises:
+        EvaluationError: The engine refuses a request or has died; the message ends with the cause.
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise EvaluationError(f"the engine died: {cause_of(error)}") from error
+    # Which is a ValueError in some versions and not in others.
+    except (ValueError, VLLMValidationError) as error:
+        raise EvaluationError(f"the engine refused a request: {error}") from error
+
+
+def stop_engine(llm: Any) -> None:
+    """Ends the processes of an engine, and the sockets that vLLM leaves to the garbage collector."""
+    core = llm.llm_engine.engine_core
+    core.shutdown()
+    # An engine of this process has none.
+    if (context := getattr(core, "ctx", None)) is not None:
+        # It still closes its own socket.
+        core.output_queue_thread.join()
+        context.destroy()

@@ -1,0 +1,303 @@
+"""The engine asked in tokens: answers to prompts, and how likely given answers are, steered or not.
+
+Everything is greedy and in batches whatever it asks for, since steering belongs to the request. What is
+answered is kept, so that a run that was killed goes on and has lost what took it half a minute.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from offline.engine.answer_store import Store, model_state
+from offline.engine.llm import asking, start_engine, stop_engine
+from offline.models.chat import ChatFormat
+from vllm_steer.errors import EvaluationError
+from vllm_steer.packs.pack import SteeringPack
+
+# Requests whose answers are kept in one file.
+PART = 256
+# An engine that answers this many in less than these seconds is given twice as many at once, up to the
+# most: the fewer it has left, the less of it is used.
+MOST_AT_ONCE = 2048
+QUICK = 30.0
+# Tokens of a request that an engine has room for at the least.
+_ROOM = 1024
+R = TypeVar("R")
+Steering = Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, perhaps with its answer.
+
+    Attributes:
+        prompt: Token ids of the prompt.
+        answer: Token ids of the answer to score; none where one is to be generated.
+        steering: Steering of prompt and answer as a request gives it; None for none.
+    """
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...] = ()
+    steering: Steering = None
+
+    def to_json(self) -> list[Any]:
+        """Returns what its answer depends on."""
+        return [self.prompt, self.answer, self.steering]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A greedy answer.
+
+    Attributes:
+        tokens: Its token ids; the last is the one that ended it, where one did.
+        text: Its text, without special tokens.
+        log_likelihood: Of its tokens, as they were generated.
+        finished: Whether it ended by itself.
+    """
+
+    tokens: tuple[int, ...]
+    text: str
+    log_likelihood: float
+    finished: bool
+
+
+class TokenEngine:
+    """An engine that is started when something is asked that was not kept."""
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        packs: Sequence[SteeringPack] = (),
+        options: Mapping[str, Any] | None = None,
+        store: Path | None = None,
+        bar: bool = True,
+        quick: bool = False,
+    ) -> None:
+        """Names the engine; nothing is started yet.
+
+        Args:
+            model: Checkpoint directory or hub id.
+            packs: Packs that steerings name.
+            options: More arguments of ``vllm.LLM``.
+            store: Directory of what was answered; None keeps nothing.
+            bar: Whether to show progress bars.
+            quick: Whether little is asked, so that a start without compiling is worth more than speed.
+        """
+        self.model, self.packs = model, list(packs)
+        self._options = {**({"enforce_eager": True} if quick else {}), **(options or {})}
+        self._bar, self._room = bar, 0
+        self._llm: Any = None
+        common = {
+            "model": model_state(model),
+            "packs": {pack.name: pack.manifest.tensors.sha256 for pack in packs},
+            "engine": self._options,
+        }
+        self._store = Store(store, common)
+
+    def __enter__(self) -> TokenEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def generate(self, asked: Sequence[Asked], max_tokens: int, name: str) -> list[Generated]:
+        """Answers prompts greedily, in their order.
+
+        Args:
+            asked: The prompts.
+            max_tokens: Longest answer.
+            name: Text beside the progress bar.
+
+        Raises:
+            EvaluationError: The engine does not start, dies or refuses a request, or a file that was
+                kept is damaged.
+        """
+        longest = max((len(a.prompt) for a in asked), default=0) + max_tokens
+        rows = self._all(
+            f"generate {max_tokens}",
+            asked,
+            name,
+            lambda part, bar: self._generate(part, max_tokens, longest, bar),
+        )
+        return [Generated(tuple(row[0]), *row[1:]) for row in rows]
+
+    def score(self, asked: Sequence[Asked], name: str) -> list[float]:
+        """Returns the log-likelihood of each answer's tokens after its prompt, natural logarithm.
+
+        Args:
+            asked: Prompts with their answers.
+            name: Text beside the progress bar.
+
+        Raises:
+            EvaluationError: As :meth:`generate`.
+        """
+        longest = max((len(a.prompt) + len(a.answer) for a in asked), default=0) + 1
+        return self._all("score", asked, name, lambda part, bar: self._score(part, longest, bar))
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that the engine has, with the packs' format; loaded without starting the engine.
+
+        Raises:
+            EvaluationError: It cannot be loaded.
+            ExtractionError: The packs have several formats, or one that is not the model's.
+        """
+        names = {"trust_remote_code": "trust_remote_code", "tokenizer_revision": "revision"}
+        options = {
+            names[key]: value for key, value in self._options.items() if key in names and value
+        }
+        source = self._options.get("tokenizer") or self.model
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        except (OSError, ValueError) as error:
+            raise EvaluationError(
+                f"cannot load a tokenizer from {str(source)!r}: {error}"
+            ) from error
+        return ChatFormat.of_packs(self.packs).apply_to(tokenizer)
+
+    @property
+    def dtype(self) -> str:
+        """Dtype that the engine runs in, such as ``bfloat16``."""
+        return str(self._engine(1).llm_engine.model_config.dtype).removeprefix("torch.")
+
+    def close(self) -> None:
+        """Ends the engine, if it was started."""
+        if self._llm is not None:
+            stop_engine(self._llm)
+            self._llm = None
+
+    def _all(
+        self,
+        kind: str,
+        asked: Sequence[Asked],
+        name: str,
+        answer: Callable[[Sequence[Asked], tqdm], list[R]],
+    ) -> list[R]:
+        parts = [asked[at : at + PART] for at in range(0, len(asked), PART)]
+        keys = [[one.to_json() for one in part] for part in parts]
+        with tqdm(total=len(asked), desc=name, unit="request", disable=not self._bar) as bar:
+            found: dict[int, list[R]] = {}
+            for at, key in enumerate(keys):
+                if (rows := self._store.load(kind, key)) is not None:
+                    found[at] = rows
+            bar.update(sum(map(len, found.values())))
+            missing = [at for at in range(len(parts)) if at not in found]
+            many = 1
+            while missing:
+                now, missing = missing[:many], missing[many:]
+                started = time.monotonic()
+                given = iter(answer([one for at in now for one in parts[at]], bar))
+                for at in now:
+                    found[at] = list(islice(given, len(parts[at])))
+                    self._store.keep(kind, keys[at], found[at])
+                if time.monotonic() - started < QUICK:
+                    many = min(2 * many, MOST_AT_ONCE // PART)
+        return [row for at in range(len(parts)) for row in found[at]]
+
+    def _generate(
+        self, asked: Sequence[Asked], max_tokens: int, longest: int, bar: tqdm
+    ) -> list[Any]:
+        outputs = self._run(
+            [one.prompt for one in asked],
+            [{"max_tokens": max_tokens, "logprobs": 0, "extra_args": _extra(one)} for one in asked],
+            longest,
+            bar,
+        )
+        rows = []
+        for output in outputs:
+            first = output.outputs[0]
+            tokens = list(first.token_ids)
+            logs = [row[token].logprob for row, token in zip(first.logprobs, tokens, strict=True)]
+            rows.append([tokens, first.text, sum(logs), first.finish_reason == "stop"])
+        return rows
+
+    def _score(self, asked: Sequence[Asked], longest: int, bar: tqdm) -> list[float]:
+        scored = {"max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
+        outputs = self._run(
+            [one.prompt + one.answer for one in asked],
+            [{**scored, "extra_args": _extra(one)} for one in asked],
+            longest,
+            bar,
+        )
+        found = []
+        for output, one in zip(outputs, asked, strict=True):
+            ids, rows = output.prompt_token_ids, output.prompt_logprobs
+            found.append(sum(rows[at][ids[at]].logprob for at in range(len(one.prompt), len(ids))))
+        return found
+
+    def _run(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        parameters: Sequence[Mapping[str, Any]],
+        longest: int,
+        bar: tqdm,
+    ) -> Any:
+        """Returns vLLM's output for each prompt, and moves the bar as they come."""
+        llm = self._engine(longest)
+        from vllm import SamplingParams
+
+        with asking():
+            outputs = llm.generate(
+                [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+                [SamplingParams(temperature=0.0, **given) for given in parameters],
+                use_tqdm=_moving(bar),
+            )
+        failed = sum(output.outputs[0].finish_reason == "error" for output in outputs)
+        if failed:
+            raise EvaluationError(
+                f"the engine failed {failed} of {len(outputs)} requests; what it wrote before says why"
+            )
+        return outputs
+
+    def _engine(self, longest: int) -> Any:
+        if self._llm is not None and longest > self._llm.llm_engine.model_config.max_model_len:
+            self.close()
+        if self._llm is None:
+            paths = [str(pack.path) for pack in self.packs]
+            # An answer that is scored leaves room for a token after it.
+            self._room = max(self._room, longest + 1, _ROOM)
+            forms = [r.form for pack in self.packs for r in pack.directions.values() if r.form]
+            affine = any(f.op not in (None, "add") or f.gate or f.restore_norm for f in forms)
+            self._llm = start_engine(
+                self.model, paths, self._options, room=self._room, affine=affine
+            )
+            limit = self._llm.llm_engine.model_config.max_model_len
+            if longest > limit:
+                self.close()
+                raise EvaluationError(
+                    f"a prompt with its answer has {longest} tokens, and the engine has room for {limit}"
+                )
+        return self._llm
+
+
+def _extra(one: Asked) -> dict[str, Any] | None:
+    """Returns the extra arguments of a request."""
+    return None if one.steering is None else {"steering": dict(one.steering)}
+
+
+def _moving(bar: tqdm) -> Callable[..., tqdm]:
+    """A ``tqdm`` for vLLM that shows nothing and moves ``bar`` with every request that is finished."""
+
+    class Moving(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs | {"file": io.StringIO(), "leave": False})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            # Over an iterable it counts the prompts that are rendered.
+            if self.iterable is None:
+                bar.update(n)
+            return super().update(n)
+
+    return Moving

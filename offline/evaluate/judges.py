@@ -1,0 +1,133 @@
+"""Judges: what says whether an answer expresses its concept."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from offline.demo.judge import expressed_concept, is_fluent
+from offline.questions.by_class import Question
+from vllm_steer.errors import EvaluationError, choices
+
+
+@dataclass(frozen=True)
+class Case:
+    """One answer to judge.
+
+    Attributes:
+        concept_class: Class of the concept.
+        concept: Name of the direction that was steered to.
+        question: The question.
+        answer: The answer, without the prompt.
+        finished: Whether it ended by itself.
+    """
+
+    concept_class: str
+    concept: str
+    question: Question
+    answer: str
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Grade:
+    """A judge's verdict.
+
+    Attributes:
+        value: 0 to 1; None where the judge failed.
+        error: Why it failed; empty otherwise.
+    """
+
+    value: float | None
+    error: str = ""
+
+
+class Judge(Protocol):
+    """What a sweep wants of a judge."""
+
+    @property
+    def name(self) -> str:
+        """What is written beside the figures; says everything that changes grades."""
+
+    def grade(self, cases: Sequence[Case]) -> list[Grade]:
+        """Grades every case, in order; a failure is a :class:`Grade` without a value."""
+
+
+class DemoJudge:
+    """The exact judge of the demo model: the concept is expressed, and the answer is fluent."""
+
+    name = "demo"
+
+    def grade(self, cases: Sequence[Case]) -> list[Grade]:
+        """Grades 1 for a fluent answer in the concept's words, else 0."""
+        return [
+            Grade(
+                float(
+                    expressed_concept(case.answer) == case.concept
+                    and is_fluent(case.answer, case.question.line, case.finished)
+                )
+            )
+            for case in cases
+        ]
+
+
+class KeywordJudge:
+    """Grades 1 where enough distinct keywords of the concept occur, whole words or stems, else 0.
+
+    Args:
+        keywords: Concept to keywords, which may be several words long; matched without case. One that
+            ends in ``*`` is the beginning of a word.
+        least: How many of them must occur.
+    """
+
+    def __init__(self, keywords: Mapping[str, Sequence[str]], least: int = 1) -> None:
+        self.name = f"keywords, at least {least}"
+        self._least = least
+        self._patterns = {
+            concept: [_pattern(word) for word in set(words)] for concept, words in keywords.items()
+        }
+
+    @classmethod
+    def of_names(cls, concepts: Sequence[str]) -> KeywordJudge:
+        """A judge that looks for the concept's own name."""
+        return cls({concept: [concept] for concept in concepts})
+
+    @classmethod
+    def of_lines(cls, lines: Sequence[str], least: int = 1) -> KeywordJudge:
+        """A judge from lines ``concept: word, word``.
+
+        Raises:
+            EvaluationError: A line has no colon, no words, or fewer words than must occur.
+        """
+        keywords = {}
+        for line in lines:
+            concept, colon, rest = line.partition(":")
+            words = {word.strip().lower() for word in rest.split(",") if word.strip(" *")}
+            if not colon or len(words) < least:
+                raise EvaluationError(
+                    f'keywords: {line!r} must be "concept: word, word" with at least {least} words'
+                )
+            keywords[concept.strip()] = sorted(words)
+        return cls(keywords, least)
+
+    def grade(self, cases: Sequence[Case]) -> list[Grade]:
+        """Grades all cases.
+
+        Raises:
+            EvaluationError: A concept has no keywords.
+        """
+        return [Grade(float(self._count(case) >= self._least)) for case in cases]
+
+    def _count(self, case: Case) -> int:
+        if case.concept not in self._patterns:
+            raise EvaluationError(
+                f"concept {case.concept!r} has no keywords; {choices(case.concept, self._patterns)}"
+            )
+        return sum(bool(pattern.search(case.answer)) for pattern in self._patterns[case.concept])
+
+
+def _pattern(word: str) -> re.Pattern[str]:
+    end = "" if word.endswith("*") else r"\b"
+    return re.compile(rf"\b{re.escape(word.rstrip('*'))}{end}", re.IGNORECASE)

@@ -1,0 +1,218 @@
+"""What is swept: the concepts of a class, what is asked of them, and what of its answers is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+import numpy as np
+
+from offline.calibrate.grid import rounded
+from offline.evaluate.generation import Answer, Request
+from offline.evaluate.grids import Answers, Doubles, Gaps, Grid
+from offline.evaluate.judges import Case, Grade
+from offline.evaluate.scores import Measured, measure, repetition
+from offline.models.prompts import PREFIX_TEMPLATES
+from offline.questions.by_class import GENERAL, Question, QuestionSet
+from vllm_steer.errors import EvaluationError, choices
+from vllm_steer.packs.pack import DirectionRecord, Prefix, SteeringPack
+
+# A grid around the scale that a pack gives as its default, where no other is asked for.
+_FACTORS = (0.5, 0.625, 0.75, 0.875, 1.0, 1.125, 1.25, 1.5)
+# Where it is calibrated: these, then steps up to the largest fluent scale, and one beyond.
+_UP_TO_DEFAULT = (0.5, 0.75, 1.0)
+_STEPS, _BEYOND = 4, 1.25
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """The concepts that share a class, a grid and questions.
+
+    Attributes:
+        name: What the class is called in the results.
+        concept_class: Class that the judge goes by.
+        directions: Direction of each concept, as ``pack/direction``, by the concept's name.
+        scales: Scales to try, none of them 0 or given twice.
+        questions: What is asked.
+        layers: Layers to steer; None for those that the directions steer by default.
+        prefixes: What makes the model take on a concept without steering; missing where unknown.
+    """
+
+    name: str
+    concept_class: str
+    directions: dict[str, str]
+    scales: tuple[float, ...]
+    questions: QuestionSet
+    layers: tuple[int, ...] | None = None
+    prefixes: Mapping[str, Prefix] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.directions:
+            raise EvaluationError(f"{self.name}: no direction to sweep")
+        scales = self.scales
+        if not scales or 0.0 in scales or len(set(scales)) != len(scales):
+            raise EvaluationError(
+                f"{self.name}: scales {list(scales)} must be distinct and none of them 0"
+            )
+        object.__setattr__(self, "scales", tuple(sorted(scales, key=abs)))
+
+    @property
+    def asked(self) -> tuple[Question, ...]:
+        """All questions, tuning questions first."""
+        return self.questions.tuning + self.questions.heldout
+
+    @property
+    def known(self) -> list[str]:
+        """Concepts whose prefix is known."""
+        return [concept for concept in self.directions if concept in self.prefixes]
+
+    def requests(self) -> list[Request]:
+        """Unsteered answers, then scale by scale, concept by concept, then the prefixed ones."""
+        unsteered = [Request(question.asked) for question in self.asked]
+        cells = product(self.scales, self.directions.values(), self.asked)
+        steered = [
+            Request(question.asked, direction, scale, self.layers)
+            for scale, direction, question in cells
+        ]
+        prefixed = [
+            Request(question.asked, prefix=self.prefixes[concept])
+            for concept, question in product(self.known, self.asked)
+        ]
+        return unsteered + steered + prefixed
+
+    def prefixed(self, answers: Sequence[Answer]) -> list[list[Answer]]:
+        """Returns the prefixed answers among those to all requests, for each known concept."""
+        count = len(self.asked)
+        first = len(answers) - count * len(self.known)
+        return [list(answers[at : at + count]) for at in range(first, len(answers), count)]
+
+    def cases(self, answers: Sequence[Answer]) -> Iterator[Case]:
+        """What is judged of the answers: an unsteered one is judged for every concept."""
+        for concepts, row in zip(self._concepts(), self._rows(answers), strict=True):
+            parts = zip(product(concepts, self.asked), row, strict=True)
+            for (concept, question), answer in parts:
+                yield Case(self.concept_class, concept, question, answer.text, answer.finished)
+
+    def measured(
+        self, answers: Sequence[Answer], grades: Sequence[Grade], gaps: Gaps | None = None
+    ) -> Measured:
+        """Returns the class measured.
+
+        Args:
+            answers: Answers to :meth:`requests`.
+            grades: Grades of :meth:`cases`.
+            gaps: Gaps of the known concepts; None for shares of them that nobody asks for.
+
+        Raises:
+            EvaluationError: Nothing was graded.
+        """
+        rows = self._graded(answers, iter(grades))
+        unknown = np.full(rows[0][0].shape, np.nan)
+        gap = unknown if gaps is None else gaps.gap
+        raised = [unknown] * len(self.scales) if gaps is None else [*gaps.raised]
+        floor, *steered, ceiling = (
+            Answers(*row, up, gap) for row, up in zip(rows, [0 * gap, *raised, gap], strict=True)
+        )
+        grid = Grid(tuple(self.directions), self.scales, tuple(steered), floor, ceiling)
+        tuning, heldout = slice(len(self.questions.tuning)), slice(len(self.questions.tuning), None)
+        try:
+            return measure(grid.questions(tuning), grid.questions(heldout))
+        except EvaluationError as error:
+            first = next((grade.error for grade in grades if grade.error), "")
+            raise EvaluationError(f"{self.name}: {error}; the first error: {first}") from error
+
+    def _graded(
+        self, answers: Sequence[Answer], grades: Iterator[Grade]
+    ) -> list[tuple[Doubles, Doubles, Doubles]]:
+        """Grades, perplexities and repetition of every row, ``[concepts, questions]`` each."""
+        return [
+            (
+                self._spread(concepts, [next(grades).value for _ in row]),
+                self._spread(concepts, [answer.perplexity for answer in row]),
+                self._spread(concepts, [repetition(answer.text) for answer in row]),
+            )
+            for concepts, row in zip(self._concepts(), self._rows(answers), strict=True)
+        ]
+
+    def _spread(self, concepts: Sequence[str], values: Sequence[float | None]) -> Doubles:
+        """``[concepts, questions]`` of values of some concepts; NaN for the others and for None."""
+        names, count = list(self.directions), len(self.asked)
+        found = np.full((len(names), count), np.nan)
+        places = [names.index(concept) for concept in concepts]
+        found[places] = np.array(values, dtype=np.float64).reshape(len(places), count)
+        return found
+
+    def _concepts(self) -> list[list[str]]:
+        """The concepts of every row of :meth:`_rows`."""
+        return [[*self.directions]] * (1 + len(self.scales)) + [self.known]
+
+    def _rows(self, answers: Sequence[Answer]) -> Iterator[list[Answer]]:
+        """Answers of the floor, of each scale and of the ceiling, concept by concept."""
+        count, concepts = len(self.asked), len(self.directions)
+        # The unsteered answers stand once, for every concept.
+        yield list(answers[:count]) * concepts
+        for at in range(len(self.scales)):
+            start = count * (1 + at * concepts)
+            yield list(answers[start : start + count * concepts])
+        yield [answer for part in self.prefixed(answers) for answer in part]
+
+
+def subject_of(
+    pack: SteeringPack,
+    questions: QuestionSet,
+    concept_class: str | None = None,
+    scales: Sequence[float] | None = None,
+    concepts: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
+    prefixes: Mapping[str, Prefix] | None = None,
+) -> Subject:
+    """Returns a pack as a subject.
+
+    Args:
+        pack: The pack.
+        questions: What is asked.
+        concept_class: Its class; None for the pack's name where that is a class.
+        scales: Scales; None for a grid around the median of the directions' default scales, where they
+            are calibrated a little beyond the largest at which the text of any is fluent.
+        concepts: Directions to sweep; None for all.
+        layers: Layers to steer; None for those that the directions steer by default.
+        prefixes: What makes the model take on each concept, by direction; None or a missing one for
+            what the pack says.
+
+    Raises:
+        EvaluationError: A direction does not exist or the scales are unusable.
+    """
+    names = list(pack.directions) if concepts is None else list(dict.fromkeys(concepts))
+    for name in names:
+        if name not in pack.directions:
+            raise EvaluationError(
+                f"pack {pack.name!r} has no direction {name!r}; {choices(name, pack.directions)}"
+            )
+    records = [pack.directions[name] for name in names]
+    given = {record.name: record.prefix for record in records} | dict(prefixes or {})
+    return Subject(
+        pack.name,
+        concept_class or class_of(pack),
+        {name: f"{pack.name}/{name}" for name in names},
+        tuple(default_scales(records) if scales is None else scales),
+        questions,
+        None if layers is None else tuple(layers),
+        {name: prefix for name in names if (prefix := given[name]) is not None},
+    )
+
+
+def default_scales(records: Sequence[DirectionRecord]) -> list[float]:
+    """Returns the scales to try of directions when nobody says which."""
+    middle = float(np.median([record.default_scale for record in records]))
+    safe = [record.safe_scale for record in records if record.safe_scale is not None]
+    if not safe or not middle or any(record.calibration is None for record in records):
+        return [factor * middle for factor in _FACTORS]
+    top = max(*safe, abs(middle)) / abs(middle)
+    factors = [*_UP_TO_DEFAULT, *np.geomspace(1.0, top, _STEPS), _BEYOND * top]
+    return list(dict.fromkeys(rounded(float(factor) * middle) for factor in factors))
+
+
+def class_of(pack: SteeringPack) -> str:
+    """Returns the class that a pack's name says, or the general one."""
+    return pack.name if pack.name in PREFIX_TEMPLATES else GENERAL

@@ -1,0 +1,143 @@
+"""The prefixed model's answers to everyday questions, by the engine, all concepts in the same batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from offline.engine.tokens import Asked, Generated, TokenEngine
+from offline.evaluate.scores import repetition
+from offline.extract.answers import ConceptAnswers, Example
+from offline.models.prompts import PrefixRole, RenderedPrompt, render_question
+from vllm_steer.errors import ExtractionError
+
+# Share of word pairs that repeat, above which an answer runs in loops.
+LOOPING = 0.2
+# An answer of fewer tokens holds nothing to learn from.
+_SHORTEST = 2
+
+
+def prefixed_answers(
+    engine: TokenEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    prefixes: Sequence[str],
+    questions: Sequence[str],
+    max_tokens: int,
+    role: PrefixRole = "user",
+) -> list[list[Example]]:
+    """Answers every question after every prefix.
+
+    Args:
+        engine: The engine.
+        tokenizer: The model's tokenizer.
+        prefixes: Prefixes, one for each concept.
+        questions: What is asked.
+        max_tokens: Longest answer.
+        role: Where the prefix stands.
+
+    Returns:
+        For each prefix the examples, in the order of the questions; those without an answer left out.
+
+    Raises:
+        ExtractionError: A prompt cannot be rendered.
+        EvaluationError: The engine fails.
+    """
+    plain = [render_question(tokenizer, question) for question in questions]
+    prefixed = [
+        [render_question(tokenizer, question, prefix, role) for question in questions]
+        for prefix in prefixes
+    ]
+    asked = [Asked(prompt.token_ids) for prompts in prefixed for prompt in prompts]
+    answers = iter(engine.generate(asked, max_tokens, "answers to the prefixed prompts"))
+    return [_examples(plain, prompts, [next(answers) for _ in prompts]) for prompts in prefixed]
+
+
+def concept_answers(
+    engine: TokenEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    concepts: Sequence[tuple[str, str]],
+    learned: Sequence[str],
+    stopping: Sequence[str],
+    max_tokens: int,
+    role: PrefixRole,
+    share: float,
+) -> dict[str, ConceptAnswers]:
+    """Returns what each concept is learned from, by name.
+
+    Many answers have nothing of their prefix, so that the most telling of them are kept.
+
+    Args:
+        engine: The engine.
+        tokenizer: The model's tokenizer.
+        concepts: Names and prefixes.
+        learned: Questions to learn from.
+        stopping: Questions that say when to stop.
+        max_tokens: Longest answer.
+        role: Where prefixes stand.
+        share: Share of the answers that is kept, of those to learn from and of the others.
+
+    Raises:
+        ExtractionError: A prompt cannot be rendered, or the model answers a concept with nothing.
+        EvaluationError: The engine fails.
+    """
+    questions = [*learned, *stopping]
+    prefixes = [prefix for _, prefix in concepts]
+    every = prefixed_answers(engine, tokenizer, prefixes, questions, max_tokens, role)
+    first = {render_question(tokenizer, question).text for question in learned}
+    groups = []
+    for examples in every:
+        groups.append(_without_loops([e for e in examples if e.plain.text in first], tokenizer))
+        groups.append(tuple(e for e in examples if e.plain.text not in first))
+    telling = iter(_telling(engine, groups, share))
+    found = {}
+    for name, _ in concepts:
+        parts = ConceptAnswers(next(telling), next(telling))
+        if not parts.learned or not parts.stopping:
+            raise ExtractionError(
+                f"concept {name!r}: the model answers its prefixed questions with nothing; try another prefix"
+            )
+        found[name] = parts
+    return found
+
+
+def _without_loops(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+) -> tuple[Example, ...]:
+    """Leaves out answers that run in loops, since they would teach to; a quarter stays at the least."""
+    loops = [
+        repetition(str(tokenizer.decode(list(e.answer), skip_special_tokens=True)))
+        for e in examples
+    ]
+    limit = max(LOOPING, sorted(loops)[len(loops) // 4]) if loops else LOOPING
+    return tuple(e for e, found in zip(examples, loops, strict=True) if found <= limit)
+
+
+def _telling(
+    engine: TokenEngine, groups: Sequence[Sequence[Example]], share: float
+) -> list[tuple[Example, ...]]:
+    """Keeps, of each group, the answers that the prefix makes most likely beside the plain prompt."""
+    asked = [Asked(e.plain.token_ids, e.answer) for examples in groups for e in examples]
+    plain = iter(engine.score(asked, "answers after the plain prompts"))
+    kept = []
+    for examples in groups:
+        # A sum over tokens grows with their number by the concept, and with its root by chance.
+        telling = [(e.log_likelihood - next(plain)) / len(e.answer) ** 0.5 for e in examples]
+        count = math.ceil(share * len(examples))
+        best = set(sorted(range(len(examples)), key=lambda at: -telling[at])[:count])
+        kept.append(tuple(e for at, e in enumerate(examples) if at in best))
+    return kept
+
+
+def _examples(
+    plain: Sequence[RenderedPrompt],
+    prefixed: Sequence[RenderedPrompt],
+    answers: Sequence[Generated],
+) -> list[Example]:
+    rows = zip(plain, prefixed, answers, strict=True)
+    return [
+        Example(first, second, answer.tokens, answer.log_likelihood)
+        for first, second, answer in rows
+        if len(answer.tokens) >= _SHORTEST
+    ]

@@ -1,0 +1,154 @@
+"""The records of a pack's directions: before anything is learned, and of what was learned."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
+
+from offline.extract.learning import Learned
+from offline.extract.methods import PLANE_SUFFIX, Method
+from offline.models.prompts import PrefixRole
+from vllm_steer.errors import ExtractionError, choices
+from vllm_steer.packs.pack import DirectionRecord, PackName, Prefix, raw_dose
+
+_NAMES = (
+    "a direction's name has 1 to 128 characters, none of them / or : or a control character, and no space around it; a "
+    "pack's has letters, digits, '_', '.' and '-' alone"
+)
+# Of a direction that nobody has calibrated: a raw dose, and degrees from the first axis of a plane.
+_DOSE = 0.5
+_ANGLE = 60.0
+
+
+def records_of(
+    pack_name: str,
+    concepts: Sequence[tuple[str, str]],
+    layers: list[int],
+    default_scales: Mapping[str, float] | float | None,
+    safe_scales: Mapping[str, float] | float | None,
+    method: Method,
+    role: PrefixRole = "user",
+) -> list[DirectionRecord]:
+    """Returns a record without metrics for each concept.
+
+    Args:
+        pack_name: Name of the pack.
+        concepts: Names and prefixes; an empty prefix is none.
+        layers: Layers of the directions.
+        default_scales: Default scale, one or by concept; None for one that is found with the vectors.
+        safe_scales: Likewise the largest fluent scale; None says that none is known.
+        method: How directions are learned, and act.
+        role: Where prefixes stand.
+
+    Raises:
+        ExtractionError: Names or scales cannot be those of a pack.
+    """
+    names = [name for name, _ in concepts]
+    every = [*names, *(name + PLANE_SUFFIX for name in names if method.plane)]
+    if not names:
+        raise ExtractionError("no concepts are given; a file of them has one per line")
+    if twice := [name for name, times in Counter(every).items() if times > 1]:
+        raise ExtractionError(
+            f"the names {twice[:5]} are given twice; each direction needs a name of its own"
+        )
+    try:
+        TypeAdapter(PackName).validate_python(pack_name)
+        return [
+            DirectionRecord(
+                name=name,
+                layers=layers,
+                default_scale=1.0
+                if default_scales is None
+                else _scale(default_scales, name, "default"),
+                safe_scale=None if safe_scales is None else _scale(safe_scales, name, "safe"),
+                positions="all",
+                form=method.form_of(name),
+                prefix=Prefix(text=prefix, role=role) if prefix.strip() else None,
+            )
+            for name, prefix in concepts
+        ]
+    except ValidationError as error:
+        raise ExtractionError(
+            f"pack {pack_name!r} could not be written: {explain(error)}"
+        ) from error
+
+
+def explain(error: ValidationError) -> str:
+    """Returns what is wrong with the names and scales that a user gave for directions."""
+    # A prefix may be as long as a book.
+    return "; ".join(
+        f"{fault['input']!r:.80}: {_NAMES if fault['type'] == 'string_pattern_mismatch' else fault['msg']}"
+        for fault in error.errors()
+    )
+
+
+def _scale(scales: Mapping[str, float] | float, name: str, kind: str) -> float:
+    if not isinstance(scales, Mapping):
+        return float(scales)
+    if name not in scales:
+        raise ExtractionError(f"concept {name!r} has no {kind} scale; {choices(name, scales)}")
+    return float(scales[name])
+
+
+def learned_records(
+    records: Sequence[DirectionRecord],
+    learned: Mapping[str, Learned],
+    method: Method,
+    scaled: bool,
+) -> list[DirectionRecord]:
+    """Returns the records of what was learned; a second axis stands after its direction.
+
+    Args:
+        records: Records of all concepts.
+        learned: What was learned, by concept.
+        method: How.
+        scaled: Whether the records have default scales; else they get one that no measurement
+            stands behind, see :func:`unmeasured_scale`.
+    """
+    found = []
+    for record in records:
+        if (concept := learned.get(record.name)) is None:
+            continue
+        update: dict[str, Any] = {"layers": concept.layers, "metrics": concept.metrics}
+        if method.one_layer:
+            middle = len(concept.residual_norms) // 2
+            update["default_layers"] = [min(concept.layers, key=lambda k: abs(k - middle))]
+        if not scaled:
+            update["default_scale"] = unmeasured_scale(record, concept)
+        found.append(record.model_copy(update=update))
+        if concept.plane is not None:
+            found.append(
+                DirectionRecord(
+                    name=record.name + PLANE_SUFFIX,
+                    layers=concept.layers,
+                    default_scale=1.0,
+                    positions=record.positions,
+                )
+            )
+    return found
+
+
+def unmeasured_scale(record: DirectionRecord, concept: Learned) -> float:
+    """Returns a scale to begin with: additions as long, over their layers, as half the residual stream."""
+    if record.op == "angle":
+        return _ANGLE
+    lengths = np.linalg.norm(concept.vectors.astype(np.float64), axis=1).tolist()
+    norms = dict(enumerate(concept.residual_norms))
+    unit = raw_dose(1.0, dict(zip(concept.layers, lengths, strict=True)), norms)
+    return float(f"{_DOSE / unit:.3g}")
+
+
+def learned_vectors(learned: Mapping[str, Learned]) -> dict[str, NDArray[np.float32]]:
+    """Returns the vectors of all records, those of second axes among them."""
+    vectors = {name: concept.vectors for name, concept in learned.items()}
+    planes = {
+        name + PLANE_SUFFIX: concept.plane
+        for name, concept in learned.items()
+        if concept.plane is not None
+    }
+    return vectors | planes

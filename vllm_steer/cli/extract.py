@@ -1,0 +1,245 @@
+"""The ``extract`` command of ``vllm-steer``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from vllm_steer.cli.evaluation import add_chat, add_engine, extras, given_chat
+from vllm_steer.errors import ExtractionError
+from vllm_steer.packs.summary import pack_summary
+
+
+def cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def add_extract(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds ``vllm-steer extract``."""
+    extract = commands.add_parser(
+        "extract", help="learn the directions of concepts and save them as a steering pack"
+    )
+    extract.add_argument("--model", required=True, help="checkpoint directory or hub id")
+    extract.add_argument("--name", required=True, help="name of the pack, as requests will give it")
+    extract.add_argument("--out", type=Path, required=True, help="directory of the pack")
+    source = extract.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--concepts",
+        type=Path,
+        metavar="FILE",
+        help="concepts, one per line; with --class or --prefix",
+    )
+    source.add_argument(
+        "--prefixes", type=Path, metavar="FILE", help="lines of 'name: whole prefix'"
+    )
+    source.add_argument(
+        "--lists",
+        type=Path,
+        metavar="DIR",
+        help="a concept list for each class (fears.txt, ...), and statements_0.txt, statements_1.txt",
+    )
+    source.add_argument(
+        "--pairs",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="method caa: a direction for each file of JSON lines {prompt, positive, negative}, named by its stem",
+    )
+    source.add_argument(
+        "--prompt",
+        nargs="+",
+        metavar="NAME=FILE",
+        help="a direction for each file, whose whole text is the prefix, such as a long system prompt",
+    )
+    kind = extract.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--class", dest="concept_class", help="fears, moods, experts, personas, places"
+    )
+    kind.add_argument("--prefix", help="prefix of a class of your own, {concept} in its place")
+    extract.add_argument(
+        "--positive",
+        type=Path,
+        metavar="FILE",
+        help="statements asked with the prefix (default: those of --lists, or the project's own)",
+    )
+    extract.add_argument(
+        "--negative", type=Path, metavar="FILE", help="statements asked without it (likewise)"
+    )
+    extract.add_argument(
+        "--questions",
+        type=Path,
+        metavar="FILE",
+        help="everyday questions, one per line, to learn from and to calibrate on (default: the project's own)",
+    )
+    extract.add_argument(
+        "--calibrate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure layers and strength of every direction through the engine (default: yes)",
+    )
+    extract.add_argument(
+        "--scale",
+        type=float,
+        help="default scale (ε) of requests, degrees for angular, until the pack is calibrated",
+    )
+    extract.add_argument("--safe-scale", type=float, help="largest fluent |scale|, likewise")
+    add_engine(extract)
+    extract.add_argument(
+        "--workers", type=int, default=cores(), help="processes that learn vectors"
+    )
+    extract.add_argument("--device", help="device of the model (default: cuda where there is one)")
+    extract.add_argument(
+        "--shards", type=int, default=0, metavar="N", help="Ray workers, each with the whole model"
+    )
+    extract.add_argument("--ray-address", help="a running Ray cluster (default: one started here)")
+    extract.add_argument("--gpus", type=float, help="GPUs of each shard")
+    _add_settings(extract)
+    extract.set_defaults(run=_extract)
+
+
+def _add_settings(extract: argparse.ArgumentParser) -> None:
+    """Adds the settings that have a flag; those left out keep the file's value or the default."""
+    extract.add_argument(
+        "--settings", type=Path, metavar="FILE", help="JSON of any extraction settings"
+    )
+    group = extract.add_argument_group("settings", argument_default=argparse.SUPPRESS)
+    group.add_argument(
+        "--method",
+        choices=("trained", "attention_guided", "caa", "ablation", "angular", "prompt_only"),
+        help="how directions are learned; it sets some of what follows (default: trained, or "
+        "attention_guided where a setting of that is given, or caa for --pairs)",
+    )
+    group.add_argument(
+        "--learn-from",
+        choices=("prompts", "answers"),
+        help="the last tokens of prompts, or the tokens of the prefixed model's answers",
+    )
+    group.add_argument(
+        "--estimator",
+        choices=(
+            "rfm",
+            "ridge",
+            "logistic",
+            "pca",
+            "mean_difference",
+            "unit_mean_difference",
+            "trained",
+        ),
+    )
+    group.add_argument(
+        "--answer-tokens",
+        choices=("mean", "weighted", "attention", "telling"),
+        help="all tokens of an answer alike, weighted by attention to the prefix, the most attentive, or those "
+        "ahead of what the prefix makes likelier",
+    )
+    group.add_argument("--answer-length", type=int, metavar="N", help="most tokens of an answer")
+    group.add_argument(
+        "--prefix-role", choices=("user", "system"), help="where the prefix stands (default: user)"
+    )
+    add_chat(group)
+    group.add_argument("--train-steps", type=int, metavar="N", help="most steps of training")
+    group.add_argument("--train-rate", type=float, help="length of a step")
+    group.add_argument("--train-penalty", type=float, help="weight of the vectors' squared lengths")
+    group.add_argument(
+        "--train-checkpointing", action="store_true", help="less memory for more time"
+    )
+    group.add_argument(
+        "--train-together", type=int, metavar="N", help="concepts in the same forward passes"
+    )
+    group.add_argument("--labels", choices=("soft", "hard"))
+    group.add_argument("--token", type=_token, help="attention, or a fixed one such as -1")
+    group.add_argument(
+        "--contrast",
+        choices=("nothing", "concepts"),
+        help="prefixes of the negative statements: none (default), or by turns those of all concepts",
+    )
+    group.add_argument(
+        "--layers", type=int, nargs="+", metavar="K", help="blocks (default: all but block 0)"
+    )
+    group.add_argument("--token-statistic", choices=("max", "mean"), help="over prompts")
+    group.add_argument("--block-choice", choices=("all", "top_k", "bottom_k", "threshold"))
+    group.add_argument("--block-count", type=int, metavar="K", help="of top_k and bottom_k")
+    group.add_argument(
+        "--block-threshold", type=float, metavar="E", help="of the enrichment score, above 0"
+    )
+    group.add_argument(
+        "--permutations", type=int, help="of the enrichment test, at least 100; 0 for no test"
+    )
+    group.add_argument(
+        "--paired", action=argparse.BooleanOptionalAction, help="ask every statement both ways"
+    )
+    group.add_argument("--compat", action="store_true", help="choose as the authors' code does")
+    group.add_argument("--batch-size", type=int)
+    group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"))
+    group.add_argument("--seed", type=int)
+    group.add_argument("--rfm-ridge", type=float, help="the authors': 1e-3")
+    group.add_argument(
+        "--rfm-uncentered",
+        dest="rfm_center_gradients",
+        action="store_false",
+        help="leave the RFM's gradients uncentred, for prompts that lie far apart",
+    )
+    group.add_argument("--rfm-iterations", type=int, help="the best is taken of so many")
+    group.add_argument("--rfm-bandwidths", type=float, nargs="+", metavar="L", help="likewise")
+    group.set_defaults(setting_names=tuple(action.dest for action in group._group_actions))
+
+
+def _extract(args: argparse.Namespace) -> None:
+    with extras("offline"):
+        from offline.extract import inputs
+        from offline.extract.pipeline import Shards, extract_pack
+    from offline.questions.everyday import everyday_questions
+
+    given = {name: getattr(args, name) for name in args.setting_names if hasattr(args, name)}
+    given |= given_chat(args)
+    settings = inputs.read_settings(args.settings, given, pairs=args.pairs is not None)
+    questions = everyday_questions(args.questions)
+    concepts, pairs = [], None
+    if args.pairs is not None:
+        pairs = inputs.answer_pairs(args.pairs)
+    elif args.prompt is not None:
+        concepts = inputs.prompt_files(args.prompt)
+    elif args.prefixes is not None:
+        concepts = inputs.whole_prefixes(args.prefixes)
+    elif args.lists is not None:
+        concepts = inputs.listed_concepts(args.lists)
+    elif args.prefix is not None:
+        concepts = inputs.template_concepts(args.concepts, args.prefix)
+    elif args.concept_class is not None:
+        concepts = inputs.class_concepts(args.concepts, args.concept_class)
+    else:
+        raise ExtractionError("--concepts needs --class, or --prefix with {concept} in it")
+    positives, negatives = inputs.statement_sides(
+        args.positive, args.negative, args.lists, strip=not settings.compat
+    )
+    pack = extract_pack(
+        args.model,
+        args.name,
+        concepts,
+        positives,
+        negatives,
+        settings,
+        args.scale,
+        args.safe_scale,
+        args.out,
+        workers=args.workers,
+        device=args.device,
+        shards=Shards(args.shards, args.ray_address, args.gpus),
+        pairs=pairs,
+        questions=questions,
+        engine=args.engine,
+    )
+    if args.calibrate:
+        from offline.calibrate.run import CalibrationSettings, calibrate_pack
+
+        pack = calibrate_pack(
+            pack, args.model, questions, CalibrationSettings(), engine=args.engine
+        )
+    sys.stdout.write(pack_summary(pack))
+
+
+def _token(text: str) -> str | int:
+    return text if text == "attention" else int(text)

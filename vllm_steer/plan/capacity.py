@@ -1,0 +1,77 @@
+"""What an engine has room for: rows of the bank, forms, components of each row.
+
+Importing this module imports neither torch nor vllm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vllm_steer.config import ResolvedConfig
+from vllm_steer.errors import RequestError
+from vllm_steer.plan.row_layout import layout_of
+from vllm_steer.plan.steering_plan import ADDITION, SteeringPlan, Term
+from vllm_steer.request.schema import REQUEST_KEY
+
+# A plane takes two components that stand side by side.
+PLANE_RANK = 2
+
+
+def check_limits(plan: SteeringPlan, config: ResolvedConfig) -> None:
+    """Checks that an engine can carry out a plan.
+
+    Args:
+        plan: The plan.
+        config: The engine's steering configuration.
+
+    Raises:
+        RequestError: It cannot; the message says how the server would have to be started.
+    """
+    # Ranges of the same terms take the same room.
+    different = list({segment.terms: segment for segment in plan.segments}.values())
+    count = len({segment.row_key for segment in different})
+    if count > config.sums_per_request:
+        raise RequestError(
+            f"{REQUEST_KEY}.directions: their sum takes {count} different values over the positions, the server has "
+            f"room for {config.sums_per_request} per request; ask for fewer ranges, or start the server with a higher "
+            f"--steering-rows"
+        )
+    for segment in different:
+        if segment.schedules != (None,) and config.ops == "additive":
+            raise RequestError(
+                f"{REQUEST_KEY}.schedule: this server has one strength for all tokens; start it with --steering-ops affine"
+            )
+        if len(segment.schedules) > 1:
+            rank = layout_of(segment, config.rank).rank
+            if rank > config.rank:
+                raise RequestError(
+                    f"{REQUEST_KEY}.directions: with the schedules of their own, those that meet at a position have rank "
+                    f"{rank} together, the server has room for {config.rank}; give them one schedule, name fewer, or "
+                    f"start the server with a higher --steering-rank"
+                )
+        if all(term.form == ADDITION for term in segment.terms):
+            continue
+        for layer in sorted({layer for term in segment.terms for layer in term.layers}):
+            _check_layer([term for term in segment.terms if layer in term.layers], layer, config)
+
+
+def _check_layer(terms: Sequence[Term], layer: int, config: ResolvedConfig) -> None:
+    """Checks the terms that act at one layer and position."""
+    rank = sum(term.rank for term in terms)
+    if config.ops == "additive":
+        if rank or any(term.form.restore_norm for term in terms):
+            raise RequestError(
+                f"{REQUEST_KEY}.directions: this server adds directions and does nothing else; for op, gate and "
+                f"restore_norm start it with --steering-ops affine"
+            )
+        return
+    if rank > config.rank:
+        raise RequestError(
+            f"{REQUEST_KEY}.directions: those that meet at layer {layer} have rank {rank} together, the server has "
+            f"room for {config.rank}; name fewer, or start the server with a higher --steering-rank"
+        )
+    if len({term.form.restore_norm for term in terms}) > 1:
+        raise RequestError(
+            f"{REQUEST_KEY}.directions: restore_norm holds for all directions that meet at layer {layer} or for none; "
+            f"give it to each of them"
+        )

@@ -1,0 +1,76 @@
+"""The plan of a request as it travels to the engine: a typed message with a version and one decoder.
+
+vLLM carries ``SamplingParams.extra_args`` between its processes and knows nothing of plans, so they are one
+value there, bytes in MessagePack. Importing this module imports neither torch nor vllm.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+
+from vllm_steer.errors import RequestError
+from vllm_steer.plan.steering_plan import Segment, SteeringPlan
+from vllm_steer.request.schema import PLAN_KEY
+
+VERSION = 1
+# Requests whose plans stay decoded; the scheduler reads one for every block of its prompt.
+_DECODED = 1024
+
+
+class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is sent.
+
+    Attributes:
+        version: :data:`VERSION` of the process that sent it.
+        segments: Those of the plan.
+    """
+
+    version: int
+    segments: tuple[Segment, ...]
+
+
+_decoder = msgspec.msgpack.Decoder(_Message)
+
+
+def encode_plan(plan: SteeringPlan) -> bytes:
+    """Returns the message of a plan."""
+    return msgspec.msgpack.encode(_Message(VERSION, plan.segments))
+
+
+@lru_cache(maxsize=_DECODED)
+def decode_plan(message: bytes) -> SteeringPlan:
+    """Inverse of :func:`encode_plan`; equal messages give the same object.
+
+    Raises:
+        RequestError: It is no such message, or one of another version.
+    """
+    try:
+        found = _decoder.decode(message)
+    except msgspec.MsgspecError as error:
+        raise RequestError(f"the steering plan is malformed: {error}") from error
+    if found.version != VERSION:
+        raise RequestError(
+            f"the steering plan has version {found.version}, this engine reads {VERSION}; run the same vllm-steer "
+            f"in every process"
+        )
+    return SteeringPlan(found.segments)
+
+
+def plan_of(sampling_params: Any) -> SteeringPlan | None:
+    """Returns the plan of an engine's request; None where it is not steered.
+
+    Args:
+        sampling_params: Its ``SamplingParams``, None for pooling requests.
+
+    Raises:
+        RequestError: There is something else in its place.
+    """
+    message = (getattr(sampling_params, "extra_args", None) or {}).get(PLAN_KEY)
+    if message is None:
+        return None
+    if not isinstance(message, bytes):
+        raise RequestError(f"the steering plan is malformed: {type(message).__name__} in its place")
+    return decode_plan(message)

@@ -1,0 +1,209 @@
+"""Bound request + prompt length -> plan: which terms act at which token positions.
+
+Importing this module imports neither torch nor vllm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import zip_longest
+
+import numpy as np
+
+from vllm_steer.errors import RequestError
+from vllm_steer.fields import show_layers
+from vllm_steer.operations import LINEAR_OPS, PLANE_OPS, FormChoice
+from vllm_steer.packs.registry import LoadedDirection
+from vllm_steer.plan.binding import BoundChoice, BoundRequest
+from vllm_steer.plan.dose import check_scale
+from vllm_steer.plan.steering_plan import (
+    MAX_PLAN_TERMS,
+    MAX_SEGMENTS,
+    Form,
+    Segment,
+    SteeringPlan,
+    Term,
+)
+from vllm_steer.plan.strength import check_calibrated, scale_of
+from vllm_steer.request.positions import PositionRange, absolute_ranges
+from vllm_steer.request.schedule import Schedule
+from vllm_steer.request.schema import REQUEST_KEY, DirectionChoice, SteeringRequest
+from vllm_steer.request.stop_tokens import Until
+
+_Span = tuple[Sequence[PositionRange], Term]
+# Two directions with a smaller angle between them (its sine) span no plane.
+_LEAST_SINE = 1e-3
+
+
+def resolve(bound: BoundRequest, prompt_len: int, max_len: int | None = None) -> SteeringPlan:
+    """Turns a request into ranges of absolute token positions.
+
+    Args:
+        bound: What was asked for.
+        prompt_len: Number of tokens of the prompt.
+        max_len: Most tokens of prompt and answer together, None when unknown.
+
+    Returns:
+        The plan; without segments when it would change nothing.
+
+    Raises:
+        RequestError: A layer or position does not exist, or a number is out of range.
+    """
+    request, spans = bound.request, []
+    for choice in bound.choices:
+        term = _term(choice, bound, prompt_len)
+        chosen = choice.choice.positions
+        positions = chosen or request.positions or choice.direction.record.positions
+        try:
+            ranges = absolute_ranges(positions, prompt_len, max_len)
+        except RequestError as error:
+            owner = choice.where if chosen else REQUEST_KEY
+            raise RequestError(f"{owner}.positions: {error}") from None
+        if not _is_idle(term):
+            spans.append((ranges, term))
+    triggers = request.until_token_ids
+    until = Until(prompt_len, tuple(triggers)) if triggers else None
+    return SteeringPlan(tuple(_segments(spans, until)))
+
+
+def _segments(spans: Sequence[_Span], until: Until | None) -> list[Segment]:
+    """Cuts overlapping ranges into disjoint ones; neighbours with equal sums become one.
+
+    Raises:
+        RequestError: There are too many, or too much in them.
+    """
+    spans = sorted(spans, key=lambda span: span[1].order)
+    # How many more ranges of each span a position lies in than the one before.
+    steps: dict[int, list[tuple[int, int]]] = {}
+    for number, (ranges, _) in enumerate(spans):
+        for start, end in ranges:
+            steps.setdefault(start, []).append((number, 1))
+            if end is not None:
+                steps.setdefault(end, []).append((number, -1))
+    cuts = sorted(steps)
+    segments: list[Segment] = []
+    terms = [term for _, term in spans]
+    depth, size = [0] * len(spans), 0
+    for start, end in zip_longest(cuts, cuts[1:]):
+        for number, step in steps[start]:
+            depth[number] += step
+        here = tuple([terms[number] for number, inside in enumerate(depth) if inside])
+        size += len(here)
+        if size > MAX_PLAN_TERMS:
+            raise RequestError(
+                f"{REQUEST_KEY}.directions: more than {MAX_PLAN_TERMS} terms meet over the ranges of positions; name "
+                f"fewer directions, or give fewer ranges"
+            )
+        if not here:
+            continue
+        segment = Segment(start, end, here, until)
+        if segments and segments[-1].end == start and segments[-1].key == segment.key:
+            segment = Segment(segments.pop().start, end, here, until)
+        segments.append(segment)
+    if len(segments) > MAX_SEGMENTS:
+        raise RequestError(
+            f"{REQUEST_KEY}.directions: their positions make {len(segments)} ranges that differ, at most {MAX_SEGMENTS} "
+            f"are taken; give fewer, or longer ones"
+        )
+    return segments
+
+
+def _term(bound: BoundChoice, whole: BoundRequest, prompt_len: int) -> Term:
+    where, choice, direction = bound.where, bound.choice, bound.direction
+    request, registry = whole.request, whole.registry
+    layers = sorted(set(choice.layers or request.layers or direction.record.steered_layers))
+    _check_layers(f"{where}.layers", direction, layers)
+    form = _form(bound, layers)
+    field = "scale"
+    if choice.strength is None:
+        scale = _scale(where, choice, bound.form, direction)
+    else:
+        field = "strength"
+        try:
+            check_calibrated(choice, direction)
+            scale = scale_of(choice.strength, direction, form, layers, registry)
+        except RequestError as error:
+            raise RequestError(f"{where}.{error}") from None
+    schedule = _schedule(where, choice, request, form, prompt_len)
+    term = Term(direction.digest, scale, tuple(layers), form, schedule)
+    check_scale(f"{where}.{field}", term, direction, registry)
+    return term
+
+
+def _form(bound: BoundChoice, layers: Sequence[int]) -> Form:
+    where, chosen = bound.where, bound.form
+    op = chosen.op or "add"
+    field = "plane" if op in PLANE_OPS else "read"
+    if (op in PLANE_OPS or op == "affine") and field not in bound.partners:
+        raise RequestError(f"{where}.{field}: op {op!r} needs the name of a second direction")
+    for part, direction in bound.partners.items():
+        _check_layers(f"{where}.{part}", direction, layers)
+    partner, gate = (bound.partners.get(part) for part in (field, "gate.direction"))
+    if op in PLANE_OPS and partner is not None:
+        _check_plane(f"{where}.{field}", bound.direction, partner, layers)
+    return Form(
+        op,
+        partner.digest if partner else None,
+        chosen.bias or 0.0,
+        gate.digest if gate else None,
+        chosen.gate.above if chosen.gate else 0.0,
+        bool(chosen.restore_norm),
+    )
+
+
+def _scale(
+    where: str, choice: DirectionChoice, chosen: FormChoice, direction: LoadedDirection
+) -> float:
+    if choice.scale is not None:
+        return choice.scale
+    op = chosen.op or "add"
+    if op == direction.record.op:
+        return direction.record.default_scale
+    if op == "ablate":
+        return 1.0
+    raise RequestError(
+        f"{where}.scale: op {op!r} needs a scale; {direction.full_name!r} has a default for its own op alone"
+    )
+
+
+def _check_layers(where: str, direction: LoadedDirection, layers: Sequence[int]) -> None:
+    known = direction.record.layers
+    unknown = [layer for layer in layers if layer not in direction.rows]
+    if unknown:
+        raise RequestError(
+            f"{where}: direction {direction.full_name!r} has no vector for layers {unknown}; "
+            f"it has {show_layers(known)}"
+        )
+
+
+def _check_plane(
+    where: str, direction: LoadedDirection, other: LoadedDirection, layers: Sequence[int]
+) -> None:
+    for layer in layers:
+        a, b = (d.at(layer).astype(np.float64) / d.lengths[layer] for d in (direction, other))
+        if np.linalg.norm(b - (a @ b) * a) < _LEAST_SINE:
+            raise RequestError(
+                f"{where}: {direction.full_name!r} and {other.full_name!r} are parallel at layer {layer} and span "
+                f"no plane; name another direction"
+            )
+
+
+def _schedule(
+    where: str, choice: DirectionChoice, request: SteeringRequest, form: Form, prompt_len: int
+) -> Schedule | None:
+    chosen = choice.schedule or request.schedule
+    if chosen is None:
+        return None
+    if form.op not in LINEAR_OPS or form.restore_norm:
+        owner = where if choice.schedule else REQUEST_KEY
+        what = "restore_norm" if form.restore_norm else f"op {form.op!r}"
+        raise RequestError(
+            f"{owner}.schedule: {what} has no strength that could be scheduled; it may have positions, such as "
+            f'{{"generated": [0, 16]}}'
+        )
+    return Schedule.of(chosen, prompt_len)
+
+
+def _is_idle(term: Term) -> bool:
+    """Whether a term changes nothing."""
+    return term.scale == 0.0 and term.form.op in (*LINEAR_OPS, "rotate")

@@ -1,0 +1,183 @@
+"""What travels to the engine: ranges of absolute token positions, and the terms that act there.
+
+Its identity is the content of the vectors, never their names. Importing this module imports
+neither torch nor vllm.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import astuple, dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+from vllm_steer.operations import PLANE_OPS, Op
+from vllm_steer.request.schedule import Schedule
+from vllm_steer.request.stop_tokens import Until
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a term acts; :data:`ADDITION` unless told otherwise.
+
+    Attributes:
+        op: The form, ``vllm_steer.operations.OPS``.
+        partner: Content digest of the direction that spans the plane or is read.
+        bias: b of ``affine``.
+        gate: Content digest of the probe's direction.
+        threshold: The probe fires above it.
+        restore_norm: Whether the residual stream gets its length back.
+    """
+
+    op: Op = "add"
+    partner: str | None = None
+    bias: float = 0.0
+    gate: str | None = None
+    threshold: float = 0.0
+    restore_norm: bool = False
+
+
+ADDITION = Form()
+# Ranges of a plan, which the planner looks at for every token of a step, and terms of all of them.
+MAX_SEGMENTS = 128
+MAX_PLAN_TERMS = 1024
+
+
+@dataclass(frozen=True)
+class Term:
+    """One direction at some of its layers.
+
+    Attributes:
+        digest: Content digest of the direction.
+        scale: ε.
+        layers: Layers, ascending.
+        form: How it acts.
+        schedule: Factor of its change over the positions; None is 1 everywhere.
+    """
+
+    digest: str
+    scale: float
+    layers: tuple[int, ...]
+    form: Form = ADDITION
+    schedule: Schedule | None = None
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.digest, self.scale, self.layers, self.form, self.schedule))
+
+    def __hash__(self) -> int:
+        # Terms are looked up range after range.
+        return self._hash
+
+    @property
+    def rank(self) -> int:
+        """Components of the affine form that it takes at each layer; 0 for plain addition."""
+        if self.form.op in PLANE_OPS:
+            return 2
+        return int(self.form.op != "add" or self.form.gate is not None)
+
+    @property
+    def peak(self) -> float:
+        """Largest factor of its change, without its sign."""
+        return max(abs(self.schedule.start), abs(self.schedule.end)) if self.schedule else 1.0
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """All contents that it needs, its own first."""
+        others = (self.form.partner, self.form.gate)
+        return (self.digest, *(digest for digest in others if digest is not None))
+
+    @cached_property
+    def order(self) -> tuple[Any, ...]:
+        """What the terms of a segment are sorted by: their canonical order."""
+        return self.digest, self.scale, self.layers, repr(self.form), repr(self.schedule)
+
+    @cached_property
+    def identity(self) -> str:
+        """Equal for equal changes, bit for bit, but for the schedule."""
+        content = [self.digest, float(self.scale).hex(), self.layers]
+        if self.form != ADDITION:
+            content += [v.hex() if isinstance(v, float) else v for v in astuple(self.form)]
+        return json.dumps(content)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A range of absolute token positions and the terms that act there together.
+
+    Attributes:
+        start: First position.
+        end: Position after the last one; None has no end.
+        terms: The terms in canonical order, at least one.
+        until: Generated tokens after which the range ends early. It is no part of the identity:
+            two requests whose ranges end at the same position are equal there.
+    """
+
+    start: int
+    end: int | None
+    terms: tuple[Term, ...]
+    until: Until | None = None
+
+    @cached_property
+    def schedules(self) -> tuple[Schedule | None, ...]:
+        """The different schedules of the terms, in their order."""
+        return _schedules(self.terms)
+
+    @cached_property
+    def row_key(self) -> str:
+        """Content identity of the terms: equal keys are equal rows, bit for bit.
+
+        What is factored together lies together in a row, so that is part of it, and the schedules are not.
+        """
+        return _row_key(self.terms)
+
+    @cached_property
+    def key(self) -> str:
+        """Content identity of the change: equal keys are equal changes at equal positions."""
+        if self.schedules == (None,):
+            return self.row_key
+        known = [schedule.to_list() if schedule else [] for schedule in self.schedules]
+        return _digest([self.row_key, [[float(v).hex() for v in values] for values in known]])
+
+
+def _schedules(terms: tuple[Term, ...]) -> tuple[Schedule | None, ...]:
+    return tuple(dict.fromkeys(term.schedule for term in terms))
+
+
+# The same terms meet in many ranges, and in the plans of many prompts.
+@lru_cache(maxsize=4096)
+def _row_key(terms: tuple[Term, ...]) -> str:
+    identities, schedules = [term.identity for term in terms], _schedules(terms)
+    if len(schedules) == 1:
+        return _digest(identities)
+    return _digest([identities, [schedules.index(term.schedule) for term in terms]])
+
+
+@dataclass(frozen=True)
+class SteeringPlan:
+    """The steering of one request by absolute position: disjoint segments, ascending."""
+
+    segments: tuple[Segment, ...]
+
+    @property
+    def until(self) -> Until | None:
+        """The triggers, which all segments share."""
+        return self.segments[0].until if self.segments else None
+
+    @property
+    def digests(self) -> set[str]:
+        """All contents that it needs."""
+        return {d for segment in self.segments for term in segment.terms for d in term.digests}
+
+
+def count_steered(plan: SteeringPlan, num_tokens: int) -> int:
+    """Returns how many of the first ``num_tokens`` positions are steered, if no trigger is met."""
+    return sum(
+        max(0, (num_tokens if s.end is None else min(s.end, num_tokens)) - s.start)
+        for s in plan.segments
+    )
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]

@@ -1,0 +1,95 @@
+"""Strength: a scale as the multiple of that which a direction's calibration found.
+
+It means something for what was measured alone: the direction's own form, on its default layers.
+Importing this module imports neither torch nor vllm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from vllm_steer.errors import RequestError
+from vllm_steer.fields import show_layers
+from vllm_steer.operations import FormChoice
+from vllm_steer.packs.registry import LoadedDirection, PackRegistry
+from vllm_steer.plan.binding import BoundRequest
+from vllm_steer.plan.steering_plan import Form, SteeringPlan, Term
+from vllm_steer.request.schema import DirectionChoice
+
+
+def check_calibrated(choice: DirectionChoice, direction: LoadedDirection) -> None:
+    """Checks that a choice which gives a strength may.
+
+    Raises:
+        RequestError: The direction is not calibrated; the message starts with the field.
+    """
+    if choice.strength is not None and direction.record.calibration is None:
+        raise RequestError(
+            f"strength: direction {direction.full_name!r} is not calibrated; give scale, or calibrate the pack with "
+            f"`vllm-steer calibrate`"
+        )
+
+
+def scale_of(
+    strength: float,
+    direction: LoadedDirection,
+    form: Form,
+    layers: Sequence[int],
+    registry: PackRegistry,
+) -> float:
+    """Returns the scale of a calibrated direction at a strength.
+
+    Args:
+        strength: Multiple of the default scale.
+        direction: The direction.
+        form: How it acts.
+        layers: Layers that it steers, ascending.
+        registry: The loaded packs.
+
+    Raises:
+        RequestError: It was measured in another form or on other layers; the message starts with the
+            field.
+    """
+    record = direction.record
+    if not _is_as_measured(direction, form, layers, registry):
+        raise RequestError(
+            f"strength: the strength of {direction.full_name!r} was measured on layers "
+            f"{show_layers(record.steered_layers)}, for its own op {record.op!r}; give scale"
+        )
+    return strength * record.default_scale
+
+
+def strengths_of(bound: BoundRequest, plan: SteeringPlan) -> dict[Term, float]:
+    """Returns the strengths of a plan's terms, those alone that a request could have named by it.
+
+    Args:
+        bound: The request that the plan was made from.
+        plan: The plan, as it is carried out.
+    """
+    # Two packs may hold the same content; the one that was asked for is meant.
+    asked = {choice.direction.digest: choice.direction for choice in bound.choices}
+    strengths = {}
+    for term in dict.fromkeys(term for segment in plan.segments for term in segment.terms):
+        direction = asked[term.digest]
+        scale = direction.record.default_scale
+        if (
+            direction.record.calibration is not None
+            and scale != 0
+            and _is_as_measured(direction, term.form, term.layers, bound.registry)
+        ):
+            strengths[term] = term.scale / scale
+    return strengths
+
+
+def _is_as_measured(
+    direction: LoadedDirection, form: Form, layers: Sequence[int], registry: PackRegistry
+) -> bool:
+    """Whether a form on some layers is the direction's own; gates choose tokens, as positions do."""
+    record = direction.record
+    own = record.form or FormChoice()
+    name = own.plane or own.read
+    partner = registry.find_beside(direction, name).digest if name else None
+    measured = Form(record.op, partner, own.bias or 0.0, restore_norm=bool(own.restore_norm))
+    given = replace(form, gate=None, threshold=0.0)
+    return given == measured and list(layers) == record.steered_layers

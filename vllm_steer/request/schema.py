@@ -1,0 +1,308 @@
+"""What a request may say about steering: parsing and validation.
+
+A request names directions, each with a scale or a strength, layers and positions. Importing this
+module imports neither torch nor vllm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from itertools import islice
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError, from_json
+
+from vllm_steer.errors import RequestError, choices
+from vllm_steer.fields import LayerIndex
+from vllm_steer.operations import FormChoice, Gate
+from vllm_steer.request.positions import Positions, parse_slice
+from vllm_steer.request.schedule import ScheduleChoice
+from vllm_steer.request.stop_tokens import TokenIds
+
+REQUEST_KEY = "steering"
+FLAT_KEYS = {
+    "steer": 'The directions: a list of `"name:scale"` or `"name"`, or one of them. The scale stands after the last '
+    "colon; without it the direction's default is taken.",
+    "steer_layers": "List of layers for all directions.",
+    "steer_positions": "For all directions: `all`, `prompt`, `generated`, `last_prompt`, or a list of slices "
+    '`"start:end"` of absolute positions; either part may be empty, and negative numbers count from the '
+    "prompt's end.",
+}
+MAX_DIRECTIONS = 64
+# Ranges of positions of all directions together.
+MAX_REQUEST_RANGES = 128
+PLAN_KEY = "_vllm_steer_plan"
+# Near misses of a key are looked for among so many that begin like one and are no longer than this.
+_MOST_MISSPELT = 64
+_LONGEST_MISSPELT = 24
+_FIRST_LETTERS = frozenset("sStT_")
+_MOST_CHARACTERS = 2**18
+_MOST_KEYS = 64
+_MOST_VALUES = 20_000
+# Arguments of clients, whose content belongs beside the other fields; some send them as they are.
+WRAPPERS = ("extra_body", "extra_args")
+# The value of ``steering`` that leaves out a server's default.
+NONE = "none"
+
+Scale = Annotated[float, Field(allow_inf_nan=False)]
+Layers = Annotated[list[LayerIndex], Field(min_length=1, max_length=4096)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DirectionChoice(FormChoice):
+    """One direction that a request asks for.
+
+    Attributes:
+        name: ``pack/direction``, or ``direction`` where only one loaded pack has it.
+        scale: ε, the factor of the vector, or what the op says; None takes the direction's default.
+        strength: Multiple of the default scale of a calibrated direction, in the place of a scale:
+            1 is what its calibration found. It holds for the form and the layers that were measured.
+        layers: Layers to steer, 0-based block outputs; None takes the request's, else the default
+            layers of the direction.
+        positions: Token positions to steer; None takes the request's, else the direction's.
+        schedule: Strength over the generated tokens; None takes the request's, else it is constant.
+    """
+
+    name: Annotated[str, Field(min_length=1, max_length=300)]
+    scale: Scale | None = None
+    strength: Scale | None = None
+    layers: Layers | None = None
+    positions: Positions | None = None
+    schedule: ScheduleChoice | None = None
+
+    @model_validator(mode="after")
+    def _says_it_once(self) -> DirectionChoice:
+        if self.scale is not None and self.strength is not None:
+            raise PydanticCustomError(
+                "strength", "scale and strength say the same in two ways; give one of them"
+            )
+        return self
+
+
+class SteeringRequest(_Strict):
+    """The ``steering`` object of a request.
+
+    Attributes:
+        directions: The directions, summed where they meet.
+        layers: Layers for the directions that name none.
+        positions: For the directions that name none: ``all``, ``prompt``, ``generated`` (positions
+            from the prompt's length on), ``last_prompt``, or ``[start, end]`` pairs of absolute
+            positions; end is not included and null has no end, negative numbers count from the
+            prompt's end. ``{"generated": [start, end]}`` counts from the first generated token.
+        schedule: Strength over the generated tokens, for the directions that name none.
+        until_token_ids: Steering ends after the first generated token with one of these ids.
+    """
+
+    directions: Annotated[list[DirectionChoice], Field(min_length=1, max_length=MAX_DIRECTIONS)]
+    layers: Layers | None = None
+    positions: Positions | None = None
+    schedule: ScheduleChoice | None = None
+    until_token_ids: TokenIds | None = None
+
+    @model_validator(mode="after")
+    def _has_few_ranges(self) -> SteeringRequest:
+        """Each range costs time at admission and in every step, so their number is looked at first."""
+        chosen = [choice.positions or self.positions for choice in self.directions]
+        count = sum(len(each) if isinstance(each, tuple) else 1 for each in chosen)
+        if count > MAX_REQUEST_RANGES:
+            raise PydanticCustomError(
+                "ranges",
+                "the directions have {count} ranges of positions together, at most {most} are taken; give "
+                "fewer, or longer ones",
+                {"count": count, "most": MAX_REQUEST_RANGES},
+            )
+        return self
+
+
+def parse(extra_args: Mapping[str, Any] | None) -> SteeringRequest | None:
+    """Reads the steering of a request from its extra arguments.
+
+    Two forms are understood: ``steering``, the object (or its JSON text, since ``vllm_xargs``
+    holds no objects), and the flat ``steer``, a list of ``"name:scale"`` with ``steer_layers``
+    and ``steer_positions``, a name or a list of ``"start:end"``, beside it.
+
+    Args:
+        extra_args: ``SamplingParams.extra_args`` or ``vllm_xargs``.
+
+    Returns:
+        The request, or None when it asks for no steering or for none of the server's.
+
+    Raises:
+        RequestError: It is malformed; the message names the field and what would be right.
+    """
+    if not extra_args:
+        return None
+    if PLAN_KEY in extra_args:
+        raise RequestError(f"{PLAN_KEY!r} is internal; send {REQUEST_KEY!r}")
+    known = (REQUEST_KEY, *FLAT_KEYS)
+    for key in steering_keys(extra_args):
+        if key not in known:
+            raise RequestError(f"unknown steering argument {key!r}; {choices(key, known)}")
+    flat = [key for key in FLAT_KEYS if key in extra_args]
+    if extra_args.get(REQUEST_KEY) is None:
+        return _parse_flat(extra_args) if flat else None
+    if flat:
+        raise RequestError(
+            f"{REQUEST_KEY!r} and {flat[0]!r} are two forms of the same thing; send one of them"
+        )
+    value = extra_args[REQUEST_KEY]
+    if value == NONE:
+        return None
+    try:
+        if isinstance(value, str):
+            value = _object_of(value)
+        if isinstance(value, dict):
+            _check_size(value)
+            return SteeringRequest.model_validate(value)
+    except ValidationError as error:
+        raise RequestError(_explain(error)) from error
+    raise RequestError(
+        f'{REQUEST_KEY} must be an object such as {{"directions": [{{"name": "pack/direction"}}]}} or its JSON text, '
+        f"not {type(value).__name__}"
+    )
+
+
+def _object_of(text: str) -> Any:
+    if len(text) > _MOST_CHARACTERS:
+        raise RequestError(
+            f"{REQUEST_KEY}: its JSON text has {len(text)} characters, at most {_MOST_CHARACTERS} are read"
+        )
+    try:
+        # Half of a pair of surrogates is no text, and so no JSON.
+        return from_json(text.encode(errors="surrogatepass"))
+    except ValueError as error:
+        raise RequestError(f"{REQUEST_KEY}: Invalid JSON: {error}") from error
+
+
+def _check_size(value: Any) -> None:
+    """Raises RequestError where there is more than could be right, before anything else is looked at."""
+    left, waiting = _MOST_VALUES, [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict):
+            if len(each) > _MOST_KEYS:
+                raise RequestError(
+                    f"{REQUEST_KEY}: an object in it has {len(each)} keys, at most {_MOST_KEYS} are read"
+                )
+            waiting += each.values()
+        elif isinstance(each, list):
+            left -= len(each)
+            if left < 0:
+                raise RequestError(
+                    f"{REQUEST_KEY}: its lists have more than {_MOST_VALUES} entries together"
+                )
+            waiting += each
+
+
+def steering_keys(keys: Iterable[Any]) -> list[str]:
+    """Returns the keys that were meant for steering and must not be ignored, misspelt ones among the first few alone.
+
+    A body may have hundreds of thousands of keys, and to look for a near miss takes time for each.
+    """
+    likely = [
+        key
+        for key in keys
+        if isinstance(key, str) and (key[:1] in _FIRST_LETTERS or not key[:1].isascii())
+    ]
+    known = (REQUEST_KEY, *FLAT_KEYS)
+    found, left = [], _MOST_MISSPELT
+    for key in likely:
+        if key.startswith("steer"):
+            found.append(key)
+        elif left and len(key) <= _LONGEST_MISSPELT:
+            left -= 1
+            found += [key] if get_close_matches(key, known, n=1, cutoff=0.8) else []
+    return found
+
+
+def first_steering_key(keys: Iterable[Any]) -> str | None:
+    """Returns the first key that was meant for steering."""
+    return next(iter(steering_keys(keys)), None)
+
+
+def wrapped_steering(value: Any, *, text: bool = False, depth: int = 4) -> bool:
+    """Whether an object has steering in it, at whatever depth a client may have wrapped it.
+
+    Args:
+        value: The object.
+        text: Whether JSON text is looked into as well, which may say the word in any other field.
+        depth: How deep is looked.
+    """
+    if isinstance(value, str):
+        return text and '"steer' in value
+    if not isinstance(value, dict) or not depth:
+        return False
+    if first_steering_key(value) is not None:
+        return True
+    inner = islice(value.values(), _MOST_KEYS)
+    return any(wrapped_steering(each, text=text, depth=depth - 1) for each in inner)
+
+
+def _parse_flat(extra_args: Mapping[str, Any]) -> SteeringRequest:
+    items = extra_args.get("steer")
+    if isinstance(items, str):
+        items = [items]
+    if isinstance(items, list) and len(items) > MAX_DIRECTIONS:
+        raise RequestError(
+            f"steer: {len(items)} directions are given, at most {MAX_DIRECTIONS} are taken"
+        )
+    if not isinstance(items, list) or not items or not all(isinstance(item, str) for item in items):
+        raise RequestError(
+            'steer must be a list of "name:scale" or "name", such as ["fears/spiders:12"]'
+        )
+    fields: dict[str, Any] = {"directions": [_parse_item(item) for item in items]}
+    if "steer_layers" in extra_args:
+        fields["layers"] = extra_args["steer_layers"]
+    if "steer_positions" in extra_args:
+        fields["positions"] = _parse_slices(extra_args["steer_positions"])
+    try:
+        return SteeringRequest.model_validate(fields)
+    except ValidationError as error:
+        raise RequestError(_explain(error)) from error
+
+
+def _parse_item(item: str) -> dict[str, Any]:
+    name, colon, scale = item.rpartition(":")
+    if not colon:
+        return {"name": item}
+    try:
+        return {"name": name, "scale": float(scale)}
+    except ValueError:
+        raise RequestError(
+            f'steer: {item!r} must be "name:scale" with a number after the colon'
+        ) from None
+
+
+def _parse_slices(value: Any) -> Any:
+    """The slices of ``steer_positions`` as pairs; anything else is left to the validation."""
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        return value
+    try:
+        return [parse_slice(item) for item in value]
+    except ValueError:
+        raise RequestError(
+            f'steer_positions: {value!r} must be a name or a list of "start:end", such as ["-4:"]'
+        ) from None
+
+
+def _explain(error: ValidationError) -> str:
+    faults = []
+    for fault in error.errors(include_url=False)[:5]:
+        where = ".".join([REQUEST_KEY, *map(str, fault["loc"])])
+        if fault["type"] == "extra_forbidden":
+            model: type[BaseModel] = SteeringRequest
+            if "directions" in fault["loc"]:
+                model = Gate if "gate" in fault["loc"] else DirectionChoice
+            if "schedule" in fault["loc"]:
+                model = ScheduleChoice
+            faults.append(
+                f"{where}: unknown key; {choices(str(fault['loc'][-1]), model.model_fields)}"
+            )
+        else:
+            faults.append(f"{where}: {fault['msg']}")
+    return "; ".join(faults)

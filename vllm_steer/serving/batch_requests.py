@@ -1,0 +1,39 @@
+"""Chat requests that come without HTTP, as ``vllm run-batch`` makes them: aliases and receipts as on a route.
+
+Nobody asks again for a line of a file, so these wait for rows for as long as it takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_steer.request.schema import REQUEST_KEY
+from vllm_steer.serving.admission import current_admission
+from vllm_steer.serving.aliases import named_alias
+from vllm_steer.serving.http_context import Exchange, current_exchange
+
+_ROUTE = "/v1/chat/completions"
+
+
+def follow_chat(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``OpenAIServingChat.create_chat_completion``; what came over HTTP passes untouched."""
+
+    async def create_chat_completion(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        admission = current_admission()
+        routed = current_exchange.get() is not None
+        if admission is None or admission.config is None or routed or request.stream:
+            return await original(self, request, *args, **kwargs)
+        exchange = Exchange(_ROUTE, patient=True)
+        named = named_alias(admission.policy, request.model or "")
+        if named is not None and not self.models.is_base_model(request.model):
+            exchange.model, exchange.alias = request.model, named.steering
+            request = request.model_copy(update={"model": named.served})
+        with admission.exchanging(exchange):
+            answer = await original(self, request, *args, **kwargs)
+        if exchange.receipts and hasattr(answer, "choices"):
+            # vLLM's answers keep fields that they do not know.
+            setattr(answer, REQUEST_KEY, [receipt.to_json() for receipt in exchange.receipts])
+        return answer
+
+    return create_chat_completion

@@ -1,0 +1,134 @@
+"""In front of the steered routes: model names that stand for a steering, and receipts.
+
+A request for the model ``SERVED:ALIAS`` becomes one for ``SERVED`` with the alias's steering, for
+clients that can send nothing else. Responses to steered requests get ``steering``, a list with a
+receipt for each prompt, and the header ``x-steering``; in a stream, the chunk that ends an answer
+has it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from vllm_steer.serving import metrics
+from vllm_steer.serving.admission import Admission, current_admission
+from vllm_steer.serving.aliases import named_alias
+from vllm_steer.serving.asgi import (
+    STEERED_ROUTES,
+    App,
+    Message,
+    Receive,
+    Send,
+    exists,
+    key_digest,
+    model_of,
+    read_body,
+    replay,
+    route_of,
+    with_length,
+    with_model,
+)
+from vllm_steer.serving.http_context import Exchange
+from vllm_steer.serving.packs_api import PREFIX, answer
+from vllm_steer.serving.receipt import Receipt
+from vllm_steer.serving.responses import ModelList, Receipts, Stored, Unavailable
+from vllm_steer.vllm_compat.rpc import TIMES
+
+# How long a scrape waits for the workers.
+_SCRAPE_SECONDS = 2.0
+_RESPONSES = "/v1/responses"
+# Answers that can be read later whose receipts are kept.
+_STORED = 1024
+
+
+class SteeringFront:
+    """ASGI middleware; other routes, and servers without steering, pass untouched."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+        # By the path that a stored answer is read at.
+        self._stored: dict[str, list[Receipt]] = {}
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Prepares a request on a steered route and completes its response."""
+        admission = current_admission()
+        if scope["type"] != "http" or admission is None or admission.config is None:
+            await self.app(scope, receive, send)
+            return
+        route = (scope["method"], route_of(scope))
+        if route[1].startswith(PREFIX) and admission.store is not None:
+            await answer(admission, admission.store, route[1], scope, receive, send)
+        elif route == ("GET", "/metrics"):
+            await _measure_planning(scope["app"].state.engine_client)
+            await self.app(scope, receive, send)
+        elif route == ("GET", "/v1/models") and admission.policy.aliases:
+            await self.app(scope, receive, ModelList(send, admission, key_digest(scope)).send)
+        elif route[0] == "GET" and (receipts := self._stored.get(route[1])) is not None:
+            await self.app(scope, receive, Stored(send, receipts).send)
+        elif route[0] == "POST" and (route[1] in STEERED_ROUTES or exists(scope)):
+            await self._steered(scope, receive, send, admission)
+        else:
+            await self.app(scope, receive, send)
+
+    async def _steered(
+        self, scope: Message, receive: Receive, send: Send, admission: Admission
+    ) -> None:
+        exchange = Exchange(route_of(scope), key_digest(scope))
+        if admission.policy.aliases:
+            body, messages = await read_body(receive)
+            name = model_of(body) if _may_name(body, admission.policy.aliases) else None
+            if name is not None:
+                named = named_alias(admission.policy, name)
+                if named is not None and not _serves(scope, name):
+                    exchange.model, exchange.alias = name, named.steering
+                    body = with_model(body, named.served)
+                    messages = [{"type": "http.request", "body": body}]
+                    scope = {**scope, "headers": with_length(scope["headers"], len(body))}
+            receive = replay(messages, receive)
+        receipts = Receipts(send, exchange)
+        await self._exchanged(exchange, scope, receive, receipts.send, admission)
+        if receipts.answer_id is not None and exchange.route == _RESPONSES:
+            self._stored[f"{_RESPONSES}/{receipts.answer_id}"] = exchange.receipts
+            while len(self._stored) > _STORED:
+                del self._stored[next(iter(self._stored))]
+
+    async def _exchanged(
+        self, exchange: Exchange, scope: Message, receive: Receive, send: Send, admission: Admission
+    ) -> None:
+        """Lets vLLM answer with an exchange, or answers for it where a wait ended."""
+        unavailable = Unavailable(send, exchange)
+        with admission.exchanging(exchange):
+            try:
+                await self.app(scope, receive, unavailable.send)
+            # vLLM does not catch it everywhere in what it streams.
+            except Exception:
+                if not await unavailable.refuse():
+                    raise
+
+
+def _may_name(body: bytes, aliases: Iterable[str]) -> bool:
+    """Whether a body can name an alias at all, which saves most of them from being looked into."""
+    # Escaped, or in another encoding than UTF-8, it may look otherwise.
+    return b"\\u" in body or b"\0" in body or any(f":{alias}".encode() in body for alias in aliases)
+
+
+async def _measure_planning(engine: Any) -> None:
+    """Asks the workers how long planning took since the last scrape."""
+    try:
+        times = await asyncio.wait_for(engine.collective_rpc(TIMES), _SCRAPE_SECONDS)
+    except (TimeoutError, EngineDeadError):
+        # In a long step, or gone, which other metrics tell; the gauge keeps its last value.
+        return
+    steps, seconds = (sum(values) for values in zip(*times, strict=True))
+    if steps:
+        metrics.PLANNING.set(seconds / steps)
+
+
+def _serves(scope: Message, name: str) -> bool:
+    """Whether a model is served under the very name."""
+    models: Any = getattr(scope["app"].state, "openai_serving_models", None)
+    return bool(models is not None and models.is_base_model(name))

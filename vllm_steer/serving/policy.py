@@ -1,0 +1,172 @@
+"""What a server allows beyond what requests ask for: aliases, a default, limits, who may use what.
+
+The policy is one JSON file, given by ``--steering-policy``. Importing this module imports neither
+torch nor vllm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vllm_steer.errors import (
+    ConfigError,
+    NotAllowedError,
+    RequestError,
+    UnknownDirectionError,
+    explain_faults,
+)
+from vllm_steer.packs.registry import PackRegistry
+from vllm_steer.plan.binding import bind
+from vllm_steer.plan.strength import check_calibrated
+from vllm_steer.request.schema import SteeringRequest
+
+MAX_POLICY_BYTES = 2**20
+ANY_KEY = "*"
+
+AliasName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+KeyDigest = Annotated[str, Field(pattern=r"^(\*|[0-9a-f]{64})$")]
+OneKeyDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Policy(BaseModel):
+    """The content of a policy file; every part may be left out.
+
+    Attributes:
+        aliases: Names that stand for a steering: a request for the model ``SERVED:ALIAS`` is
+            steered by it, and ``/v1/models`` lists it.
+        default: Steering of requests that name none; ``"steering": "none"`` leaves it out.
+        max_dose: Largest dose of a request. 1 is the largest at which the calibration of a direction
+            found the text fluent. Of a direction that nobody calibrated the dose is |ε|·‖v‖ over the
+            median norm of the residual stream, added up over its layers, at the largest factor of its
+            schedule; near 1 real models lose their text. The doses of directions that meet are summed,
+            and the position counts where that is largest.
+        dose_action: What happens to a request above it: ``reject`` answers 400, ``clamp`` lowers
+            all its scales by one factor, which the receipt states.
+        keys: Which directions an API key may use: the SHA-256 of the key in hexadecimal, or ``*``
+            for all other keys and none, to patterns of ``pack/direction`` such as ``moods/*``.
+            Without it everybody may use everything.
+        administrators: SHA-256 of each API key that may change packs, aliases and the uploads of all,
+            and sees them all. Without it the keys that ``keys`` names may, each as far as it may use
+            the directions, and its own uploads; without either, everybody.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    aliases: dict[AliasName, SteeringRequest] = Field(default_factory=dict)
+    default: SteeringRequest | None = None
+    max_dose: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    dose_action: Literal["reject", "clamp"] = "reject"
+    keys: dict[KeyDigest, list[str]] | None = None
+    administrators: list[OneKeyDigest] | None = None
+
+    def steerings(self) -> dict[str, SteeringRequest]:
+        """Returns every steering that the policy holds, by the field that it stands in."""
+        found = {f"aliases.{name}": request for name, request in self.aliases.items()}
+        return found if self.default is None else found | {"default": self.default}
+
+    def check(self, registry: PackRegistry) -> None:
+        """Checks that every name leads to a direction, and that one with a strength is calibrated.
+
+        Raises:
+            RequestError: One does not; the message starts with the field.
+        """
+        for where, request in self.steerings().items():
+            for bound in bind(request, registry, where=where).choices:
+                try:
+                    check_calibrated(bound.choice, bound.direction)
+                except RequestError as error:
+                    raise RequestError(f"{bound.where}.{error}") from None
+
+    def named(self, registry: PackRegistry, pack: str) -> list[str]:
+        """Returns the fields of the policy that need a pack."""
+        return [
+            field
+            for field, request in self.steerings().items()
+            if pack in {direction.pack.name for direction in bind(request, registry).directions}
+        ]
+
+    def allows(self, key_digest: str | None, direction: str) -> bool:
+        """Whether a request may use a direction.
+
+        Args:
+            key_digest: SHA-256 of the request's API key, in hexadecimal; None without a key.
+            direction: ``pack/direction``.
+        """
+        if self.keys is None:
+            return True
+        patterns = self.keys.get(key_digest or ANY_KEY, self.keys.get(ANY_KEY, []))
+        return any(fnmatchcase(direction, pattern) for pattern in patterns)
+
+    def administers(self, key_digest: str | None) -> bool:
+        """Whether a key may change what others have put on the server, and see all that is there."""
+        if self.administrators is not None:
+            return key_digest in self.administrators
+        return self.keys is None
+
+    def check_change(self, key_digest: str | None, directions: Iterable[str]) -> None:
+        """Checks that a key may change packs, aliases and uploads of some directions.
+
+        Args:
+            key_digest: SHA-256 of the API key, in hexadecimal; None without one.
+            directions: ``pack/direction`` of each.
+
+        Raises:
+            NotAllowedError: It may not.
+        """
+        if self.administers(key_digest):
+            return
+        if self.administrators is not None or key_digest not in (self.keys or {}):
+            raise NotAllowedError(
+                "this API key may not change what the server steers with; ask the server's operator for it"
+            )
+        for direction in directions:
+            if not self.allows(key_digest, direction):
+                raise NotAllowedError(
+                    f"this API key may not use {direction!r}, and so not change it; ask the server's operator for it"
+                )
+
+    def sees(self, key_digest: str | None, direction: str) -> bool:
+        """Whether a key is told of a direction."""
+        return self.administers(key_digest) or self.allows(key_digest, direction)
+
+    def shown_aliases(self, key_digest: str | None, registry: PackRegistry) -> list[str]:
+        """Returns the aliases all of whose directions a key may use."""
+        return sorted(
+            name
+            for name, request in self.aliases.items()
+            if all(self.sees(key_digest, found) for found in named_directions(request, registry))
+        )
+
+
+def named_directions(request: SteeringRequest, registry: PackRegistry) -> list[str]:
+    """Returns ``pack/direction`` of all that a steering names; what does not exist, as it is named."""
+    try:
+        return [direction.full_name for direction in bind(request, registry).directions]
+    except UnknownDirectionError:
+        return [n for c in request.directions for n in (c.name, *c.partners().values())]
+
+
+def load_policy(path: str) -> Policy:
+    """Reads a policy file.
+
+    Raises:
+        ConfigError: It cannot be read, or a field is wrong; the message names it.
+    """
+    file = Path(path)
+    try:
+        if file.stat().st_size > MAX_POLICY_BYTES:
+            raise ConfigError(f"--steering-policy: {path} is larger than {MAX_POLICY_BYTES} bytes")
+        text = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"--steering-policy: {path} cannot be read: {error.strerror}") from error
+    try:
+        return Policy.model_validate_json(text)
+    except ValidationError as error:
+        raise ConfigError(
+            f"--steering-policy: {path}: {explain_faults(error, 'policy')}"
+        ) from error

@@ -1,0 +1,157 @@
+"""Where vLLM's requests pass: their steering becomes a plan before a response starts.
+
+Two steps. When an OpenAI-style request becomes sampling parameters, its steering is admitted, so that
+a mistake is answered before a response starts, streaming or not. When the engine's input is made, the
+plan goes into it; that is also the check for requests that come from ``LLM`` or any other way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+from vllm.sampling_params import SamplingParams
+
+from vllm_steer.errors import RequestError, UnsupportedError
+from vllm_steer.request.schema import (
+    FLAT_KEYS,
+    PLAN_KEY,
+    REQUEST_KEY,
+    WRAPPERS,
+    steering_keys,
+    wrapped_steering,
+)
+from vllm_steer.serving.admission import (
+    UNSTEERED,
+    Admission,
+    AdmittedPlan,
+    Wanted,
+    current_admission,
+)
+from vllm_steer.serving.refusals import refusal
+from vllm_steer.serving.request_plan import admitted, beam_search, wanted_of
+
+# Set by vLLM's serving code just before it makes a request's sampling parameters.
+_prompt_len: ContextVar[int | None] = ContextVar("_prompt_len", default=None)
+
+
+def plan_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``InputProcessor.process_inputs`` to put the plan into the engine's request."""
+
+    def process_inputs(
+        self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        admission: Admission = self._vllm_steer_admission
+        extra_args = getattr(params, "extra_args", None) or {}
+        plan = extra_args.get(PLAN_KEY)
+        wanted: Wanted | None = None
+        if isinstance(plan, AdmittedPlan):
+            wanted = plan.wanted
+        elif plan is not UNSTEERED:
+            wanted = wanted_of(admission, extra_args, generates=isinstance(params, SamplingParams))
+        if wanted is not None and kwargs.get("resumable"):
+            raise refusal(
+                UnsupportedError(
+                    "steering does not support resumable sessions, whose outputs become prompt; send the whole prompt"
+                )
+            )
+        request = original(self, request_id, prompt, params, *args, **kwargs)
+        if wanted is not None or plan is UNSTEERED or REQUEST_KEY in extra_args:
+            embeds = request.prompt_embeds
+            prompt_len = len(request.prompt_token_ids) if embeds is None else embeds.shape[0]
+            if wanted is not None and (plan is None or plan.receipt.prompt_len != prompt_len):
+                plan = admission.admit(wanted, prompt_len, params)
+            # A new dict: vLLM's copies of the parameters share the caller's.
+            message = plan.message if isinstance(plan, AdmittedPlan) else None
+            kept = dict(extra_args)
+            for key in (REQUEST_KEY, PLAN_KEY, *FLAT_KEYS):
+                kept.pop(key, None)
+            request.sampling_params.extra_args = kept | ({PLAN_KEY: message} if message else {})
+        return request
+
+    return process_inputs
+
+
+def check_sampling(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``to_sampling_params`` of an OpenAI-style request model."""
+
+    def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+        params = original(self, *args, **kwargs)
+        extra_args = dict(params.extra_args or {})
+        extra_args = _with_top_level(extra_args, self)
+        admission = current_admission()
+        if admission is None:
+            return params
+        beam_search.set(False)
+        wanted, prompt_len = wanted_of(admission, extra_args), _prompt_len.get()
+        if prompt_len is None:
+            if wanted is not None and not wanted.is_default:
+                # Routes that only render a prompt for another server.
+                raise refusal(
+                    UnsupportedError(
+                        "this route does not generate and cannot be steered; send the steering to the route that does"
+                    )
+                )
+        elif wanted is not None:
+            plan = admitted(admission, wanted, prompt_len, params)
+            params.extra_args = extra_args | {PLAN_KEY: plan}
+        elif extra_args or admission.policy.default is not None:
+            # Not to be looked at again where it generates.
+            params.extra_args = {**(params.extra_args or {}), PLAN_KEY: UNSTEERED}
+        return params
+
+    return to_sampling_params
+
+
+def remember_prompt_len(original: Callable[..., int]) -> Callable[..., int]:
+    """Wraps ``_extract_prompt_len``: the request's model does not know its prompt's length."""
+
+    def _extract_prompt_len(self: Any, prompt: Any) -> int:
+        length = original(self, prompt)
+        _prompt_len.set(length)
+        return length
+
+    return _extract_prompt_len
+
+
+def refuse_beam_search(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``to_beam_search_params``: vLLM's beam search drops a request's extra arguments."""
+
+    def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+        extra_args = _with_top_level(dict(self.vllm_xargs or {}), self)
+        admission = current_admission()
+        if admission is not None and wanted_of(admission, extra_args) is not None:
+            raise refusal(
+                UnsupportedError(
+                    "steering does not support beam search; leave out use_beam_search or the steering"
+                )
+            )
+        # What it generates with has no arguments of the request, so no default must be taken for it.
+        beam_search.set(True)
+        return original(self, *args, **kwargs)
+
+    return to_beam_search_params
+
+
+def _with_top_level(extra_args: dict[str, Any], request: Any) -> dict[str, Any]:
+    """Adds the steering keys that stand beside ``model`` and ``prompt`` in the request's body."""
+    unknown = request.model_extra or {}
+    # As a dict: a body may have hundreds of thousands of such keys, each of which is looked for.
+    own = dict.fromkeys(steering_keys(unknown))
+    for key, value in unknown.items():
+        if key not in own and wrapped_steering(value, text=key in WRAPPERS):
+            raise refusal(
+                RequestError(
+                    f"{REQUEST_KEY}: stands in {key!r}, which this route does not know; send it beside 'model', or in "
+                    f"vllm_xargs"
+                )
+            )
+    for key in own:
+        value = unknown[key]
+        if key in extra_args:
+            raise refusal(
+                RequestError(f"{key!r} stands both in the request and in vllm_xargs; send it once")
+            )
+        extra_args[key] = value
+    return extra_args

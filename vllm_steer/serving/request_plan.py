@@ -1,0 +1,79 @@
+"""The one door: what a request is to be steered by, and its plan, wherever it comes in.
+
+Chat, completions, responses, messages, batches, ``/invocations``, token-in routes, ``run-batch``, ``LLM`` and an embedded
+``AsyncLLM`` end here: by their HTTP models where they have one, else where the engine takes them in.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Any
+
+from vllm_steer.errors import RequestError, UnsupportedError
+from vllm_steer.request.schema import first_steering_key
+from vllm_steer.serving.admission import Admission, AdmittedPlan, Wanted
+from vllm_steer.serving.http_context import current_exchange
+from vllm_steer.serving.refusals import refusal
+
+# Set while vLLM's beam search generates, step by step, for a request that wants no steering.
+beam_search: ContextVar[bool] = ContextVar("beam_search", default=False)
+
+
+def wanted_of(
+    admission: Admission, extra_args: dict[str, Any], *, generates: bool = True
+) -> Wanted | None:
+    """Returns what a request is to be steered by: its model's name, what it asks for, or the default.
+
+    Args:
+        admission: Of its engine.
+        extra_args: Its further arguments.
+        generates: Whether it generates; what does not is steered by no default.
+
+    Raises:
+        VLLMValidationError: It asks for steering beside its name's, in a malformed way, or does not generate.
+    """
+    exchange = current_exchange.get()
+    if exchange is None or exchange.alias is None:
+        asked = admission.parse(extra_args)
+        if asked is not None:
+            return Wanted(asked)
+        default = admission.default(extra_args)
+        if default is None or not generates or beam_search.get():
+            return None
+        return Wanted(default, is_default=True)
+    given = {key: value for key, value in extra_args.items() if value is not None}
+    if (key := first_steering_key(given)) is not None:
+        raise refusal(
+            RequestError(
+                f"model {exchange.model!r} is steered by its name; leave out {key!r} or the alias"
+            )
+        )
+    if not generates:
+        raise refusal(
+            UnsupportedError(
+                f"model {exchange.model!r} is steered by its name, and this route does not generate; name the model alone"
+            )
+        )
+    return Wanted(exchange.alias)
+
+
+def admitted(
+    admission: Admission, wanted: Wanted, prompt_len: int, sampling_params: Any
+) -> AdmittedPlan:
+    """Returns the plan of a prompt, and notes its receipt in the exchange if there is one.
+
+    Args:
+        admission: Of its engine.
+        wanted: What it is to be steered by.
+        prompt_len: Tokens of the prompt.
+        sampling_params: Its ``SamplingParams``.
+
+    Raises:
+        VLLMValidationError: It cannot be carried out.
+    """
+    plan = admission.admit(wanted, prompt_len, sampling_params)
+    exchange = current_exchange.get()
+    if exchange is not None and not exchange.ended:
+        exchange.receipts.append(plan.receipt)
+        admission.hold(plan.receipt)
+    return plan

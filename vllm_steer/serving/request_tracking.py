@@ -1,0 +1,218 @@
+"""Follows each steered prompt through the engine: counts its tokens, and waits for a free row."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from functools import partial
+from typing import Any
+
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from vllm_steer import log
+from vllm_steer.config import ResolvedConfig
+from vllm_steer.errors import BusyError, UnsupportedError
+from vllm_steer.request.schema import PLAN_KEY, REQUEST_KEY
+from vllm_steer.serving import metrics
+from vllm_steer.serving.admission import UNSTEERED, Admission, AdmittedPlan
+from vllm_steer.serving.engine_requests import EnginePrompt, arriving, forget
+from vllm_steer.serving.http_context import current_exchange
+from vllm_steer.serving.receipt import Receipt
+from vllm_steer.serving.refusals import refusal
+from vllm_steer.serving.request_plan import admitted, wanted_of
+from vllm_steer.serving.row_queue import RowGate, Ticket
+
+_GATE = "_vllm_steer_gate"
+
+
+def follow(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``AsyncLLM.generate``; an unsteered request gets vLLM's own generator."""
+
+    def generate(
+        self: Any, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
+    ) -> Any:
+        plan = _plan(self, prompt, sampling_params)
+        outputs = original(self, prompt, sampling_params, request_id, **kwargs)
+        if plan is None:
+            return outputs
+        adds_up = sampling_params.output_kind == RequestOutputKind.DELTA
+        entry = _entry(plan, request_id) if self.log_requests else None
+        admission = self.input_processor._vllm_steer_admission
+        gate, seconds = _gate_of(self, admission.config), admission.config.wait_seconds
+        followed = _followed(outputs, plan, gate, seconds, adds_up, entry)
+        # The exchange may end before the request does.
+        return _held(followed, plan.receipt, admission)
+
+    return generate
+
+
+def _plan(engine: Any, prompt: Any, sampling_params: Any) -> AdmittedPlan | None:
+    """The plan of a steered request, made here for routes that admission has not seen it on.
+
+    Raises:
+        VLLMValidationError: It cannot be carried out.
+    """
+    extra_args = getattr(sampling_params, "extra_args", None) or {}
+    plan = extra_args.get(PLAN_KEY)
+    if isinstance(plan, AdmittedPlan):
+        return plan
+    if plan is UNSTEERED:
+        return None
+    admission: Admission = engine.input_processor._vllm_steer_admission
+    if admission.config is None or not admission.config.gated:
+        # The engine's front end sees it next, and says that it cannot be steered or needs no row.
+        return None
+    wanted = wanted_of(admission, extra_args, generates=isinstance(sampling_params, SamplingParams))
+    if wanted is None:
+        return None
+    tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+    if tokens is None:
+        raise refusal(
+            UnsupportedError(
+                "this route takes prompts that cannot be steered; send the prompt as text or token ids"
+            )
+        )
+    plan = admitted(admission, wanted, len(tokens), sampling_params)
+    sampling_params.extra_args = extra_args | {PLAN_KEY: plan}
+    return plan
+
+
+def _gate_of(engine: Any, config: ResolvedConfig) -> RowGate:
+    """The gate of an ``AsyncLLM``, made with its first steered request."""
+    if not hasattr(engine, _GATE):
+        # Where admission lets one request take all rows, the requests share them here.
+        sums = config.sums_per_request if config.gated else config.rows - 1
+        setattr(engine, _GATE, RowGate(sums))
+    gate: RowGate = getattr(engine, _GATE)
+    return gate
+
+
+def _entry(plan: AdmittedPlan, request_id: str) -> dict[str, Any]:
+    """What the log says of a request, known before it runs."""
+    exchange = current_exchange.get()
+    shown = plan.receipt.to_json()
+    directions = [{k: v for k, v in d.items() if k != "layers"} for d in shown["directions"]]
+    return {
+        "request_id": request_id,
+        "directions": directions,
+        "dose": shown["dose"],
+        "clamped_by": shown["clamped_by"],
+        "key": log.short_key(exchange.key_digest) if exchange else None,
+    }
+
+
+async def _held(
+    outputs: AsyncGenerator[Any, None], receipt: Receipt, admission: Admission
+) -> AsyncGenerator[Any, None]:
+    """Yields the outputs of a request and keeps the content that it uses loaded meanwhile.
+
+    Raises:
+        VLLMValidationError: It was unloaded since the request was admitted.
+    """
+    admission.hold(receipt)
+    try:
+        admission.check_content(receipt)
+        async with aclosing(outputs):
+            async for output in outputs:
+                yield output
+    finally:
+        admission.release(receipt)
+
+
+async def _entered(gate: RowGate, sums: set[str], seconds: float) -> Ticket:
+    """Waits for rows; without an HTTP client, who could ask again, for as long as it takes.
+
+    Raises:
+        VLLMValidationError: There were none in time; the exchange is answered with 503.
+    """
+    exchange = current_exchange.get()
+    owner = exchange.key_digest if exchange else None
+    patient = exchange is None or exchange.patient
+    try:
+        ticket = await gate.enter(owner, sums, None if patient else seconds)
+    except TimeoutError:
+        error = BusyError(
+            f"{REQUEST_KEY}: no row for it became free in {seconds:g} s; ask again later, or start the server with "
+            f"a higher --steering-rows"
+        )
+        if exchange is not None:
+            exchange.busy = str(error)
+        raise refusal(error) from None
+    if exchange is not None:
+        exchange.let_in = True
+    return ticket
+
+
+async def _noted(
+    outputs: AsyncGenerator[Any, None], prompt: EnginePrompt
+) -> AsyncGenerator[Any, None]:
+    """Yields the outputs of vLLM, which takes the request in before it has the first."""
+    async with aclosing(outputs):
+        token = arriving.set(prompt)
+        try:
+            first = await anext(outputs, None)
+        finally:
+            # Before anything is yielded: a generator has no context of its own.
+            arriving.reset(token)
+        if first is not None:
+            yield first
+            async for output in outputs:
+                yield output
+
+
+async def _followed(
+    outputs: AsyncGenerator[Any, None],
+    plan: AdmittedPlan,
+    gate: RowGate,
+    seconds: float,
+    adds_up: bool,
+    entry: dict[str, Any] | None,
+) -> AsyncGenerator[Any, None]:
+    """Yields the outputs of one steered prompt.
+
+    Args:
+        outputs: Those of vLLM.
+        plan: The prompt's plan.
+        gate: The gate of its engine.
+        seconds: For how long it waits there.
+        adds_up: Whether each output holds the tokens since the one before, or all of them.
+        entry: Fields of the request's line in the log, None where vLLM logs no requests.
+    """
+    receipt = plan.receipt
+    sums = {segment.row_key for segment in receipt.plan.segments}
+    answered = receipt.answered
+    outcome, reason = "error", None
+    metrics.ACTIVE.inc()
+    metrics.DOSE.observe(receipt.dose)
+    try:
+        with metrics.WAITING.track_inprogress():
+            ticket = await _entered(gate, sums, seconds)
+        prompt = EnginePrompt(receipt.num_choices, partial(gate.leave, ticket))
+        try:
+            # Closed here, so that a request whose client went away leaves the engine before its
+            # rows are given to others.
+            async with aclosing(_noted(outputs, prompt)) as noted:
+                async for output in noted:
+                    for answer in output.outputs:
+                        before = answered.get(answer.index, 0) if adds_up else 0
+                        receipt.count(answer.index, answer.token_ids, before)
+                    yield output
+            outcome = "finished"
+        finally:
+            forget(prompt)
+            if prompt.ended < prompt.answers:
+                gate.leave(ticket)
+    except (asyncio.CancelledError, GeneratorExit):
+        outcome = "aborted"
+        raise
+    except Exception as error:
+        reason = type(error).__name__
+        raise
+    finally:
+        tokens = receipt.tokens_steered()
+        metrics.ACTIVE.dec()
+        metrics.REQUESTS.labels(outcome).inc()
+        metrics.STEERED_TOKENS.inc(tokens)
+        if entry is not None:
+            log.REQUEST.write(**entry, outcome=outcome, reason=reason, tokens_steered=tokens)

@@ -1,0 +1,92 @@
+"""Who sent which vectors, how much they are, and until when they are served.
+
+Imports neither torch nor vllm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from vllm_steer.errors import ConflictError, NotAllowedError
+from vllm_steer.serving.policy import Policy
+
+
+@dataclass(frozen=True)
+class Upload:
+    """Vectors that a client sent.
+
+    Attributes:
+        owner: SHA-256 of the API key that sent them, None without one.
+        num_bytes: Length of the body.
+        timer: Ends them.
+    """
+
+    owner: str | None
+    num_bytes: int
+    timer: asyncio.TimerHandle
+
+
+class UploadBook:
+    """The vectors that are served, by the name of the pack that they became."""
+
+    def __init__(self, most: int, most_bytes: int) -> None:
+        """Makes an empty book.
+
+        Args:
+            most: Uploads at once.
+            most_bytes: Bytes of all together.
+        """
+        self._most, self._most_bytes = most, most_bytes
+        self._uploads: dict[str, Upload] = {}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._uploads
+
+    def check_room(self, name: str, num_bytes: int) -> None:
+        """Checks that one more fits, or one in the place of that with its name.
+
+        Raises:
+            ConflictError: It does not, now.
+        """
+        others = [upload for known, upload in self._uploads.items() if known != name]
+        if len(others) >= self._most:
+            raise ConflictError(
+                f"{len(others)} uploads are served, the most that this server takes; drop one, wait until one ends, or "
+                f"start the server with a higher --steering-upload-count"
+            )
+        held = sum(upload.num_bytes for upload in others)
+        if held + num_bytes > self._most_bytes:
+            raise ConflictError(
+                f"uploads of {held} bytes are served, and these {num_bytes} would make them more than "
+                f"{self._most_bytes}; drop one, wait until one ends, or start the server with a higher "
+                f"--steering-upload-total-mib"
+            )
+
+    def check_owner(self, name: str, key_digest: str | None, policy: Policy) -> None:
+        """Checks that a key may replace or drop an upload.
+
+        Raises:
+            NotAllowedError: Another key sent it, and this one is no administrator's.
+        """
+        upload = self._uploads.get(name)
+        if upload is None or upload.owner == key_digest or policy.administers(key_digest):
+            return
+        raise NotAllowedError(
+            f"the vectors {name!r} were sent with another API key; give another name"
+        )
+
+    def enter(self, name: str, upload: Upload) -> None:
+        """Notes an upload; that with its name ends no more by itself."""
+        self.strike(name)
+        self._uploads[name] = upload
+
+    def strike(self, name: str) -> None:
+        """Forgets an upload, if there is one of that name."""
+        upload = self._uploads.pop(name, None)
+        if upload is not None:
+            upload.timer.cancel()
+
+    def find(self, name: str) -> Upload | None:
+        """Returns the upload of a name."""
+        return self._uploads.get(name)

@@ -1,0 +1,194 @@
+"""Lets the front end of an engine say why the engine's processes ended.
+
+A process that fails adds a line to a file that the front end named in an environment variable, which
+all processes of the engine inherit; there is no file until something fails. The first line is the
+root cause: a worker fails before the engine core that waits for it. Of a process that was killed, its
+exit status tells. The cause joins the message of the start that failed. To ``EngineDeadError``, whose
+message is sent to clients, it is added as a note, which only tracebacks show.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import sys
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import chain
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from vllm_steer.vllm_compat import patches
+from vllm_steer.vllm_compat.root_cause import MARK, told
+
+# Not VLLM_..., which vLLM would warn of.
+VARIABLE = "_VLLM_STEER_FAILURES"
+_WARNINGS = "PYTHONWARNINGS"
+# A process whose end was seen can be asked for its exit status a moment later.
+_REAPED = 5.0
+
+# File of failures to the processes that may write to it, for each engine that this process started.
+_started: dict[str, Callable[[], Iterable[Any]]] = {}
+# Processes of the workers that this process, an engine core, has started.
+_workers: list[Any] = []
+
+
+def name_file(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``CoreEngineProcManager.__init__``, which starts the engine cores."""
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        file = f"vllm-steer-{secrets.token_hex(8)}.failures"
+        path = os.environ[VARIABLE] = str(Path(tempfile.gettempdir(), file))
+        known = weakref.ref(self)
+        _started[path] = lambda: getattr(known(), "processes", ())
+        weakref.finalize(self, _forget, path)
+        with _quiet_tracker():
+            original(self, *args, **kwargs)
+
+    return __init__
+
+
+def explain_start(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``wait_for_engine_startup`` to end its error with the root cause."""
+
+    def wait_for_engine_startup(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        except RuntimeError as error:
+            if found := cause():
+                error.args = (f"{error}. {MARK}{found}", *error.args[1:])
+            raise
+
+    return wait_for_engine_startup
+
+
+def explain_death(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``EngineDeadError.__init__`` to note the root cause."""
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if found := cause():
+            self.add_note(f"{MARK}{found}")
+
+    return __init__
+
+
+def watch_workers(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``WorkerProc.wait_for_ready`` to know the workers: one that is killed reports nothing."""
+
+    def wait_for_ready(unready_proc_handles: Any, *args: Any, **kwargs: Any) -> Any:
+        _workers[:] = [handle.proc for handle in unready_proc_handles]
+        return original(unready_proc_handles, *args, **kwargs)
+
+    return wait_for_ready
+
+
+def report_worker(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``WorkerProc.__init__``; what it raises goes no further than the worker's log."""
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        with reported():
+            original(self, *args, **kwargs)
+
+    return __init__
+
+
+def run_engine_core(*args: Any, **kwargs: Any) -> Any:
+    """Runs ``EngineCoreProc.run_engine_core``, in the process that it is for."""
+    with reported():
+        return patches.original(patches.RUN_ENGINE_CORE)(*args, **kwargs)
+
+
+def report_death(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``EngineCoreProc._send_engine_dead``: the front end looks for a cause when it hears."""
+
+    def _send_engine_dead(self: Any) -> Any:
+        if (error := sys.exc_info()[1]) is not None:
+            _report(error)
+        return original(self)
+
+    return _send_engine_dead
+
+
+def worker_main(*args: Any, **kwargs: Any) -> Any:
+    """Runs ``WorkerProc.worker_main``, in the process that it is for, before vLLM loads the plugin there."""
+    patches.patch(patches.WORKER_PROC_INIT, report_worker)
+    return patches.original(patches.WORKER_MAIN)(*args, **kwargs)
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Reports what is raised within it."""
+    try:
+        yield
+    except Exception as error:
+        _report(error)
+        raise
+
+
+def cause() -> str | None:
+    """What ended an engine that this process uses, the one started last first; None if none ended."""
+    paths = dict.fromkeys((os.environ.get(VARIABLE, ""), *reversed(_started)))
+    reports = (line for path in paths for line in _lines(path))
+    ended = (_killed(processes()) for processes in reversed(_started.values()))
+    return next(filter(None, chain(reports, ended)), None)
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def _report(error: BaseException) -> None:
+    """Reports an error, and before it the end of a worker that may have led to it.
+
+    Once: by the next time the front end may have removed the file.
+    """
+    path = os.environ.pop(VARIABLE, "")
+    lines = filter(None, (_killed(_workers), told(error)))
+    # Whatever goes wrong with the report, the error itself is still raised and logged.
+    with suppress(OSError):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+        descriptor = os.open(path, flags, 0o600)
+        with open(descriptor, "w", encoding="utf-8", errors="replace") as file:
+            file.writelines(f"{line}\n" for line in lines)
+
+
+def _killed(processes: Iterable[Any]) -> str | None:
+    """The first of the processes that was ended by a signal other than vLLM's own, in words."""
+    ended = {process.sentinel: process for process in processes}
+    for sentinel in wait(list(ended), timeout=0):
+        process = ended[sentinel]
+        process.join(_REAPED)
+        status = process.exitcode or 0
+        if status < 0 and -status != signal.SIGTERM:
+            why = ", as the kernel does when memory runs out" if -status == signal.SIGKILL else ""
+            return f"{process.name} was ended by {signal.Signals(-status).name}{why}"
+    return None
+
+
+@contextmanager
+def _quiet_tracker() -> Iterator[None]:
+    """Python's tracker of resources, which starts within it, removes what a killed process left in shared
+    memory without a warning, which would be the last line of a failed start."""
+    given = os.environ.get(_WARNINGS)
+    quiet = "ignore:resource_tracker:UserWarning"
+    os.environ[_WARNINGS] = f"{given},{quiet}" if given else quiet
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[_WARNINGS]
+        else:
+            os.environ[_WARNINGS] = given
+
+
+def _forget(path: str) -> None:
+    _started.pop(path, None)
+    Path(path).unlink(missing_ok=True)
