@@ -2,7 +2,7 @@
 
 Ridge and logistic regression see rows of unit norm centred by the training mean, as the recursive
 feature machine does. Under ``compat`` they see raw rows and have no intercept, as in the authors' code.
-Where too few rows are left for validation (``offline.estimators.labelled_rows.LEAST_VALIDATION``) their strength is 1.
+Where too few rows are left for validation (``labelled_rows.LEAST_VALIDATION``) their strength is 1.
 """
 
 from __future__ import annotations
