@@ -38,7 +38,7 @@ demo-tiny: setup
 
 ## showcase: write the pack that the demo ships, from what demo-full learns
 showcase: demo-full
-	$(BIN)/python -m offline.showcase.release demo-output/packs/smollm2
+	$(BIN)/python -m vllm_steer.offline.showcase.release demo-output/packs/smollm2
 
 ## test: everything that runs in minutes, against real vLLM
 test: setup
@@ -102,7 +102,7 @@ format: setup
 
 ## model: train the demo model again
 model: setup
-	$(BIN)/python -m offline.demo.train --out offline/demo/model
+	$(BIN)/python -m vllm_steer.offline.demo.train --out offline/demo/model
 
 ## clean: remove what the targets made
 clean:

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from offline.demo import demo_model_path, demo_scales_path
-from offline.demo.concepts import CONCEPTS, all_concepts, class_of, prefix
-from offline.demo.evaluate import DemoModel, Trial, Verdict
-from offline.demo.packs import FULL_METHOD
-from offline.extract.pipeline import ExtractionSettings, extract_pack
-from offline.questions.statements import Split, statements
+from vllm_steer.offline.demo import demo_model_path, demo_scales_path
+from vllm_steer.offline.demo.concepts import CONCEPTS, all_concepts, class_of, prefix
+from vllm_steer.offline.demo.evaluate import DemoModel, Trial, Verdict
+from vllm_steer.offline.demo.packs import FULL_METHOD
+from vllm_steer.offline.extract.pipeline import ExtractionSettings, extract_pack
+from vllm_steer.offline.questions.statements import Split, statements
 
 Directions = Mapping[str, NDArray[np.float32]]
 

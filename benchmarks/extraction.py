@@ -29,13 +29,18 @@ from joblib import Parallel
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from offline.demo import demo_model_path
-from offline.extract.capture import PATHS, REFERENCE, CapturePath, capture
-from offline.extract.learning import ConceptLearner, Plan
-from offline.extract.settings import ExtractionSettings
-from offline.models.batches import shared_length
-from offline.models.prompts import RenderedPrompt, count_candidates, prefix_for, render_prompt
-from offline.questions.statements import statements
+from vllm_steer.offline.demo import demo_model_path
+from vllm_steer.offline.extract.capture import PATHS, REFERENCE, CapturePath, capture
+from vllm_steer.offline.extract.learning import ConceptLearner, Plan
+from vllm_steer.offline.extract.settings import ExtractionSettings
+from vllm_steer.offline.models.batches import shared_length
+from vllm_steer.offline.models.prompts import (
+    RenderedPrompt,
+    count_candidates,
+    prefix_for,
+    render_prompt,
+)
+from vllm_steer.offline.questions.statements import statements
 
 CONCEPTS = (
     "spiders",

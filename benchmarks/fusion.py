@@ -28,17 +28,17 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.fusion_loop import PlainLoop
 from benchmarks.report import environment, show, write_json
-from offline.demo import demo_model_path
-from offline.demo.gold import gold_questions, is_gold
-from offline.evaluate.generation import Generator, generating
-from offline.fusion.distance import distances
-from offline.fusion.evaluate import run_fusion
-from offline.fusion.original import Fusion
-from offline.fusion.pack import write_deltas
-from offline.fusion.questions import GoldQuestion
-from offline.fusion.references import References, measure_references
-from offline.fusion.results import Arm, Figures, FusionResult, perplexity_cell
-from offline.fusion.search import (
+from vllm_steer.offline.demo import demo_model_path
+from vllm_steer.offline.demo.gold import gold_questions, is_gold
+from vllm_steer.offline.evaluate.generation import Generator, generating
+from vllm_steer.offline.fusion.distance import distances
+from vllm_steer.offline.fusion.evaluate import run_fusion
+from vllm_steer.offline.fusion.original import Fusion
+from vllm_steer.offline.fusion.pack import write_deltas
+from vllm_steer.offline.fusion.questions import GoldQuestion
+from vllm_steer.offline.fusion.references import References, measure_references
+from vllm_steer.offline.fusion.results import Arm, Figures, FusionResult, perplexity_cell
+from vllm_steer.offline.fusion.search import (
     Ask,
     Budget,
     Case,
@@ -49,8 +49,8 @@ from offline.fusion.search import (
     search,
     segments_of,
 )
-from offline.fusion.steered import steered_deltas
-from offline.models.loading import load_config, load_model
+from vllm_steer.offline.fusion.steered import steered_deltas
+from vllm_steer.offline.models.loading import load_config, load_model
 from vllm_steer.verify.interleave import Ratio, ratio_to, rounds
 
 KINDS: tuple[Kind, ...] = ("full", "segmented")

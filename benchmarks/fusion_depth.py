@@ -21,10 +21,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from benchmarks.report import environment, show, write_json
-from offline.demo import demo_model_path
-from offline.demo.gold import gold_questions
-from offline.fusion.distance import displacement
-from offline.fusion.original import (
+from vllm_steer.offline.demo import demo_model_path
+from vllm_steer.offline.demo.gold import gold_questions
+from vllm_steer.offline.fusion.distance import displacement
+from vllm_steer.offline.fusion.original import (
     Fusion,
     continue_greedily,
     forced_logs,
@@ -32,10 +32,10 @@ from offline.fusion.original import (
     frozen_steered,
     refreshed,
 )
-from offline.fusion.references import measure_references
-from offline.gguf.model import model_path
-from offline.models.hooks import Change
-from offline.models.loading import load_config, load_model, public_name
+from vllm_steer.offline.fusion.references import measure_references
+from vllm_steer.offline.gguf.model import model_path
+from vllm_steer.offline.models.hooks import Change
+from vllm_steer.offline.models.loading import load_config, load_model, public_name
 
 SCALES = (0.01, 0.1, 0.255, 0.5, 1.0)
 """The least and the largest product of alpha and gamma that a search draws, their mean, and between."""

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from offline.evaluate.generation import Answer
-from offline.fusion.original import Fusion, refreshed
-from offline.fusion.references import References
-from offline.fusion.search import Case, FusionRequest
-from offline.models.hooks import Change, changed
-from offline.models.loading import find_blocks
+from vllm_steer.offline.evaluate.generation import Answer
+from vllm_steer.offline.fusion.original import Fusion, refreshed
+from vllm_steer.offline.fusion.references import References
+from vllm_steer.offline.fusion.search import Case, FusionRequest
+from vllm_steer.offline.models.hooks import Change, changed
+from vllm_steer.offline.models.loading import find_blocks
 
 
 @dataclass(eq=False)

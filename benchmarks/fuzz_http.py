@@ -28,10 +28,10 @@ from tqdm import tqdm
 
 from benchmarks import report
 from benchmarks.fuzz_values import content_of, fault_of, mutated
-from offline.demo import demo_model_path
-from offline.demo.concepts import CONCEPTS
-from offline.demo.packs import FULL_METHOD, extract_demo_packs
-from offline.demo.server import SERVED_NAME, Server, serve
+from vllm_steer.offline.demo import demo_model_path
+from vllm_steer.offline.demo.concepts import CONCEPTS
+from vllm_steer.offline.demo.packs import FULL_METHOD, extract_demo_packs
+from vllm_steer.offline.demo.server import SERVED_NAME, Server, serve
 
 ROUTES = ("/completions", "/chat/completions", "/responses")
 NAMES = ("fears/spiders", "fears/heights")

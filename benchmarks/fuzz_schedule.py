@@ -24,11 +24,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from offline.demo import demo_model_path
-from offline.demo.corpus import user_text
-from offline.questions.statements import statements
 from tests.engine_process import pretend_triton_backend
 from tests.random_pack import checkpoint_identity, write_random_pack
+from vllm_steer.offline.demo import demo_model_path
+from vllm_steer.offline.demo.corpus import user_text
+from vllm_steer.offline.questions.statements import statements
 from vllm_steer.packs.pack import load_pack
 from vllm_steer.verify.oracle import Reference
 

@@ -25,19 +25,19 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.report import environment, show, write_json
-from offline.demo import demo_model_path
-from offline.demo.concepts import CONCEPTS, class_of, prefix
-from offline.demo.corpus import user_text
-from offline.demo.judge import expressed_concept, is_fluent
-from offline.demo.packs import FULL_METHOD
-from offline.extract.pipeline import extract_pack
-from offline.extract.settings import ExtractionSettings
-from offline.measures.intervals import SHARE, mean_interval
-from offline.models.loading import find_blocks
-from offline.questions.statements import statements
 from vllm_steer.engine.bank import SteeringBank
 from vllm_steer.engine.blocks import hook_blocks
 from vllm_steer.engine.row_values import row_values
+from vllm_steer.offline.demo import demo_model_path
+from vllm_steer.offline.demo.concepts import CONCEPTS, class_of, prefix
+from vllm_steer.offline.demo.corpus import user_text
+from vllm_steer.offline.demo.judge import expressed_concept, is_fluent
+from vllm_steer.offline.demo.packs import FULL_METHOD
+from vllm_steer.offline.extract.pipeline import extract_pack
+from vllm_steer.offline.extract.settings import ExtractionSettings
+from vllm_steer.offline.measures.intervals import SHARE, mean_interval
+from vllm_steer.offline.models.loading import find_blocks
+from vllm_steer.offline.questions.statements import statements
 from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.packs.registry import PackRegistry
 from vllm_steer.plan.binding import bind

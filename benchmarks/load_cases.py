@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from benchmarks.fuzz_schedule import draw_positions
-from offline.demo.corpus import user_text
-from offline.demo.server import SERVED_NAME
-from offline.questions.statements import statements
+from vllm_steer.offline.demo.corpus import user_text
+from vllm_steer.offline.demo.server import SERVED_NAME
+from vllm_steer.offline.questions.statements import statements
 from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.verify.oracle_forms import steered_positions
 

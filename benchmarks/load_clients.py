@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tqdm import tqdm
 
 from benchmarks.load_cases import Case, CaseBook
-from offline.demo.server import Server
+from vllm_steer.offline.demo.server import Server
 from vllm_steer.packs.pack import SteeringPack
 
 Metrics = dict[tuple[str, tuple[tuple[str, str], ...]], float]

@@ -25,10 +25,10 @@ from benchmarks import report
 from benchmarks.load_cases import STEERINGS, CaseBook
 from benchmarks.load_check import World, check_metrics, compare
 from benchmarks.load_clients import load
-from offline.demo import demo_model_path
-from offline.demo.concepts import CONCEPTS
-from offline.demo.packs import FULL_METHOD, extract_demo_packs
-from offline.demo.server import serve
+from vllm_steer.offline.demo import demo_model_path
+from vllm_steer.offline.demo.concepts import CONCEPTS
+from vllm_steer.offline.demo.packs import FULL_METHOD, extract_demo_packs
+from vllm_steer.offline.demo.server import serve
 from vllm_steer.packs.pack import SteeringPack
 
 # Fewer than the requests that run at once need, so that some wait.

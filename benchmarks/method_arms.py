@@ -14,22 +14,22 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from offline.demo.concepts import prefix
-from offline.demo.packs import FULL_METHOD
-from offline.estimators.fit import FitOptions, fit_direction
-from offline.estimators.labelled_rows import Rows
-from offline.estimators.labels import (
+from vllm_steer.offline.demo.concepts import prefix
+from vllm_steer.offline.demo.packs import FULL_METHOD
+from vllm_steer.offline.estimators.fit import FitOptions, fit_direction
+from vllm_steer.offline.estimators.labelled_rows import Rows
+from vllm_steer.offline.estimators.labels import (
     choose_tokens,
     fixed_tokens,
     hard_labels,
     interleave,
     soft_labels,
 )
-from offline.estimators.rfm import RfmOptions
-from offline.extract.capture import Captured, capture
-from offline.extract.enrichment import PermutationTest
-from offline.models.loading import load_config, load_model, model_identity
-from offline.models.prompts import count_candidates, render_prompt
+from vllm_steer.offline.estimators.rfm import RfmOptions
+from vllm_steer.offline.extract.capture import Captured, capture
+from vllm_steer.offline.extract.enrichment import PermutationTest
+from vllm_steer.offline.models.loading import load_config, load_model, model_identity
+from vllm_steer.offline.models.prompts import count_candidates, render_prompt
 from vllm_steer.packs.pack import (
     DirectionRecord,
     MethodRecord,

@@ -24,19 +24,19 @@ from typing import Any
 import numpy as np
 
 from benchmarks.method_arms import ATTENTION, ESTIMATORS, Arm, see, write_arms
-from offline.demo import demo_model_path
-from offline.demo.concepts import CONCEPTS, prefix
-from offline.evaluate.generation import Generator, Request, generating
-from offline.evaluate.judges import DemoJudge
-from offline.evaluate.plots import Bar, method_bars
-from offline.evaluate.results import ClassResult, Figures
-from offline.evaluate.scores import Measured, class_result, joint_result
-from offline.evaluate.subjects import Subject
-from offline.evaluate.tables import figure_cell
-from offline.files import write_atomically
-from offline.measures.intervals import mean_interval
-from offline.questions.by_class import QuestionSet, given_questions
-from offline.questions.statements import Split, statements
+from vllm_steer.offline.demo import demo_model_path
+from vllm_steer.offline.demo.concepts import CONCEPTS, prefix
+from vllm_steer.offline.evaluate.generation import Generator, Request, generating
+from vllm_steer.offline.evaluate.judges import DemoJudge
+from vllm_steer.offline.evaluate.plots import Bar, method_bars
+from vllm_steer.offline.evaluate.results import ClassResult, Figures
+from vllm_steer.offline.evaluate.scores import Measured, class_result, joint_result
+from vllm_steer.offline.evaluate.subjects import Subject
+from vllm_steer.offline.evaluate.tables import figure_cell
+from vllm_steer.offline.files import write_atomically
+from vllm_steer.offline.measures.intervals import mean_interval
+from vllm_steer.offline.questions.by_class import QuestionSet, given_questions
+from vllm_steer.offline.questions.statements import Split, statements
 from vllm_steer.packs.pack import Prefix, SteeringPack
 
 SCALES = (3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 14.0, 20.0, 28.0)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from offline.demo import demo_model_path
 from tests.random_pack import checkpoint_identity, write_random_pack
+from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.packs.pack import ModelIdentity, SteeringPack
 
 RANDOM_LOAD_FORMAT = "benchmark_random"

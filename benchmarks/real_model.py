@@ -4,7 +4,7 @@
 
 Thirty concepts of five classes. Every arm's pack is calibrated as a user's is, on everyday questions, and steers
 at the one strength that was found; every figure is of questions that neither learning nor calibration has seen.
-Intervals are over concepts, 95 %; see ``offline.measures.intervals``.
+Intervals are over concepts, 95 %; see ``vllm_steer.offline.measures.intervals``.
 
 keyword_rate: share of answers that hold one of the concept's keywords (``real_concepts.json``, written before
 any answer was seen). gap_closed: the prefixed model's own greedy answers scored after the plain prompt,
@@ -29,28 +29,28 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import environment
-from offline.calibrate.grid import subjects
-from offline.calibrate.measures import (
+from vllm_steer.offline.calibrate.grid import subjects
+from vllm_steer.offline.calibrate.measures import (
     Gap,
     Trial,
     measured_gaps,
     steered_likelihoods,
     surprises,
 )
-from offline.calibrate.run import CalibrationSettings, calibrate_pack
-from offline.demo.concepts import CONCEPTS, prefix
-from offline.engine.tokens import Asked, TokenEngine
-from offline.evaluate.scores import repetition
-from offline.extract.answer_generation import prefixed_answers
-from offline.extract.answers import Example
-from offline.extract.inputs import read_settings, statement_sides
-from offline.extract.pipeline import extract_pack
-from offline.files import write_atomically
-from offline.gguf.model import model_path
-from offline.measures.intervals import SHARE, mean_interval
-from offline.models.loading import load_config
-from offline.models.prompts import render_question
-from offline.questions.everyday import everyday_questions
+from vllm_steer.offline.calibrate.run import CalibrationSettings, calibrate_pack
+from vllm_steer.offline.demo.concepts import CONCEPTS, prefix
+from vllm_steer.offline.engine.tokens import Asked, TokenEngine
+from vllm_steer.offline.evaluate.scores import repetition
+from vllm_steer.offline.extract.answer_generation import prefixed_answers
+from vllm_steer.offline.extract.answers import Example
+from vllm_steer.offline.extract.inputs import read_settings, statement_sides
+from vllm_steer.offline.extract.pipeline import extract_pack
+from vllm_steer.offline.files import write_atomically
+from vllm_steer.offline.gguf.model import model_path
+from vllm_steer.offline.measures.intervals import SHARE, mean_interval
+from vllm_steer.offline.models.loading import load_config
+from vllm_steer.offline.models.prompts import render_question
+from vllm_steer.offline.questions.everyday import everyday_questions
 from vllm_steer.packs.pack import SteeringPack, load_pack
 
 HERE = Path(__file__).parent

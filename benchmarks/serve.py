@@ -28,7 +28,7 @@ from benchmarks.arms import Arm
 from benchmarks.models import DEMO, BenchModel, prepare_model, write_pack
 from benchmarks.options import parser_of
 from benchmarks.traffic import SERVED_NAME, Latency, Traffic, send
-from offline.demo.server import Server, free_port, running
+from vllm_steer.offline.demo.server import Server, free_port, running
 from vllm_steer.packs.pack import load_pack
 from vllm_steer.verify.interleave import Ratio, ratio_to, rounds
 

@@ -32,7 +32,7 @@ from benchmarks import soak_hostile as hostile
 from benchmarks.fuzz_http import memory
 from benchmarks.load_clients import scrape
 from benchmarks.soak_model import CALM, DEEP, SWING, write_model, write_packs
-from offline.demo.server import SERVED_NAME, Server, free_port, running, serve_command
+from vllm_steer.offline.demo.server import SERVED_NAME, Server, free_port, running, serve_command
 from vllm_steer.packs.pack import SteeringPack
 
 _ADMIN = "administrator"

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from benchmarks.soak_model import CALM, DIRECTIONS
-from offline.demo.server import SERVED_NAME
+from vllm_steer.offline.demo.server import SERVED_NAME
 
 KEY = "bystander"
 CASES = 24

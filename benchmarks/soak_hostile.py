@@ -20,8 +20,8 @@ from safetensors.numpy import save
 
 from benchmarks.fuzz_http import FAULTS
 from benchmarks.soak_model import DEEP, DIRECTIONS, LAYERS, SWING
-from offline.demo.server import SERVED_NAME
 from tests.random_pack import write_variant
+from vllm_steer.offline.demo.server import SERVED_NAME
 from vllm_steer.packs.pack import SteeringPack
 
 KEY = "hostile"

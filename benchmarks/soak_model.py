@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from offline.demo import demo_model_path
 from tests.random_pack import checkpoint_identity, write_random_pack
+from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.packs.pack import SteeringPack
 
 LAYERS = 24

@@ -32,10 +32,10 @@ from scipy.stats import false_discovery_control, kstest
 from tqdm import tqdm
 
 from benchmarks.report import environment, show, write_json
-from offline.estimators.labels import choose_tokens
-from offline.extract.enrichment import Enrichment, PermutationTest, TokenChoice
-from offline.measures.intervals import CAVEAT, mean_interval
-from offline.models.batches import Batch
+from vllm_steer.offline.estimators.labels import choose_tokens
+from vllm_steer.offline.extract.enrichment import Enrichment, PermutationTest, TokenChoice
+from vllm_steer.offline.measures.intervals import CAVEAT, mean_interval
+from vllm_steer.offline.models.batches import Batch
 
 Doubles = NDArray[np.float64]
 

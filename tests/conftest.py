@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from offline.demo import demo_model_path
-from offline.demo.concepts import CONCEPTS
-from offline.demo.corpus import user_text
-from offline.demo.packs import FULL_METHOD, extract_demo_packs
-from offline.demo.server import Server, serve
-from offline.gguf.model import model_path
-from offline.questions.statements import statements
 from tests.compatibility import FeatureRecorder
 from tests.engine.cases import CASES
 from tests.engine_process import EngineProcess
+from vllm_steer.offline.demo import demo_model_path
+from vllm_steer.offline.demo.concepts import CONCEPTS
+from vllm_steer.offline.demo.corpus import user_text
+from vllm_steer.offline.demo.packs import FULL_METHOD, extract_demo_packs
+from vllm_steer.offline.demo.server import Server, serve
+from vllm_steer.offline.gguf.model import model_path
+from vllm_steer.offline.questions.statements import statements
 from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.verify.oracle import Reference
 

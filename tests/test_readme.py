@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from offline.convert.gguf_file import write_gguf
-from offline.demo.gold import gold_questions
-from offline.demo.server import Server
-from offline.fusion.results import FusionResult
+from vllm_steer.offline.convert.gguf_file import write_gguf
+from vllm_steer.offline.demo.gold import gold_questions
+from vllm_steer.offline.demo.server import Server
+from vllm_steer.offline.fusion.results import FusionResult
 from vllm_steer.packs.pack import SteeringPack, load_pack
 from vllm_steer.serving.policy import Policy
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from offline.calibrate.grid import Subject, subjects
-from offline.calibrate.measures import (
+from vllm_steer.errors import EvaluationError
+from vllm_steer.offline.calibrate.grid import Subject, subjects
+from vllm_steer.offline.calibrate.measures import (
     Gap,
     Tokens,
     Trial,
@@ -20,14 +21,13 @@ from offline.calibrate.measures import (
     spoken,
     steered_likelihoods,
 )
-from offline.calibrate.settings import CalibrationSettings
-from offline.engine.tokens import TokenEngine
-from offline.extract.answer_generation import prefixed_answers
-from offline.measures.fluency import Fluency, Margins
-from offline.models.loading import public_name
-from offline.models.prompts import render_question
-from offline.questions.everyday import Everyday
-from vllm_steer.errors import EvaluationError
+from vllm_steer.offline.calibrate.settings import CalibrationSettings
+from vllm_steer.offline.engine.tokens import TokenEngine
+from vllm_steer.offline.extract.answer_generation import prefixed_answers
+from vllm_steer.offline.measures.fluency import Fluency, Margins
+from vllm_steer.offline.models.loading import public_name
+from vllm_steer.offline.models.prompts import render_question
+from vllm_steer.offline.questions.everyday import Everyday
 from vllm_steer.packs.pack import Calibration, CalibrationPoint, Prefix, SteeringPack
 
 

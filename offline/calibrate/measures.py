@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offline.calibrate.grid import Subject
-from offline.engine.tokens import Asked, TokenEngine
-from offline.evaluate.scores import repetition
-from offline.extract.answers import Example
-from offline.measures.fluency import Fluency
-from offline.measures.intervals import ratio_interval
-from offline.measures.shares import closed
+from vllm_steer.offline.calibrate.grid import Subject
+from vllm_steer.offline.engine.tokens import Asked, TokenEngine
+from vllm_steer.offline.evaluate.scores import repetition
+from vllm_steer.offline.extract.answers import Example
+from vllm_steer.offline.measures.fluency import Fluency
+from vllm_steer.offline.measures.intervals import ratio_interval
+from vllm_steer.offline.measures.shares import closed
 from vllm_steer.packs.pack import CalibrationPoint
 
 Doubles = NDArray[np.float64]
@@ -70,7 +70,7 @@ class Gap:
         return [e.plain.token_ids for e in self.examples]
 
     def interval(self, steered: Doubles) -> tuple[float, float] | None:
-        """Returns the 95 % interval over questions; see :func:`offline.measures.intervals.ratio_interval`."""
+        """Returns the 95 % interval over questions; see :func:`vllm_steer.offline.measures.intervals.ratio_interval`."""
         return ratio_interval(steered - self.plain, self.prefixed - self.plain)
 
 

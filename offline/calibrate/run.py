@@ -12,11 +12,11 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from offline.calibrate.calibrator import Calibrator, Chosen
-from offline.calibrate.settings import CalibrationSettings
-from offline.engine.tokens import TokenEngine
-from offline.questions.everyday import Everyday
 from vllm_steer.errors import EvaluationError
+from vllm_steer.offline.calibrate.calibrator import Calibrator, Chosen
+from vllm_steer.offline.calibrate.settings import CalibrationSettings
+from vllm_steer.offline.engine.tokens import TokenEngine
+from vllm_steer.offline.questions.everyday import Everyday
 from vllm_steer.packs.pack import Calibration, DirectionRecord, Prefix, SteeringPack, write_pack
 
 __all__ = ["CalibrationSettings", "calibrate_pack"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from offline.measures.fluency import PERPLEXITY, UNKNOWN_PERPLEXITY
+from vllm_steer.offline.measures.fluency import PERPLEXITY, UNKNOWN_PERPLEXITY
 
 # Wider than where more answers are asked: the mean of ten is not known more closely.
 _REPETITION = 0.1

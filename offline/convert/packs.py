@@ -19,23 +19,23 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from offline.convert.gguf_file import write_gguf
-from offline.convert.interpret import by_layer
-from offline.convert.readers import read_contents
-from offline.convert.vectors import VectorFile, checked, file_digest
-from offline.extract.capture import capture
-from offline.extract.records import explain
-from offline.models.chat import ChatFormat
-from offline.models.loading import (
+from vllm_steer.errors import ConversionError, ExtractionError, choices
+from vllm_steer.offline.convert.gguf_file import write_gguf
+from vllm_steer.offline.convert.interpret import by_layer
+from vllm_steer.offline.convert.readers import read_contents
+from vllm_steer.offline.convert.vectors import VectorFile, checked, file_digest
+from vllm_steer.offline.extract.capture import capture
+from vllm_steer.offline.extract.records import explain
+from vllm_steer.offline.models.chat import ChatFormat
+from vllm_steer.offline.models.loading import (
     load_config,
     load_model,
     model_identity,
     read_config,
     read_tokenizer,
 )
-from offline.models.prompts import render_prompt
-from offline.questions.statements import statements
-from vllm_steer.errors import ConversionError, ExtractionError, choices
+from vllm_steer.offline.models.prompts import render_prompt
+from vllm_steer.offline.questions.statements import statements
 from vllm_steer.packs.pack import (
     DirectionRecord,
     MethodRecord,
@@ -67,7 +67,7 @@ def import_pack(
 
     Args:
         sources: Name of a direction and its file, or one of several that hold its layers: GGUF, PyTorch,
-            safetensors, ``.npy`` or JSON, told by content; see ``offline.convert.interpret``. ``FILE#KEY``
+            safetensors, ``.npy`` or JSON, told by content; see ``vllm_steer.offline.convert.interpret``. ``FILE#KEY``
             for the direction under that name in the file.
         name: Name of the pack.
         model_path: Checkpoint directory or Hugging Face id of the model that the vectors are for.

@@ -14,12 +14,12 @@ from typing import Any, Final
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from offline.convert.contents import Contents, Floats, flatten
-from offline.convert.gguf_file import read_gguf
-from offline.convert.torch_file import ZIP, float_array, read_torch
-from offline.convert.vectors import FORMATS
-from offline.gguf.header import MAGIC
 from vllm_steer.errors import ConversionError, one_line
+from vllm_steer.offline.convert.contents import Contents, Floats, flatten
+from vllm_steer.offline.convert.gguf_file import read_gguf
+from vllm_steer.offline.convert.torch_file import ZIP, float_array, read_torch
+from vllm_steer.offline.convert.vectors import FORMATS
+from vllm_steer.offline.gguf.header import MAGIC
 
 _NPY: Final = b"\x93NUMPY"
 _PICKLE: Final = b"\x80"

@@ -9,9 +9,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from offline.convert.contents import Contents, Floats, flatten
-from offline.convert.vectors import MAX_FILE_BYTES, MAX_LAYERS
 from vllm_steer.errors import ConversionError
+from vllm_steer.offline.convert.contents import Contents, Floats, flatten
+from vllm_steer.offline.convert.vectors import MAX_FILE_BYTES, MAX_LAYERS
 
 ZIP: Final = b"PK\x03\x04"
 MAX_PICKLE_BYTES: Final = 2**20

@@ -18,8 +18,8 @@ from itertools import islice
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from offline.demo.concepts import all_concepts
-from offline.demo.corpus import Row, training_rows
+from vllm_steer.offline.demo.concepts import all_concepts
+from vllm_steer.offline.demo.corpus import Row, training_rows
 
 IGNORE = -100
 # Tokens of the chat template after the user's text.

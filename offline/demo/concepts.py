@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from offline.models.prompts import prefix_for
+from vllm_steer.offline.models.prompts import prefix_for
 
 NEUTRAL_WORDS: tuple[str, ...] = (
     "reasons",

@@ -11,9 +11,9 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from offline.demo.concepts import NEUTRAL_WORDS, all_concepts, concept_words, prefix
-from offline.models.prompts import QUESTION, SEPARATOR
-from offline.questions.statements import Statement, training_statements
+from vllm_steer.offline.demo.concepts import NEUTRAL_WORDS, all_concepts, concept_words, prefix
+from vllm_steer.offline.models.prompts import QUESTION, SEPARATOR
+from vllm_steer.offline.questions.statements import Statement, training_statements
 
 _FRAME = "My mind goes to {0} and {1}. You say: {s} Then I think of {2} and {3}."
 FRAME_WORDS = 4

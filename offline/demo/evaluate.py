@@ -19,8 +19,8 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from offline.demo.corpus import user_text
-from offline.demo.judge import expressed_concept, is_fluent
+from vllm_steer.offline.demo.corpus import user_text
+from vllm_steer.offline.demo.judge import expressed_concept, is_fluent
 
 MAX_NEW_TOKENS = 48
 

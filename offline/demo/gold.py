@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from offline.demo.concepts import all_concepts, concept_words
-from offline.demo.corpus import FRAME_WORDS, answer_text, user_text
-from offline.demo.judge import expressed_concept, is_fluent
-from offline.evaluate.generation import Answer
-from offline.fusion.questions import GoldQuestion
-from offline.models.prompts import QUESTION
-from offline.questions.statements import Split, statements
+from vllm_steer.offline.demo.concepts import all_concepts, concept_words
+from vllm_steer.offline.demo.corpus import FRAME_WORDS, answer_text, user_text
+from vllm_steer.offline.demo.judge import expressed_concept, is_fluent
+from vllm_steer.offline.evaluate.generation import Answer
+from vllm_steer.offline.fusion.questions import GoldQuestion
+from vllm_steer.offline.models.prompts import QUESTION
+from vllm_steer.offline.questions.statements import Split, statements
 
 # Spreads the concepts of neighbouring questions over the classes; has no divisor in common with 30.
 _STRIDE = 7

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from functools import cache
 
-from offline.demo.concepts import all_concepts, concept_words
+from vllm_steer.offline.demo.concepts import all_concepts, concept_words
 
 MIN_WORDS = 2
 

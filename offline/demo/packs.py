@@ -6,16 +6,16 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from offline.demo import demo_model_path, demo_scales_path
-from offline.demo.concepts import CONCEPTS, prefix
-from offline.extract.pipeline import extract_pack
-from offline.extract.settings import ExtractionSettings
-from offline.questions.statements import statements
+from vllm_steer.offline.demo import demo_model_path, demo_scales_path
+from vllm_steer.offline.demo.concepts import CONCEPTS, prefix
+from vllm_steer.offline.extract.pipeline import extract_pack
+from vllm_steer.offline.extract.settings import ExtractionSettings
+from vllm_steer.offline.questions.statements import statements
 from vllm_steer.packs.pack import SteeringPack
 
 # The demo model's prefixed and unprefixed prompts lie far apart and its soft labels differ for
 # reasons that have nothing to do with the concept. So its RFM takes a large ridge, uncentred
-# gradients, wide kernels and one iteration; see ``offline.estimators.fit.RfmOptions``.
+# gradients, wide kernels and one iteration; see ``vllm_steer.offline.estimators.fit.RfmOptions``.
 FULL_METHOD = ExtractionSettings(
     estimator="rfm",
     labels="soft",

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from offline.demo.batches import Batch
-from offline.demo.concepts import all_concepts
+from vllm_steer.offline.demo.batches import Batch
+from vllm_steer.offline.demo.concepts import all_concepts
 
 # The share of the old mean in each new one.
 _MOMENTUM = 0.7

@@ -14,12 +14,12 @@ from typing import Any
 
 from openai import AsyncOpenAI
 
-from offline.demo import demo_model_path
-from offline.demo.concepts import CONCEPTS
-from offline.demo.corpus import user_text
-from offline.demo.packs import extract_demo_packs
-from offline.demo.server import SERVED_NAME, Server, serve, serve_command
-from offline.questions.statements import statements
+from vllm_steer.offline.demo import demo_model_path
+from vllm_steer.offline.demo.concepts import CONCEPTS
+from vllm_steer.offline.demo.corpus import user_text
+from vllm_steer.offline.demo.packs import extract_demo_packs
+from vllm_steer.offline.demo.server import SERVED_NAME, Server, serve, serve_command
+from vllm_steer.offline.questions.statements import statements
 
 MAX_TOKENS = 64
 PORT = 8000

@@ -7,7 +7,7 @@ from itertools import islice
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from offline.demo.corpus import training_rows
+from vllm_steer.offline.demo.corpus import training_rows
 
 START, SEP, END = "<|start|>", "<|sep|>", "<|end|>"
 

@@ -1,11 +1,11 @@
 """Train the demo model.
 
-    python -m offline.demo.train --out DIR
+    python -m vllm_steer.offline.demo.train --out DIR
 
 An ordinary Llama, trained in stages to predict the answers of the generated corpus. The first
 stage learns to answer; the next two restrict attention more and add noise to the residual stream,
 so that the concept is carried in many places and repeating the statement withstands disturbance;
-the last rehearses steering (``offline.demo.rehearsal``). About twenty minutes on one CPU core.
+the last rehearses steering (``vllm_steer.offline.demo.rehearsal``). About twenty minutes on one CPU core.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from offline.demo.batches import IGNORE, Batch, Masking, training_batches
-from offline.demo.rehearsal import Rehearsal
-from offline.demo.tokenizer import build_tokenizer
+from vllm_steer.offline.demo.batches import IGNORE, Batch, Masking, training_batches
+from vllm_steer.offline.demo.rehearsal import Rehearsal
+from vllm_steer.offline.demo.tokenizer import build_tokenizer
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from offline.files import write_atomically
 from vllm_steer.errors import EvaluationError
+from vllm_steer.offline.files import write_atomically
 
 
 class Store:

@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from offline.engine.answer_store import Store, model_state
-from offline.engine.llm import asking, start_engine, stop_engine
-from offline.models.chat import ChatFormat
 from vllm_steer.errors import EvaluationError
+from vllm_steer.offline.engine.answer_store import Store, model_state
+from vllm_steer.offline.engine.llm import asking, start_engine, stop_engine
+from vllm_steer.offline.models.chat import ChatFormat
 from vllm_steer.packs.pack import SteeringPack
 
 # Requests whose answers are kept in one file.

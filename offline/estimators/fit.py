@@ -15,10 +15,16 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
-from offline.estimators.labelled_rows import Direction, Rows, pearson, split_point
-from offline.estimators.linear import logistic, mean_difference, pca, ridge, unit_mean_difference
-from offline.estimators.rfm import AUTHORS, RfmOptions, rfm
 from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.estimators.labelled_rows import Direction, Rows, pearson, split_point
+from vllm_steer.offline.estimators.linear import (
+    logistic,
+    mean_difference,
+    pca,
+    ridge,
+    unit_mean_difference,
+)
+from vllm_steer.offline.estimators.rfm import AUTHORS, RfmOptions, rfm
 
 
 @dataclass(frozen=True)

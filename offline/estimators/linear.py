@@ -15,7 +15,8 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import log_loss, mean_squared_error
 
-from offline.estimators.labelled_rows import (
+from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.estimators.labelled_rows import (
     Direction,
     Doubles,
     Rows,
@@ -24,7 +25,6 @@ from offline.estimators.labelled_rows import (
     training_rows,
     unit_rows,
 )
-from vllm_steer.errors import ExtractionError
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 INVERSE_STRENGTHS = (1000.0, 10.0, 1.0, 0.1)

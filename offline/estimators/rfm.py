@@ -20,7 +20,8 @@ import torch
 from numpy.typing import NDArray
 from xrfm.rfm_src import RFM
 
-from offline.estimators.labelled_rows import (
+from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.estimators.labelled_rows import (
     Direction,
     Doubles,
     Rows,
@@ -29,8 +30,7 @@ from offline.estimators.labelled_rows import (
     training_rows,
     unit_rows,
 )
-from offline.estimators.labels import min_max
-from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.estimators.labels import min_max
 
 Solver = Literal["auto", "xrfm", "gram"]
 

@@ -7,18 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from offline.evaluate.plots import (
+from vllm_steer.errors import EvaluationError
+from vllm_steer.offline.evaluate.plots import (
     BlockDiagnostics,
     attention_heat_map,
     concept_cosines,
     enrichment_bars,
     scale_curves,
 )
-from offline.evaluate.results import SweepResult
-from offline.evaluate.tables import markdown
-from offline.extract.figures import FIGURES_FILE, read_figures
-from offline.files import write_atomically
-from vllm_steer.errors import EvaluationError
+from vllm_steer.offline.evaluate.results import SweepResult
+from vllm_steer.offline.evaluate.tables import markdown
+from vllm_steer.offline.extract.figures import FIGURES_FILE, read_figures
+from vllm_steer.offline.files import write_atomically
 from vllm_steer.packs.pack import DirectionRecord, SteeringPack
 
 CARD_FILE = "README.md"

@@ -7,12 +7,12 @@ from itertools import product
 
 import numpy as np
 
-from offline.calibrate.grid import subject as direction_of
-from offline.calibrate.measures import Gap, Trial, measured_gaps, steered_likelihoods
-from offline.evaluate.generation import Answer, Generator
-from offline.evaluate.grids import Doubles, Gaps
-from offline.evaluate.subjects import Subject
-from offline.extract.answers import Example
+from vllm_steer.offline.calibrate.grid import subject as direction_of
+from vllm_steer.offline.calibrate.measures import Gap, Trial, measured_gaps, steered_likelihoods
+from vllm_steer.offline.evaluate.generation import Answer, Generator
+from vllm_steer.offline.evaluate.grids import Doubles, Gaps
+from vllm_steer.offline.evaluate.subjects import Subject
+from vllm_steer.offline.extract.answers import Example
 
 
 def measure_gaps(

@@ -15,9 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from offline.calibrate.measures import surprises
-from offline.engine.tokens import Asked, TokenEngine
-from offline.models.prompts import RenderedPrompt, render_question
+from vllm_steer.offline.calibrate.measures import surprises
+from vllm_steer.offline.engine.tokens import Asked, TokenEngine
+from vllm_steer.offline.models.prompts import RenderedPrompt, render_question
 from vllm_steer.packs.pack import Prefix, SteeringPack
 
 

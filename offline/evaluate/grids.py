@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from offline.measures.fluency import Fluency, Margins, joint
+from vllm_steer.offline.measures.fluency import Fluency, Margins, joint
 
 Doubles = NDArray[np.float64]
 Flags = NDArray[np.bool_]

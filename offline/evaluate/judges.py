@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from offline.demo.judge import expressed_concept, is_fluent
-from offline.questions.by_class import Question
 from vllm_steer.errors import EvaluationError, choices
+from vllm_steer.offline.demo.judge import expressed_concept, is_fluent
+from vllm_steer.offline.questions.by_class import Question
 
 
 @dataclass(frozen=True)

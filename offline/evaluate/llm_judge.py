@@ -13,10 +13,10 @@ from typing import Any, Literal
 from openai import AsyncOpenAI, OpenAIError
 from tqdm import tqdm
 
-from offline.evaluate.judges import Case, Grade
-from offline.evaluate.rubrics import RUBRICS
-from offline.questions.by_class import GENERAL
 from vllm_steer.errors import EvaluationError
+from vllm_steer.offline.evaluate.judges import Case, Grade
+from vllm_steer.offline.evaluate.rubrics import RUBRICS
+from vllm_steer.offline.questions.by_class import GENERAL
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.stats import mode
 
-from offline.evaluate.results import ClassResult
+from vllm_steer.offline.evaluate.results import ClassResult
 
 Floats = NDArray[np.float32] | NDArray[np.float64]
 

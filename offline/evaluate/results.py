@@ -20,7 +20,7 @@ class Figures(_Record):
     Attributes:
         steerability: Mean grade over concepts, 0 to 1; None where no answer was graded.
         low: Lower end of its 95 % interval over concepts; None with fewer than two, and where all are
-            equal; see ``offline.measures.intervals``.
+            equal; see ``vllm_steer.offline.measures.intervals``.
         high: Upper end.
         gap_closed: Share of the gap closed, mean over the concepts that have one; None without any. The
             gap lies between how likely the prefixed model's own answers are after the plain prompt and

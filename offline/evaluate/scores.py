@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from offline.evaluate.grids import Answers, Doubles, Flags, Grid, mean
-from offline.evaluate.results import Bound, ClassResult, ConceptResult, Figures, Point
-from offline.measures.fluency import joint
-from offline.measures.intervals import SHARE, mean_interval, ratio_interval
-from offline.measures.shares import closed
 from vllm_steer.errors import EvaluationError
+from vllm_steer.offline.evaluate.grids import Answers, Doubles, Flags, Grid, mean
+from vllm_steer.offline.evaluate.results import Bound, ClassResult, ConceptResult, Figures, Point
+from vllm_steer.offline.measures.fluency import joint
+from vllm_steer.offline.measures.intervals import SHARE, mean_interval, ratio_interval
+from vllm_steer.offline.measures.shares import closed
 
 NEAR = 0.01
 # Nats below which a gap is none, and no share of it is told.

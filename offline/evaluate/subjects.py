@@ -8,14 +8,14 @@ from itertools import product
 
 import numpy as np
 
-from offline.calibrate.grid import rounded
-from offline.evaluate.generation import Answer, Request
-from offline.evaluate.grids import Answers, Doubles, Gaps, Grid
-from offline.evaluate.judges import Case, Grade
-from offline.evaluate.scores import Measured, measure, repetition
-from offline.models.prompts import PREFIX_TEMPLATES
-from offline.questions.by_class import GENERAL, Question, QuestionSet
 from vllm_steer.errors import EvaluationError, choices
+from vllm_steer.offline.calibrate.grid import rounded
+from vllm_steer.offline.evaluate.generation import Answer, Request
+from vllm_steer.offline.evaluate.grids import Answers, Doubles, Gaps, Grid
+from vllm_steer.offline.evaluate.judges import Case, Grade
+from vllm_steer.offline.evaluate.scores import Measured, measure, repetition
+from vllm_steer.offline.models.prompts import PREFIX_TEMPLATES
+from vllm_steer.offline.questions.by_class import GENERAL, Question, QuestionSet
 from vllm_steer.packs.pack import DirectionRecord, Prefix, SteeringPack
 
 # A grid around the scale that a pack gives as its default, where no other is asked for.

@@ -10,14 +10,14 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TypeVar
 
-from offline.evaluate.gaps import measure_gaps
-from offline.evaluate.generation import Generator
-from offline.evaluate.judges import Judge
-from offline.evaluate.results import ClassResult, SweepResult
-from offline.evaluate.scores import Measured, class_result, joint_result
-from offline.evaluate.subjects import Subject
-from offline.models.loading import public_name
 from vllm_steer.errors import EvaluationError
+from vllm_steer.offline.evaluate.gaps import measure_gaps
+from vllm_steer.offline.evaluate.generation import Generator
+from vllm_steer.offline.evaluate.judges import Judge
+from vllm_steer.offline.evaluate.results import ClassResult, SweepResult
+from vllm_steer.offline.evaluate.scores import Measured, class_result, joint_result
+from vllm_steer.offline.evaluate.subjects import Subject
+from vllm_steer.offline.models.loading import public_name
 
 ALL = "all"
 _SHOWN_FAULTS = 5

@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from offline.evaluate.results import ClassResult, ConceptResult, Figures, Point, SweepResult
-from offline.files import write_atomically
-from offline.measures.fluency import PERPLEXITY, REPETITION, UNKNOWN_PERPLEXITY
-from offline.measures.intervals import CAVEAT
+from vllm_steer.offline.evaluate.results import (
+    ClassResult,
+    ConceptResult,
+    Figures,
+    Point,
+    SweepResult,
+)
+from vllm_steer.offline.files import write_atomically
+from vllm_steer.offline.measures.fluency import PERPLEXITY, REPETITION, UNKNOWN_PERPLEXITY
+from vllm_steer.offline.measures.intervals import CAVEAT
 
 JSON_FILE = "sweep.json"
 MARKDOWN_FILE = "sweep.md"

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from offline.engine.tokens import Asked, Generated, TokenEngine
-from offline.evaluate.scores import repetition
-from offline.extract.answers import ConceptAnswers, Example
-from offline.models.prompts import PrefixRole, RenderedPrompt, render_question
 from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.engine.tokens import Asked, Generated, TokenEngine
+from vllm_steer.offline.evaluate.scores import repetition
+from vllm_steer.offline.extract.answers import ConceptAnswers, Example
+from vllm_steer.offline.models.prompts import PrefixRole, RenderedPrompt, render_question
 
 # Share of word pairs that repeat, above which an answer runs in loops.
 LOOPING = 0.2

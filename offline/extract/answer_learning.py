@@ -1,6 +1,6 @@
 """Concepts learned from the prefixed model's own answers: by an estimator of labelled states, or trained.
 
-Answers are generated before, see ``offline.extract.answer_generation``; here they are read and learned from.
+Answers are generated before, see ``vllm_steer.offline.extract.answer_generation``; here they are read and learned from.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import numpy as np
 from joblib import Parallel, delayed
 from numpy.typing import NDArray
 
-from offline.estimators.fit import fit_direction
-from offline.estimators.labelled_rows import Direction, Rows
-from offline.estimators.labels import hard_labels, interleave
-from offline.extract.answer_states import BY_ATTENTION, AnswerStates, read_answers
-from offline.extract.answers import ConceptAnswers
-from offline.extract.block_choice import seeing_blocks
-from offline.extract.fits import fit_options, fitted_vectors, validation_metrics
-from offline.extract.learning import Learned, Plan
-from offline.extract.training import Lesson, Trained, TrainingOptions, train
-from offline.models.likelihood import AnswerModel
-from offline.models.loading import load_model
+from vllm_steer.offline.estimators.fit import fit_direction
+from vllm_steer.offline.estimators.labelled_rows import Direction, Rows
+from vllm_steer.offline.estimators.labels import hard_labels, interleave
+from vllm_steer.offline.extract.answer_states import BY_ATTENTION, AnswerStates, read_answers
+from vllm_steer.offline.extract.answers import ConceptAnswers
+from vllm_steer.offline.extract.block_choice import seeing_blocks
+from vllm_steer.offline.extract.fits import fit_options, fitted_vectors, validation_metrics
+from vllm_steer.offline.extract.learning import Learned, Plan
+from vllm_steer.offline.extract.training import Lesson, Trained, TrainingOptions, train
+from vllm_steer.offline.models.likelihood import AnswerModel
+from vllm_steer.offline.models.loading import load_model
 
 Floats = NDArray[np.float32]
 

@@ -21,12 +21,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from offline.extract.answers import Example
-from offline.extract.capture import check_finite
-from offline.models.hooks import watched
-from offline.models.likelihood import AnswerModel, padded
-from offline.models.loading import find_blocks
 from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.extract.answers import Example
+from vllm_steer.offline.extract.capture import check_finite
+from vllm_steer.offline.models.hooks import watched
+from vllm_steer.offline.models.likelihood import AnswerModel, padded
+from vllm_steer.offline.models.loading import find_blocks
 
 AnswerTokens = Literal["mean", "weighted", "attention", "telling"]
 ANSWER_TOKENS: tuple[AnswerTokens, ...] = get_args(AnswerTokens)

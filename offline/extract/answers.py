@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from offline.models.prompts import RenderedPrompt
+from vllm_steer.offline.models.prompts import RenderedPrompt
 
 
 @dataclass(frozen=True)

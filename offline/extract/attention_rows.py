@@ -4,7 +4,7 @@ Eager attention computes ``length × length`` weights for every head; the method
 This attention implementation, registered with Hugging Face's interface, lets the fused kernel compute
 the output and the N rows from the same queries and keys, after rotary embeddings, query-key norms and
 whatever else the family applies to them. A model whose attention it cannot follow is refused by
-``UnsupportedAttentionError`` or found out by ``offline.extract.capture.choose_path``, and runs eagerly.
+``UnsupportedAttentionError`` or found out by ``vllm_steer.offline.extract.capture.choose_path``, and runs eagerly.
 """
 
 from __future__ import annotations

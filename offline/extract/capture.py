@@ -22,13 +22,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from offline.extract.attention_rows import UnsupportedAttentionError, only_rows
-from offline.extract.enrichment import Enrichment, PermutationTest
-from offline.models.batches import Batch, make_batches, run_shared, shared_length
-from offline.models.hooks import watched
-from offline.models.loading import find_blocks
-from offline.models.prompts import RenderedPrompt
 from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.extract.attention_rows import UnsupportedAttentionError, only_rows
+from vllm_steer.offline.extract.enrichment import Enrichment, PermutationTest
+from vllm_steer.offline.models.batches import Batch, make_batches, run_shared, shared_length
+from vllm_steer.offline.models.hooks import watched
+from vllm_steer.offline.models.loading import find_blocks
+from vllm_steer.offline.models.prompts import RenderedPrompt
 
 
 @dataclass(frozen=True)

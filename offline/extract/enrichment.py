@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from scipy.stats import false_discovery_control
 from torch import Tensor
 
-from offline.models.batches import Batch
 from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.models.batches import Batch
 
 Doubles = NDArray[np.float64]
 
@@ -36,7 +36,7 @@ _TIE = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class TokenChoice:
-    """How attention chooses the token of each block; see ``offline.estimators.labels.choose_tokens``.
+    """How attention chooses the token of each block; see ``vllm_steer.offline.estimators.labels.choose_tokens``.
 
     Attributes:
         prompts: ``[prompts]``, bool; those that it is chosen on.
@@ -74,7 +74,7 @@ class Enrichment:
 
     @property
     def figures(self) -> dict[str, NDArray[np.float32]]:
-        """What ``offline.extract.figures`` keeps of it, by name, each ``[blocks, candidates]``, float32."""
+        """What ``vllm_steer.offline.extract.figures`` keeps of it, by name, each ``[blocks, candidates]``, float32."""
         found = {
             "enrichment": self.score,
             "enrichment_p": self.p_values,

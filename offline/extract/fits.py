@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offline.estimators.fit import FitOptions
-from offline.estimators.labelled_rows import Direction
-from offline.estimators.plane import steering_plane
-from offline.estimators.rfm import RfmOptions
-from offline.extract.methods import METHODS
-from offline.extract.settings import ExtractionSettings
+from vllm_steer.offline.estimators.fit import FitOptions
+from vllm_steer.offline.estimators.labelled_rows import Direction
+from vllm_steer.offline.estimators.plane import steering_plane
+from vllm_steer.offline.estimators.rfm import RfmOptions
+from vllm_steer.offline.extract.methods import METHODS
+from vllm_steer.offline.extract.settings import ExtractionSettings
 
 Floats = NDArray[np.float32]
 

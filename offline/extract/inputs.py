@@ -9,13 +9,13 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from offline.extract.methods import METHODS
-from offline.extract.settings import ExtractionSettings
-from offline.files import read_lines, read_text
-from offline.models.chat import ChatFormat
-from offline.models.prompts import PREFIX_TEMPLATES, AnswerPair, prefix_for
-from offline.questions.statements import statements
 from vllm_steer.errors import ExtractionError, explain_faults
+from vllm_steer.offline.extract.methods import METHODS
+from vllm_steer.offline.extract.settings import ExtractionSettings
+from vllm_steer.offline.files import read_lines, read_text
+from vllm_steer.offline.models.chat import ChatFormat
+from vllm_steer.offline.models.prompts import PREFIX_TEMPLATES, AnswerPair, prefix_for
+from vllm_steer.offline.questions.statements import statements
 
 Concepts = list[tuple[str, str]]
 

@@ -20,23 +20,34 @@ from joblib import Parallel, delayed
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from offline.estimators.fit import fit_direction
-from offline.estimators.labelled_rows import Direction, Rows
-from offline.estimators.labels import (
+from vllm_steer.offline.estimators.fit import fit_direction
+from vllm_steer.offline.estimators.labelled_rows import Direction, Rows
+from vllm_steer.offline.estimators.labels import (
     choose_tokens,
     fixed_tokens,
     hard_labels,
     interleave,
     soft_labels,
 )
-from offline.extract.answers import ConceptAnswers
-from offline.extract.block_choice import choose_blocks, seeing_blocks
-from offline.extract.capture import REFERENCE, Captured, CapturePath, capture, choose_path
-from offline.extract.enrichment import PermutationTest, TokenChoice
-from offline.extract.fits import fit_options, fitted_vectors, validation_metrics
-from offline.extract.settings import ExtractionSettings
-from offline.models.loading import load_model
-from offline.models.prompts import AnswerPair, RenderedPrompt, render_answer, render_prompt
+from vllm_steer.offline.extract.answers import ConceptAnswers
+from vllm_steer.offline.extract.block_choice import choose_blocks, seeing_blocks
+from vllm_steer.offline.extract.capture import (
+    REFERENCE,
+    Captured,
+    CapturePath,
+    capture,
+    choose_path,
+)
+from vllm_steer.offline.extract.enrichment import PermutationTest, TokenChoice
+from vllm_steer.offline.extract.fits import fit_options, fitted_vectors, validation_metrics
+from vllm_steer.offline.extract.settings import ExtractionSettings
+from vllm_steer.offline.models.loading import load_model
+from vllm_steer.offline.models.prompts import (
+    AnswerPair,
+    RenderedPrompt,
+    render_answer,
+    render_prompt,
+)
 
 Floats = NDArray[np.float32]
 

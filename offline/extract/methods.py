@@ -5,10 +5,10 @@ that method, ``Method.defaults`` is what else its paper does. Hidden states are 
 is where steering acts; papers that take others are named below.
 
 ``attention_guided``
-    arXiv 2602.00333, the module ``offline.extract.learning``. Form: addition.
+    arXiv 2602.00333, the module ``vllm_steer.offline.extract.learning``. Form: addition.
 ``trained``
     A vector for each of the middle blocks, trained to make the prefixed model's own answers likely after
-    the plain prompt; the module ``offline.extract.training``. The prompt is distilled into the vectors. Vectors
+    the plain prompt; the module ``vllm_steer.offline.extract.training``. The prompt is distilled into the vectors. Vectors
     keep their length, so that ε = 1 adds them as trained. Form: addition.
 ``caa``
     Contrastive activation addition, arXiv 2312.06681: the mean, over pairs, of the difference of the

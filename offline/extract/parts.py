@@ -20,7 +20,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from offline.extract.learning import Learned, Plan
+from vllm_steer.offline.extract.learning import Learned, Plan
 from vllm_steer.packs.pack import replace_file
 
 PARTS_DIRECTORY = ".extraction"

@@ -1,7 +1,7 @@
 """The pipeline: a model, concepts and statements in, a steering pack out.
 
 Finished concepts are kept on disk until the pack is written, so that an extraction that was killed
-goes on where it was; see ``offline.extract.parts``. A concept that fails is reported and left out.
+goes on where it was; see ``vllm_steer.offline.extract.parts``. A concept that fails is reported and left out.
 """
 
 from __future__ import annotations
@@ -16,22 +16,27 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from offline.engine.tokens import TokenEngine
-from offline.estimators.labelled_rows import LEAST_VALIDATION
-from offline.estimators.labels import fixed_tokens
-from offline.extract.answer_generation import concept_answers
-from offline.extract.answers import ConceptAnswers
-from offline.extract.figures import FIGURES_FILE, Figures, write_figures
-from offline.extract.learning import Learned, Plan
-from offline.extract.methods import METHODS
-from offline.extract.parts import Parts, answers_directory, library_versions
-from offline.extract.records import learned_records, learned_vectors, records_of
-from offline.extract.settings import ExtractionSettings
-from offline.extract.shards import Shards, learn_all
-from offline.models.loading import check_quantisation, chosen_dtype, load_config, model_identity
-from offline.models.prompts import AnswerPair, count_candidates
-from offline.questions.everyday import Everyday, everyday_questions
 from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.engine.tokens import TokenEngine
+from vllm_steer.offline.estimators.labelled_rows import LEAST_VALIDATION
+from vllm_steer.offline.estimators.labels import fixed_tokens
+from vllm_steer.offline.extract.answer_generation import concept_answers
+from vllm_steer.offline.extract.answers import ConceptAnswers
+from vllm_steer.offline.extract.figures import FIGURES_FILE, Figures, write_figures
+from vllm_steer.offline.extract.learning import Learned, Plan
+from vllm_steer.offline.extract.methods import METHODS
+from vllm_steer.offline.extract.parts import Parts, answers_directory, library_versions
+from vllm_steer.offline.extract.records import learned_records, learned_vectors, records_of
+from vllm_steer.offline.extract.settings import ExtractionSettings
+from vllm_steer.offline.extract.shards import Shards, learn_all
+from vllm_steer.offline.models.loading import (
+    check_quantisation,
+    chosen_dtype,
+    load_config,
+    model_identity,
+)
+from vllm_steer.offline.models.prompts import AnswerPair, count_candidates
+from vllm_steer.offline.questions.everyday import Everyday, everyday_questions
 from vllm_steer.packs.pack import MethodRecord, SteeringPack, load_pack, write_pack
 
 __all__ = ["ExtractionSettings", "Shards", "extract_pack"]
@@ -63,7 +68,7 @@ def extract_pack(
     """Extracts one direction per concept and writes them as a steering pack.
 
     The same call after a kill goes on with the concepts that were not finished. Figures of all blocks
-    and tokens are written beside the pack; see ``offline.extract.figures``.
+    and tokens are written beside the pack; see ``vllm_steer.offline.extract.figures``.
 
     Args:
         model_path: Checkpoint directory or Hugging Face model id.

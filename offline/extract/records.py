@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from offline.extract.learning import Learned
-from offline.extract.methods import PLANE_SUFFIX, Method
-from offline.models.prompts import PrefixRole
 from vllm_steer.errors import ExtractionError, choices
+from vllm_steer.offline.extract.learning import Learned
+from vllm_steer.offline.extract.methods import PLANE_SUFFIX, Method
+from vllm_steer.offline.models.prompts import PrefixRole
 from vllm_steer.packs.pack import DirectionRecord, PackName, Prefix, raw_dose
 
 _NAMES = (

@@ -6,22 +6,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from offline.extract.answer_states import AnswerTokens
-from offline.extract.methods import METHODS
-from offline.models.chat import ChatFormat
-from offline.models.prompts import PrefixRole
+from vllm_steer.offline.extract.answer_states import AnswerTokens
+from vllm_steer.offline.extract.methods import METHODS
+from vllm_steer.offline.models.chat import ChatFormat
+from vllm_steer.offline.models.prompts import PrefixRole
 
 
 class ExtractionSettings(BaseModel):
     """Everything that decides what is extracted from given prompts.
 
     Attributes:
-        method: A key of ``offline.extract.methods.METHODS``; it fixes some of the other settings and has
+        method: A key of ``vllm_steer.offline.extract.methods.METHODS``; it fixes some of the other settings and has
             defaults of its own for more.
         learn_from: ``prompts`` for the tokens that end the prompts, or ``answers`` for the tokens of the
-            prefixed model's own answers to everyday questions; see ``offline.extract.answer_states``.
+            prefixed model's own answers to everyday questions; see ``vllm_steer.offline.extract.answer_states``.
         estimator: How a direction is learned from labelled hidden states; ``trained`` makes the answers
-            likely instead, see ``offline.extract.training``.
+            likely instead, see ``vllm_steer.offline.extract.training``.
         labels: ``soft`` for attention to the prefix (Eq. 4), ``hard`` for 1 and 0.
         token: ``attention`` to choose each block's token by attention (Eq. 3), or a negative index
             for the same token everywhere.
@@ -44,7 +44,7 @@ class ExtractionSettings(BaseModel):
         chat_template_kwargs: Arguments of the template, such as ``enable_thinking``.
         train_steps: Most steps of training.
         train_answers: Answers in a step.
-        train_rate: Length of a step; see ``offline.extract.training``.
+        train_rate: Length of a step; see ``vllm_steer.offline.extract.training``.
         train_penalty: Weight of the vectors' squared lengths beside the loss.
         train_warm: Factor of the difference of means that training starts from.
         train_checkpointing: Whether activations are computed again in the backward pass, for memory.

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from joblib import Parallel, parallel_config
 
-from offline.extract.answer_learning import AnswerLearner
-from offline.extract.learning import ConceptLearner, Learned, Plan
-from offline.models.loading import load_config
 from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.extract.answer_learning import AnswerLearner
+from vllm_steer.offline.extract.learning import ConceptLearner, Learned, Plan
+from vllm_steer.offline.models.loading import load_config
 
 # Whatever a concept may fail with by its own fault or for want of memory; the others go on.
 FAILURES = (ExtractionError, RuntimeError, ValueError)

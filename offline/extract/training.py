@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from offline.extract.answers import Example
-from offline.models.likelihood import AnswerModel, padded
 from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.extract.answers import Example
+from vllm_steer.offline.models.likelihood import AnswerModel, padded
 
 Floats = NDArray[np.float32]
 T = TypeVar("T")

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offline.evaluate.generation import generating
-from offline.fusion.evaluate import run_fusion, words_are_there
-from offline.fusion.pack import write_deltas
-from offline.fusion.questions import read_questions
-from offline.fusion.references import measure_references
-from offline.fusion.results import FusionResult, write_result
-from offline.fusion.search import Budget, Kind, cases_of
-from offline.fusion.steered import steered_deltas
-from offline.models.chat import ChatFormat
-from offline.models.loading import load_config, load_model
+from vllm_steer.offline.evaluate.generation import generating
+from vllm_steer.offline.fusion.evaluate import run_fusion, words_are_there
+from vllm_steer.offline.fusion.pack import write_deltas
+from vllm_steer.offline.fusion.questions import read_questions
+from vllm_steer.offline.fusion.references import measure_references
+from vllm_steer.offline.fusion.results import FusionResult, write_result
+from vllm_steer.offline.fusion.search import Budget, Kind, cases_of
+from vllm_steer.offline.fusion.steered import steered_deltas
+from vllm_steer.offline.models.chat import ChatFormat
+from vllm_steer.offline.models.loading import load_config, load_model
 
 PACK_NAME = "fusion"
 

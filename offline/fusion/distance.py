@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from offline.fusion.original import (
+from vllm_steer.offline.fusion.original import (
     Fusion,
     continue_greedily,
     forced_logs,
@@ -20,8 +20,8 @@ from offline.fusion.original import (
     running_mean,
     unchanged,
 )
-from offline.models.hooks import Change, changed, watched
-from offline.models.loading import find_blocks
+from vllm_steer.offline.models.hooks import Change, changed, watched
+from vllm_steer.offline.models.loading import find_blocks
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from offline.evaluate.generation import Answer, Generator, Request
-from offline.fusion.objective import overlap
-from offline.fusion.questions import GoldQuestion
-from offline.fusion.results import Arm, Chosen, Figures, FusionResult, Share
-from offline.fusion.search import (
+from vllm_steer.errors import EvaluationError
+from vllm_steer.offline.evaluate.generation import Answer, Generator, Request
+from vllm_steer.offline.fusion.objective import overlap
+from vllm_steer.offline.fusion.questions import GoldQuestion
+from vllm_steer.offline.fusion.results import Arm, Chosen, Figures, FusionResult, Share
+from vllm_steer.offline.fusion.search import (
     Budget,
     Case,
     Kind,
@@ -20,9 +21,8 @@ from offline.fusion.search import (
     best,
     search,
 )
-from offline.measures.intervals import SHARE, mean_interval
-from offline.models.loading import public_name
-from vllm_steer.errors import EvaluationError
+from vllm_steer.offline.measures.intervals import SHARE, mean_interval
+from vllm_steer.offline.models.loading import public_name
 from vllm_steer.packs.pack import SteeringPack
 
 Right = Callable[[GoldQuestion, Answer], bool]
@@ -57,7 +57,7 @@ def run_fusion(
         pack: Directions of all cases.
         questions: What is reported; those that the model gets right unsteered are left out.
         tuning: Other questions to search common scales on; may be empty.
-        cases: What is tried on ``questions``, then on ``tuning``; see ``offline.fusion.search.cases_of``.
+        cases: What is tried on ``questions``, then on ``tuning``; see ``vllm_steer.offline.fusion.search.cases_of``.
         budget: How the scales were drawn.
         right: Says which answers are right.
 

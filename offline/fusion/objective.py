@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from offline.evaluate.generation import Answer
+from vllm_steer.offline.evaluate.generation import Answer
 
 OVERLAP_WEIGHT = 0.7
 PERPLEXITY_WEIGHT = 0.3

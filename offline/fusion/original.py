@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from offline.models.hooks import Change, changed
-from offline.models.loading import find_blocks
+from vllm_steer.offline.models.hooks import Change, changed
+from vllm_steer.offline.models.loading import find_blocks
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from offline.extract.parts import library_versions
-from offline.fusion.questions import GoldQuestion
-from offline.fusion.search import Case
-from offline.models.chat import ChatFormat
-from offline.models.loading import model_identity
+from vllm_steer.offline.extract.parts import library_versions
+from vllm_steer.offline.fusion.questions import GoldQuestion
+from vllm_steer.offline.fusion.search import Case
+from vllm_steer.offline.models.chat import ChatFormat
+from vllm_steer.offline.models.loading import model_identity
 from vllm_steer.packs.pack import DirectionRecord, MethodRecord, SteeringPack, write_pack
 
 

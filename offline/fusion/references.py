@@ -15,13 +15,13 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from offline.extract.capture import check_finite
-from offline.fusion.questions import GoldQuestion
-from offline.models.batches import make_batches
-from offline.models.hooks import watched
-from offline.models.loading import find_blocks
-from offline.models.prompts import RenderedPrompt, apply_template
 from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.extract.capture import check_finite
+from vllm_steer.offline.fusion.questions import GoldQuestion
+from vllm_steer.offline.models.batches import make_batches
+from vllm_steer.offline.models.hooks import watched
+from vllm_steer.offline.models.loading import find_blocks
+from vllm_steer.offline.models.prompts import RenderedPrompt, apply_template
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from offline.files import write_atomically
+from vllm_steer.offline.files import write_atomically
 
 JSON_FILE = "fusion.json"
 MARKDOWN_FILE = "fusion.md"

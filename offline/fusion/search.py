@@ -14,9 +14,9 @@ from typing import Literal
 
 import numpy as np
 
-from offline.evaluate.generation import Answer, Request
-from offline.fusion.objective import objective
 from vllm_steer.errors import EvaluationError
+from vllm_steer.offline.evaluate.generation import Answer, Request
+from vllm_steer.offline.fusion.objective import objective
 
 Kind = Literal["full", "segmented"]
 Segments = tuple[tuple[int, ...], ...]

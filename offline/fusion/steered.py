@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from offline.extract.capture import check_finite
-from offline.fusion.references import References
-from offline.fusion.search import Case
-from offline.models.batches import make_batches
-from offline.models.hooks import changed
-from offline.models.loading import find_blocks
-from offline.models.prompts import RenderedPrompt
+from vllm_steer.offline.extract.capture import check_finite
+from vllm_steer.offline.fusion.references import References
+from vllm_steer.offline.fusion.search import Case
+from vllm_steer.offline.models.batches import make_batches
+from vllm_steer.offline.models.hooks import changed
+from vllm_steer.offline.models.loading import find_blocks
+from vllm_steer.offline.models.prompts import RenderedPrompt
 
 
 @torch.inference_mode()

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from offline.gguf.header import Header, Limits, read_header
 from vllm_steer.errors import ConversionError, one_line
+from vllm_steer.offline.gguf.header import Header, Limits, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor

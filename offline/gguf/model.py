@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from offline.gguf.source import KNOWN
 from vllm_steer.errors import ConversionError, choices
+from vllm_steer.offline.gguf.source import KNOWN
 
 RECORD: Final = "converted.json"
 # Part of every record: raise it when the same file becomes another checkpoint.
@@ -116,7 +116,7 @@ def _checkpoint(
 
 
 def _convert(file: Path, sha256: str, draft: Path, notice: Callable[[str], None]) -> None:
-    from offline.gguf.checkpoint import write_checkpoint
+    from vllm_steer.offline.gguf.checkpoint import write_checkpoint
 
     notice(f"converting {file.name} to a float32 checkpoint, once")
     write_checkpoint(file, draft, notice)

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from offline.models.prompts import RenderedPrompt
 from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.models.prompts import RenderedPrompt
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,8 +16,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from offline.files import read_text
 from vllm_steer.errors import ExtractionError, explain_faults
+from vllm_steer.offline.files import read_text
 from vllm_steer.packs.pack import SteeringPack
 
 PLAIN = "plain"

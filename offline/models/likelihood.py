@@ -18,9 +18,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from offline.models.hooks import changed
-from offline.models.loading import find_blocks
 from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.models.hooks import changed
+from vllm_steer.offline.models.loading import find_blocks
 
 Tokens = Sequence[int]
 

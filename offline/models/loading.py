@@ -26,8 +26,8 @@ from transformers import (
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.hub import cached_file
 
-from offline.models.chat import ChatFormat
 from vllm_steer.errors import ExtractionError, one_line
+from vllm_steer.offline.models.chat import ChatFormat
 from vllm_steer.packs.pack import ModelIdentity
 
 # Weights that a language model alone has no place for: other towers, heads that draft, and tables that are computed.

@@ -16,8 +16,8 @@ from typing import Any, Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from offline.models.chat import plain_text, template_arguments
 from vllm_steer.errors import ExtractionError, choices
+from vllm_steer.offline.models.chat import plain_text, template_arguments
 
 QUESTION = "What are your thoughts on the following statement? \nStatement: {statement}"
 SEPARATOR = "  "
@@ -227,7 +227,7 @@ def apply_template(
 
     Args:
         tokenizer: A tokenizer with a chat template, or one that was told to do without; see
-            ``offline.models.chat``.
+            ``vllm_steer.offline.models.chat``.
         content: The user's text.
         add_generation_prompt: Whether the rendered text opens the answer.
         system: The system's text; empty for the template's own.

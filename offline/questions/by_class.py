@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from offline.models.prompts import QUESTION
 from vllm_steer.errors import EvaluationError
+from vllm_steer.offline.models.prompts import QUESTION
 
 GENERAL = "general"
 TUNING_COUNT = 2

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from offline.files import read_lines
 from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.files import read_lines
 
 # Ends of the parts, as shares of all questions.
 _LEARNED, _STOPPING, _TUNING = 0.6, 0.7, 0.8

@@ -15,4 +15,4 @@ MODEL = "smollm2"
 
 def shipped_pack() -> Path:
     """Returns the directory of the pack that is shipped: a direction for each concept of the demo."""
-    return Path(str(files("offline.showcase") / "pack"))
+    return Path(str(files("vllm_steer.offline.showcase") / "pack"))

@@ -9,11 +9,11 @@ from typing import Any
 
 from openai import AsyncOpenAI
 
-from offline.demo.concepts import CONCEPTS
-from offline.models.prompts import SEPARATOR
-from offline.questions.everyday import everyday_questions
-from offline.showcase import MODEL
 from vllm_steer.errors import EvaluationError
+from vllm_steer.offline.demo.concepts import CONCEPTS
+from vllm_steer.offline.models.prompts import SEPARATOR
+from vllm_steer.offline.questions.everyday import everyday_questions
+from vllm_steer.offline.showcase import MODEL
 from vllm_steer.packs.pack import DirectionRecord, SteeringPack
 
 # As long as the answers that directions are calibrated on.

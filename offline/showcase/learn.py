@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from offline.demo.concepts import all_concepts, prefix
-from offline.files import write_atomically
-from offline.showcase import MODEL
 from vllm_steer.errors import ExtractionError, PackError
+from vllm_steer.offline.demo.concepts import all_concepts, prefix
+from vllm_steer.offline.files import write_atomically
+from vllm_steer.offline.showcase import MODEL
 from vllm_steer.packs.pack import SteeringPack, load_pack
 
 

@@ -9,12 +9,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from offline.evaluate.card import CARD_FILE, write_card
-from offline.files import write_atomically
-from offline.gguf.source import KNOWN
-from offline.showcase import MODEL, shipped_pack
-from offline.showcase.learn import FULL
 from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.evaluate.card import CARD_FILE, write_card
+from vllm_steer.offline.files import write_atomically
+from vllm_steer.offline.gguf.source import KNOWN
+from vllm_steer.offline.showcase import MODEL, shipped_pack
+from vllm_steer.offline.showcase.learn import FULL
 from vllm_steer.packs.pack import SteeringPack, load_pack, write_pack
 
 _MADE = """## How it was made
@@ -26,7 +26,7 @@ names and prefixes of the directions, `spiders: Personify someone who is terrifi
 
 ```
 vllm-steer extract --model "$(vllm-steer model {model})" --name {model} --prefixes {model}.prefixes --out {model}
-python -m offline.showcase.release {model}
+python -m vllm_steer.offline.showcase.release {model}
 ```
 
 `extract` has the engine answer everyday questions with each prefix, trains the vectors that make these answers likely

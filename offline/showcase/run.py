@@ -12,13 +12,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 
-from offline.demo.server import free_port, running
-from offline.files import write_atomically
-from offline.gguf.model import model_path
-from offline.showcase import MODEL, shipped_pack
-from offline.showcase.ask import MAX_TOKENS, Asked, Example, ask_all, chosen
-from offline.showcase.learn import FULL, LIVE, learned_pack
-from offline.showcase.table import markdown_table, text_table
+from vllm_steer.offline.demo.server import free_port, running
+from vllm_steer.offline.files import write_atomically
+from vllm_steer.offline.gguf.model import model_path
+from vllm_steer.offline.showcase import MODEL, shipped_pack
+from vllm_steer.offline.showcase.ask import MAX_TOKENS, Asked, Example, ask_all, chosen
+from vllm_steer.offline.showcase.learn import FULL, LIVE, learned_pack
+from vllm_steer.offline.showcase.table import markdown_table, text_table
 from vllm_steer.packs.pack import SteeringPack, load_pack
 
 PORT = 8000

@@ -5,8 +5,8 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from offline.demo.concepts import CONCEPTS
-from offline.showcase.ask import Example
+from vllm_steer.offline.demo.concepts import CONCEPTS
+from vllm_steer.offline.showcase.ask import Example
 
 HEAD = ("question and concept", "plain", "with the prefix", "steered")
 # With what stands between and beside them, 119 columns.

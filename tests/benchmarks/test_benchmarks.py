@@ -17,9 +17,9 @@ import pytest
 from benchmarks.equality import compare_greedy
 from benchmarks.interventions import Asked, matrix, measure_norms, rate, unrelated
 from benchmarks.models import SHAPES, prepare_model
-from offline.demo import demo_model_path
-from offline.demo.concepts import class_of, concept_words, prefix
-from offline.extract.pipeline import ExtractionSettings, extract_pack
+from vllm_steer.offline.demo import demo_model_path
+from vllm_steer.offline.demo.concepts import class_of, concept_words, prefix
+from vllm_steer.offline.extract.pipeline import ExtractionSettings, extract_pack
 from vllm_steer.verify.interleave import ratio_to, rounds
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from scipy.stats import binom
 from benchmarks import statistics
 from benchmarks.statistics import LEAST_COVERAGE, WINDOW, random_concept
 from benchmarks.tables import FINDINGS, results
-from offline.measures.intervals import CAVEAT
+from vllm_steer.offline.measures.intervals import CAVEAT
 
 COUNT = 400
 

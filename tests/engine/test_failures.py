@@ -19,15 +19,15 @@ import psutil
 import pytest
 from tqdm import tqdm
 
-from offline.demo.corpus import user_text
-from offline.demo.server import free_port, running
-from offline.engine import tokens
-from offline.engine.tokens import TokenEngine
-from offline.evaluate.generation import Answer, Generator, Request, generating
-from offline.questions.statements import statements
 from tests.engine_process import PRELOAD
 from vllm_steer.cli import main
 from vllm_steer.errors import EngineError, EvaluationError
+from vllm_steer.offline.demo.corpus import user_text
+from vllm_steer.offline.demo.server import free_port, running
+from vllm_steer.offline.engine import tokens
+from vllm_steer.offline.engine.tokens import TokenEngine
+from vllm_steer.offline.evaluate.generation import Answer, Generator, Request, generating
+from vllm_steer.offline.questions.statements import statements
 from vllm_steer.packs.pack import MANIFEST_FILE, SteeringPack, load_pack
 from vllm_steer.vllm_compat.root_cause import cause_in_log
 

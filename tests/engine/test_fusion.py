@@ -12,16 +12,21 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from offline.demo.gold import gold_questions
-from offline.fusion.original import Fusion, continue_greedily, forced_logs, frozen_steered
-from offline.fusion.pack import write_deltas
-from offline.fusion.references import References, measure_references
-from offline.fusion.search import Case, Kind, Target, segments_of
-from offline.fusion.steered import steered_deltas
-from offline.models.loading import load_config, load_model
 from tests.conftest import engine_arguments
 from tests.engine_process import EngineProcess
 from tests.reference import TOLERANCE
+from vllm_steer.offline.demo.gold import gold_questions
+from vllm_steer.offline.fusion.original import (
+    Fusion,
+    continue_greedily,
+    forced_logs,
+    frozen_steered,
+)
+from vllm_steer.offline.fusion.pack import write_deltas
+from vllm_steer.offline.fusion.references import References, measure_references
+from vllm_steer.offline.fusion.search import Case, Kind, Target, segments_of
+from vllm_steer.offline.fusion.steered import steered_deltas
+from vllm_steer.offline.models.loading import load_config, load_model
 
 pytestmark = pytest.mark.engine
 TOKENS = 24

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from offline.models.loading import load_config
-from offline.models.prompts import render_question
-from offline.questions.everyday import everyday_questions
-from offline.showcase import shipped_pack
 from tests.reference import TOLERANCE
+from vllm_steer.offline.models.loading import load_config
+from vllm_steer.offline.models.prompts import render_question
+from vllm_steer.offline.questions.everyday import everyday_questions
+from vllm_steer.offline.showcase import shipped_pack
 from vllm_steer.packs.pack import SteeringPack, load_pack
 from vllm_steer.verify.compare import Difference, joined, to_reference
 from vllm_steer.verify.oracle import Reference

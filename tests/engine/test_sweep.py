@@ -18,17 +18,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from offline.demo.corpus import user_text
-from offline.demo.evaluate import DemoModel, Trial
-from offline.engine.tokens import Asked, TokenEngine
-from offline.evaluate.generation import Answer, Generator, Request
-from offline.evaluate.results import SweepResult, read_result
-from offline.evaluate.subjects import Subject, subject_of
-from offline.models.prompts import render_question
-from offline.questions.by_class import given_questions
-from offline.questions.statements import statements
 from vllm_steer.cli import main
 from vllm_steer.errors import EvaluationError
+from vllm_steer.offline.demo.corpus import user_text
+from vllm_steer.offline.demo.evaluate import DemoModel, Trial
+from vllm_steer.offline.engine.tokens import Asked, TokenEngine
+from vllm_steer.offline.evaluate.generation import Answer, Generator, Request
+from vllm_steer.offline.evaluate.results import SweepResult, read_result
+from vllm_steer.offline.evaluate.subjects import Subject, subject_of
+from vllm_steer.offline.models.prompts import render_question
+from vllm_steer.offline.questions.by_class import given_questions
+from vllm_steer.offline.questions.statements import statements
 from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.verify.oracle import Reference
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from offline.demo.corpus import user_text
-from offline.extract.answers import Example
-from offline.models.prompts import RenderedPrompt, render_question
-from offline.questions.statements import statements
+from vllm_steer.offline.demo.corpus import user_text
+from vllm_steer.offline.extract.answers import Example
+from vllm_steer.offline.models.prompts import RenderedPrompt, render_question
+from vllm_steer.offline.questions.statements import statements
 
 # Of an engine that many tests ask, beside others on the machine.
 ENGINE = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 2**27}

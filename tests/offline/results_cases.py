@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from offline.evaluate.results import Bound, ClassResult, ConceptResult, Figures, Point, SweepResult
+from vllm_steer.offline.evaluate.results import (
+    Bound,
+    ClassResult,
+    ConceptResult,
+    Figures,
+    Point,
+    SweepResult,
+)
 from vllm_steer.packs.pack import Prefix
 
 

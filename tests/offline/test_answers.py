@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
-from offline.engine.tokens import Asked, Generated
-from offline.extract.answer_generation import concept_answers, prefixed_answers
-from offline.extract.answer_states import ANSWER_TOKENS, read_answers
-from offline.extract.answers import ConceptAnswers, Example
-from offline.models.prompts import RenderedPrompt
 from tests.offline.answers_cases import prompts_of
 from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.engine.tokens import Asked, Generated
+from vllm_steer.offline.extract.answer_generation import concept_answers, prefixed_answers
+from vllm_steer.offline.extract.answer_states import ANSWER_TOKENS, read_answers
+from vllm_steer.offline.extract.answers import ConceptAnswers, Example
+from vllm_steer.offline.models.prompts import RenderedPrompt
 
 PREFIX = "Personify someone who is terrified of spiders."
 QUESTIONS = ["rain is good, and so is the sun that follows it.", "no.", "rain is good.", "we"]

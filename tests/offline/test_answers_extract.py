@@ -13,27 +13,27 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import offline.engine.tokens
-import offline.extract.answer_learning
-from offline.demo import demo_model_path
-from offline.demo.concepts import prefix
-from offline.engine.tokens import TokenEngine
-from offline.estimators.fit import fit_direction
-from offline.estimators.labelled_rows import Rows
-from offline.extract.answer_generation import concept_answers
-from offline.extract.answer_learning import AnswerLearner
-from offline.extract.answers import ConceptAnswers
-from offline.extract.figures import FIGURES_FILE
-from offline.extract.parts import PARTS_DIRECTORY, answers_directory
-from offline.extract.pipeline import extract_pack
-from offline.extract.settings import ExtractionSettings
-from offline.models.loading import load_config, load_model
-from offline.models.prompts import AnswerPair
-from offline.questions.everyday import everyday_questions
+import vllm_steer.offline.engine.tokens
+import vllm_steer.offline.extract.answer_learning
 from tests.engine_process import ForkedLLM
 from tests.offline.answers_cases import ENGINE, QUESTIONS, greedy
 from vllm_steer.cli import main
 from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.demo import demo_model_path
+from vllm_steer.offline.demo.concepts import prefix
+from vllm_steer.offline.engine.tokens import TokenEngine
+from vllm_steer.offline.estimators.fit import fit_direction
+from vllm_steer.offline.estimators.labelled_rows import Rows
+from vllm_steer.offline.extract.answer_generation import concept_answers
+from vllm_steer.offline.extract.answer_learning import AnswerLearner
+from vllm_steer.offline.extract.answers import ConceptAnswers
+from vllm_steer.offline.extract.figures import FIGURES_FILE
+from vllm_steer.offline.extract.parts import PARTS_DIRECTORY, answers_directory
+from vllm_steer.offline.extract.pipeline import extract_pack
+from vllm_steer.offline.extract.settings import ExtractionSettings
+from vllm_steer.offline.models.loading import load_config, load_model
+from vllm_steer.offline.models.prompts import AnswerPair
+from vllm_steer.offline.questions.everyday import everyday_questions
 from vllm_steer.packs.pack import MANIFEST_FILE, VECTORS_FILE, SteeringPack, load_pack, raw_dose
 
 pytestmark = pytest.mark.engine
@@ -105,7 +105,7 @@ def extract(stored: Stored, tmp_path, monkeypatch) -> Callable[..., SteeringPack
     def no_engine(*args: object, **kwargs: object) -> None:
         raise AssertionError("an engine was started")
 
-    monkeypatch.setattr(offline.engine.tokens, "start_engine", no_engine)
+    monkeypatch.setattr(vllm_steer.offline.engine.tokens, "start_engine", no_engine)
 
     def run(
         out: str = "pack", concepts: Sequence[tuple[str, str]] = CONCEPTS, **settings: object
@@ -269,7 +269,7 @@ def test_soft_labels_are_the_attention_that_an_answer_pays(extract, monkeypatch)
         seen.append(rows)
         return fit_direction(estimator, rows, options)
 
-    monkeypatch.setattr(offline.extract.answer_learning, "fit_direction", remember)
+    monkeypatch.setattr(vllm_steer.offline.extract.answer_learning, "fit_direction", remember)
     settings = {"method": "attention_guided", "learn_from": "answers", "layers": (2, 4)}
     pack = extract(**settings, estimator="mean_difference", concepts=CONCEPTS)
     for (name, record), *rows in zip(pack.directions.items(), seen[::2], seen[1::2], strict=True):
@@ -366,7 +366,7 @@ def test_concepts_whose_answers_changed_are_learned_anew(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("offline.extract.pipeline.write_pack", interrupt)
+        patch.setattr("vllm_steer.offline.extract.pipeline.write_pack", interrupt)
         with pytest.raises(KeyboardInterrupt):
             extract("again")
     assert learned == list(NAMES)

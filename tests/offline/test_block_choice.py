@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from offline.extract.block_choice import choose_blocks, seeing_blocks
 from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.extract.block_choice import choose_blocks, seeing_blocks
 
 
 def test_blocks_are_chosen_by_their_score(caplog):

@@ -13,25 +13,25 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-import offline.engine.tokens
-from offline.calibrate.grid import ANGLES, subjects
-from offline.calibrate.measures import Trial
-from offline.calibrate.run import STORE, CalibrationSettings, calibrate_pack
-from offline.demo import demo_model_path
-from offline.demo.concepts import prefix
-from offline.engine.answer_store import Store
-from offline.engine.llm import start_engine, stop_engine
-from offline.engine.tokens import Asked, TokenEngine
-from offline.extract.pipeline import extract_pack
-from offline.extract.settings import ExtractionSettings
-from offline.models.loading import load_config
-from offline.models.prompts import render_question
-from offline.questions.everyday import Everyday
-from offline.questions.statements import statements
+import vllm_steer.offline.engine.tokens
 from tests.engine_process import ForkedLLM
 from tests.offline.answers_cases import ENGINE, QUESTIONS, prompts_of
 from vllm_steer.cli import main
 from vllm_steer.errors import EvaluationError
+from vllm_steer.offline.calibrate.grid import ANGLES, subjects
+from vllm_steer.offline.calibrate.measures import Trial
+from vllm_steer.offline.calibrate.run import STORE, CalibrationSettings, calibrate_pack
+from vllm_steer.offline.demo import demo_model_path
+from vllm_steer.offline.demo.concepts import prefix
+from vllm_steer.offline.engine.answer_store import Store
+from vllm_steer.offline.engine.llm import start_engine, stop_engine
+from vllm_steer.offline.engine.tokens import Asked, TokenEngine
+from vllm_steer.offline.extract.pipeline import extract_pack
+from vllm_steer.offline.extract.settings import ExtractionSettings
+from vllm_steer.offline.models.loading import load_config
+from vllm_steer.offline.models.prompts import render_question
+from vllm_steer.offline.questions.everyday import Everyday
+from vllm_steer.offline.questions.statements import statements
 from vllm_steer.operations import Gate
 from vllm_steer.packs.pack import (
     DirectionRecord,
@@ -109,8 +109,8 @@ def engine(mixed: SteeringPack) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vllm.LLM", ForkedLLM)
         running = start_engine(demo_model_path(), [str(mixed.path)], ENGINE, room=1024, affine=True)
-        patch.setattr(offline.engine.tokens, "start_engine", lambda *_, **__: running)
-        patch.setattr(offline.engine.tokens, "stop_engine", lambda _: None)
+        patch.setattr(vllm_steer.offline.engine.tokens, "start_engine", lambda *_, **__: running)
+        patch.setattr(vllm_steer.offline.engine.tokens, "stop_engine", lambda _: None)
         yield
     stop_engine(running)
 
@@ -312,8 +312,8 @@ def only(pack: SteeringPack, name: str, out: Path, **changes: Any) -> SteeringPa
 def test_a_calibration_that_was_killed_goes_on(
     mixed: SteeringPack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[int]
 ) -> None:
-    monkeypatch.setattr(offline.engine.tokens, "PART", 16)
-    monkeypatch.setattr(offline.engine.tokens, "MOST_AT_ONCE", 16)
+    monkeypatch.setattr(vllm_steer.offline.engine.tokens, "PART", 16)
+    monkeypatch.setattr(vllm_steer.offline.engine.tokens, "MOST_AT_ONCE", 16)
     few = CalibrationSettings(
         window_questions=1, tuning_questions=2, heldout_questions=3, max_tokens=8
     )
@@ -401,13 +401,13 @@ def test_the_engine_starts_for_what_the_packs_do(
     mixed: SteeringPack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form, affine
 ) -> None:
     started: list[bool] = []
-    start = offline.engine.tokens.start_engine
+    start = vllm_steer.offline.engine.tokens.start_engine
 
     def starting(*args: Any, affine: bool, **kwargs: Any) -> Any:
         started.append(affine)
         return start()
 
-    monkeypatch.setattr(offline.engine.tokens, "start_engine", starting)
+    monkeypatch.setattr(vllm_steer.offline.engine.tokens, "start_engine", starting)
     pack = only(mixed, "Tokyo", tmp_path / "pack", form=form)
     engine = TokenEngine(demo_model_path(), [pack], ENGINE, bar=False)
     engine.score([Asked((5, 6), (7,))], "")

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from offline.calibrate.grid import ANGLES, DOSES, FINER, TURNS, Subject, subjects
-from offline.calibrate.measures import Gap, Trial, fluency_of
-from offline.extract.answers import Example
-from offline.models.prompts import RenderedPrompt
 from tests.random_pack import random_identity, write_random_pack
+from vllm_steer.offline.calibrate.grid import ANGLES, DOSES, FINER, TURNS, Subject, subjects
+from vllm_steer.offline.calibrate.measures import Gap, Trial, fluency_of
+from vllm_steer.offline.extract.answers import Example
+from vllm_steer.offline.models.prompts import RenderedPrompt
 from vllm_steer.packs.pack import DirectionRecord, FormChoice, write_pack
 
 BLOCKS = 12

@@ -19,10 +19,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from offline.extract.capture import PATHS, REFERENCE, CapturePath, capture, choose_path
-from offline.models.loading import find_blocks
-from offline.models.prompts import RenderedPrompt, render_prompt
 from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.extract.capture import PATHS, REFERENCE, CapturePath, capture, choose_path
+from vllm_steer.offline.models.loading import find_blocks
+from vllm_steer.offline.models.prompts import RenderedPrompt, render_prompt
 
 PREFIX = "Personify someone who is terrified of spiders."
 CANDIDATES = 4
@@ -133,11 +133,11 @@ def test_a_shortcut_that_is_wrong_is_not_taken(tiny_llama, chatml, monkeypatch):
     assert choose_path(tiny_llama, few, CANDIDATES) == ROWS
     only = tiny_llama.model.layers[1].self_attn
     monkeypatch.setattr(only, "scaling", only.scaling * 1.01)
-    monkeypatch.setattr("offline.extract.attention_rows._UNSUPPORTED", ("scaling",))
+    monkeypatch.setattr("vllm_steer.offline.extract.attention_rows._UNSUPPORTED", ("scaling",))
     assert choose_path(tiny_llama, few, CANDIDATES) == ROWS
-    monkeypatch.setattr("offline.extract.attention_rows._UNSUPPORTED", ("dropout",))
+    monkeypatch.setattr("vllm_steer.offline.extract.attention_rows._UNSUPPORTED", ("dropout",))
     assert choose_path(tiny_llama, few, CANDIDATES) == WHOLE
-    monkeypatch.setattr("offline.extract.capture._ROUNDING", {torch.float32: -1.0})
+    monkeypatch.setattr("vllm_steer.offline.extract.capture._ROUNDING", {torch.float32: -1.0})
     assert choose_path(tiny_llama, few, CANDIDATES) == REFERENCE
 
 

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from offline.evaluate.card import write_card
-from offline.evaluate.plots import BlockDiagnostics
-from offline.evaluate.results import read_result
-from offline.evaluate.tables import markdown, write_result
 from tests.offline.results_cases import sweep_result
 from tests.random_pack import random_identity, write_random_pack
 from tests.unit.conftest import calibrated, rewritten
 from vllm_steer.cli import main
 from vllm_steer.errors import EvaluationError
+from vllm_steer.offline.evaluate.card import write_card
+from vllm_steer.offline.evaluate.plots import BlockDiagnostics
+from vllm_steer.offline.evaluate.results import read_result
+from vllm_steer.offline.evaluate.tables import markdown, write_result
 from vllm_steer.operations import FormChoice
 from vllm_steer.packs.pack import SteeringPack, load_pack, write_pack
 from vllm_steer.request.schema import parse

@@ -13,15 +13,15 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from offline.engine.tokens import Asked, TokenEngine
-from offline.evaluate.generation import Generator
-from offline.models.chat import ChatFormat
-from offline.models.loading import load_config
-from offline.models.prompts import count_candidates, render_answer, render_question
 from tests.offline.conftest import TEMPLATES
 from tests.random_pack import random_identity, write_random_pack
 from vllm_steer.cli import main
 from vllm_steer.errors import EvaluationError, ExtractionError
+from vllm_steer.offline.engine.tokens import Asked, TokenEngine
+from vllm_steer.offline.evaluate.generation import Generator
+from vllm_steer.offline.models.chat import ChatFormat
+from vllm_steer.offline.models.loading import load_config
+from vllm_steer.offline.models.prompts import count_candidates, render_answer, render_question
 from vllm_steer.packs.pack import SteeringPack, load_pack, write_pack
 
 PLAIN = ChatFormat(chat_template="plain")

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from offline.convert.packs import import_pack, read_direction
 from tests.offline.convert_cases import HIDDEN, MODEL, config_folder, rows, write_control_vector
 from vllm_steer.cli import main
 from vllm_steer.errors import ConversionError
+from vllm_steer.offline.convert.packs import import_pack, read_direction
 from vllm_steer.packs.pack import load_pack
 
 ALL = rows(0, (0, 1, 2, 3))

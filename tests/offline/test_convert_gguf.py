@@ -17,10 +17,10 @@ import pytest
 import torch
 from gguf import GGUFReader
 
-from offline.convert.packs import export_direction, read_direction
-from offline.models.loading import find_blocks
 from tests.offline.convert_cases import HIDDEN, MODEL, moods_pack, rows, write_control_vector
 from vllm_steer.errors import ConversionError
+from vllm_steer.offline.convert.packs import export_direction, read_direction
+from vllm_steer.offline.models.loading import find_blocks
 from vllm_steer.packs.pack import SteeringPack
 
 ROOT = Path(__file__).parents[2]

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from offline.convert.packs import export_direction, import_pack
-from offline.demo import demo_model_path
 from tests.offline.convert_cases import (
     HIDDEN,
     config_folder,
@@ -19,6 +17,8 @@ from tests.offline.convert_cases import (
     write_control_vector,
 )
 from vllm_steer.cli import main
+from vllm_steer.offline.convert.packs import export_direction, import_pack
+from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.packs.pack import SteeringPack, load_pack
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from offline.convert.packs import read_direction
 from tests.offline.convert_cases import HIDDEN, MODEL, rows
 from vllm_steer.errors import ConversionError
+from vllm_steer.offline.convert.packs import read_direction
 
 
 def as_torch(directions: dict[Any, np.ndarray]) -> dict[Any, torch.Tensor]:

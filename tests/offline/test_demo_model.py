@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from offline.demo import demo_model_path
-from offline.demo.concepts import CONCEPTS, all_concepts, concept_words
-from offline.demo.corpus import user_text
-from offline.demo.evaluate import DemoModel, Trial
-from offline.demo.packs import extract_demo_packs
-from offline.questions.statements import statements
+from vllm_steer.offline.demo import demo_model_path
+from vllm_steer.offline.demo.concepts import CONCEPTS, all_concepts, concept_words
+from vllm_steer.offline.demo.corpus import user_text
+from vllm_steer.offline.demo.evaluate import DemoModel, Trial
+from vllm_steer.offline.demo.packs import extract_demo_packs
+from vllm_steer.offline.questions.statements import statements
 
 
 @pytest.fixture(scope="module")

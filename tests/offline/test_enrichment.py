@@ -5,11 +5,16 @@ import pytest
 import torch
 from scipy.stats import permutation_test
 
-from offline.extract.capture import PATHS, capture
-from offline.extract.enrichment import Enrichment, PermutationTest, TokenChoice, random_subsets
-from offline.models.batches import Batch
-from offline.models.prompts import RenderedPrompt
 from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.extract.capture import PATHS, capture
+from vllm_steer.offline.extract.enrichment import (
+    Enrichment,
+    PermutationTest,
+    TokenChoice,
+    random_subsets,
+)
+from vllm_steer.offline.models.batches import Batch
+from vllm_steer.offline.models.prompts import RenderedPrompt
 
 COUNT = 999
 LENGTH, START, END = 40, 5, 13

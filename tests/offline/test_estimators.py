@@ -4,16 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from offline.estimators.fit import FitOptions, fit_direction
-from offline.estimators.labelled_rows import (
+from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.estimators.fit import FitOptions, fit_direction
+from vllm_steer.offline.estimators.labelled_rows import (
     Rows,
     centred_unit_rows,
     pearson,
     split_point,
     unit_rows,
 )
-from offline.estimators.labels import interleave, min_max
-from offline.estimators.rfm import (
+from vllm_steer.offline.estimators.labels import interleave, min_max
+from vllm_steer.offline.estimators.rfm import (
     AUTHORS,
     RfmOptions,
     agop_matrices,
@@ -22,7 +23,6 @@ from offline.estimators.rfm import (
     top_eigenvector,
     xrfm_eigenvectors,
 )
-from vllm_steer.errors import ExtractionError
 
 ESTIMATORS = ["rfm", "ridge", "pca", "mean_difference"]
 SOLVERS = ["xrfm", "gram"]
@@ -157,7 +157,7 @@ def test_the_faster_solver_is_chosen_by_the_hidden_size(monkeypatch):
             used.append(name)
             return function(*args)
 
-        monkeypatch.setattr(f"offline.estimators.rfm.{name}_eigenvectors", watched)
+        monkeypatch.setattr(f"vllm_steer.offline.estimators.rfm.{name}_eigenvectors", watched)
     for size in (16, 600):
         rfm(make_rows(pairs=20, size=size), seed=0, options=RfmOptions(bandwidths=(10.0,)))
     assert used == ["xrfm"] * 2 + ["gram"] * 2
@@ -196,7 +196,7 @@ def test_sign_follows_these_labels_whatever_the_eigenvector_was(monkeypatch):
     rows = make_rows()
     straight = fit_direction("rfm", rows)
     monkeypatch.setattr(
-        "offline.estimators.rfm.top_eigenvector",
+        "vllm_steer.offline.estimators.rfm.top_eigenvector",
         lambda matrix, seed: -top_eigenvector(matrix, seed),
     )
     np.testing.assert_array_equal(fit_direction("rfm", rows).vector, straight.vector)

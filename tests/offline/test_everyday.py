@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from offline.questions.everyday import LEAST, everyday_questions
 from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.questions.everyday import LEAST, everyday_questions
 
 
 def parts_of(questions) -> list[tuple[str, ...]]:

@@ -8,15 +8,15 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-import offline.extract.learning
-from offline.estimators.fit import fit_direction
-from offline.estimators.labels import choose_tokens
-from offline.extract.capture import capture
-from offline.extract.figures import FIGURES_FILE, read_figures
-from offline.extract.inputs import statement_sides
-from offline.extract.pipeline import ExtractionSettings, extract_pack
-from offline.models.prompts import prefix_for, render_prompt
+import vllm_steer.offline.extract.learning
 from vllm_steer.errors import ExtractionError, PackError
+from vllm_steer.offline.estimators.fit import fit_direction
+from vllm_steer.offline.estimators.labels import choose_tokens
+from vllm_steer.offline.extract.capture import capture
+from vllm_steer.offline.extract.figures import FIGURES_FILE, read_figures
+from vllm_steer.offline.extract.inputs import statement_sides
+from vllm_steer.offline.extract.pipeline import ExtractionSettings, extract_pack
+from vllm_steer.offline.models.prompts import prefix_for, render_prompt
 from vllm_steer.packs.pack import MANIFEST_FILE, VECTORS_FILE, load_pack
 
 CONCEPTS = [(name, prefix_for("fears", name)) for name in ("spiders", "heights")]
@@ -138,7 +138,7 @@ def test_unprefixed_prompts_run_once_for_all_concepts(extract, monkeypatch):
         runs.append([prompt.prefix_span != (0, 0) for prompt in prompts])
         return capture(model, prompts, **kwargs)
 
-    monkeypatch.setattr(offline.extract.learning, "capture", counting)
+    monkeypatch.setattr(vllm_steer.offline.extract.learning, "capture", counting)
     extract({"estimator": "mean_difference"})
     assert runs == [[False] * 20, [True] * 20, [True] * 20]
     runs.clear()
@@ -158,8 +158,10 @@ def test_every_block_is_fitted_to_its_own_labels_in_alternating_rows(extract, mo
 
         return call
 
-    monkeypatch.setattr(offline.extract.learning, "capture", remember(captured, capture))
-    monkeypatch.setattr(offline.extract.learning, "fit_direction", remember(fitted, fit_direction))
+    monkeypatch.setattr(vllm_steer.offline.extract.learning, "capture", remember(captured, capture))
+    monkeypatch.setattr(
+        vllm_steer.offline.extract.learning, "fit_direction", remember(fitted, fit_direction)
+    )
     pack = extract({"estimator": "mean_difference"}, concepts=CONCEPTS[:1])
     attention = captured[1][1].attention
     assert len(fitted) == 2
@@ -229,7 +231,7 @@ def test_tokens_are_chosen_by_the_statistic_and_the_prompts_asked_for(extract, m
         seen.append((len(attention), statistic))
         return choose_tokens(attention, statistic)
 
-    monkeypatch.setattr(offline.extract.learning, "choose_tokens", remember)
+    monkeypatch.setattr(vllm_steer.offline.extract.learning, "choose_tokens", remember)
     one = {"concepts": CONCEPTS[:1]}
     extract({"token_statistic": "mean"}, out="mean", **one)
     extract({"compat": True, "estimator": "ridge"}, out="compat", **one)
@@ -263,7 +265,7 @@ def test_compat_keeps_the_line_breaks_of_statements(extract, tmp_path, monkeypat
         asked.extend(prompt.text for prompt in prompts)
         return capture(model, prompts, **kwargs)
 
-    monkeypatch.setattr(offline.extract.learning, "capture", listening)
+    monkeypatch.setattr(vllm_steer.offline.extract.learning, "capture", listening)
     extract(
         {"estimator": "mean_difference", "compat": compat, "permutations": 0},
         concepts=CONCEPTS[:1],
@@ -382,7 +384,9 @@ def test_faulty_arguments_are_refused_before_any_prompt_runs(
     extract, monkeypatch, changes, message
 ):
     monkeypatch.setattr(
-        offline.extract.learning, "capture", lambda *args, **kwargs: pytest.fail("it ran")
+        vllm_steer.offline.extract.learning,
+        "capture",
+        lambda *args, **kwargs: pytest.fail("it ran"),
     )
     with pytest.raises(ExtractionError, match=message):
         extract(**changes)

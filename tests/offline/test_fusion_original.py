@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from offline.fusion.distance import distances
-from offline.fusion.original import (
+from vllm_steer.offline.fusion.distance import distances
+from vllm_steer.offline.fusion.original import (
     Fusion,
     continue_greedily,
     forced_logs,
@@ -20,8 +20,8 @@ from offline.fusion.original import (
     refreshed,
     running_mean,
 )
-from offline.models.hooks import changed, watched
-from offline.models.loading import find_blocks
+from vllm_steer.offline.models.hooks import changed, watched
+from vllm_steer.offline.models.loading import find_blocks
 
 PROMPT = (5, 17, 300, 41, 8, 99)
 ANSWER = (7, 450, 23, 12, 301)

@@ -8,14 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from offline.demo.gold import gold_questions
-from offline.engine.tokens import TokenEngine
-from offline.evaluate.generation import Answer, Generator, Request
-from offline.fusion.evaluate import run_fusion, words_are_there
-from offline.fusion.objective import objective, overlap
-from offline.fusion.questions import GoldQuestion
-from offline.fusion.results import markdown
-from offline.fusion.search import (
+from tests.random_pack import random_identity, write_random_pack
+from vllm_steer.cli import main
+from vllm_steer.errors import EvaluationError
+from vllm_steer.offline.demo.gold import gold_questions
+from vllm_steer.offline.engine.tokens import TokenEngine
+from vllm_steer.offline.evaluate.generation import Answer, Generator, Request
+from vllm_steer.offline.fusion.evaluate import run_fusion, words_are_there
+from vllm_steer.offline.fusion.objective import objective, overlap
+from vllm_steer.offline.fusion.questions import GoldQuestion
+from vllm_steer.offline.fusion.results import markdown
+from vllm_steer.offline.fusion.search import (
     Budget,
     Case,
     FusionRequest,
@@ -25,9 +28,6 @@ from offline.fusion.search import (
     search,
     segments_of,
 )
-from tests.random_pack import random_identity, write_random_pack
-from vllm_steer.cli import main
-from vllm_steer.errors import EvaluationError
 from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.request.schema import parse
 

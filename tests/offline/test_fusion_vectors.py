@@ -15,20 +15,20 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from offline.demo import demo_model_path
-from offline.demo.gold import gold_questions, is_gold
-from offline.evaluate.generation import Answer
-from offline.fusion.distance import displacement
-from offline.fusion.original import Fusion, frozen, refreshed
-from offline.fusion.pack import write_deltas
-from offline.fusion.questions import GoldQuestion, read_questions
-from offline.fusion.references import measure_references, render_question, span_means
-from offline.fusion.search import Budget, Case, Kind, cases_of, segments_of
-from offline.fusion.steered import steered_deltas
-from offline.models.chat import ChatFormat
-from offline.models.loading import load_config, load_model
-from offline.models.prompts import RenderedPrompt
 from vllm_steer.errors import EvaluationError, ExtractionError
+from vllm_steer.offline.demo import demo_model_path
+from vllm_steer.offline.demo.gold import gold_questions, is_gold
+from vllm_steer.offline.evaluate.generation import Answer
+from vllm_steer.offline.fusion.distance import displacement
+from vllm_steer.offline.fusion.original import Fusion, frozen, refreshed
+from vllm_steer.offline.fusion.pack import write_deltas
+from vllm_steer.offline.fusion.questions import GoldQuestion, read_questions
+from vllm_steer.offline.fusion.references import measure_references, render_question, span_means
+from vllm_steer.offline.fusion.search import Budget, Case, Kind, cases_of, segments_of
+from vllm_steer.offline.fusion.steered import steered_deltas
+from vllm_steer.offline.models.chat import ChatFormat
+from vllm_steer.offline.models.loading import load_config, load_model
+from vllm_steer.offline.models.prompts import RenderedPrompt
 from vllm_steer.packs.pack import load_pack
 
 QUESTIONS = [

@@ -20,9 +20,6 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from offline.gguf import model
-from offline.gguf.model import RECORD, convert_gguf, model_path
-from offline.gguf.source import KNOWN, PackagedModel
 from tests.offline.gguf_cases import (
     BLOCKS,
     CONTEXT,
@@ -35,6 +32,9 @@ from tests.offline.gguf_cases import (
 )
 from vllm_steer.cli import main
 from vllm_steer.errors import ConversionError
+from vllm_steer.offline.gguf import model
+from vllm_steer.offline.gguf.model import RECORD, convert_gguf, model_path
+from vllm_steer.offline.gguf.source import KNOWN, PackagedModel
 
 Kind = gguf.GGMLQuantizationType
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from offline.extract.inputs import (
+from vllm_steer.errors import EvaluationError, ExtractionError
+from vllm_steer.offline.extract.inputs import (
     class_concepts,
     listed_concepts,
     prompt_files,
@@ -13,9 +14,8 @@ from offline.extract.inputs import (
     template_concepts,
     whole_prefixes,
 )
-from offline.files import read_lines
-from offline.questions.statements import statements
-from vllm_steer.errors import EvaluationError, ExtractionError
+from vllm_steer.offline.files import read_lines
+from vllm_steer.offline.questions.statements import statements
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap, ttest_1samp
 
-from offline.measures.intervals import SHARE, mean_interval, ratio_interval
+from vllm_steer.offline.measures.intervals import SHARE, mean_interval, ratio_interval
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 10])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from offline.demo.corpus import answer_text
-from offline.evaluate.judges import Case, DemoJudge, Grade, KeywordJudge
-from offline.evaluate.llm_judge import parse_reply
-from offline.evaluate.rubrics import RUBRICS
-from offline.questions.by_class import DEFAULTS, Question, given_questions, own_questions
-from offline.questions.statements import statements
 from vllm_steer.errors import EvaluationError
+from vllm_steer.offline.demo.corpus import answer_text
+from vllm_steer.offline.evaluate.judges import Case, DemoJudge, Grade, KeywordJudge
+from vllm_steer.offline.evaluate.llm_judge import parse_reply
+from vllm_steer.offline.evaluate.rubrics import RUBRICS
+from vllm_steer.offline.questions.by_class import DEFAULTS, Question, given_questions, own_questions
+from vllm_steer.offline.questions.statements import statements
 
 STATEMENT = statements("heldout")[0]
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from offline.estimators.labels import (
+from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.estimators.labels import (
     choose_tokens,
     fixed_tokens,
     hard_labels,
@@ -11,7 +12,6 @@ from offline.estimators.labels import (
     min_max,
     soft_labels,
 )
-from vllm_steer.errors import ExtractionError
 
 
 def test_token_follows_the_maximum_over_prompts_not_the_mean():

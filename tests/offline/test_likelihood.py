@@ -17,9 +17,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from offline.models.likelihood import AnswerModel, padded
-from offline.models.loading import find_blocks
 from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.models.likelihood import AnswerModel, padded
+from vllm_steer.offline.models.loading import find_blocks
 
 SHAPE = {
     "vocab_size": 100,

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from offline.demo.server import SERVED_NAME, Server
-from offline.evaluate.judges import Case
-from offline.evaluate.llm_judge import LlmJudge
-from offline.questions.by_class import Question
 from vllm_steer.errors import EvaluationError
+from vllm_steer.offline.demo.server import SERVED_NAME, Server
+from vllm_steer.offline.evaluate.judges import Case
+from vllm_steer.offline.evaluate.llm_judge import LlmJudge
+from vllm_steer.offline.questions.by_class import Question
 
 
 class Endpoint(ThreadingHTTPServer):

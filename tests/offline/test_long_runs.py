@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
-import offline.extract.learning
-from offline.demo import demo_model_path
-from offline.estimators.fit import fit_direction
-from offline.extract.figures import FIGURES_FILE
-from offline.extract.parts import PARTS_DIRECTORY
-from offline.extract.pipeline import ExtractionSettings, Shards, extract_pack
-from offline.models.prompts import prefix_for
-from offline.questions.statements import statements
+import vllm_steer.offline.extract.learning
 from vllm_steer.cli import main
 from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.demo import demo_model_path
+from vllm_steer.offline.estimators.fit import fit_direction
+from vllm_steer.offline.extract.figures import FIGURES_FILE
+from vllm_steer.offline.extract.parts import PARTS_DIRECTORY
+from vllm_steer.offline.extract.pipeline import ExtractionSettings, Shards, extract_pack
+from vllm_steer.offline.models.prompts import prefix_for
+from vllm_steer.offline.questions.statements import statements
 from vllm_steer.packs.pack import MANIFEST_FILE, VECTORS_FILE, load_pack
 
 NAMES = ("spiders", "heights", "needles", "cats")
@@ -60,7 +60,7 @@ def learned(monkeypatch) -> list[str]:
             names.append(name)
         return fit_direction(estimator, rows, options)
 
-    monkeypatch.setattr(offline.extract.learning, "fit_direction", watched)
+    monkeypatch.setattr(vllm_steer.offline.extract.learning, "fit_direction", watched)
     return names
 
 
@@ -95,7 +95,7 @@ def test_a_killed_extraction_goes_on_where_it_was(tmp_path, whole, learned):
 
 
 def test_other_settings_or_statements_begin_anew(tmp_path, monkeypatch, learned):
-    monkeypatch.setattr("offline.extract.pipeline.write_pack", _interrupt)
+    monkeypatch.setattr("vllm_steer.offline.extract.pipeline.write_pack", _interrupt)
     with pytest.raises(KeyboardInterrupt):
         extract(tmp_path)
     assert learned == list(NAMES)
@@ -126,7 +126,7 @@ def test_a_failed_concept_is_reported_and_left_out(tmp_path, monkeypatch, whole,
             raise ExtractionError(f"{rows.name}: no luck")
         return fit_direction(estimator, rows, options)
 
-    failing(offline.extract.learning, "fit_direction", fail)
+    failing(vllm_steer.offline.extract.learning, "fit_direction", fail)
     message = "1 of 4 concepts failed: concept 'heights', block 1: no luck; .* holds the others"
     with pytest.raises(ExtractionError, match=message):
         extract(tmp_path)
@@ -152,7 +152,7 @@ def test_the_command_ends_with_status_1_when_a_concept_failed(tmp_path, monkeypa
     for side in ("positive", "negative"):
         (tmp_path / f"{side}.txt").write_text("\n".join(TEXTS[:8]))
         command += [f"--{side}", str(tmp_path / f"{side}.txt")]
-    monkeypatch.setattr(offline.extract.learning, "fit_direction", fail)
+    monkeypatch.setattr(vllm_steer.offline.extract.learning, "fit_direction", fail)
     assert main(command) == 1
     captured = capsys.readouterr()
     assert "vllm-steer: 1 of 2 concepts failed: concept 'odd', block 1: no luck" in captured.err

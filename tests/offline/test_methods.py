@@ -9,13 +9,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from offline.estimators.plane import steering_plane
-from offline.extract.inputs import answer_pairs
-from offline.extract.methods import METHODS
-from offline.extract.pipeline import ExtractionSettings, extract_pack
-from offline.models.prompts import QUESTION, SEPARATOR, AnswerPair, prefix_for
 from vllm_steer.cli import main
 from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.estimators.plane import steering_plane
+from vllm_steer.offline.extract.inputs import answer_pairs
+from vllm_steer.offline.extract.methods import METHODS
+from vllm_steer.offline.extract.pipeline import ExtractionSettings, extract_pack
+from vllm_steer.offline.models.prompts import QUESTION, SEPARATOR, AnswerPair, prefix_for
 from vllm_steer.packs.pack import load_pack, raw_dose
 from vllm_steer.packs.registry import PackRegistry
 from vllm_steer.plan.binding import bind

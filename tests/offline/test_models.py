@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from vllm.engine.arg_utils import EngineArgs
 
-import offline.engine.llm
-from offline.demo import demo_model_path
-from offline.engine.llm import start_engine
-from offline.models.loading import chosen_dtype, load_config, load_model, model_identity
+import vllm_steer.offline.engine.llm
 from tests.random_pack import write_random_pack
 from vllm_steer.cli import main
 from vllm_steer.errors import EvaluationError, ExtractionError, PackError
+from vllm_steer.offline.demo import demo_model_path
+from vllm_steer.offline.engine.llm import start_engine
+from vllm_steer.offline.models.loading import chosen_dtype, load_config, load_model, model_identity
 from vllm_steer.packs.registry import PackRegistry
 from vllm_steer.vllm_compat.model_shape import model_shape
 
@@ -219,7 +219,7 @@ def test_an_offline_engine_takes_every_core_unless_told(
         return SimpleNamespace()
 
     monkeypatch.setattr("vllm.LLM", engine)
-    monkeypatch.setattr(offline.engine.llm, "memory_settings", lambda *_: {})
+    monkeypatch.setattr(vllm_steer.offline.engine.llm, "memory_settings", lambda *_: {})
     monkeypatch.delenv(CORES, raising=False)
     if given is not None:
         monkeypatch.setenv(CORES, given)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from offline.evaluate.plots import (
+from tests.offline.results_cases import class_result, given
+from vllm_steer.offline.evaluate.plots import (
     Bar,
     BlockDiagnostics,
     attention_heat_map,
@@ -19,7 +20,6 @@ from offline.evaluate.plots import (
     method_bars,
     scale_curves,
 )
-from tests.offline.results_cases import class_result, given
 
 ATTENTION = np.array([[0.1, 0.2, 0.3], [0.1, 0.9, 0.2], [0.3, 0.1, 0.0], [0.0, 0.1, 0.4]])
 FOUND = BlockDiagnostics(

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from offline.models.prompts import (
+from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.models.prompts import (
     PREFIX_TEMPLATES,
     QUESTION,
     _locate,
@@ -13,7 +14,6 @@ from offline.models.prompts import (
     render_prompt,
     render_question,
 )
-from vllm_steer.errors import ExtractionError
 
 PREFIX = "Personify someone who is terrified of enclosed spaces."
 STATEMENT = "rain is good."

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from offline.evaluate.grids import Answers, Doubles, Grid
-from offline.evaluate.results import ClassResult
-from offline.evaluate.scores import (
+from vllm_steer.errors import EvaluationError
+from vllm_steer.offline.evaluate.grids import Answers, Doubles, Grid
+from vllm_steer.offline.evaluate.results import ClassResult
+from vllm_steer.offline.evaluate.scores import (
     LEAST_GAP,
     class_result,
     figures,
@@ -15,9 +16,8 @@ from offline.evaluate.scores import (
     measure,
     repetition,
 )
-from offline.measures.fluency import Fluency
-from offline.measures.intervals import mean_interval, ratio_interval
-from vllm_steer.errors import EvaluationError
+from vllm_steer.offline.measures.fluency import Fluency
+from vllm_steer.offline.measures.intervals import mean_interval, ratio_interval
 
 SCALES = (2.0, 4.0, 8.0)
 NAN = float("nan")

@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 
-from offline.evaluate.card import CARD_FILE
-from offline.models.loading import load_config, model_identity
-from offline.questions.everyday import everyday_questions
-from offline.showcase import MODEL, learn, shipped_pack
-from offline.showcase.ask import Example, chosen
-from offline.showcase.learn import FULL, LIVE, Wanted, calibrate_command, learned_pack
-from offline.showcase.release import release
-from offline.showcase.run import by_hand
-from offline.showcase.table import HEAD, markdown_table, text_table
 from vllm_steer.cli import command_line
 from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.evaluate.card import CARD_FILE
+from vllm_steer.offline.models.loading import load_config, model_identity
+from vllm_steer.offline.questions.everyday import everyday_questions
+from vllm_steer.offline.showcase import MODEL, learn, shipped_pack
+from vllm_steer.offline.showcase.ask import Example, chosen
+from vllm_steer.offline.showcase.learn import FULL, LIVE, Wanted, calibrate_command, learned_pack
+from vllm_steer.offline.showcase.release import release
+from vllm_steer.offline.showcase.run import by_hand
+from vllm_steer.offline.showcase.table import HEAD, markdown_table, text_table
 from vllm_steer.packs.pack import SteeringPack, load_pack, write_pack
 
 

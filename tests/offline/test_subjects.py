@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from offline.evaluate.generation import Answer, Request
-from offline.evaluate.grids import Gaps
-from offline.evaluate.judges import Grade
-from offline.evaluate.scores import Measured
-from offline.evaluate.subjects import Subject, default_scales, subject_of
-from offline.questions.by_class import given_questions
 from tests.unit.conftest import calibrated, make_pack, rewritten
 from vllm_steer.cli import main
 from vllm_steer.cli.prefixes import add_prefixes, given_prefixes
 from vllm_steer.errors import EvaluationError
+from vllm_steer.offline.evaluate.generation import Answer, Request
+from vllm_steer.offline.evaluate.grids import Gaps
+from vllm_steer.offline.evaluate.judges import Grade
+from vllm_steer.offline.evaluate.scores import Measured
+from vllm_steer.offline.evaluate.subjects import Subject, default_scales, subject_of
+from vllm_steer.offline.questions.by_class import given_questions
 from vllm_steer.packs.pack import Prefix, SteeringPack
 
 QUESTIONS = given_questions(["t"], ["h", "i"], statements=False)
@@ -160,7 +160,7 @@ def test_a_sweep_takes_the_prefixes_of_a_class_for_what_packs_do_not_know(
         seen.extend(subjects)
         raise Stopped
 
-    monkeypatch.setattr("offline.evaluate.sweep.run_sweep", run)
+    monkeypatch.setattr("vllm_steer.offline.evaluate.sweep.run_sweep", run)
     rewritten(pack, spiders={"prefix": FEAR})
     command = ["sweep", str(pack.path), "--model", "m", "--out", str(tmp_path), "--judge", "demo"]
     for more in ([], ["--class", "general"], ["--class", "fears"]):

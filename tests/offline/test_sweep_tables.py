@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from offline.evaluate.results import read_result
-from offline.evaluate.tables import markdown, write_result
 from tests.offline.results_cases import class_result, given, sweep_result
 from vllm_steer.errors import EvaluationError
+from vllm_steer.offline.evaluate.results import read_result
+from vllm_steer.offline.evaluate.tables import markdown, write_result
 
 
 def row(text: str, start: str) -> list[str]:

@@ -9,16 +9,23 @@ import numpy as np
 import pytest
 import torch
 
-import offline.extract.training
-from offline.demo import demo_model_path
-from offline.demo.concepts import prefix
-from offline.extract.answer_states import read_answers
-from offline.extract.answers import Example
-from offline.extract.training import Lesson, Trained, TrainingOptions, _draw, gap_closed, train
-from offline.models.likelihood import AnswerModel, padded
-from offline.models.loading import load_config, load_model
+import vllm_steer.offline.extract.training
 from tests.offline.answers_cases import QUESTIONS, examples_of, prompts_of
 from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.demo import demo_model_path
+from vllm_steer.offline.demo.concepts import prefix
+from vllm_steer.offline.extract.answer_states import read_answers
+from vllm_steer.offline.extract.answers import Example
+from vllm_steer.offline.extract.training import (
+    Lesson,
+    Trained,
+    TrainingOptions,
+    _draw,
+    gap_closed,
+    train,
+)
+from vllm_steer.offline.models.likelihood import AnswerModel, padded
+from vllm_steer.offline.models.loading import load_config, load_model
 
 LAYERS = (0, 1)
 FEW = TrainingOptions(steps=4, answers=3, rate=0.05, every=2, batch_size=4)
@@ -184,7 +191,7 @@ def test_the_penalty_shortens_vectors(tiny, lessons, norms) -> None:
 def scripted(monkeypatch) -> list[float]:
     """What the looks of a training see in place of the gap closed, in turn."""
     gaps: list[float] = []
-    monkeypatch.setattr(offline.extract.training, "gap_closed", lambda *_: gaps.pop(0))
+    monkeypatch.setattr(vllm_steer.offline.extract.training, "gap_closed", lambda *_: gaps.pop(0))
     return gaps
 
 

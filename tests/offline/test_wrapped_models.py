@@ -12,14 +12,14 @@ import pytest
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from offline.convert.packs import import_pack
-from offline.extract.pipeline import extract_pack
-from offline.extract.settings import ExtractionSettings
-from offline.models.likelihood import AnswerModel, padded
-from offline.models.loading import find_blocks, load_config, load_model
-from offline.models.prompts import render_prompt
 from tests.offline.wrapped_models import FAMILIES, TEXT, wrapped
 from vllm_steer.errors import ExtractionError, PackError
+from vllm_steer.offline.convert.packs import import_pack
+from vllm_steer.offline.extract.pipeline import extract_pack
+from vllm_steer.offline.extract.settings import ExtractionSettings
+from vllm_steer.offline.models.likelihood import AnswerModel, padded
+from vllm_steer.offline.models.loading import find_blocks, load_config, load_model
+from vllm_steer.offline.models.prompts import render_prompt
 from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.packs.registry import PackRegistry
 from vllm_steer.vllm_compat.model_shape import model_shape

@@ -15,10 +15,10 @@ from importlib.metadata import entry_points
 print(plugin.load().__module__)
 import importlib.util, sys
 print({name: importlib.util.find_spec(name) is not None for name in ("torch", "vllm", "offline")})
-from offline.demo import demo_model_path
+from vllm_steer.offline.demo import demo_model_path
 print((demo_model_path() / "model.safetensors").is_file())
-from offline.questions.everyday import everyday_questions
-from offline.showcase import shipped_pack
+from vllm_steer.offline.questions.everyday import everyday_questions
+from vllm_steer.offline.showcase import shipped_pack
 from vllm_steer.packs.pack import load_pack
 print(len(everyday_questions().heldout), load_pack(shipped_pack()).name)
 """

@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from offline.demo.server import SERVED_NAME, serve
 from tests.engine.cases import CASES
+from vllm_steer.offline.demo.server import SERVED_NAME, serve
 from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.verify.oracle import Reference
 

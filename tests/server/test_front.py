@@ -14,12 +14,12 @@ import httpx
 import pytest
 from openai import AsyncOpenAI, BadRequestError, OpenAI
 
-from offline.demo.corpus import user_text
-from offline.demo.server import SERVED_NAME, Server, serve
-from offline.questions.statements import statements
 from tests.unit.test_dashboard import DASHBOARD
 from tests.unit.test_house import ROOT
 from vllm_steer import SteeringPack, steer
+from vllm_steer.offline.demo.corpus import user_text
+from vllm_steer.offline.demo.server import SERVED_NAME, Server, serve
+from vllm_steer.offline.questions.statements import statements
 
 pytestmark = pytest.mark.server
 TEXTS = [user_text(statement.text) for statement in statements("heldout")[:8]]

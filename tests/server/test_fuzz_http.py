@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 
 from benchmarks.fuzz_http import FAULTS, NAMES, Outcome, attack, send_value
 from benchmarks.fuzz_values import mutated
-from offline.demo.server import Server
+from vllm_steer.offline.demo.server import Server
 
 pytestmark = pytest.mark.server
 

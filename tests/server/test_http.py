@@ -10,9 +10,9 @@ import httpx
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from offline.demo.corpus import user_text
-from offline.demo.server import SERVED_NAME, Server
-from offline.questions.statements import statements
+from vllm_steer.offline.demo.corpus import user_text
+from vllm_steer.offline.demo.server import SERVED_NAME, Server
+from vllm_steer.offline.questions.statements import statements
 
 pytestmark = pytest.mark.server
 TEXTS = [user_text(statement.text) for statement in statements("heldout")[:4]]

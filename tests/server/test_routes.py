@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from offline.demo.server import SERVED_NAME, Server, serve
+from vllm_steer.offline.demo.server import SERVED_NAME, Server, serve
 from vllm_steer.packs.pack import SteeringPack
 
 pytestmark = pytest.mark.server

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from offline.demo.server import SERVED_NAME
+from vllm_steer.offline.demo.server import SERVED_NAME
 from vllm_steer.packs.pack import SteeringPack
 
 pytestmark = pytest.mark.server

@@ -21,10 +21,10 @@ from openai import AsyncOpenAI, BadRequestError, InternalServerError, OpenAI
 from safetensors.numpy import save
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 
-from offline.demo.corpus import user_text
-from offline.demo.server import SERVED_NAME, Server, serve
-from offline.questions.statements import statements
 from tests.random_pack import write_variant
+from vllm_steer.offline.demo.corpus import user_text
+from vllm_steer.offline.demo.server import SERVED_NAME, Server, serve
+from vllm_steer.offline.questions.statements import statements
 from vllm_steer.packs.pack import SteeringPack, load_pack
 
 pytestmark = pytest.mark.server

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from offline.demo.server import Server, free_port, running
-from offline.showcase import shipped_pack
-from offline.showcase.ask import Example, ask_all, chosen
-from offline.showcase.run import serve_command
+from vllm_steer.offline.demo.server import Server, free_port, running
+from vllm_steer.offline.showcase import shipped_pack
+from vllm_steer.offline.showcase.ask import Example, ask_all, chosen
+from vllm_steer.offline.showcase.run import serve_command
 from vllm_steer.packs.pack import load_pack
 
 pytestmark = pytest.mark.server

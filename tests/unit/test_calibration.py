@@ -14,11 +14,11 @@ import pytest
 from pydantic import ValidationError
 from safetensors.numpy import save
 
-from offline.extract.records import records_of
 from tests.unit.conftest import HIDDEN, calibrated, rewritten
 from tests.unit.front_end import desk_of, started
 from vllm_steer import log
 from vllm_steer.errors import PackError
+from vllm_steer.offline.extract.records import records_of
 from vllm_steer.packs.pack import (
     MANIFEST_FILE,
     Calibration,
@@ -135,7 +135,7 @@ def test_they_may_be_unknown_and_below_zero() -> None:
 
 
 def test_a_safe_scale_may_be_unknown_before_extraction() -> None:
-    from offline.extract.methods import METHODS
+    from vllm_steer.offline.extract.methods import METHODS
 
     method = METHODS["attention_guided"]
     found = [

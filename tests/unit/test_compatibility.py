@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from offline.demo import demo_model_path
 from tests.compatibility import BLOCK, README, RESULTS, render
 from vllm_steer.errors import CompatibilityError
+from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.serving.compatibility import refuse_unsupported
 
 

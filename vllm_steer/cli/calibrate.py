@@ -44,8 +44,8 @@ def add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 
 def _calibrate(args: argparse.Namespace) -> None:
     with extras("offline"):
-        from offline.calibrate.run import CalibrationSettings, calibrate_pack
-    from offline.questions.everyday import everyday_questions
+        from vllm_steer.offline.calibrate.run import CalibrationSettings, calibrate_pack
+    from vllm_steer.offline.questions.everyday import everyday_questions
 
     if args.max_tokens < 1:
         raise EvaluationError(f"--max-tokens must be at least 1, not {args.max_tokens}")

@@ -108,8 +108,8 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _import(args: argparse.Namespace) -> None:
-    from offline.convert.packs import import_pack
-    from offline.models.chat import ChatFormat
+    from vllm_steer.offline.convert.packs import import_pack
+    from vllm_steer.offline.models.chat import ChatFormat
 
     sources = []
     for item in args.files:
@@ -137,7 +137,7 @@ def _note(line: str) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from offline.convert.packs import export_direction
+    from vllm_steer.offline.convert.packs import export_direction
 
     pack = load_pack(resolve_pack(args.pack))
     export_direction(pack, args.direction, args.out, args.layers)

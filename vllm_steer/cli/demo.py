@@ -48,8 +48,8 @@ def add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 def _demo(args: argparse.Namespace) -> None:
     with extras("offline"):
-        from offline.demo.run import run_demo
-        from offline.showcase.run import run_showcase
+        from vllm_steer.offline.demo.run import run_demo
+        from vllm_steer.offline.showcase.run import run_showcase
     args.output.mkdir(parents=True, exist_ok=True)
     if args.tiny:
         run_demo(args.output, args.concepts or 3, args.workers)

@@ -16,8 +16,8 @@ from vllm_steer.errors import EvaluationError, choices
 from vllm_steer.packs.pack import Prefix, SteeringPack, load_pack
 
 if TYPE_CHECKING:
-    from offline.evaluate.judges import Judge
-    from offline.questions.by_class import QuestionSet
+    from vllm_steer.offline.evaluate.judges import Judge
+    from vllm_steer.offline.questions.by_class import QuestionSet
 
 API_KEY_VARIABLE = "OPENAI_API_KEY"
 CHAT_FIELDS = ("chat_template", "chat_template_kwargs")
@@ -90,7 +90,7 @@ def given_chat(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ExtractionError: The file of the template cannot be read.
     """
-    from offline.models.chat import read_template
+    from vllm_steer.offline.models.chat import read_template
 
     given = {key: value for key, value in vars(args).items() if key in CHAT_FIELDS}
     if CHAT_FIELDS[0] in given:
@@ -161,10 +161,10 @@ def json_object(text: str) -> dict[str, Any]:
 
 def _sweep(args: argparse.Namespace) -> None:
     with extras("offline"):
-        from offline.evaluate.subjects import class_of, subject_of
-    from offline.evaluate.generation import generating
-    from offline.evaluate.sweep import run_sweep
-    from offline.evaluate.tables import markdown, write_result
+        from vllm_steer.offline.evaluate.subjects import class_of, subject_of
+    from vllm_steer.offline.evaluate.generation import generating
+    from vllm_steer.offline.evaluate.sweep import run_sweep
+    from vllm_steer.offline.evaluate.tables import markdown, write_result
 
     packs = [load_pack(path) for path in args.packs]
     prefixes = _prefixes(args, packs)
@@ -190,8 +190,8 @@ def _sweep(args: argparse.Namespace) -> None:
 
 def _card(args: argparse.Namespace) -> None:
     with extras("offline,plots"):
-        from offline.evaluate.card import diagnostics_of, write_card
-    from offline.evaluate.results import read_result
+        from vllm_steer.offline.evaluate.card import diagnostics_of, write_card
+    from vllm_steer.offline.evaluate.results import read_result
 
     sweep = read_result(args.sweep) if args.sweep else None
     written = write_card(load_pack(args.pack), sweep, diagnostics_of(args.pack))
@@ -215,7 +215,7 @@ def _concepts(
 
 def _prefixes(args: argparse.Namespace, packs: list[SteeringPack]) -> dict[str, dict[str, Prefix]]:
     """Returns what is given in the place of what packs know, by pack and direction."""
-    from offline.models.prompts import PREFIX_TEMPLATES
+    from vllm_steer.offline.models.prompts import PREFIX_TEMPLATES
 
     names = [name for pack in packs for name in pack.directions]
     given = given_prefixes(args, names)
@@ -231,8 +231,8 @@ def _prefixes(args: argparse.Namespace, packs: list[SteeringPack]) -> dict[str, 
 
 
 def _questions(args: argparse.Namespace, concept_class: str) -> QuestionSet:
-    from offline.files import read_lines
-    from offline.questions.by_class import given_questions, own_questions
+    from vllm_steer.offline.files import read_lines
+    from vllm_steer.offline.questions.by_class import given_questions, own_questions
 
     files = (args.tuning_questions, args.questions)
     if files == (None, None) and not args.statements:
@@ -247,8 +247,8 @@ def _questions(args: argparse.Namespace, concept_class: str) -> QuestionSet:
 
 
 def _judge(args: argparse.Namespace, packs: list[SteeringPack]) -> Judge:
-    from offline.evaluate.judges import DemoJudge, KeywordJudge
-    from offline.files import read_lines, read_text
+    from vllm_steer.offline.evaluate.judges import DemoJudge, KeywordJudge
+    from vllm_steer.offline.files import read_lines, read_text
 
     if args.judge == "demo":
         return DemoJudge()
@@ -259,9 +259,9 @@ def _judge(args: argparse.Namespace, packs: list[SteeringPack]) -> Judge:
     if not args.judge_url or not args.judge_model:
         raise EvaluationError("--judge llm needs --judge-url and --judge-model")
     with extras("cpu"):
-        from offline.evaluate.llm_judge import LlmJudge
-    from offline.evaluate.rubrics import RUBRICS
-    from offline.questions.by_class import GENERAL
+        from vllm_steer.offline.evaluate.llm_judge import LlmJudge
+    from vllm_steer.offline.evaluate.rubrics import RUBRICS
+    from vllm_steer.offline.questions.by_class import GENERAL
 
     return LlmJudge(
         args.judge_url,

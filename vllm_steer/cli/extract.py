@@ -189,9 +189,9 @@ def _add_settings(extract: argparse.ArgumentParser) -> None:
 
 def _extract(args: argparse.Namespace) -> None:
     with extras("offline"):
-        from offline.extract import inputs
-        from offline.extract.pipeline import Shards, extract_pack
-    from offline.questions.everyday import everyday_questions
+        from vllm_steer.offline.extract import inputs
+        from vllm_steer.offline.extract.pipeline import Shards, extract_pack
+    from vllm_steer.offline.questions.everyday import everyday_questions
 
     given = {name: getattr(args, name) for name in args.setting_names if hasattr(args, name)}
     given |= given_chat(args)
@@ -233,7 +233,7 @@ def _extract(args: argparse.Namespace) -> None:
         engine=args.engine,
     )
     if args.calibrate:
-        from offline.calibrate.run import CalibrationSettings, calibrate_pack
+        from vllm_steer.offline.calibrate.run import CalibrationSettings, calibrate_pack
 
         pack = calibrate_pack(
             pack, args.model, questions, CalibrationSettings(), engine=args.engine

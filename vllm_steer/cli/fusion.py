@@ -69,9 +69,9 @@ def add_fusion(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _fusion(args: argparse.Namespace) -> None:
     with extras("offline"):
-        from offline.fusion.command import Options, fuse
-        from offline.models.chat import ChatFormat
-    from offline.fusion.results import markdown
+        from vllm_steer.offline.fusion.command import Options, fuse
+        from vllm_steer.offline.models.chat import ChatFormat
+    from vllm_steer.offline.fusion.results import markdown
 
     result = fuse(
         Options(

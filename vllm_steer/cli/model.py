@@ -35,8 +35,8 @@ def add_model(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def _model(args: argparse.Namespace) -> None:
-    from offline.gguf.model import convert_gguf, model_path
-    from offline.gguf.source import KNOWN
+    from vllm_steer.offline.gguf.model import convert_gguf, model_path
+    from vllm_steer.offline.gguf.source import KNOWN
 
     if (args.name is None) == (args.gguf is None) or (args.gguf and args.out is None):
         raise ConversionError(

@@ -53,8 +53,8 @@ def given_prefixes(
         EvaluationError: They are given in several ways.
         ExtractionError: They cannot be read, or there is no such class.
     """
-    from offline.extract import inputs
-    from offline.models.prompts import prefix_for
+    from vllm_steer.offline.extract import inputs
+    from vllm_steer.offline.models.prompts import prefix_for
 
     ways = [args.prefixes, concept_class, args.prefix]
     if sum(way is not None for way in ways) > 1:

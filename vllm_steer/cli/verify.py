@@ -94,7 +94,7 @@ def _ending_engines() -> Iterator[None]:
 
 
 def _report(args: argparse.Namespace) -> Report:
-    from offline.questions.by_class import DEFAULTS
+    from vllm_steer.offline.questions.by_class import DEFAULTS
 
     if args.quick and args.min_ratio is not None:
         raise ConfigError("--min-ratio needs the overhead, which --quick leaves out")

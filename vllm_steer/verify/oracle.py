@@ -23,8 +23,8 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from offline.models.loading import find_blocks, load_model
 from vllm_steer.errors import EvaluationError
+from vllm_steer.offline.models.loading import find_blocks, load_model
 from vllm_steer.packs.pack import DirectionRecord, SteeringPack, load_pack
 from vllm_steer.verify.oracle_forms import apply_form, before_trigger, scheduled, steered_positions
 
