@@ -29,7 +29,7 @@ from vllm_steer.packs.pack import load_pack
 from vllm_steer.packs.registry import PackRegistry
 from vllm_steer.packs.store import configured_store
 from vllm_steer.plan.binding import bind
-from vllm_steer.plan.capacity import check_limits
+from vllm_steer.plan.capacity import check_capacity
 from vllm_steer.plan.message import decode_plan, encode_plan
 from vllm_steer.plan.resolve import resolve
 from vllm_steer.request.schema import PLAN_KEY, parse
@@ -106,7 +106,7 @@ class Bench:
         if request is None:
             raise RuntimeError("the request asks for no steering")
         plan = resolve(bind(request, self.store.registry), PROMPT, MAX_LEN)
-        check_limits(plan, self.config)
+        check_capacity(plan, self.config)
         message = encode_plan(plan)
         check_plan(decode_plan(message), self.config, self.store, "float32")
         return message

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tests.source_reader import Found, SourceReader, folder_files, wheel_files
 from vllm_steer.vllm_compat import patches
-from vllm_steer.vllm_compat.patches import Seam
+from vllm_steer.vllm_compat.patches import VllmSymbol
 from vllm_steer.vllm_compat.versions import CHECKED
 
 WORKER = "vllm.v1.worker"
@@ -31,13 +31,15 @@ MULTIPROC = "vllm.v1.executor.multiproc_executor"
 
 # Relied on and not patched.
 USED = (
-    Seam("vllm.exceptions", "VLLMValidationError.__init__", ("self", "message", "parameter")),
-    Seam("vllm.config", "set_current_vllm_config", ("vllm_config",)),
-    Seam("vllm.config", "CUDAGraphMode.is_valid_runtime_mode", ("self",)),
-    Seam("vllm.logger", "init_logger", ("name",)),
-    Seam("vllm.engine.arg_utils", "EngineArgs.create_model_config", ("self",)),
-    Seam("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc", ("self", "method")),
-    Seam("vllm.v1.engine.core_client", "AsyncMPClient.call_utility_async", ("self", "method")),
+    VllmSymbol("vllm.exceptions", "VLLMValidationError.__init__", ("self", "message", "parameter")),
+    VllmSymbol("vllm.config", "set_current_vllm_config", ("vllm_config",)),
+    VllmSymbol("vllm.config", "CUDAGraphMode.is_valid_runtime_mode", ("self",)),
+    VllmSymbol("vllm.logger", "init_logger", ("name",)),
+    VllmSymbol("vllm.engine.arg_utils", "EngineArgs.create_model_config", ("self",)),
+    VllmSymbol("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc", ("self", "method")),
+    VllmSymbol(
+        "vllm.v1.engine.core_client", "AsyncMPClient.call_utility_async", ("self", "method")
+    ),
 )
 
 # What is patched, and modules of which at least one must call it: a patch that nobody calls is silent.
@@ -189,19 +191,19 @@ KEEP_UNKNOWN_FIELDS = (
 )
 
 
-def patched_seams() -> list[Seam]:
+def patched_seams() -> list[VllmSymbol]:
     """Every seam that ``vllm_steer.vllm_compat.patches`` names."""
     values = vars(patches).values()
     several = [value for value in values if isinstance(value, tuple)]
-    named = [value for value in values if isinstance(value, Seam)]
-    return [*named, *(item for value in several for item in value if isinstance(item, Seam))]
+    named = [value for value in values if isinstance(value, VllmSymbol)]
+    return [*named, *(item for value in several for item in value if isinstance(item, VllmSymbol))]
 
 
 def faults(reader: SourceReader) -> Iterator[str]:
     """Yields what a vLLM lacks, a sentence each."""
-    for seam in (*patched_seams(), *USED):
-        found = reader.find(seam.module, seam.name)
-        yield from _signature(found, seam.parameters, f"{seam.module}.{seam.name}")
+    for symbol in (*patched_seams(), *USED):
+        found = reader.find(symbol.module, symbol.name)
+        yield from _signature(found, symbol.parameters, f"{symbol.module}.{symbol.name}")
     for methods, owners in patches.METHOD_OWNERS:
         for module, kind in owners:
             owner = reader.find(module, kind)

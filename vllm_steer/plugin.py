@@ -53,10 +53,10 @@ def register() -> None:
     patches.patch(patches.COMPUTE_HASH, compile_cache.hash_graph_alone)
     patches.patch(patches.INPUT_PROCESSOR_INIT, admission.remember_engine)
     patches.patch(patches.PROCESS_INPUTS, request_hooks.plan_inputs)
-    for seam in patches.TO_SAMPLING_PARAMS:
-        patches.patch(seam, request_hooks.check_sampling)
-    for seam in patches.TO_BEAM_SEARCH_PARAMS:
-        patches.patch(seam, request_hooks.refuse_beam_search)
+    for symbol in patches.TO_SAMPLING_PARAMS:
+        patches.patch(symbol, request_hooks.check_sampling)
+    for symbol in patches.TO_BEAM_SEARCH_PARAMS:
+        patches.patch(symbol, request_hooks.refuse_beam_search)
     patches.patch(patches.EXTRACT_PROMPT_LEN, request_hooks.remember_prompt_len)
     patches.patch(patches.GENERATE, request_tracking.follow)
     patches.patch(patches.CREATE_CHAT_COMPLETION, batch_requests.follow_chat)

@@ -57,8 +57,8 @@ def calibrate_pack(
         PackError: The pack cannot be written.
     """
     prefixes = prefixes or {}
-    if strangers := sorted(set(prefixes) - set(pack.directions)):
-        raise EvaluationError(f"prefixes are given for {strangers}, which the pack does not have")
+    if unknown := sorted(set(prefixes) - set(pack.directions)):
+        raise EvaluationError(f"prefixes are given for {unknown}, which the pack does not have")
     store = pack.path / STORE
     known = {name: prefixes.get(name, record.prefix) for name, record in pack.directions.items()}
     quick = len(pack.directions) <= _FEW

@@ -13,7 +13,7 @@ from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.packs.registry import PackRegistry
 from vllm_steer.packs.store import keep_store
 from vllm_steer.serving.admission import Admission
-from vllm_steer.serving.pack_manager import PackDesk
+from vllm_steer.serving.pack_manager import PackManager
 
 
 def started(*packs: SteeringPack, **fields: Any) -> Admission:
@@ -39,7 +39,7 @@ def started(*packs: SteeringPack, **fields: Any) -> Admission:
 
 
 @contextmanager
-def desk_of(admission: Admission, *roots: Path) -> Iterator[PackDesk]:
+def manager_of(admission: Admission, *roots: Path) -> Iterator[PackManager]:
     """The desk of a server whose engine agrees to everything."""
 
     async def agree(method: str, *arguments: Any) -> Any:
@@ -47,8 +47,8 @@ def desk_of(admission: Admission, *roots: Path) -> Iterator[PackDesk]:
 
     engine = SimpleNamespace(engine_core=SimpleNamespace(call_utility_async=agree))
     assert admission.store is not None
-    desk = PackDesk(admission, admission.store, [str(root) for root in roots], engine)
+    manager = PackManager(admission, admission.store, [str(root) for root in roots], engine)
     try:
-        yield desk
+        yield manager
     finally:
-        desk._uploads.cleanup()
+        manager._uploads.cleanup()

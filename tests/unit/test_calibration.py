@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from safetensors.numpy import save
 
 from tests.unit.conftest import HIDDEN, calibrated, rewritten
-from tests.unit.front_end import desk_of, started
+from tests.unit.front_end import manager_of, started
 from vllm_steer import log
 from vllm_steer.errors import PackError
 from vllm_steer.offline.extract.records import records_of
@@ -234,8 +234,8 @@ def test_directions_that_do_not_steer_are_named_at_start(
 def test_and_when_their_pack_comes_later(
     measured: SteeringPack, fears: SteeringPack, logged: list[logging.LogRecord]
 ) -> None:
-    with desk_of(started(fears), measured.path.parent) as desk:
-        asyncio.run(desk.load(b'{"name": "measured"}', None))
+    with manager_of(started(fears), measured.path.parent) as manager:
+        asyncio.run(manager.load(b'{"name": "measured"}', None))
     assert [r.steering["event"] for r in logged] == [
         "started",
         "pack_loaded",

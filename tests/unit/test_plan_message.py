@@ -13,11 +13,11 @@ from vllm_steer.plan.message import VERSION, decode_plan, encode_plan, plan_of
 from vllm_steer.plan.steering_plan import Form, Segment, SteeringPlan, Term
 from vllm_steer.request.schedule import Schedule
 from vllm_steer.request.schema import PLAN_KEY
-from vllm_steer.request.stop_tokens import Until
+from vllm_steer.request.stop_tokens import StopTokens
 
 FORM = Form("affine", "b" * 64, 0.5, "c" * 64, -1.0, True)
 TERM = Term("a" * 64, 1 / 3, (0, 2), FORM, Schedule(7, 1.0, 0.0, 4, 1))
-PLAN = SteeringPlan((Segment(0, 4, (TERM,), Until(7, (1, 2))), Segment(4, None, (TERM,))))
+PLAN = SteeringPlan((Segment(0, 4, (TERM,), StopTokens(7, (1, 2))), Segment(4, None, (TERM,))))
 
 
 def test_a_plan_is_read_back_bit_for_bit() -> None:

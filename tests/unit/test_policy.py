@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from vllm.exceptions import VLLMValidationError
 
-from tests.unit.front_end import desk_of, started
+from tests.unit.front_end import manager_of, started
 from vllm_steer.client import steer
 from vllm_steer.errors import ConfigError, ConflictError, RequestError
 from vllm_steer.packs.pack import SteeringPack
@@ -23,7 +23,7 @@ from vllm_steer.plan.resolve import resolve
 from vllm_steer.plan.steering_plan import count_steered
 from vllm_steer.request.schema import SteeringRequest, parse
 from vllm_steer.serving.admission import Wanted
-from vllm_steer.serving.http_context import Exchange, current_exchange
+from vllm_steer.serving.http_context import HttpContext, current_http_context
 from vllm_steer.serving.policy import Policy, load_policy
 from vllm_steer.serving.receipt import MAX_HEADER, Receipt
 
@@ -168,15 +168,15 @@ def test_an_alias_that_names_nothing_is_refused(
     """Else every unload would stumble over it."""
     admission = started(fears)
     body = json.dumps({"directions": [choice]}).encode()
-    with desk_of(admission) as desk:
+    with manager_of(admission) as manager:
         with pytest.raises(
             RequestError, match="aliases.x.directions.0.(name|plane|read|gate.direction): .*nobody"
         ):
-            asyncio.run(desk.set_alias("x", body, None))
+            asyncio.run(manager.set_alias("x", body, None))
         assert not admission.policy.aliases
-        asyncio.run(desk.set_alias("y", b'{"directions": [{"name": "spiders"}]}', None))
+        asyncio.run(manager.set_alias("y", b'{"directions": [{"name": "spiders"}]}', None))
         with pytest.raises(ConflictError, match="needed by aliases.y"):
-            asyncio.run(desk.unload("fears", None))
+            asyncio.run(manager.unload("fears", None))
 
 
 def test_no_pack_comes_that_breaks_the_policy(
@@ -190,34 +190,36 @@ def test_no_pack_comes_that_breaks_the_policy(
     admission.policy = Policy(
         default=SteeringRequest.model_validate({"directions": [{"name": "spiders"}]})
     )
-    with desk_of(admission, fears.path.parent) as desk:
+    with manager_of(admission, fears.path.parent) as manager:
         with pytest.raises(
             ConflictError, match="'more' would .* default.directions.0.name: .*more than one"
         ):
-            asyncio.run(desk.load(b'{"name": "more"}', None))
+            asyncio.run(manager.load(b'{"name": "more"}', None))
         assert list(store.registry.packs) == ["fears"]
         admission.policy = Policy(
             aliases={
                 "x": SteeringRequest.model_validate({"directions": [{"name": "fears/spiders"}]})
             }
         )
-        asyncio.run(desk.load(b'{"name": "more"}', None))
+        asyncio.run(manager.load(b'{"name": "more"}', None))
         pack_at("fears", {"heights": [1]})
         with pytest.raises(
             ConflictError, match="aliases.x.directions.0.name: .*no direction 'spiders'"
         ):
-            asyncio.run(desk.load(b'{"name": "fears"}', None))
+            asyncio.run(manager.load(b'{"name": "fears"}', None))
         assert "spiders" in store.registry.packs["fears"].directions
 
 
 @pytest.fixture
-def exchange() -> Iterator[None]:
-    token = current_exchange.set(Exchange("", KEY))
+def http_context() -> Iterator[None]:
+    token = current_http_context.set(HttpContext("", KEY))
     yield
-    current_exchange.reset(token)
+    current_http_context.reset(token)
 
 
-def test_a_key_learns_nothing_of_what_it_may_not_use(fears: SteeringPack, exchange: None) -> None:
+def test_a_key_learns_nothing_of_what_it_may_not_use(
+    fears: SteeringPack, http_context: None
+) -> None:
     """Neither that it exists, nor in which pack."""
     admission = started(fears)
     admission.policy = Policy(keys={KEY: ["moods/*"]})

@@ -10,7 +10,7 @@ from vllm_steer.engine.prefix_cache import steered_extra_keys
 from vllm_steer.plan.message import encode_plan
 from vllm_steer.plan.steering_plan import Segment, SteeringPlan, Term
 from vllm_steer.request.schema import PLAN_KEY
-from vllm_steer.request.stop_tokens import Until, stop_position
+from vllm_steer.request.stop_tokens import StopTokens, stop_position
 
 BLOCK = 16
 
@@ -25,7 +25,7 @@ class Counted(list[int]):
         return super().__getitem__(at)
 
 
-def request_of(tokens: Counted, until: Until) -> Any:
+def request_of(tokens: Counted, until: StopTokens) -> Any:
     segment = Segment(0, None, (Term("a" * 64, 1.0, (0,)),), until)
     params = SimpleNamespace(extra_args={PLAN_KEY: encode_plan(SteeringPlan((segment,)))})
     return SimpleNamespace(sampling_params=params, all_token_ids=tokens)
@@ -36,7 +36,7 @@ def test_keys_tell_where_it_ended() -> None:
     rng = random.Random(0)
     for _ in range(200):
         origin = rng.randrange(40)
-        until, tokens = Until(origin, (7, 9)), Counted()
+        until, tokens = StopTokens(origin, (7, 9)), Counted()
         request = request_of(tokens, until)
         # Blocks are hashed as they are filled, and an answer grows by some tokens at a time.
         done = 0
@@ -55,7 +55,7 @@ def test_each_token_is_looked_at_once() -> None:
     """A prompt of 131,000 tokens has 8,192 blocks."""
     extra_keys = steered_extra_keys(lambda request, start, end: [])
     tokens = Counted([1] * 131_072)
-    request = request_of(tokens, Until(1000, (7,)))
+    request = request_of(tokens, StopTokens(1000, (7,)))
     for start in range(0, len(tokens), BLOCK):
         extra_keys(request, start, start + BLOCK)
     assert tokens.looked <= len(tokens)

@@ -17,7 +17,7 @@ from vllm_steer.errors import ConfigError, RequestError
 from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.packs.registry import PackRegistry
 from vllm_steer.plan.binding import bind
-from vllm_steer.plan.capacity import check_limits
+from vllm_steer.plan.capacity import check_capacity
 from vllm_steer.plan.message import decode_plan, encode_plan
 from vllm_steer.plan.resolve import _segments, resolve
 from vllm_steer.plan.steering_plan import Segment, SteeringPlan, Term
@@ -190,9 +190,9 @@ def test_more_sums_than_a_request_is_promised_are_refused(registry: PackRegistry
         {"name": "spiders", "positions": [[2, None]]},
     ]
     three = plan(registry, directions=choices)
-    check_limits(three, resolved(sums_per_request=3))
+    check_capacity(three, resolved(sums_per_request=3))
     with pytest.raises(RequestError, match="takes 3 different values.*room for 2 per request"):
-        check_limits(three, resolved(sums_per_request=2))
+        check_capacity(three, resolved(sums_per_request=2))
 
 
 def test_how_many_ranges_there_may_be(registry: PackRegistry) -> None:

@@ -16,12 +16,12 @@ from tests.unit.conftest import resolved
 from vllm_steer.engine.bank import SteeringBank
 from vllm_steer.engine.blocks import hook_blocks
 from vllm_steer.engine.row_values import row_values
-from vllm_steer.engine.token_rows import StepPlanner
+from vllm_steer.engine.token_rows import TokenRowMapper
 from vllm_steer.errors import RequestError
 from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.packs.registry import PackRegistry
 from vllm_steer.plan.binding import bind
-from vllm_steer.plan.capacity import check_limits
+from vllm_steer.plan.capacity import check_capacity
 from vllm_steer.plan.dose import relative_dose
 from vllm_steer.plan.message import decode_plan, encode_plan
 from vllm_steer.plan.resolve import resolve
@@ -65,7 +65,7 @@ def test_factors_do_not_depend_on_how_tokens_are_scheduled(
         "constant": (3, None),
         "unsteered": (4, None),
     }
-    planner = StepPlanner(8, 2, starts_are_exact=on_host)
+    planner = TokenRowMapper(8, 2, starts_are_exact=on_host)
     bank = SteeringBank([0, 1], 8, 16, 64, torch.float32, torch.device("cpu"), rank=2)
     for name, (prompt_len, schedule) in cases.items():
         if name != "unsteered":
@@ -140,8 +140,8 @@ def test_refused_schedules(fields: dict[str, Any], message: str, registry: PackR
 def test_the_additive_tier_has_one_strength(registry: PackRegistry) -> None:
     found = plan(registry, 5, directions=[{"name": "a"}], schedule=RAMP)
     with pytest.raises(RequestError, match="one strength for all tokens.*--steering-ops affine"):
-        check_limits(found, resolved())
-    check_limits(found, resolved(ops="affine"))
+        check_capacity(found, resolved())
+    check_capacity(found, resolved(ops="affine"))
 
 
 # Additions and other forms, each with its schedule; together of rank 4.
@@ -163,7 +163,7 @@ def test_directions_that_meet_have_schedules_of_their_own(
 ) -> None:
     """What the block returns is the sum of what each direction would do alone, by its own factor."""
     prompt_len, count = 5, 30
-    planner = StepPlanner(8, 4, starts_are_exact=on_host)
+    planner = TokenRowMapper(8, 4, starts_are_exact=on_host)
     positions = torch.arange(count)
     alone = [
         plan(registry, prompt_len, directions=[one | {"schedule": None}]) for one in directions
@@ -197,8 +197,8 @@ def new_bank() -> SteeringBank:
 def test_schedules_of_their_own_take_rank(registry: PackRegistry) -> None:
     found = plan(registry, 5, directions=OF_THEIR_OWN)
     with pytest.raises(RequestError, match="schedules of their own.* have rank 4 .*room for 2"):
-        check_limits(found, resolved(ops="affine"))
-    check_limits(found, resolved(ops="affine", rank=4))
+        check_capacity(found, resolved(ops="affine"))
+    check_capacity(found, resolved(ops="affine", rank=4))
     again = plan(registry, 9, directions=OF_THEIR_OWN[::-1])
     assert again.segments[0].row_key == found.segments[0].row_key
     assert again.segments[0].key != found.segments[0].key

@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from tests.unit.conftest import calibrated, rewritten
-from tests.unit.front_end import desk_of, started
+from tests.unit.front_end import manager_of, started
 from vllm_steer.client import steer
 from vllm_steer.config import SteeringConfig
 from vllm_steer.errors import ConfigError, DoseError, RequestError
@@ -200,14 +200,14 @@ def test_aliases_and_defaults_take_it(
 def test_aliases_that_come_later_take_it(pack: SteeringPack) -> None:
     admission = started(pack)
     body = b'{"directions": [{"name": "%s", "strength": 2.0}]}'
-    with desk_of(admission) as desk:
-        asyncio.run(desk.set_alias("x", body % b"add", None))
+    with manager_of(admission) as manager:
+        asyncio.run(manager.set_alias("x", body % b"add", None))
         assert admission.policy.aliases["x"].directions[0].strength == 2.0
         with pytest.raises(RequestError, match="strength: direction 'p/plain' is not calibrated"):
-            asyncio.run(desk.set_alias("y", body % b"plain", None))
+            asyncio.run(manager.set_alias("y", body % b"plain", None))
         both = b'{"directions": [{"name": "add", "strength": 2.0, "scale": 1.0}]}'
         with pytest.raises(RequestError, match=r"directions.0: scale and strength say the same"):
-            asyncio.run(desk.set_alias("z", both, None))
+            asyncio.run(manager.set_alias("z", both, None))
 
 
 def test_the_helper_takes_strengths() -> None:

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from vllm_steer.plan.steering_plan import SteeringPlan
-from vllm_steer.serving.http_context import Exchange
+from vllm_steer.serving.http_context import HttpContext
 from vllm_steer.serving.receipt import Receipt
 from vllm_steer.serving.responses import Unavailable
 
@@ -26,25 +26,25 @@ def sent(*steps: Any) -> list[Any]:
 
     async def run() -> None:
         receipt = Receipt.of(SteeringPlan(()), {}, 4, 1, 0.0, 1.0)
-        exchange = Exchange("/v1/responses", receipts=[receipt])
-        unavailable = Unavailable(send, exchange)
+        http_context = HttpContext("/v1/responses", receipts=[receipt])
+        unavailable = Unavailable(send, http_context)
         for step in steps:
             if isinstance(step, dict):
                 await unavailable.send(step)
             else:
-                step(exchange)
+                step(http_context)
         await unavailable.refuse()
 
     asyncio.run(run())
     return got
 
 
-def let_in(exchange: Exchange) -> None:
-    exchange.let_in = True
+def let_in(http_context: HttpContext) -> None:
+    http_context.let_in = True
 
 
-def time_out(exchange: Exchange) -> None:
-    exchange.busy = "no row"
+def time_out(http_context: HttpContext) -> None:
+    http_context.busy = "no row"
 
 
 def test_events_that_say_that_it_began_are_not_sent_before_it_is_let_in() -> None:

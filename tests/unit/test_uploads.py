@@ -11,12 +11,12 @@ import pytest
 from safetensors.numpy import save
 
 from tests.unit.conftest import HIDDEN
-from tests.unit.front_end import desk_of, started
+from tests.unit.front_end import manager_of, started
 from vllm_steer.errors import ConflictError, NotAllowedError, PackError, RequestError
 from vllm_steer.packs.pack import MANIFEST_FILE, SteeringPack
 from vllm_steer.packs.registry import PackRegistry
 from vllm_steer.request.schema import SteeringRequest
-from vllm_steer.serving.pack_manager import PackDesk
+from vllm_steer.serving.pack_manager import PackManager
 from vllm_steer.serving.packs_api import describe
 from vllm_steer.serving.policy import Policy
 from vllm_steer.serving.uploads import write_upload
@@ -34,22 +34,22 @@ def test_files_last_as_long_as_what_is_served(fears: SteeringPack) -> None:
 
     async def run() -> None:
         def kept() -> list[Path]:
-            return list(Path(desk._uploads.name).iterdir())
+            return list(Path(manager._uploads.name).iterdir())
 
         with pytest.raises(PackError, match=r"layers \[0\]"):
-            await desk.upload("mine", body(0), 60.0, None)
+            await manager.upload("mine", body(0), 60.0, None)
         assert not kept()
-        first = await desk.upload("mine", body(1), 60.0, None)
+        first = await manager.upload("mine", body(1), 60.0, None)
         with pytest.raises(RequestError, match="it must be between"):
-            await desk.upload("mine", body(1, 1e30), 60.0, None)
+            await manager.upload("mine", body(1, 1e30), 60.0, None)
         assert kept() == [first.path]
         assert store.registry.packs["mine"] is first
-        second = await desk.upload("mine", body(2), 60.0, None)
+        second = await manager.upload("mine", body(2), 60.0, None)
         assert kept() == [second.path]
-        await desk.drop_upload("mine", None)
+        await manager.drop_upload("mine", None)
         assert not kept()
 
-    with desk_of(admission) as desk:
+    with manager_of(admission) as manager:
         asyncio.run(run())
 
 
@@ -78,36 +78,38 @@ def test_who_may_change_what_the_server_steers_with(
     admission = started(fears, layers=[0, 1, 2, 3], upload_mib=1, upload_total_mib=1)
     alias = b'{"directions": [{"name": "mine/sent"}]}'
 
-    async def changes(desk: PackDesk, key: str | None) -> None:
-        await desk.upload("mine", body(1), 60.0, key)
-        await desk.set_alias("m", alias, key)
-        desk.drop_alias("m", key)
-        await desk.unload("mine", key)
-        await desk.load(b'{"name": "fears"}', key)
+    async def changes(manager: PackManager, key: str | None) -> None:
+        await manager.upload("mine", body(1), 60.0, key)
+        await manager.set_alias("m", alias, key)
+        manager.drop_alias("m", key)
+        await manager.unload("mine", key)
+        await manager.load(b'{"name": "fears"}', key)
 
-    with desk_of(admission, fears.path.parent) as desk:
+    with manager_of(admission, fears.path.parent) as manager:
         admission.policy = policy
         if allowed:
-            asyncio.run(changes(desk, key))
+            asyncio.run(changes(manager, key))
             return
         admission.policy = Policy()
-        asyncio.run(desk.upload("mine", body(1), 60.0, "e" * 64))
-        asyncio.run(desk.set_alias("m", alias, None))
+        asyncio.run(manager.upload("mine", body(1), 60.0, "e" * 64))
+        asyncio.run(manager.set_alias("m", alias, None))
         admission.policy = policy.model_copy(update={"aliases": admission.policy.aliases})
         for change in (
-            desk.upload("mine", body(2), 60.0, key),
-            desk.set_alias("m", alias, key),
-            _dropped(desk, "m", key),
-            desk.unload("mine", key),
-            desk.drop_upload("mine", key),
-            desk.load(b'{"name": "fears"}', key) if key != OWNER else desk.unload("mine", key),
+            manager.upload("mine", body(2), 60.0, key),
+            manager.set_alias("m", alias, key),
+            _dropped(manager, "m", key),
+            manager.unload("mine", key),
+            manager.drop_upload("mine", key),
+            manager.load(b'{"name": "fears"}', key)
+            if key != OWNER
+            else manager.unload("mine", key),
         ):
             with pytest.raises(NotAllowedError, match="this API key may not|another API key"):
                 asyncio.run(change)
 
 
-async def _dropped(desk: PackDesk, alias: str, key: str | None) -> None:
-    desk.drop_alias(alias, key)
+async def _dropped(manager: PackManager, alias: str, key: str | None) -> None:
+    manager.drop_alias(alias, key)
 
 
 def test_vectors_of_another_key_are_neither_replaced_nor_dropped(fears: SteeringPack) -> None:
@@ -115,14 +117,14 @@ def test_vectors_of_another_key_are_neither_replaced_nor_dropped(fears: Steering
     admission.policy = NAMED
 
     async def run() -> None:
-        await desk.upload("mine", body(1), 60.0, OWNER)
-        for change in (desk.upload("mine", body(2), 60.0, OTHER), desk.unload("mine", OTHER)):
+        await manager.upload("mine", body(1), 60.0, OWNER)
+        for change in (manager.upload("mine", body(2), 60.0, OTHER), manager.unload("mine", OTHER)):
             with pytest.raises(NotAllowedError, match="sent with another API key"):
                 await change
         admission.policy = NAMED.model_copy(update={"administrators": [ROOT]})
-        await desk.drop_upload("mine", ROOT)
+        await manager.drop_upload("mine", ROOT)
 
-    with desk_of(admission) as desk:
+    with manager_of(admission) as manager:
         asyncio.run(run())
 
 
@@ -154,16 +156,16 @@ def test_all_uploads_together_have_a_limit(fears: SteeringPack) -> None:
 
     async def run() -> None:
         for name in ("one", "two", "two"):
-            await desk.upload(name, body(1), 60.0, None)
+            await manager.upload(name, body(1), 60.0, None)
         with pytest.raises(ConflictError, match="2 uploads are served, .*--steering-upload-count"):
-            await desk.upload("three", body(1), 60.0, None)
-        await desk.drop_upload("one", None)
+            await manager.upload("three", body(1), 60.0, None)
+        await manager.drop_upload("one", None)
         large = body(1) + bytes(2**20 - len(body(1)))
         with pytest.raises(ConflictError, match="--steering-upload-total-mib"):
-            await desk.upload("three", large, 60.0, None)
-        await desk.upload("three", body(1), 60.0, None)
+            await manager.upload("three", large, 60.0, None)
+        await manager.upload("three", body(1), 60.0, None)
 
-    with desk_of(admission) as desk:
+    with manager_of(admission) as manager:
         asyncio.run(run())
 
 
@@ -175,8 +177,8 @@ def test_vectors_need_a_pack_whose_model_they_are_for(tmp_path: Path) -> None:
 def test_a_refused_pack_does_not_say_where_the_server_keeps_it(fears: SteeringPack) -> None:
     admission = started(fears)
     (fears.path / MANIFEST_FILE).write_text("{")
-    with desk_of(admission, fears.path.parent) as desk:
+    with manager_of(admission, fears.path.parent) as manager:
         with pytest.raises(PackError) as caught:
-            asyncio.run(desk.load(b'{"name": "fears"}', None))
+            asyncio.run(manager.load(b'{"name": "fears"}', None))
     assert str(caught.value).startswith(f"fears/{MANIFEST_FILE}: ")
     assert str(fears.path.parent) not in str(caught.value)

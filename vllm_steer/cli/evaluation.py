@@ -219,8 +219,8 @@ def _prefixes(args: argparse.Namespace, packs: list[SteeringPack]) -> dict[str, 
 
     names = [name for pack in packs for name in pack.directions]
     given = given_prefixes(args, names)
-    if strangers := sorted(set(given) - set(names)):
-        raise EvaluationError(f"prefixes are given for {strangers}, which no pack has")
+    if unknown := sorted(set(given) - set(names)):
+        raise EvaluationError(f"prefixes are given for {unknown}, which no pack has")
     unknown = [name for pack in packs for name, d in pack.directions.items() if d.prefix is None]
     if not given and args.concept_class in PREFIX_TEMPLATES:
         given = given_prefixes(args, unknown, args.concept_class)

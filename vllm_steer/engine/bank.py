@@ -15,7 +15,7 @@ import torch
 
 from vllm_steer.engine.finite import limit_of
 from vllm_steer.engine.row_values import RowValues
-from vllm_steer.engine.token_rows import StepPlan
+from vllm_steer.engine.token_rows import TokenRows
 from vllm_steer.request.schedule import factors
 
 
@@ -107,7 +107,7 @@ class SteeringBank:
             value = torch.from_numpy(getattr(values, name)).to(tensor.dtype)
             tensor[:, row].copy_(self._upload(value))
 
-    def apply(self, step: StepPlan, positions: torch.Tensor) -> None:
+    def apply(self, step: TokenRows, positions: torch.Tensor) -> None:
         """Gives each token of a step its row and factor; rows that are new must be written before.
 
         Args:

@@ -16,10 +16,10 @@ from vllm_steer.engine.token_rows import NO_END
 from vllm_steer.errors import ConfigError, RequestError
 from vllm_steer.packs.store import PackStore, configured_store
 from vllm_steer.plan.bounds import check_distance
-from vllm_steer.plan.capacity import check_limits
+from vllm_steer.plan.capacity import check_capacity
 from vllm_steer.plan.message import plan_of
 from vllm_steer.plan.steering_plan import MAX_SEGMENTS, SteeringPlan, Term
-from vllm_steer.request.stop_tokens import MAX_TRIGGERS, Until
+from vllm_steer.request.stop_tokens import MAX_TRIGGERS, StopTokens
 from vllm_steer.vllm_compat.model_shape import dtype_name
 
 _CONFIG = "_vllm_steer_config"
@@ -125,7 +125,7 @@ def check_plan(plan: SteeringPlan, config: ResolvedConfig, store: PackStore, dty
                     raise RequestError(
                         f"the steering plan names layers {term.layers}; the direction has {known}"
                     )
-    check_limits(plan, config)
+    check_capacity(plan, config)
     # The additive form has no second bound in the graph: what is written to its rows must be within the first.
     check_distance(plan, store, dtype)
 
@@ -142,7 +142,7 @@ def _check_numbers(term: Term) -> None:
         raise RequestError("a number of the steering plan is not finite")
 
 
-def _check_until(until: Until | None) -> None:
+def _check_until(until: StopTokens | None) -> None:
     """Raises RequestError where a worker could not hold the triggers."""
     if until is None:
         return

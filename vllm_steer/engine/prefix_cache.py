@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_steer.plan.message import plan_of
-from vllm_steer.request.stop_tokens import Until
+from vllm_steer.request.stop_tokens import StopTokens
 
 _SEEN = "_vllm_steer_seen"
 ExtraKeys = Callable[[Any, int, int], list[tuple[str, Any]]]
@@ -45,7 +45,7 @@ def steered_extra_keys(original: ExtraKeys) -> ExtraKeys:
     return extra_keys
 
 
-def _first_trigger(request: Any, until: Until, end: int) -> int | None:
+def _first_trigger(request: Any, until: StopTokens, end: int) -> int | None:
     """Position of the first trigger among a request's tokens before ``end``.
 
     It is asked for block after block of a request whose tokens grow at the end alone, so each is looked at once.

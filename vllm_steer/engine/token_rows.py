@@ -25,7 +25,7 @@ _START, _END, _ROW = range(3)
 
 
 @dataclass(frozen=True, eq=False)
-class StepPlan:
+class TokenRows:
     """What a step needs.
 
     Attributes:
@@ -51,10 +51,10 @@ class StepPlan:
     schedules: np.ndarray | None = None
 
 
-_UNSTEERED = StepPlan()
+_UNSTEERED = TokenRows()
 
 
-class StepPlanner:
+class TokenRowMapper:
     """Knows the ranges of each steered request and plans the steps of one worker."""
 
     def __init__(self, num_rows: int, rank: int = 0, *, starts_are_exact: bool = True) -> None:
@@ -126,7 +126,9 @@ class StepPlanner:
         self._free_slots.append(slot)
         self._batch = []
 
-    def plan(self, request_ids: Sequence[str], starts: np.ndarray, lengths: np.ndarray) -> StepPlan:
+    def plan(
+        self, request_ids: Sequence[str], starts: np.ndarray, lengths: np.ndarray
+    ) -> TokenRows:
         """Plans one step.
 
         Args:
@@ -154,7 +156,7 @@ class StepPlanner:
         if not self._starts_are_exact:
             owners = np.arange(count, dtype=np.int32) if owners is None else owners
             schedules = self._schedule_columns
-            return StepPlan(new, owners=owners, ranges=self._columns, schedules=schedules)
+            return TokenRows(new, owners=owners, ranges=self._columns, schedules=schedules)
         positions, columns = starts[:count], self._columns
         schedules = self._schedule_columns
         if owners is not None:
@@ -165,10 +167,10 @@ class StepPlanner:
         inside = (columns[_START] <= positions) & (positions < columns[_END])
         rows = (columns[_ROW] * inside).sum(0, dtype=np.int32)
         if schedules is None:
-            return StepPlan(new, rows=rows)
+            return TokenRows(new, rows=rows)
         # Ranges are disjoint, so the sum has one summand; tokens outside have the zero row.
         scale = (factors(positions, schedules) * inside).sum(1, dtype=np.float32)
-        return StepPlan(new, rows=rows, factors=scale)
+        return TokenRows(new, rows=rows, factors=scale)
 
     def _gather(self) -> np.ndarray:
         """Columns of the batch's requests, ``[3, ranges, num_requests]``; empty when none is steered."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from vllm_steer.request.stop_tokens import MAX_TRIGGERS, Until, stop_position
+from vllm_steer.request.stop_tokens import MAX_TRIGGERS, StopTokens, stop_position
 
 _NEVER = np.iinfo(np.int32).max
 # The slot of every request without triggers.
@@ -39,7 +39,7 @@ class TriggerWatch:
         self._origins = self._full((_NO_SLOT + 1,), 0)
         self._triggers = self._full((_NO_SLOT + 1, MAX_TRIGGERS), _NO_TOKEN)
 
-    def add(self, request_id: str, until: Until, tokens: Sequence[int]) -> None:
+    def add(self, request_id: str, until: StopTokens, tokens: Sequence[int]) -> None:
         """Watches a request.
 
         Args:

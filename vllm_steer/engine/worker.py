@@ -20,7 +20,7 @@ from vllm_steer.engine.bank import SteeringBank
 from vllm_steer.engine.blocks import find_blocks, hook_blocks, hook_finite
 from vllm_steer.engine.finite import overflows
 from vllm_steer.engine.row_values import RowValues, row_values
-from vllm_steer.engine.token_rows import StepPlanner
+from vllm_steer.engine.token_rows import TokenRowMapper
 from vllm_steer.engine.triggers import TriggerWatch
 from vllm_steer.packs.store import configured_store
 from vllm_steer.plan.message import plan_of
@@ -81,7 +81,9 @@ class WorkerSteering:
             device,
             rank=config.rank if config.ops == "affine" else 0,
         )
-        self._planner = StepPlanner(config.rows, self.bank.rank, starts_are_exact=not speculative)
+        self._planner = TokenRowMapper(
+            config.rows, self.bank.rank, starts_are_exact=not speculative
+        )
         self._watch = TriggerWatch(device)
         self._probing, self._probe_factor = False, 1.0
         self._steps, self._seconds = 0, 0.0

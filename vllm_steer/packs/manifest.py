@@ -148,9 +148,9 @@ class DirectionRecord(Record):
             raise ValueError("layers must be ascending and distinct")
         if not is_ascending(self.steered_layers):
             raise ValueError("default_layers must be ascending and distinct")
-        strangers = sorted(set(self.steered_layers) - set(self.layers))
-        if strangers:
-            raise ValueError(f"default_layers must be some of layers; {strangers} are not")
+        unknown = sorted(set(self.steered_layers) - set(self.layers))
+        if unknown:
+            raise ValueError(f"default_layers must be some of layers; {unknown} are not")
         return self
 
     @model_serializer(mode="wrap")

@@ -1,4 +1,4 @@
-"""JSON from strangers: parsed in bounded time and memory, or refused with its reason.
+"""Untrusted JSON: parsed in bounded time and memory, or refused with its reason.
 
 The parsers at hand let pass what a file that others wrote should not hold: of duplicate keys they
 keep the last, they take NaN, and a few megabytes of brackets become gigabytes of objects. Importing

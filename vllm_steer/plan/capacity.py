@@ -17,7 +17,7 @@ from vllm_steer.request.schema import REQUEST_KEY
 PLANE_RANK = 2
 
 
-def check_limits(plan: SteeringPlan, config: ResolvedConfig) -> None:
+def check_capacity(plan: SteeringPlan, config: ResolvedConfig) -> None:
     """Checks that an engine can carry out a plan.
 
     Args:

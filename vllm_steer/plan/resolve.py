@@ -28,7 +28,7 @@ from vllm_steer.plan.strength import check_calibrated, scale_of
 from vllm_steer.request.positions import PositionRange, absolute_ranges
 from vllm_steer.request.schedule import Schedule
 from vllm_steer.request.schema import REQUEST_KEY, DirectionChoice, SteeringRequest
-from vllm_steer.request.stop_tokens import Until
+from vllm_steer.request.stop_tokens import StopTokens
 
 _Span = tuple[Sequence[PositionRange], Term]
 # Two directions with a smaller angle between them (its sine) span no plane.
@@ -62,11 +62,11 @@ def resolve(bound: BoundRequest, prompt_len: int, max_len: int | None = None) ->
         if not _is_idle(term):
             spans.append((ranges, term))
     triggers = request.until_token_ids
-    until = Until(prompt_len, tuple(triggers)) if triggers else None
+    until = StopTokens(prompt_len, tuple(triggers)) if triggers else None
     return SteeringPlan(tuple(_segments(spans, until)))
 
 
-def _segments(spans: Sequence[_Span], until: Until | None) -> list[Segment]:
+def _segments(spans: Sequence[_Span], until: StopTokens | None) -> list[Segment]:
     """Cuts overlapping ranges into disjoint ones; neighbours with equal sums become one.
 
     Raises:

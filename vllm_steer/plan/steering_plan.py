@@ -14,7 +14,7 @@ from typing import Any
 
 from vllm_steer.operations import PLANE_OPS, Op
 from vllm_steer.request.schedule import Schedule
-from vllm_steer.request.stop_tokens import Until
+from vllm_steer.request.stop_tokens import StopTokens
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Segment:
     start: int
     end: int | None
     terms: tuple[Term, ...]
-    until: Until | None = None
+    until: StopTokens | None = None
 
     @cached_property
     def schedules(self) -> tuple[Schedule | None, ...]:
@@ -161,7 +161,7 @@ class SteeringPlan:
     segments: tuple[Segment, ...]
 
     @property
-    def until(self) -> Until | None:
+    def until(self) -> StopTokens | None:
         """The triggers, which all segments share."""
         return self.segments[0].until if self.segments else None
 

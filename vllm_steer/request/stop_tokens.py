@@ -16,7 +16,7 @@ TokenIds = Annotated[
 
 
 @dataclass(frozen=True)
-class Until:
+class StopTokens:
     """The triggers of one request.
 
     Attributes:
@@ -28,7 +28,7 @@ class Until:
     tokens: tuple[int, ...]
 
 
-def stop_position(until: Until | None, tokens: Sequence[int]) -> int | None:
+def stop_position(until: StopTokens | None, tokens: Sequence[int]) -> int | None:
     """Returns the position of the first trigger, the last that is steered; None without one.
 
     Args:

@@ -23,7 +23,7 @@ from vllm_steer.packs.registry import PackRegistry
 from vllm_steer.packs.store import PackStore, configured_store
 from vllm_steer.plan.binding import bind
 from vllm_steer.plan.bounds import check_distance
-from vllm_steer.plan.capacity import check_limits
+from vllm_steer.plan.capacity import check_capacity
 from vllm_steer.plan.dose import relative_dose, scaled
 from vllm_steer.plan.message import encode_plan
 from vllm_steer.plan.resolve import resolve
@@ -36,7 +36,7 @@ from vllm_steer.request.schema import (
     parse,
 )
 from vllm_steer.serving import metrics
-from vllm_steer.serving.http_context import Exchange, current_exchange
+from vllm_steer.serving.http_context import HttpContext, current_http_context
 from vllm_steer.serving.policy import Policy, load_policy
 from vllm_steer.serving.receipt import Receipt
 from vllm_steer.serving.refusals import as_http_400
@@ -171,15 +171,15 @@ class Admission:
         metrics.ACTIVE_DIRECTIONS.set(len(self.active))
 
     @contextmanager
-    def exchanging(self, exchange: Exchange) -> Iterator[None]:
+    def exchanging(self, http_context: HttpContext) -> Iterator[None]:
         """Lets vLLM answer with an exchange, and counts out what it was admitted with."""
-        token = current_exchange.set(exchange)
+        token = current_http_context.set(http_context)
         try:
             yield
         finally:
-            current_exchange.reset(token)
-            exchange.ended = True
-            for receipt in exchange.receipts:
+            current_http_context.reset(token)
+            http_context.ended = True
+            for receipt in http_context.receipts:
                 self.release(receipt)
 
     def default(self, extra_args: dict[str, Any]) -> SteeringRequest | None:
@@ -210,11 +210,11 @@ class Admission:
                 raise RequestError(
                     "this engine was started without steering; start it with --enable-steering --steering-packs DIR"
                 )
-            registry, exchange = self.store.registry, current_exchange.get()
-            key_digest = exchange.key_digest if exchange is not None else None
+            registry, http_context = self.store.registry, current_http_context.get()
+            key_digest = http_context.key_digest if http_context is not None else None
             bound = bind(wanted.request, registry, partial(self._check_allowed, key_digest))
             plan = resolve(bound, prompt_len, self._max_len)
-            check_limits(plan, self.config)
+            check_capacity(plan, self.config)
             plan, dose, factor = self._limit_dose(plan, registry)
             check_distance(plan, registry, self._dtype)
             if not wanted.is_default:

@@ -11,7 +11,7 @@ from typing import Any
 from vllm_steer.request.schema import REQUEST_KEY
 from vllm_steer.serving.admission import current_admission
 from vllm_steer.serving.aliases import named_alias
-from vllm_steer.serving.http_context import Exchange, current_exchange
+from vllm_steer.serving.http_context import HttpContext, current_http_context
 
 _ROUTE = "/v1/chat/completions"
 
@@ -21,19 +21,19 @@ def follow_chat(original: Callable[..., Any]) -> Callable[..., Any]:
 
     async def create_chat_completion(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         admission = current_admission()
-        routed = current_exchange.get() is not None
+        routed = current_http_context.get() is not None
         if admission is None or admission.config is None or routed or request.stream:
             return await original(self, request, *args, **kwargs)
-        exchange = Exchange(_ROUTE, patient=True)
+        http_context = HttpContext(_ROUTE, patient=True)
         named = named_alias(admission.policy, request.model or "")
         if named is not None and not self.models.is_base_model(request.model):
-            exchange.model, exchange.alias = request.model, named.steering
+            http_context.model, http_context.alias = request.model, named.steering
             request = request.model_copy(update={"model": named.served})
-        with admission.exchanging(exchange):
+        with admission.exchanging(http_context):
             answer = await original(self, request, *args, **kwargs)
-        if exchange.receipts and hasattr(answer, "choices"):
+        if http_context.receipts and hasattr(answer, "choices"):
             # vLLM's answers keep fields that they do not know.
-            setattr(answer, REQUEST_KEY, [receipt.to_json() for receipt in exchange.receipts])
+            setattr(answer, REQUEST_KEY, [receipt.to_json() for receipt in http_context.receipts])
         return answer
 
     return create_chat_completion

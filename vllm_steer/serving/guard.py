@@ -29,7 +29,7 @@ from vllm_steer.serving.asgi import (
     routes_of,
     send_error,
 )
-from vllm_steer.serving.middleware import SteeringFront
+from vllm_steer.serving.middleware import SteeringMiddleware
 from vllm_steer.serving.refusals import count_refusal
 
 _XARGS = "vllm_xargs"
@@ -46,7 +46,7 @@ def add_guard(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def register_vllm_serve_api_routers(app: Any) -> Any:
         app.add_middleware(SteeringGuard)
-        app.add_middleware(SteeringFront)
+        app.add_middleware(SteeringMiddleware)
         return original(app)
 
     return register_vllm_serve_api_routers

@@ -15,7 +15,7 @@ from vllm_steer.serving.receipt import Receipt
 
 
 @dataclass(eq=False)
-class Exchange:
+class HttpContext:
     """One HTTP request on a steered route.
 
     Attributes:
@@ -53,4 +53,4 @@ class Exchange:
         return None
 
 
-current_exchange: ContextVar[Exchange | None] = ContextVar("current_exchange", default=None)
+current_http_context: ContextVar[HttpContext | None] = ContextVar("current_exchange", default=None)

@@ -32,7 +32,7 @@ from vllm_steer.serving.asgi import (
     with_length,
     with_model,
 )
-from vllm_steer.serving.http_context import Exchange
+from vllm_steer.serving.http_context import HttpContext
 from vllm_steer.serving.packs_api import PREFIX, answer
 from vllm_steer.serving.receipt import Receipt
 from vllm_steer.serving.responses import ModelList, Receipts, Stored, Unavailable
@@ -45,7 +45,7 @@ _RESPONSES = "/v1/responses"
 _STORED = 1024
 
 
-class SteeringFront:
+class SteeringMiddleware:
     """ASGI middleware; other routes, and servers without steering, pass untouched."""
 
     def __init__(self, app: App) -> None:
@@ -77,31 +77,36 @@ class SteeringFront:
     async def _steered(
         self, scope: Message, receive: Receive, send: Send, admission: Admission
     ) -> None:
-        exchange = Exchange(route_of(scope), key_digest(scope))
+        http_context = HttpContext(route_of(scope), key_digest(scope))
         if admission.policy.aliases:
             body, messages = await read_body(receive)
             name = model_of(body) if _may_name(body, admission.policy.aliases) else None
             if name is not None:
                 named = named_alias(admission.policy, name)
                 if named is not None and not _serves(scope, name):
-                    exchange.model, exchange.alias = name, named.steering
+                    http_context.model, http_context.alias = name, named.steering
                     body = with_model(body, named.served)
                     messages = [{"type": "http.request", "body": body}]
                     scope = {**scope, "headers": with_length(scope["headers"], len(body))}
             receive = replay(messages, receive)
-        receipts = Receipts(send, exchange)
-        await self._exchanged(exchange, scope, receive, receipts.send, admission)
-        if receipts.answer_id is not None and exchange.route == _RESPONSES:
-            self._stored[f"{_RESPONSES}/{receipts.answer_id}"] = exchange.receipts
+        receipts = Receipts(send, http_context)
+        await self._exchanged(http_context, scope, receive, receipts.send, admission)
+        if receipts.answer_id is not None and http_context.route == _RESPONSES:
+            self._stored[f"{_RESPONSES}/{receipts.answer_id}"] = http_context.receipts
             while len(self._stored) > _STORED:
                 del self._stored[next(iter(self._stored))]
 
     async def _exchanged(
-        self, exchange: Exchange, scope: Message, receive: Receive, send: Send, admission: Admission
+        self,
+        http_context: HttpContext,
+        scope: Message,
+        receive: Receive,
+        send: Send,
+        admission: Admission,
     ) -> None:
         """Lets vLLM answer with an exchange, or answers for it where a wait ended."""
-        unavailable = Unavailable(send, exchange)
-        with admission.exchanging(exchange):
+        unavailable = Unavailable(send, http_context)
+        with admission.exchanging(http_context):
             try:
                 await self.app(scope, receive, unavailable.send)
             # vLLM does not catch it everywhere in what it streams.

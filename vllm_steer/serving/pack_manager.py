@@ -23,7 +23,7 @@ from vllm_steer.packs.store import PackStore
 from vllm_steer.serving import metrics
 from vllm_steer.serving.admission import Admission, announce_pack
 from vllm_steer.serving.aliases import with_alias, without_alias
-from vllm_steer.serving.upload_registry import Upload, UploadBook
+from vllm_steer.serving.upload_registry import Upload, UploadRegistry
 from vllm_steer.serving.uploads import write_upload
 from vllm_steer.vllm_compat.rpc import FORGET, LOAD, STAGE
 
@@ -45,7 +45,7 @@ class LoadRequest(BaseModel):
     name: Annotated[PackName, Field()]
 
 
-class PackDesk:
+class PackManager:
     """Changes the packs and aliases of one server, one change at a time.
 
     Every change takes the SHA-256 of the API key that asked for it, None without one, for the log.
@@ -71,7 +71,7 @@ class PackDesk:
         self._uploads = TemporaryDirectory(prefix="vllm-steer-")
         config = admission.config
         total = (config.upload_total_mib if config else None) or 0
-        self._book = UploadBook(config.upload_count if config else 0, total * 2**20)
+        self._upload_registry = UploadRegistry(config.upload_count if config else 0, total * 2**20)
         self._expiring: set[asyncio.Task[None]] = set()
 
     async def load(self, body: bytes, key_digest: str | None) -> SteeringPack:
@@ -88,7 +88,7 @@ class PackDesk:
         except ValidationError as error:
             raise RequestError(explain_faults(error, "body")) from error
         async with self._turn:
-            if name in self._book:
+            if name in self._upload_registry:
                 raise ConflictError(f"{name!r} names vectors that a client sent; give another name")
             path = self._find(name)
             try:
@@ -124,12 +124,12 @@ class PackDesk:
             raise RequestError(explain_faults(error, "name")) from error
         async with self._turn:
             packs = self._store.registry.packs
-            if name in packs and name not in self._book:
+            if name in packs and name not in self._upload_registry:
                 raise ConflictError(
                     f"a steering pack {name!r} is loaded; give the vectors another name"
                 )
-            self._book.check_owner(name, key_digest, self._admission.policy)
-            self._book.check_room(name, len(body))
+            self._upload_registry.check_owner(name, key_digest, self._admission.policy)
+            self._upload_registry.check_room(name, len(body))
             # What is served now stays on disk until the new is served in its place.
             root = Path(mkdtemp(dir=self._uploads.name))
             old = packs.get(name)
@@ -152,7 +152,7 @@ class PackDesk:
             RequestError: There are none of that name.
             ConflictError: They are in use, or an alias or the default needs them.
         """
-        if name not in self._book:
+        if name not in self._upload_registry:
             raise RequestError(f"no vectors {name!r} were sent")
         await self.unload(name, key_digest)
 
@@ -166,12 +166,12 @@ class PackDesk:
 
         timer = asyncio.get_running_loop().call_later(seconds, expire)
         upload = Upload(owner, num_bytes, timer)
-        self._book.enter(name, upload)
+        self._upload_registry.enter(name, upload)
 
     async def _expire(self, name: str, upload: Upload) -> None:
         async with self._turn:
             # Sent again or dropped meanwhile.
-            if self._book.find(name) is not upload:
+            if self._upload_registry.find(name) is not upload:
                 return
             try:
                 await self._unload(name, None)
@@ -230,7 +230,7 @@ class PackDesk:
             pack = self._store.registry.packs.get(name)
             if pack is not None:
                 self._check_change(pack, key_digest)
-                self._book.check_owner(name, key_digest, self._admission.policy)
+                self._upload_registry.check_owner(name, key_digest, self._admission.policy)
             await self._unload(name, key_digest)
 
     async def _unload(self, name: str, key_digest: str | None) -> None:
@@ -251,8 +251,8 @@ class PackDesk:
             )
         await self._forget([name])
         metrics.DIRECTIONS.remove(name)
-        if name in self._book:
-            self._book.strike(name)
+        if name in self._upload_registry:
+            self._upload_registry.strike(name)
             shutil.rmtree(pack.path)
         digest = pack.manifest.tensors.sha256
         log.PACK_UNLOADED.write(name=name, sha256=digest, key=log.short_key(key_digest))

@@ -23,7 +23,7 @@ from vllm_steer.serving.asgi import (
     send_error,
     send_json,
 )
-from vllm_steer.serving.pack_manager import PackDesk
+from vllm_steer.serving.pack_manager import PackManager
 from vllm_steer.serving.policy import Policy
 from vllm_steer.serving.refusals import log_refusal
 from vllm_steer.serving.uploads import expiry
@@ -47,7 +47,7 @@ _REFUSED: dict[type, tuple[str, int]] = {
     ConflictError: ("conflict", 409),
     NotAllowedError: ("not_allowed", 403),
 }
-_DESK = "_vllm_steer_desk"
+_MANAGER = "_vllm_steer_pack_manager"
 _MAX_BODY = 2**20
 _FIXED = {
     "packs": "packs of this server are fixed; start it with --steering-pack-roots DIR to change them",
@@ -88,9 +88,9 @@ async def answer(
         log_refusal("change", kind, route, key)
         await send_error(send, f"the body is larger than {limit} bytes", "body", 413)
         return
-    desk = _desk(admission, store, config.pack_roots or [], scope)
+    manager = _manager(admission, store, config.pack_roots or [], scope)
     try:
-        content = await _change(desk, method, kind, name, body, scope["query_string"], key)
+        content = await _change(manager, method, kind, name, body, scope["query_string"], key)
     except (RequestError, PackError) as error:
         reason, status = _REFUSED.get(type(error), ("change", 400))
         log_refusal(reason, kind, route, key)
@@ -100,30 +100,38 @@ async def answer(
 
 
 async def _change(
-    desk: PackDesk, method: str, kind: str, name: str, body: bytes, query: bytes, key: str | None
+    manager: PackManager,
+    method: str,
+    kind: str,
+    name: str,
+    body: bytes,
+    query: bytes,
+    key: str | None,
 ) -> Any:
     if (method, kind) == ("PUT", "vectors"):
-        return describe_pack(await desk.upload(name, body, expiry(query), key))
+        return describe_pack(await manager.upload(name, body, expiry(query), key))
     if method == "POST":
-        return describe_pack(await desk.load(body, key))
+        return describe_pack(await manager.load(body, key))
     if kind == "vectors":
-        await desk.drop_upload(name, key)
+        await manager.drop_upload(name, key)
     elif kind == "packs":
-        await desk.unload(name, key)
+        await manager.unload(name, key)
     elif method == "PUT":
-        await desk.set_alias(name, body, key)
+        await manager.set_alias(name, body, key)
     else:
-        desk.drop_alias(name, key)
+        manager.drop_alias(name, key)
     return {"name": name}
 
 
-def _desk(admission: Admission, store: PackStore, roots: list[str], scope: Message) -> PackDesk:
+def _manager(
+    admission: Admission, store: PackStore, roots: list[str], scope: Message
+) -> PackManager:
     """The server's desk."""
     state = scope["app"].state
-    if not hasattr(state, _DESK):
-        setattr(state, _DESK, PackDesk(admission, store, roots, state.engine_client))
-    desk: PackDesk = getattr(state, _DESK)
-    return desk
+    if not hasattr(state, _MANAGER):
+        setattr(state, _MANAGER, PackManager(admission, store, roots, state.engine_client))
+    manager: PackManager = getattr(state, _MANAGER)
+    return manager
 
 
 def describe(registry: PackRegistry, policy: Policy, key_digest: str | None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from vllm_steer.operations import Gate
 from vllm_steer.request.schedule import ScheduleChoice
 from vllm_steer.request.schema import FLAT_KEYS, REQUEST_KEY, DirectionChoice, SteeringRequest
 from vllm_steer.serving import metrics
-from vllm_steer.serving.http_context import current_exchange
+from vllm_steer.serving.http_context import current_http_context
 
 LINES = 5
 SECONDS = 60.0
@@ -94,9 +94,9 @@ def count_refusal(error: RequestError, route: str | None, key_digest: str | None
 
 def refusal(error: RequestError) -> VLLMValidationError:
     """Counts and logs the request that is being handled; returns the error that becomes HTTP 400."""
-    exchange = current_exchange.get()
-    route = exchange.route if exchange else None
-    count_refusal(error, route, exchange.key_digest if exchange else None)
+    http_context = current_http_context.get()
+    route = http_context.route if http_context else None
+    count_refusal(error, route, http_context.key_digest if http_context else None)
     return VLLMValidationError(str(error), parameter=REQUEST_KEY)
 
 

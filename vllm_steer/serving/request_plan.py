@@ -12,7 +12,7 @@ from typing import Any
 from vllm_steer.errors import RequestError, UnsupportedError
 from vllm_steer.request.schema import first_steering_key
 from vllm_steer.serving.admission import Admission, AdmittedPlan, Wanted
-from vllm_steer.serving.http_context import current_exchange
+from vllm_steer.serving.http_context import current_http_context
 from vllm_steer.serving.refusals import refusal
 
 # Set while vLLM's beam search generates, step by step, for a request that wants no steering.
@@ -32,8 +32,8 @@ def wanted_of(
     Raises:
         VLLMValidationError: It asks for steering beside its name's, in a malformed way, or does not generate.
     """
-    exchange = current_exchange.get()
-    if exchange is None or exchange.alias is None:
+    http_context = current_http_context.get()
+    if http_context is None or http_context.alias is None:
         asked = admission.parse(extra_args)
         if asked is not None:
             return Wanted(asked)
@@ -45,16 +45,16 @@ def wanted_of(
     if (key := first_steering_key(given)) is not None:
         raise refusal(
             RequestError(
-                f"model {exchange.model!r} is steered by its name; leave out {key!r} or the alias"
+                f"model {http_context.model!r} is steered by its name; leave out {key!r} or the alias"
             )
         )
     if not generates:
         raise refusal(
             UnsupportedError(
-                f"model {exchange.model!r} is steered by its name, and this route does not generate; name the model alone"
+                f"model {http_context.model!r} is steered by its name, and this route does not generate; name the model alone"
             )
         )
-    return Wanted(exchange.alias)
+    return Wanted(http_context.alias)
 
 
 def admitted(
@@ -72,8 +72,8 @@ def admitted(
         VLLMValidationError: It cannot be carried out.
     """
     plan = admission.admit(wanted, prompt_len, sampling_params)
-    exchange = current_exchange.get()
-    if exchange is not None and not exchange.ended:
-        exchange.receipts.append(plan.receipt)
+    http_context = current_http_context.get()
+    if http_context is not None and not http_context.ended:
+        http_context.receipts.append(plan.receipt)
         admission.hold(plan.receipt)
     return plan

@@ -17,13 +17,13 @@ from vllm_steer.request.schema import PLAN_KEY, REQUEST_KEY
 from vllm_steer.serving import metrics
 from vllm_steer.serving.admission import UNSTEERED, Admission, AdmittedPlan
 from vllm_steer.serving.engine_requests import EnginePrompt, arriving, forget
-from vllm_steer.serving.http_context import current_exchange
+from vllm_steer.serving.http_context import current_http_context
 from vllm_steer.serving.receipt import Receipt
 from vllm_steer.serving.refusals import refusal
 from vllm_steer.serving.request_plan import admitted, wanted_of
-from vllm_steer.serving.row_queue import RowGate, Ticket
+from vllm_steer.serving.row_queue import RowQueue, Ticket
 
-_GATE = "_vllm_steer_gate"
+_ROW_QUEUE = "_vllm_steer_row_queue"
 
 
 def follow(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,7 +39,7 @@ def follow(original: Callable[..., Any]) -> Callable[..., Any]:
         adds_up = sampling_params.output_kind == RequestOutputKind.DELTA
         entry = _entry(plan, request_id) if self.log_requests else None
         admission = self.input_processor._vllm_steer_admission
-        gate, seconds = _gate_of(self, admission.config), admission.config.wait_seconds
+        gate, seconds = _row_queue_of(self, admission.config), admission.config.wait_seconds
         followed = _followed(outputs, plan, gate, seconds, adds_up, entry)
         # The exchange may end before the request does.
         return _held(followed, plan.receipt, admission)
@@ -78,19 +78,19 @@ def _plan(engine: Any, prompt: Any, sampling_params: Any) -> AdmittedPlan | None
     return plan
 
 
-def _gate_of(engine: Any, config: ResolvedConfig) -> RowGate:
+def _row_queue_of(engine: Any, config: ResolvedConfig) -> RowQueue:
     """The gate of an ``AsyncLLM``, made with its first steered request."""
-    if not hasattr(engine, _GATE):
+    if not hasattr(engine, _ROW_QUEUE):
         # Where admission lets one request take all rows, the requests share them here.
         sums = config.sums_per_request if config.gated else config.rows - 1
-        setattr(engine, _GATE, RowGate(sums))
-    gate: RowGate = getattr(engine, _GATE)
+        setattr(engine, _ROW_QUEUE, RowQueue(sums))
+    gate: RowQueue = getattr(engine, _ROW_QUEUE)
     return gate
 
 
 def _entry(plan: AdmittedPlan, request_id: str) -> dict[str, Any]:
     """What the log says of a request, known before it runs."""
-    exchange = current_exchange.get()
+    http_context = current_http_context.get()
     shown = plan.receipt.to_json()
     directions = [{k: v for k, v in d.items() if k != "layers"} for d in shown["directions"]]
     return {
@@ -98,7 +98,7 @@ def _entry(plan: AdmittedPlan, request_id: str) -> dict[str, Any]:
         "directions": directions,
         "dose": shown["dose"],
         "clamped_by": shown["clamped_by"],
-        "key": log.short_key(exchange.key_digest) if exchange else None,
+        "key": log.short_key(http_context.key_digest) if http_context else None,
     }
 
 
@@ -120,15 +120,15 @@ async def _held(
         admission.release(receipt)
 
 
-async def _entered(gate: RowGate, sums: set[str], seconds: float) -> Ticket:
+async def _entered(gate: RowQueue, sums: set[str], seconds: float) -> Ticket:
     """Waits for rows; without an HTTP client, who could ask again, for as long as it takes.
 
     Raises:
         VLLMValidationError: There were none in time; the exchange is answered with 503.
     """
-    exchange = current_exchange.get()
-    owner = exchange.key_digest if exchange else None
-    patient = exchange is None or exchange.patient
+    http_context = current_http_context.get()
+    owner = http_context.key_digest if http_context else None
+    patient = http_context is None or http_context.patient
     try:
         ticket = await gate.enter(owner, sums, None if patient else seconds)
     except TimeoutError:
@@ -136,11 +136,11 @@ async def _entered(gate: RowGate, sums: set[str], seconds: float) -> Ticket:
             f"{REQUEST_KEY}: no row for it became free in {seconds:g} s; ask again later, or start the server with "
             f"a higher --steering-rows"
         )
-        if exchange is not None:
-            exchange.busy = str(error)
+        if http_context is not None:
+            http_context.busy = str(error)
         raise refusal(error) from None
-    if exchange is not None:
-        exchange.let_in = True
+    if http_context is not None:
+        http_context.let_in = True
     return ticket
 
 
@@ -164,7 +164,7 @@ async def _noted(
 async def _followed(
     outputs: AsyncGenerator[Any, None],
     plan: AdmittedPlan,
-    gate: RowGate,
+    gate: RowQueue,
     seconds: float,
     adds_up: bool,
     entry: dict[str, Any] | None,

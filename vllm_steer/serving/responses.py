@@ -9,7 +9,7 @@ from typing import Any
 from vllm_steer.request.schema import REQUEST_KEY
 from vllm_steer.serving.admission import Admission
 from vllm_steer.serving.asgi import Message, Send, parse_object, send_error, with_length
-from vllm_steer.serving.http_context import Exchange
+from vllm_steer.serving.http_context import HttpContext
 from vllm_steer.serving.receipt import HEADER, Receipt
 
 _JSON = b"application/json"
@@ -24,8 +24,8 @@ _RETRY_SECONDS = 5
 class Unavailable:
     """Answers with 503 what waited too long, also where vLLM has begun to answer with 200."""
 
-    def __init__(self, send: Send, exchange: Exchange) -> None:
-        self._send, self._exchange = send, exchange
+    def __init__(self, send: Send, http_context: HttpContext) -> None:
+        self._send, self._http_context = send, http_context
         # What vLLM sends before its first token: the start, and events that say that it began.
         self._kept: list[Message] = []
         self._refused = False
@@ -34,12 +34,12 @@ class Unavailable:
         """Takes the place of ``send``."""
         if self._refused:
             return
-        if message["type"] == "http.response.start" and self._exchange.receipts:
+        if message["type"] == "http.response.start" and self._http_context.receipts:
             self._kept = [message]
             return
         if await self.refuse():
             return
-        if self._kept and not self._exchange.let_in and message.get("more_body"):
+        if self._kept and not self._http_context.let_in and message.get("more_body"):
             self._kept.append(message)
             return
         kept, self._kept = self._kept, []
@@ -48,10 +48,10 @@ class Unavailable:
 
     async def refuse(self) -> bool:
         """Answers with 503 where a wait ended before anything was sent; returns whether it did."""
-        if self._kept and self._exchange.busy is not None:
+        if self._kept and self._http_context.busy is not None:
             self._kept, self._refused = [], True
             retry = [(b"retry-after", str(_RETRY_SECONDS).encode())]
-            await send_error(self._send, self._exchange.busy, REQUEST_KEY, 503, retry)
+            await send_error(self._send, self._http_context.busy, REQUEST_KEY, 503, retry)
         return self._refused
 
 
@@ -133,9 +133,9 @@ class Receipts(_Buffered):
         answer_id: ``id`` of the response, once it is known and has receipts.
     """
 
-    def __init__(self, send: Send, exchange: Exchange) -> None:
+    def __init__(self, send: Send, http_context: HttpContext) -> None:
         super().__init__(send)
-        self._exchange = exchange
+        self._http_context = http_context
         self._kind: bytes | None = None
         self.answer_id: str | None = None
 
@@ -143,9 +143,9 @@ class Receipts(_Buffered):
         """Takes the place of ``send``."""
         if message["type"] == "http.response.start":
             self._kind = None
-            if self._exchange.receipts and message["status"] == 200:
+            if self._http_context.receipts and message["status"] == 200:
                 self._kind = _kind_of(message)
-                summary = ", ".join(r.to_header() for r in self._exchange.receipts[:1])
+                summary = ", ".join(r.to_header() for r in self._http_context.receipts[:1])
                 message["headers"] = [
                     *message["headers"],
                     (HEADER.encode(), summary.encode("latin-1", "replace")),
@@ -172,13 +172,13 @@ class Receipts(_Buffered):
         if chunk is None:
             return event
         if chunk.get("type") == _MESSAGE_END:
-            chunk[REQUEST_KEY] = [r.to_json() for r in self._exchange.receipts]
+            chunk[REQUEST_KEY] = [r.to_json() for r in self._http_context.receipts]
         elif isinstance(chunk.get("response"), dict):
             self.answer_id = chunk["response"].get("id")
-            chunk["response"][REQUEST_KEY] = [r.to_json() for r in self._exchange.receipts]
+            chunk["response"][REQUEST_KEY] = [r.to_json() for r in self._http_context.receipts]
         else:
             ended = [c["index"] for c in chunk.get("choices", ()) if c.get("finish_reason")]
-            found = [self._exchange.receipt_of(index) for index in ended]
+            found = [self._http_context.receipt_of(index) for index in ended]
             chunk[REQUEST_KEY] = [pair[0].to_json(pair[1]) for pair in found if pair is not None]
         return before + marker + json.dumps(chunk).encode()
 
@@ -187,7 +187,7 @@ class Receipts(_Buffered):
         if fields is None:
             return body
         self.answer_id = fields.get("id")
-        return _with_receipts(fields, self._exchange.receipts)
+        return _with_receipts(fields, self._http_context.receipts)
 
 
 def _kind_of(start: Message) -> bytes:

@@ -47,7 +47,7 @@ class Ticket:
     inside: bool = False
 
 
-class RowGate:
+class RowQueue:
     """The gate of one engine."""
 
     def __init__(self, num_sums: int) -> None:

@@ -27,11 +27,11 @@ class Upload:
     timer: asyncio.TimerHandle
 
 
-class UploadBook:
+class UploadRegistry:
     """The vectors that are served, by the name of the pack that they became."""
 
     def __init__(self, most: int, most_bytes: int) -> None:
-        """Makes an empty book.
+        """Makes an empty registry.
 
         Args:
             most: Uploads at once.

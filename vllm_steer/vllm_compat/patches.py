@@ -19,7 +19,7 @@ from vllm_steer.vllm_compat import versions
 
 
 @dataclass(frozen=True)
-class Seam:
+class VllmSymbol:
     """One symbol of vLLM.
 
     Attributes:
@@ -77,99 +77,103 @@ def _check(holder: Any, attribute: str, parameters: tuple[str, ...], full_name: 
         )
 
 
-ADD_CLI_ARGS = Seam("vllm.engine.arg_utils", "EngineArgs.add_cli_args", ("parser",))
-FROM_CLI_ARGS = Seam("vllm.engine.arg_utils", "EngineArgs.from_cli_args", ("args",))
-CREATE_ENGINE_CONFIG = Seam(
+ADD_CLI_ARGS = VllmSymbol("vllm.engine.arg_utils", "EngineArgs.add_cli_args", ("parser",))
+FROM_CLI_ARGS = VllmSymbol("vllm.engine.arg_utils", "EngineArgs.from_cli_args", ("args",))
+CREATE_ENGINE_CONFIG = VllmSymbol(
     "vllm.engine.arg_utils", "EngineArgs.create_engine_config", ("self", "usage_context")
 )
-COMPUTE_HASH = Seam("vllm.config", "VllmConfig.compute_hash", ("self",))
-INPUT_PROCESSOR_INIT = Seam(
+COMPUTE_HASH = VllmSymbol("vllm.config", "VllmConfig.compute_hash", ("self",))
+INPUT_PROCESSOR_INIT = VllmSymbol(
     "vllm.v1.engine.input_processor", "InputProcessor.__init__", ("self", "vllm_config")
 )
-PROCESS_INPUTS = Seam(
+PROCESS_INPUTS = VllmSymbol(
     "vllm.v1.engine.input_processor",
     "InputProcessor.process_inputs",
     ("self", "request_id", "prompt", "params"),
 )
-EXTRACT_PROMPT_LEN = Seam(
+EXTRACT_PROMPT_LEN = VllmSymbol(
     "vllm.entrypoints.serve.engine.serving", "BaseServing._extract_prompt_len", ("self", "prompt")
 )
-GENERATE = Seam(
+GENERATE = VllmSymbol(
     "vllm.v1.engine.async_llm",
     "AsyncLLM.generate",
     ("self", "prompt", "sampling_params", "request_id"),
 )
-CREATE_CHAT_COMPLETION = Seam(
+CREATE_CHAT_COMPLETION = VllmSymbol(
     "vllm.entrypoints.openai.chat_completion.serving",
     "OpenAIServingChat.create_chat_completion",
     ("self", "request"),
 )
-OUTPUT_ADD_REQUEST = Seam(
+OUTPUT_ADD_REQUEST = VllmSymbol(
     "vllm.v1.engine.output_processor", "OutputProcessor.add_request", ("self", "request")
 )
-OUTPUT_FINISH_REQUEST = Seam(
+OUTPUT_FINISH_REQUEST = VllmSymbol(
     "vllm.v1.engine.output_processor", "OutputProcessor._finish_request", ("self", "req_state")
 )
-OUTPUT_ABORT_REQUESTS = Seam(
+OUTPUT_ABORT_REQUESTS = VllmSymbol(
     "vllm.v1.engine.output_processor", "OutputProcessor.abort_requests", ("self", "request_ids")
 )
-PREPROCESS_ADD_REQUEST = Seam(
+PREPROCESS_ADD_REQUEST = VllmSymbol(
     "vllm.v1.engine.core", "EngineCore.preprocess_add_request", ("self", "request")
 )
-FREE_REQUEST = Seam("vllm.v1.core.sched.scheduler", "Scheduler._free_request", ("self", "request"))
+FREE_REQUEST = VllmSymbol(
+    "vllm.v1.core.sched.scheduler", "Scheduler._free_request", ("self", "request")
+)
 # Called at the start, after the plugins are loaded.
-INITIALIZE_KV_CACHES = Seam(
+INITIALIZE_KV_CACHES = VllmSymbol(
     "vllm.v1.engine.core", "EngineCore._initialize_kv_caches", ("self", "vllm_config")
 )
-EXTRA_HASH_KEYS = Seam(
+EXTRA_HASH_KEYS = VllmSymbol(
     "vllm.v1.core.kv_cache_utils",
     "_gen_prompt_embeds_extra_hash_keys",
     ("request", "start_token_idx", "end_token_idx"),
 )
 # An engine that ends says why in another process.
-START_ENGINE_CORES = Seam(
+START_ENGINE_CORES = VllmSymbol(
     "vllm.v1.engine.utils", "CoreEngineProcManager.__init__", ("self", "local_engine_count")
 )
-WAIT_FOR_STARTUP = Seam("vllm.v1.engine.utils", "wait_for_engine_startup", ("handshake_socket",))
-ENGINE_DEAD = Seam("vllm.v1.engine.exceptions", "EngineDeadError.__init__", ("self", "args"))
-RUN_ENGINE_CORE = Seam("vllm.v1.engine.core", "EngineCoreProc.run_engine_core", ("args",))
-SEND_ENGINE_DEAD = Seam("vllm.v1.engine.core", "EngineCoreProc._send_engine_dead", ("self",))
+WAIT_FOR_STARTUP = VllmSymbol(
+    "vllm.v1.engine.utils", "wait_for_engine_startup", ("handshake_socket",)
+)
+ENGINE_DEAD = VllmSymbol("vllm.v1.engine.exceptions", "EngineDeadError.__init__", ("self", "args"))
+RUN_ENGINE_CORE = VllmSymbol("vllm.v1.engine.core", "EngineCoreProc.run_engine_core", ("args",))
+SEND_ENGINE_DEAD = VllmSymbol("vllm.v1.engine.core", "EngineCoreProc._send_engine_dead", ("self",))
 _MULTIPROC = "vllm.v1.executor.multiproc_executor"
-WORKER_MAIN = Seam(_MULTIPROC, "WorkerProc.worker_main", ("args", "kwargs"))
-WORKER_PROC_INIT = Seam(_MULTIPROC, "WorkerProc.__init__", ("self", "vllm_config"))
-WAIT_FOR_WORKERS = Seam(_MULTIPROC, "WorkerProc.wait_for_ready", ("unready_proc_handles",))
-INIT_DEVICE = Seam("vllm.v1.worker.worker_base", "WorkerWrapperBase.init_device", ("self",))
+WORKER_MAIN = VllmSymbol(_MULTIPROC, "WorkerProc.worker_main", ("args", "kwargs"))
+WORKER_PROC_INIT = VllmSymbol(_MULTIPROC, "WorkerProc.__init__", ("self", "vllm_config"))
+WAIT_FOR_WORKERS = VllmSymbol(_MULTIPROC, "WorkerProc.wait_for_ready", ("unready_proc_handles",))
+INIT_DEVICE = VllmSymbol("vllm.v1.worker.worker_base", "WorkerWrapperBase.init_device", ("self",))
 TO_SAMPLING_PARAMS = (
-    Seam(
+    VllmSymbol(
         "vllm.entrypoints.openai.completion.protocol",
         "CompletionRequest.to_sampling_params",
         ("self", "max_tokens"),
     ),
-    Seam(
+    VllmSymbol(
         "vllm.entrypoints.openai.chat_completion.protocol",
         "ChatCompletionRequest.to_sampling_params",
         ("self", "max_tokens"),
     ),
-    Seam(
+    VllmSymbol(
         "vllm.entrypoints.openai.responses.protocol",
         "ResponsesRequest.to_sampling_params",
         ("self", "default_max_tokens"),
     ),
 )
 TO_BEAM_SEARCH_PARAMS = (
-    Seam(
+    VllmSymbol(
         "vllm.entrypoints.openai.completion.protocol",
         "CompletionRequest.to_beam_search_params",
         ("self",),
     ),
-    Seam(
+    VllmSymbol(
         "vllm.entrypoints.openai.chat_completion.protocol",
         "ChatCompletionRequest.to_beam_search_params",
         ("self",),
     ),
 )
 # Called while the server's application is put together, with it at hand.
-SERVE_ROUTERS = Seam("vllm.entrypoints.serve", "register_vllm_serve_api_routers", ("app",))
+SERVE_ROUTERS = VllmSymbol("vllm.entrypoints.serve", "register_vllm_serve_api_routers", ("app",))
 
 # Wrapped on one instance in each worker, not on the class.
 V1_RUNNER = {
@@ -224,14 +228,14 @@ METHOD_OWNERS = (
 _PATCHED = "__vllm_steer__"
 
 
-def patch(seam: Seam, wrap: Callable[[Any], Any]) -> None:
+def patch(symbol: VllmSymbol, wrap: Callable[[Any], Any]) -> None:
     """Replaces a symbol by ``wrap(symbol)``, once per process.
 
     Args:
-        seam: The symbol.
+        symbol: The symbol.
         wrap: Makes the replacement from the original; for a class method, from its function.
     """
-    holder, attribute = seam.resolve()
+    holder, attribute = symbol.resolve()
     original = getattr(holder, attribute)
     if getattr(original, _PATCHED, False):
         return
@@ -246,17 +250,17 @@ def patch(seam: Seam, wrap: Callable[[Any], Any]) -> None:
     setattr(holder, attribute, rewrap(replacement))
 
 
-def replace(seam: Seam, function: Callable[..., Any]) -> None:
+def replace(symbol: VllmSymbol, function: Callable[..., Any]) -> None:
     """Puts a module's function in the place of a static method that vLLM starts a process with.
 
     A process that is not forked finds what it runs by module and name. Those of the function remain
     its own, where those of :func:`patch` would lead to vLLM's method.
 
     Args:
-        seam: The symbol.
+        symbol: The symbol.
         function: What calls :func:`original` of it.
     """
-    holder, attribute = seam.resolve()
+    holder, attribute = symbol.resolve()
     before = getattr(holder, attribute)
     if getattr(before, _PATCHED, False):
         return
@@ -264,7 +268,7 @@ def replace(seam: Seam, function: Callable[..., Any]) -> None:
     setattr(holder, attribute, staticmethod(function))
 
 
-def original(seam: Seam) -> Any:
+def original(symbol: VllmSymbol) -> Any:
     """Returns what vLLM has for a symbol, patched or not."""
-    found = getattr(*seam.resolve())
+    found = getattr(*symbol.resolve())
     return inspect.unwrap(found, stop=lambda function: not getattr(function, _PATCHED, False))

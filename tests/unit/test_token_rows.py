@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vllm_steer.engine.bank import SteeringBank
-from vllm_steer.engine.token_rows import StepPlan, StepPlanner
+from vllm_steer.engine.token_rows import TokenRowMapper, TokenRows
 from vllm_steer.plan.steering_plan import Segment, SteeringPlan, Term
 
 # Request, absolute position of its first token in the step, number of tokens.
@@ -25,7 +25,7 @@ def whole(name: str) -> SteeringPlan:
     return SteeringPlan((segment(0, None, name),))
 
 
-def plan(planner: StepPlanner, spans: Sequence[Span]) -> StepPlan:
+def plan(planner: TokenRowMapper, spans: Sequence[Span]) -> TokenRows:
     # As vLLM's, the arrays are longer than the batch.
     starts = np.array([*(start for _, start, _ in spans), 99], dtype=np.int32)
     lengths = np.array([*(length for _, _, length in spans), 99], dtype=np.int32)
@@ -36,7 +36,7 @@ def new_bank(num_tokens: int) -> SteeringBank:
     return SteeringBank([0], 16, 4, num_tokens, torch.float32, torch.device("cpu"))
 
 
-def rows_of(step: StepPlan, spans: Sequence[Span], bank: SteeringBank | None = None) -> list[int]:
+def rows_of(step: TokenRows, spans: Sequence[Span], bank: SteeringBank | None = None) -> list[int]:
     """The row of each token, as the bank gives them; tokens after the step have row 0."""
     positions = torch.tensor([p for _, start, n in spans for p in range(start, start + n)])
     count = len(positions)
@@ -48,12 +48,12 @@ def rows_of(step: StepPlan, spans: Sequence[Span], bank: SteeringBank | None = N
     return bank.rows[:count].tolist()
 
 
-def names(step: StepPlan) -> dict[str, int]:
+def names(step: TokenRows) -> dict[str, int]:
     return {segment.terms[0].digest: row for row, segment in step.new}
 
 
 def test_nothing_steered_costs_nothing() -> None:
-    planner = StepPlanner(4)
+    planner = TokenRowMapper(4)
     bank = new_bank(5)
     steps = [plan(planner, [("a", 0, 5)])]
     planner.add("b", whole("x"))
@@ -70,7 +70,7 @@ def test_nothing_steered_costs_nothing() -> None:
 
 
 def test_rows_follow_the_batch_order() -> None:
-    planner = StepPlanner(4)
+    planner = TokenRowMapper(4)
     planner.add("b", SteeringPlan((segment(0, 3, "x"), segment(3, None, "y"))))
     spans = [("a", 7, 2), ("b", 1, 4), ("c", 0, 1)]
     step = plan(planner, spans)
@@ -83,7 +83,7 @@ def test_rows_follow_the_batch_order() -> None:
 
 def test_positions_decide_when_the_starts_are_optimistic() -> None:
     """Under speculative decoding the host counts drafts that were rejected."""
-    planner = StepPlanner(8, starts_are_exact=False)
+    planner = TokenRowMapper(8, starts_are_exact=False)
     planner.add("r", SteeringPlan((segment(4, 6, "x"), segment(6, None, "y"))))
     step = plan(planner, [("r", 8, 3)])
     rows = names(step)
@@ -105,7 +105,7 @@ def random_plan(generator: random.Random) -> SteeringPlan:
 def test_random_steps_equal_the_plain_form(exact: bool) -> None:
     """Requests come, go, wait and change places; the plain form looks up every single token."""
     generator = random.Random(0)
-    planner, bank = StepPlanner(13, starts_are_exact=exact), new_bank(200)
+    planner, bank = TokenRowMapper(13, starts_are_exact=exact), new_bank(200)
     plans: dict[str, SteeringPlan] = {}
     content: dict[int, str] = {0: ""}
     for number in range(600):
@@ -144,13 +144,13 @@ def test_any_chunking_gives_the_rows_of_one_chunk() -> None:
     """Prefill in chunks, preemption and recomputation are nothing but other spans."""
     generator = random.Random(0)
     content = SteeringPlan((segment(2, 11, "x"), segment(11, 17, "y"), segment(17, None, "z")))
-    one = StepPlanner(8)
+    one = TokenRowMapper(8)
     one.add("r", content)
     everything = [("r", 0, 30)]
     expected = plan(one, everything)
     known = {row: name for name, row in names(expected).items()} | {0: ""}
     for _ in range(50):
-        planner, seen, found = StepPlanner(8), [], {0: ""}
+        planner, seen, found = TokenRowMapper(8), [], {0: ""}
         planner.add("r", content)
         position = 0
         while position < 30:
@@ -164,7 +164,7 @@ def test_any_chunking_gives_the_rows_of_one_chunk() -> None:
 
 
 def test_equal_combinations_share_a_row() -> None:
-    planner = StepPlanner(3)
+    planner = TokenRowMapper(3)
     for name in "abcd":
         planner.add(name, whole("x" if name < "c" else "y"))
     spans = [(name, 4, 1) for name in "abcd"]
@@ -176,7 +176,7 @@ def test_equal_combinations_share_a_row() -> None:
 
 
 def test_the_row_idle_for_longest_is_given_away() -> None:
-    planner = StepPlanner(4)
+    planner = TokenRowMapper(4)
     for name in "xyz":
         planner.add(name, whole(name))
     rows = names(plan(planner, [(name, 0, 1) for name in "xyz"]))
@@ -194,7 +194,7 @@ def test_the_row_idle_for_longest_is_given_away() -> None:
 
 
 def test_a_waiting_request_loses_its_row_and_gets_one_again() -> None:
-    planner = StepPlanner(3)
+    planner = TokenRowMapper(3)
     for name in "xyz":
         planner.add(name, whole(name))
     plan(planner, [("x", 0, 1), ("y", 0, 1)])
@@ -206,7 +206,7 @@ def test_a_waiting_request_loses_its_row_and_gets_one_again() -> None:
 
 
 def test_too_many_combinations_are_refused_not_dropped() -> None:
-    planner = StepPlanner(2)
+    planner = TokenRowMapper(2)
     for name in "xy":
         planner.add(name, whole(name))
     with pytest.raises(RuntimeError, match="raise --steering-rows"):

@@ -17,7 +17,7 @@ from vllm_steer.plan.message import plan_of
 from vllm_steer.request.schema import PLAN_KEY, SteeringRequest
 from vllm_steer.serving import request_hooks
 from vllm_steer.serving.admission import UNSTEERED, Admission, Wanted
-from vllm_steer.serving.http_context import Exchange, current_exchange
+from vllm_steer.serving.http_context import HttpContext, current_http_context
 from vllm_steer.serving.policy import Policy
 from vllm_steer.serving.request_hooks import check_sampling, plan_inputs
 from vllm_steer.serving.request_plan import admitted, beam_search
@@ -33,11 +33,11 @@ def admission(fears: SteeringPack) -> Admission:
 
 
 @pytest.fixture
-def exchange() -> Iterator[Exchange]:
-    found = Exchange("/invocations")
-    token = current_exchange.set(found)
+def http_context() -> Iterator[HttpContext]:
+    found = HttpContext("/invocations")
+    token = current_http_context.set(found)
     yield found
-    current_exchange.reset(token)
+    current_http_context.reset(token)
 
 
 def taken_in(admission: Admission, params: Any) -> Any:
@@ -90,9 +90,9 @@ def test_the_steps_of_a_beam_search_that_wants_no_steering_get_no_default(
 
 
 def test_an_alias_steers_whatever_its_route_is(
-    admission: Admission, fears: SteeringPack, exchange: Exchange
+    admission: Admission, fears: SteeringPack, http_context: HttpContext
 ) -> None:
-    exchange.model, exchange.alias = "demo:x", SteeringRequest.model_validate(SPIDERS)
+    http_context.model, http_context.alias = "demo:x", SteeringRequest.model_validate(SPIDERS)
     assert steered(admission, SamplingParams()) == [fears.digests["spiders"]]
     with pytest.raises(VLLMValidationError, match="does not generate; name the model alone"):
         taken_in(admission, PoolingParams(task="embed"))
@@ -101,17 +101,17 @@ def test_an_alias_steers_whatever_its_route_is(
 
 
 def test_what_goes_on_after_its_exchange_is_not_held_by_it(
-    admission: Admission, fears: SteeringPack, exchange: Exchange
+    admission: Admission, fears: SteeringPack, http_context: HttpContext
 ) -> None:
     """Nobody would count it out again, and its pack could never be unloaded."""
     wanted = Wanted(SteeringRequest.model_validate(SPIDERS))
     plan = admitted(admission, wanted, 3, SamplingParams())
     digest = fears.digests["spiders"]
-    assert exchange.receipts == [plan.receipt]
+    assert http_context.receipts == [plan.receipt]
     assert admission.active[digest] == 1
-    exchange.ended = True
+    http_context.ended = True
     admitted(admission, wanted, 3, SamplingParams())
-    assert exchange.receipts == [plan.receipt]
+    assert http_context.receipts == [plan.receipt]
     assert admission.active[digest] == 1
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_steer.serving.row_queue import RowGate, Ticket
+from vllm_steer.serving.row_queue import RowQueue, Ticket
 
 ROOM = 16
 
@@ -24,19 +24,19 @@ def sums(name: str, count: int) -> list[str]:
     return [f"{name} {number}" for number in range(count)]
 
 
-async def inside(gate: RowGate, owner: str | None, name: str, count: int) -> Ticket:
+async def inside(gate: RowQueue, owner: str | None, name: str, count: int) -> Ticket:
     """Enters where there must be room."""
     return await gate.enter(owner, sums(name, count), 0.01)
 
 
-async def refused(gate: RowGate, owner: str | None, name: str, count: int) -> None:
+async def refused(gate: RowQueue, owner: str | None, name: str, count: int) -> None:
     with pytest.raises(TimeoutError):
         await gate.enter(owner, sums(name, count), 0.01)
 
 
 def test_one_key_in_its_order() -> None:
     async def check() -> None:
-        gate, order = RowGate(4), []
+        gate, order = RowQueue(4), []
 
         async def one(number: int) -> None:
             ticket = await gate.enter(None, [str(number)])
@@ -52,7 +52,7 @@ def test_one_key_in_its_order() -> None:
 
 def test_a_short_request_does_not_wait_for_long_ones_nor_they_for_ever() -> None:
     async def check() -> None:
-        gate = RowGate(ROOM)
+        gate = RowQueue(ROOM)
         first = await inside(gate, None, "long 0", 8)
         await refused(gate, None, "long 1", 4)
         shorts = [await inside(gate, None, f"short {number}", 1) for number in range(8)]
@@ -72,7 +72,7 @@ def test_a_short_request_does_not_wait_for_long_ones_nor_they_for_ever() -> None
 
 def test_what_needs_all_rows_is_let_in_before_what_came_later() -> None:
     async def check() -> None:
-        gate = RowGate(ROOM)
+        gate = RowQueue(ROOM)
         short = await inside(gate, None, "short", 1)
         whole = asyncio.ensure_future(gate.enter(None, sums("whole", ROOM)))
         await asyncio.sleep(0)
@@ -86,7 +86,7 @@ def test_what_needs_all_rows_is_let_in_before_what_came_later() -> None:
 
 def test_no_key_holds_all_rows_where_there_are_two() -> None:
     async def check() -> None:
-        gate = RowGate(ROOM)
+        gate = RowQueue(ROOM)
         gate.leave(await inside(gate, "b", "x", 1))
         for number in range(12):
             await inside(gate, "a", f"a{number}", 1)
@@ -111,7 +111,7 @@ def test_a_key_that_waits_for_its_own_rows_stops_no_other(held: int, waits: int)
     """One long answer, and one more request that cannot be let in before it ends."""
 
     async def check() -> None:
-        gate = RowGate(ROOM)
+        gate = RowQueue(ROOM)
         gate.leave(await inside(gate, "b", "x", 1))
         long = await inside(gate, "a", "long", held)
         waiting = asyncio.ensure_future(gate.enter("a", sums("more", waits)))
@@ -128,7 +128,7 @@ def test_a_key_that_waits_for_its_own_rows_stops_no_other(held: int, waits: int)
 
 def test_what_needs_all_rows_stops_short_ones_only_while_it_waits_for_them() -> None:
     async def check() -> None:
-        gate = RowGate(ROOM)
+        gate = RowQueue(ROOM)
         long = await inside(gate, None, "long", 8)
         whole = asyncio.ensure_future(gate.enter(None, sums("whole", ROOM)))
         await asyncio.sleep(0)
@@ -146,7 +146,7 @@ def test_short_requests_of_a_key_leave_room_for_its_long_one(wanted: int) -> Non
     """They come without a pause, beside those of another key, and it is let in nevertheless."""
 
     async def check() -> None:
-        gate, done = RowGate(ROOM), asyncio.Event()
+        gate, done = RowQueue(ROOM), asyncio.Event()
 
         async def shorts(owner: str, name: str) -> None:
             while not done.is_set():
@@ -167,7 +167,7 @@ def test_short_requests_of_a_key_leave_room_for_its_long_one(wanted: int) -> Non
 
 def test_equal_sums_share_a_row_and_leaving_twice_is_leaving_once() -> None:
     async def check() -> None:
-        gate = RowGate(2)
+        gate = RowQueue(2)
         tickets = [await gate.enter(None, ["same"], 0.01) for _ in range(5)]
         other = await gate.enter(None, ["other"], 0.01)
         for ticket in tickets[1:]:
@@ -183,7 +183,7 @@ def test_equal_sums_share_a_row_and_leaving_twice_is_leaving_once() -> None:
 
 def test_who_goes_away_leaves_the_line_and_its_rows() -> None:
     async def check() -> None:
-        gate = RowGate(1)
+        gate = RowQueue(1)
         first = await gate.enter(None, ["a"])
         waiting = asyncio.ensure_future(gate.enter(None, ["b"]))
         behind = asyncio.ensure_future(gate.enter(None, ["c"]))
@@ -213,7 +213,7 @@ def test_never_more_than_fit_and_everybody_is_served(
 ) -> None:
     rng, served, held = random.Random(seed), [], dict[int, list[str]]()
 
-    async def one(gate: RowGate, number: int) -> None:
+    async def one(gate: RowQueue, number: int) -> None:
         wanted = rng.sample(sums("s", 2 * room), rng.randint(1, room))
         for _ in range(rng.randrange(4)):
             await asyncio.sleep(0)
@@ -229,7 +229,7 @@ def test_never_more_than_fit_and_everybody_is_served(
         served.append(number)
 
     async def all_of_them() -> None:
-        gate = RowGate(room)
+        gate = RowQueue(room)
         tasks = [asyncio.ensure_future(one(gate, number)) for number in range(count)]
         gone = rng.sample(tasks, count // 4)
         await asyncio.sleep(0)

@@ -10,10 +10,10 @@ from vllm_steer.plugin import register
 from vllm_steer.vllm_compat import patches
 
 
-@pytest.mark.parametrize("seam", patched_seams(), ids=lambda seam: seam.name)
-def test_fits_and_is_patched_once(seam: patches.Seam) -> None:
+@pytest.mark.parametrize("symbol", patched_seams(), ids=lambda symbol: symbol.name)
+def test_fits_and_is_patched_once(symbol: patches.VllmSymbol) -> None:
     register()
-    holder, attribute = seam.resolve()
+    holder, attribute = symbol.resolve()
     patched = getattr(holder, attribute)
     register()
     assert getattr(holder, attribute) == patched
@@ -21,19 +21,19 @@ def test_fits_and_is_patched_once(seam: patches.Seam) -> None:
 
 
 def test_a_missing_symbol_is_named() -> None:
-    seam = patches.Seam("vllm.engine.arg_utils", "EngineArgs.no_such_method", ())
+    symbol = patches.VllmSymbol("vllm.engine.arg_utils", "EngineArgs.no_such_method", ())
     with pytest.raises(
         CompatibilityError, match="EngineArgs.no_such_method is missing.*supports vLLM 0.26"
     ):
-        seam.resolve()
+        symbol.resolve()
 
 
 def test_other_parameters_are_named() -> None:
-    seam = patches.Seam(
+    symbol = patches.VllmSymbol(
         "vllm.engine.arg_utils", "EngineArgs.create_engine_config", ("self", "usage")
     )
     with pytest.raises(CompatibilityError, match="takes .'self', 'usage_context'., where"):
-        seam.resolve()
+        symbol.resolve()
 
 
 def test_the_rust_front_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

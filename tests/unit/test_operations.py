@@ -16,7 +16,7 @@ from vllm_steer.operations import FormChoice, Gate
 from vllm_steer.packs.pack import DirectionRecord, SteeringPack, load_pack, write_pack
 from vllm_steer.packs.registry import PackRegistry
 from vllm_steer.plan.binding import bind
-from vllm_steer.plan.capacity import check_limits
+from vllm_steer.plan.capacity import check_capacity
 from vllm_steer.plan.dose import relative_dose, scaled
 from vllm_steer.plan.message import decode_plan, encode_plan
 from vllm_steer.plan.resolve import resolve
@@ -130,16 +130,16 @@ def test_limits(
     given = [{"name": "p/a", "scale": 1.0 + i} | d for i, d in enumerate(directions)]
     found = plan(registry, *given)
     if message is None:
-        check_limits(found, resolved(**config))
+        check_capacity(found, resolved(**config))
         return
     with pytest.raises(RequestError, match=message):
-        check_limits(found, resolved(**config))
+        check_capacity(found, resolved(**config))
 
 
 def test_positions_keep_forms_apart(registry: PackRegistry) -> None:
     """Rank counts where directions meet, not over a request."""
     apart = [{"name": "p/a", "op": "ablate", "positions": [[i, i + 1]]} for i in range(3)]
-    check_limits(plan(registry, *apart), resolved(ops="affine", rank=2))
+    check_capacity(plan(registry, *apart), resolved(ops="affine", rank=2))
 
 
 @pytest.mark.parametrize(
