@@ -1,9 +1,9 @@
-"""A front desk under load: many clients stream steered answers while a pack is reloaded under them.
+"""A server under load: many clients stream steered answers while a pack is reloaded under them.
 
     python -m benchmarks.load_http --seconds 300 --json FILE
 
 50 steerings on three routes, aliases, unsteered requests, wrong ones, and clients that go away. One
-pack's content is exchanged again and again under its name. Then every token of every answer is held
+pack's content is replaced again and again under its name. Then every token of every answer is held
 against Hugging Face with hooks, with the content that the answer's receipt names, and the server's
 metrics against what was sent. Two tokens whose log-probabilities lie within the tolerance are a tie,
 which the batch may decide; either is right.

@@ -26,8 +26,8 @@ import numpy as np
 from benchmarks.method_arms import ATTENTION, ESTIMATORS, Arm, see, write_arms
 from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.offline.demo.concepts import CONCEPTS, prefix
+from vllm_steer.offline.demo.judge import DemoJudge
 from vllm_steer.offline.evaluate.generation import Generator, Request, generating
-from vllm_steer.offline.evaluate.judges import DemoJudge
 from vllm_steer.offline.evaluate.plots import Bar, method_bars
 from vllm_steer.offline.evaluate.results import ClassResult, Figures
 from vllm_steer.offline.evaluate.scores import Measured, class_result, joint_result

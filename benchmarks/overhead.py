@@ -69,7 +69,7 @@ class Bench:
             packs=[str(pack)],
             rows=2 * requests + 1,
             sums_per_request=2,
-            gated=False,
+            queued=False,
             layers=list(range(layers)),
             digests=[load_pack(pack).manifest.tensors.sha256],
             version=plugin_version(),

@@ -40,13 +40,13 @@ from vllm_steer.offline.calibrate.measures import (
 from vllm_steer.offline.calibrate.run import CalibrationSettings, calibrate_pack
 from vllm_steer.offline.demo.concepts import CONCEPTS, prefix
 from vllm_steer.offline.engine.tokens import Asked, TokenEngine
-from vllm_steer.offline.evaluate.scores import repetition
 from vllm_steer.offline.extract.answer_generation import prefixed_answers
 from vllm_steer.offline.extract.answers import Example
 from vllm_steer.offline.extract.inputs import read_settings, statement_sides
 from vllm_steer.offline.extract.pipeline import extract_pack
 from vllm_steer.offline.files import write_atomically
 from vllm_steer.offline.gguf.model import model_path
+from vllm_steer.offline.measures.fluency import repetition
 from vllm_steer.offline.measures.intervals import SHARE, mean_interval
 from vllm_steer.offline.models.loading import load_config
 from vllm_steer.offline.models.prompts import render_question

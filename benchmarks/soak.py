@@ -4,7 +4,7 @@
 
 A random model of 24 blocks, where changes compound. Hostile clients ask for values that overflow in every
 form, huge sums, vectors at the edges of what numbers can be, and answers in the background; they do not read
-what they asked for, hang up, exchange packs and aliases, and send wrong keys and bodies to all routes.
+what they asked for, hang up, replace packs and aliases, and send wrong keys and bodies to all routes.
 Bystanders ask steered and unsteered questions, whose answers were known before. ``wait_ratio`` is the worst
 wait of a request for two steered tokens beside the hostile clients over that beside as many unsteered ones.
 """

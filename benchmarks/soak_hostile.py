@@ -168,7 +168,7 @@ async def upload(one: Hostile) -> None:
 
 
 async def background(one: Hostile) -> None:
-    """Lets answers run without an exchange, and takes away what they need."""
+    """Lets answers outlive their HTTP request, and takes away what they need."""
     name = f"up{one.rng.randrange(6)}"
     vectors = {"x": np.full((1, one.hidden_size), 0.1, np.float32)}
     path = f"/steering/vectors/{name}"
@@ -226,7 +226,7 @@ async def hang_up(one: Hostile) -> None:
 
 
 async def change(one: Hostile) -> None:
-    """Loads, unloads and exchanges a pack and an alias while requests use them."""
+    """Loads, unloads and replaces a pack and an alias while requests use them."""
     name, alias = f"{SWING}/{one.rng.choice(DIRECTIONS)}", f"alias{one.rng.randrange(2)}"
     steering = {"directions": [{"name": name, "scale": one.rng.uniform(-9, 9)}]}
     if one.rng.random() < 0.5:

@@ -1,4 +1,4 @@
-"""Checks releases of vLLM against the seams from their files alone; nothing is imported or installed.
+"""Checks releases of vLLM against the patched symbols from their files alone; nothing is imported or installed.
 
     python -m tests.vllm_versions                       every supported release, downloaded by pip
     python -m tests.vllm_versions --download 0.33.0     some of them
@@ -191,8 +191,8 @@ KEEP_UNKNOWN_FIELDS = (
 )
 
 
-def patched_seams() -> list[VllmSymbol]:
-    """Every seam that ``vllm_steer.vllm_compat.patches`` names."""
+def patched_symbols() -> list[VllmSymbol]:
+    """Every symbol that ``vllm_steer.vllm_compat.patches`` names."""
     values = vars(patches).values()
     several = [value for value in values if isinstance(value, tuple)]
     named = [value for value in values if isinstance(value, VllmSymbol)]
@@ -201,7 +201,7 @@ def patched_seams() -> list[VllmSymbol]:
 
 def faults(reader: SourceReader) -> Iterator[str]:
     """Yields what a vLLM lacks, a sentence each."""
-    for symbol in (*patched_seams(), *USED):
+    for symbol in (*patched_symbols(), *USED):
         found = reader.find(symbol.module, symbol.name)
         yield from _signature(found, symbol.parameters, f"{symbol.module}.{symbol.name}")
     for methods, owners in patches.METHOD_OWNERS:
@@ -266,7 +266,7 @@ def report(title: str, reader: SourceReader) -> bool:
     methods = sum(len(methods) * len(owners) for methods, owners in patches.METHOD_OWNERS)
     fields = sum(len(names) for *_, names in FIELDS)
     counts = (
-        f"{len(patched_seams())} seams, {methods} methods, {len(USED)} used symbols, "
+        f"{len(patched_symbols())} patched symbols, {methods} methods, {len(USED)} used symbols, "
         f"{len(CALLS)} calls, {fields} fields"
     )
     print(f"{title}: {f'{len(found)} FAULTS' if found else 'fits'} ({counts})")

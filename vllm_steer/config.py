@@ -68,7 +68,7 @@ class ResolvedConfig(SteeringConfig):
         packs: Absolute paths.
         rows: Number of rows.
         sums_per_request: Distinct sums of directions that one request may need.
-        gated: Whether the front end lets requests wait for rows. Otherwise the rows suffice for any
+        queued: Whether the front end lets requests wait for rows. Otherwise the rows suffice for any
             ``max_num_seqs`` requests.
         layers: Layers that are hooked, which must hold those of every pack.
         digests: Digest of each pack's tensor file, so that no process steers with other vectors.
@@ -78,7 +78,7 @@ class ResolvedConfig(SteeringConfig):
 
     rows: Annotated[int, Field(ge=2)]
     sums_per_request: Annotated[int, Field(ge=1)]
-    gated: bool
+    queued: bool
     layers: Annotated[list[LayerIndex], Field(min_length=1)]
     digests: list[str]
     version: str

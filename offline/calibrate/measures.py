@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 
 from vllm_steer.offline.calibrate.grid import Subject
 from vllm_steer.offline.engine.tokens import Asked, TokenEngine
-from vllm_steer.offline.evaluate.scores import repetition
 from vllm_steer.offline.extract.answers import Example
-from vllm_steer.offline.measures.fluency import Fluency
+from vllm_steer.offline.measures.fluency import Fluency, repetition
 from vllm_steer.offline.measures.intervals import ratio_interval
 from vllm_steer.offline.measures.shares import closed
 from vllm_steer.packs.pack import CalibrationPoint

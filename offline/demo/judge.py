@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 
 from vllm_steer.offline.demo.concepts import all_concepts, concept_words
+from vllm_steer.offline.evaluate.judges import Case, Grade
 
 MIN_WORDS = 2
 
@@ -67,3 +69,21 @@ def is_fluent(answer: str, statement: str, finished: bool = True) -> bool:
         and len(set(pairs)) == len(pairs)
         and len(set(content)) == len(content)
     )
+
+
+class DemoJudge:
+    """The exact judge of the demo model: the concept is expressed, and the answer is fluent."""
+
+    name = "demo"
+
+    def grade(self, cases: Sequence[Case]) -> list[Grade]:
+        """Grades 1 for a fluent answer in the concept's words, else 0."""
+        return [
+            Grade(
+                float(
+                    expressed_concept(case.answer) == case.concept
+                    and is_fluent(case.answer, case.question.line, case.finished)
+                )
+            )
+            for case in cases
+        ]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from vllm_steer.errors import EvaluationError, choices
-from vllm_steer.offline.demo.judge import expressed_concept, is_fluent
 from vllm_steer.offline.questions.by_class import Question
 
 
@@ -53,24 +52,6 @@ class Judge(Protocol):
 
     def grade(self, cases: Sequence[Case]) -> list[Grade]:
         """Grades every case, in order; a failure is a :class:`Grade` without a value."""
-
-
-class DemoJudge:
-    """The exact judge of the demo model: the concept is expressed, and the answer is fluent."""
-
-    name = "demo"
-
-    def grade(self, cases: Sequence[Case]) -> list[Grade]:
-        """Grades 1 for a fluent answer in the concept's words, else 0."""
-        return [
-            Grade(
-                float(
-                    expressed_concept(case.answer) == case.concept
-                    and is_fluent(case.answer, case.question.line, case.finished)
-                )
-            )
-            for case in cases
-        ]
 
 
 class KeywordJudge:

@@ -6,7 +6,6 @@ narrow: intervals are over concepts, each with the mean of its answers.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,7 +22,6 @@ from vllm_steer.offline.measures.shares import closed
 NEAR = 0.01
 # Nats below which a gap is none, and no share of it is told.
 LEAST_GAP = 1.0
-_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,13 +63,6 @@ class Measured:
     def prefixed(self) -> Answers:
         """Held-out answers of the prefixed model, of concepts whose prefix is known alone."""
         return self.heldout.prefixed.some(self.heldout.known, slice(None))
-
-
-def repetition(text: str) -> float:
-    """Returns the share of word pairs that the text has used before; perplexity misses loops."""
-    words = _WORD.findall(text.lower())
-    pairs = list(zip(words, words[1:], strict=False))
-    return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
 def measure(tuning: Grid, heldout: Grid) -> Measured:

@@ -13,7 +13,8 @@ from vllm_steer.offline.calibrate.grid import rounded
 from vllm_steer.offline.evaluate.generation import Answer, Request
 from vllm_steer.offline.evaluate.grids import Answers, Doubles, Gaps, Grid
 from vllm_steer.offline.evaluate.judges import Case, Grade
-from vllm_steer.offline.evaluate.scores import Measured, measure, repetition
+from vllm_steer.offline.evaluate.scores import Measured, measure
+from vllm_steer.offline.measures.fluency import repetition
 from vllm_steer.offline.models.prompts import PREFIX_TEMPLATES
 from vllm_steer.offline.questions.by_class import GENERAL, Question, QuestionSet
 from vllm_steer.packs.pack import DirectionRecord, Prefix, SteeringPack

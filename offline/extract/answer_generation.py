@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from vllm_steer.errors import ExtractionError
 from vllm_steer.offline.engine.tokens import Asked, Generated, TokenEngine
-from vllm_steer.offline.evaluate.scores import repetition
 from vllm_steer.offline.extract.answers import ConceptAnswers, Example
+from vllm_steer.offline.measures.fluency import repetition
 from vllm_steer.offline.models.prompts import PrefixRole, RenderedPrompt, render_question
 
 # Share of word pairs that repeat, above which an answer runs in loops.

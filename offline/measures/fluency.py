@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ REPETITION = 0.05
 # unsteered model's own where no prefix is known.
 PERPLEXITY = 1.5
 UNKNOWN_PERPLEXITY = 3.0
+
+_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
@@ -67,3 +70,10 @@ def joint(parts: Sequence[Fluency]) -> Fluency:
         sum(part.repetition for part in parts) / count,
         math.exp(sum(math.log(part.perplexity) for part in parts) / count),
     )
+
+
+def repetition(text: str) -> float:
+    """Returns the share of word pairs that the text has used before; perplexity misses loops."""
+    words = _WORD.findall(text.lower())
+    pairs = list(zip(words, words[1:], strict=False))
+    return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0

@@ -47,7 +47,9 @@ def everyday_questions(file: Path | None = None) -> Everyday:
         ExtractionError: The file cannot be read or has too few distinct questions.
     """
     if file is None:
-        text = (files("offline") / "everyday_questions.txt").read_text(encoding="utf-8")
+        text = (files("vllm_steer.offline.questions") / "everyday_questions.txt").read_text(
+            encoding="utf-8"
+        )
         return _split(text.splitlines())
     lines = read_lines(file, ExtractionError)
     if len(set(lines)) < LEAST:

@@ -6,7 +6,8 @@ import pytest
 
 from vllm_steer.errors import EvaluationError
 from vllm_steer.offline.demo.corpus import answer_text
-from vllm_steer.offline.evaluate.judges import Case, DemoJudge, Grade, KeywordJudge
+from vllm_steer.offline.demo.judge import DemoJudge
+from vllm_steer.offline.evaluate.judges import Case, Grade, KeywordJudge
 from vllm_steer.offline.evaluate.llm_judge import parse_reply
 from vllm_steer.offline.evaluate.rubrics import RUBRICS
 from vllm_steer.offline.questions.by_class import DEFAULTS, Question, given_questions, own_questions

@@ -15,7 +15,7 @@ import pytest
 from openai import AsyncOpenAI, BadRequestError, OpenAI
 
 from tests.unit.test_dashboard import DASHBOARD
-from tests.unit.test_house import ROOT
+from tests.unit.test_layout import ROOT
 from vllm_steer import SteeringPack, steer
 from vllm_steer.offline.demo.corpus import user_text
 from vllm_steer.offline.demo.server import SERVED_NAME, Server, serve

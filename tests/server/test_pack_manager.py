@@ -176,7 +176,7 @@ def test_requests_under_way_keep_what_they_began_with(
 def test_requests_on_other_routes_keep_their_packs(
     server: Server, packs: list[SteeringPack], root: Path
 ) -> None:
-    """The front end does not stand before this one, so that no HTTP exchange describes the request."""
+    """The middleware is not in front of this one, so that no HTTP context describes the request."""
     if "vllm_xargs" not in AnthropicMessagesRequest.model_fields:
         pytest.skip("no other route of this vLLM takes steering")
     moods = next(pack for pack in packs if pack.name == "moods")
@@ -299,7 +299,7 @@ def test_vectors_that_a_client_sends(
 def test_what_runs_in_the_background_keeps_what_it_needs(
     server: Server, client: OpenAI, packs: list[SteeringPack]
 ) -> None:
-    """Its exchange is over while it waits in the engine's queue, behind as many answers as run at once."""
+    """Its HTTP request is over while it waits in the engine's queue, behind as many answers as run at once."""
     moods = next(pack for pack in packs if pack.name == "moods")
     assert send(server, "kept", tensors(moods, "cheerful"), "?seconds=3").status_code == 200
     with ThreadPoolExecutor(1) as others:

@@ -114,7 +114,7 @@ def resolved(**fields: Any) -> ResolvedConfig:
         "packs": ["/packs/fears"],
         "rows": 65,
         "sums_per_request": 4,
-        "gated": False,
+        "queued": False,
         "layers": list(range(LAYERS)),
         "digests": ["0" * 64],
         "version": plugin_version(),

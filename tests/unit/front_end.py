@@ -40,7 +40,7 @@ def started(*packs: SteeringPack, **fields: Any) -> Admission:
 
 @contextmanager
 def manager_of(admission: Admission, *roots: Path) -> Iterator[PackManager]:
-    """The desk of a server whose engine agrees to everything."""
+    """The pack manager of a server whose engine agrees to everything."""
 
     async def agree(method: str, *arguments: Any) -> Any:
         return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from tests.unit.test_house import ROOT
+from tests.unit.test_layout import ROOT
 
 DASHBOARD = ROOT / "vllm_steer" / "serving" / "grafana.json"
 

@@ -1,10 +1,12 @@
-"""The rules of the house: who may import whom, and how light the package stays."""
+"""The layout: which room may import which, and how light the package stays."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -28,48 +30,111 @@ def test_imports_neither_torch_nor_vllm(module: str) -> None:
     assert done.stderr.strip() == "set()", done.stderr
 
 
-def imports(package: str) -> list[tuple[Path, str, bool]]:
-    """File, imported module, and whether the import waits for a call, or never happens."""
+@dataclass(frozen=True)
+class Import:
+    """One import: the file, its own module, the imported module, and whether it waits for a call or is for types alone."""
+
+    file: Path
+    own: str
+    module: str
+    inside: bool
+
+
+def imports(folder: str) -> list[Import]:
+    """The imports of a top-level folder's files; a name that is a module counts as that module."""
     found = []
-    for file in (ROOT / package).rglob("*.py"):
+    for file in sorted((ROOT / folder).rglob("*.py")):
+        own = file.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+        own = f"vllm_steer.{own}" if folder == "offline" else own
         tree = ast.parse(file.read_text())
         inside = {
             id(node)
             for scope in ast.walk(tree)
-            if isinstance(scope, ast.FunctionDef) or _for_types_alone(scope)
+            if isinstance(scope, ast.FunctionDef | ast.AsyncFunctionDef) or _for_types_alone(scope)
             for node in ast.walk(scope)
         }
         for node in ast.walk(tree):
+            modules: list[str] = []
             if isinstance(node, ast.ImportFrom) and node.module:
-                found.append((file, node.module, id(node) in inside))
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                modules = [name if _is_module(name) else node.module for name in names]
             elif isinstance(node, ast.Import):
-                found += [(file, alias.name, id(node) in inside) for alias in node.names]
+                modules = [alias.name for alias in node.names]
+            found += [
+                Import(file, own.removesuffix(".__init__"), module, id(node) in inside)
+                for module in modules
+            ]
     return found
+
+
+def _is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
 
 
 def _for_types_alone(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
-def test_offline_knows_only_packs_errors_and_what_starts_an_engine() -> None:
-    known = {f"vllm_steer.{name}" for name in ("pack", "errors", "memory", "root_cause")}
-    for file, module, _ in imports("offline"):
-        if module.startswith("vllm_steer"):
-            assert module in known, file
+BASE = "vllm_steer/base"
 
 
-def test_serving_code_knows_offline_only_inside_cli_handlers() -> None:
-    for file, module, inside in imports("vllm_steer"):
-        if module.startswith("offline"):
-            assert inside, file
-            assert file.name.startswith("cli"), file
+def allowed() -> dict[str, set[str]]:
+    """Room to the rooms that it may import, as the table of CONTRIBUTING.md says, from bottom to top."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    table = text[text.index("| room | what it does |") : text.index("## From a request")]
+    rooms: dict[str, set[str]] = {BASE: set()}
+    for name, given in re.findall(r"^\| `([^`]+)` \|[^|]+\| ([^|]+) \|$", table, re.MULTILINE):
+        words = given.split(", ")
+        known = {word if "/" in word else f"vllm_steer/{word}" for word in words}
+        rooms[name] = set(rooms) if words == ["everything"] else known | {BASE}
+    return rooms
 
 
-def test_front_desk_and_workshop_do_not_meet() -> None:
-    for file, module, _ in imports("vllm_steer/serving"):
-        assert not module.startswith("vllm_steer.engine"), file
-    for file, module, _ in imports("vllm_steer/engine"):
-        assert not module.startswith("vllm_steer.serving"), file
+def room_of(module: str) -> str:
+    """The room of one of the project's modules."""
+    top, *parts = module.split(".")
+    if parts[:1] == ["offline"]:
+        top, *parts = parts
+    if not parts:
+        return f"{top}/__init__.py"
+    if (ROOT / top / parts[0]).is_dir():
+        return f"{top}/{parts[0]}"
+    alone = top == "offline" or parts[0] in ("client", "plugin")
+    return f"{top}/{parts[0]}.py" if alone else BASE
+
+
+@pytest.mark.parametrize("folder", ["vllm_steer", "offline"])
+def test_rooms_import_what_the_table_allows(folder: str) -> None:
+    rooms = allowed()
+    for found in imports(folder):
+        room, other = room_of(found.own), room_of(found.module)
+        if not found.module.startswith("vllm_steer") or room in (other, "vllm_steer/__init__.py"):
+            continue
+        assert room in rooms, f"{found.file}: {room} has no row in CONTRIBUTING.md"
+        assert other in rooms[room], f"{found.file}: {room} may not import {found.module}"
+
+
+def test_rows_of_the_table_exist_and_stand_below_what_they_import() -> None:
+    seen: set[str] = set()
+    for room, others in allowed().items():
+        assert room == BASE or (ROOT / room).exists(), room
+        assert others <= seen, f"{room} stands above {others - seen}"
+        seen.add(room)
+
+
+@pytest.mark.parametrize("folder", ["vllm_steer", "offline", "tests", "benchmarks"])
+def test_nothing_imports_offline_by_its_folder(folder: str) -> None:
+    """It would be a second copy of every module, and is not installed."""
+    assert [
+        str(found.file) for found in imports(folder) if found.module.startswith("offline")
+    ] == []
+
+
+def test_commands_import_torch_only_when_they_run() -> None:
+    for found in imports("vllm_steer/cli"):
+        if found.module.startswith("vllm_steer.offline"):
+            assert found.inside, found.file
 
 
 def test_reference_is_fresh() -> None:

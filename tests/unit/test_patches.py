@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from tests.vllm_versions import patched_seams
+from tests.vllm_versions import patched_symbols
 from vllm_steer.errors import CompatibilityError
 from vllm_steer.plugin import register
 from vllm_steer.vllm_compat import patches
 
 
-@pytest.mark.parametrize("symbol", patched_seams(), ids=lambda symbol: symbol.name)
+@pytest.mark.parametrize("symbol", patched_symbols(), ids=lambda symbol: symbol.name)
 def test_fits_and_is_patched_once(symbol: patches.VllmSymbol) -> None:
     register()
     holder, attribute = symbol.resolve()

@@ -24,7 +24,7 @@ from vllm_steer.packs.store import PackStore, configured_store, keep_store
 def test_content_is_found_whenever_another_thread_changes_the_packs(
     pack_at: Callable[..., SteeringPack], removed: bool
 ) -> None:
-    """The engine takes requests in on another thread than the one that exchanges packs."""
+    """The engine takes requests in on another thread than the one that replaces packs."""
     pack = pack_at("p", {"a": [0]})
     for moment in range(60):
         store = PackStore(PackRegistry([pack]))

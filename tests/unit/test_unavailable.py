@@ -18,7 +18,7 @@ def event(name: str, more: bool = True) -> dict[str, Any]:
 
 
 def sent(*steps: Any) -> list[Any]:
-    """Status and bodies that a client gets; a step is a message, or what happens to the exchange."""
+    """Status and bodies that a client gets; a step is a message, or what happens to the HTTP context."""
     got: list[Any] = []
 
     async def send(message: Any) -> None:

@@ -154,7 +154,3 @@ def _inspect(args: argparse.Namespace) -> None:
         sys.stdout.write(json.dumps(pack.manifest.model_dump(), indent=2) + "\n")
     else:
         sys.stdout.write(pack_summary(pack))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -247,7 +247,8 @@ def _questions(args: argparse.Namespace, concept_class: str) -> QuestionSet:
 
 
 def _judge(args: argparse.Namespace, packs: list[SteeringPack]) -> Judge:
-    from vllm_steer.offline.evaluate.judges import DemoJudge, KeywordJudge
+    from vllm_steer.offline.demo.judge import DemoJudge
+    from vllm_steer.offline.evaluate.judges import KeywordJudge
     from vllm_steer.offline.files import read_lines, read_text
 
     if args.judge == "demo":

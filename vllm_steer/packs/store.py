@@ -32,7 +32,7 @@ class _Snapshot:
 class PackStore:
     """The packs that an engine was started with, and those that came later.
 
-    What it knows is one immutable snapshot that is exchanged as a whole: who reads while another thread
+    What it knows is one immutable snapshot that is swapped as a whole: who reads while another thread
     changes it sees all of a change or none.
     """
 

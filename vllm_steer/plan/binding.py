@@ -1,6 +1,6 @@
 """Names -> loaded content, once: what permission, dose, limits, plan and receipt of a request read.
 
-Packs may be exchanged while a request is looked at; after this nobody asks for a name again. Importing this
+Packs may be replaced while a request is admitted; after this nobody asks for a name again. Importing this
 module imports neither torch nor vllm.
 """
 

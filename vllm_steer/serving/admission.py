@@ -171,8 +171,8 @@ class Admission:
         metrics.ACTIVE_DIRECTIONS.set(len(self.active))
 
     @contextmanager
-    def exchanging(self, http_context: HttpContext) -> Iterator[None]:
-        """Lets vLLM answer with an exchange, and counts out what it was admitted with."""
+    def answering(self, http_context: HttpContext) -> Iterator[None]:
+        """Lets vLLM answer an HTTP request, and counts out what it was admitted with."""
         token = current_http_context.set(http_context)
         try:
             yield

@@ -29,7 +29,7 @@ def follow_chat(original: Callable[..., Any]) -> Callable[..., Any]:
         if named is not None and not self.models.is_base_model(request.model):
             http_context.model, http_context.alias = request.model, named.steering
             request = request.model_copy(update={"model": named.served})
-        with admission.exchanging(http_context):
+        with admission.answering(http_context):
             answer = await original(self, request, *args, **kwargs)
         if http_context.receipts and hasattr(answer, "choices"):
             # vLLM's answers keep fields that they do not know.

@@ -58,8 +58,8 @@ def resolve_config(original: Callable[..., Any]) -> Callable[..., Any]:
             return vllm_config
         refuse_unsupported(vllm_config)
         # Only the server of the OpenAI API lets requests wait for rows.
-        gated = usage_context == UsageContext.OPENAI_API_SERVER
-        resolved = _resolve(parse_config(value), vllm_config, gated)
+        queued = usage_context == UsageContext.OPENAI_API_SERVER
+        resolved = _resolve(parse_config(value), vllm_config, queued)
         # A new dict: the user's may serve for several engines.
         vllm_config.additional_config = {
             **vllm_config.additional_config,
@@ -70,7 +70,7 @@ def resolve_config(original: Callable[..., Any]) -> Callable[..., Any]:
     return create_engine_config
 
 
-def _resolve(config: SteeringConfig, vllm_config: Any, gated: bool) -> ResolvedConfig:
+def _resolve(config: SteeringConfig, vllm_config: Any, queued: bool) -> ResolvedConfig:
     packs = resolve_packs(config.packs, f"additional_config.{CONFIG_KEY}.packs")
     registry = PackRegistry.load(packs)
     shape = model_shape(vllm_config.model_config)
@@ -78,13 +78,13 @@ def _resolve(config: SteeringConfig, vllm_config: Any, gated: bool) -> ResolvedC
     max_num_seqs = vllm_config.scheduler_config.max_num_seqs
     rows = 2 * max_num_seqs + 1 if config.rows is None else config.rows
     servers = max(1, getattr(vllm_config.parallel_config, "_api_process_count", 1))
-    sums = (rows - 1) // (servers if gated else max_num_seqs)
+    sums = (rows - 1) // (servers if queued else max_num_seqs)
     if sums < 1:
         raise ConfigError(
             f"steering rows {rows} are fewer than "
             + (
                 f"one for each of {servers} API servers and one of zeros; raise --steering-rows"
-                if gated
+                if queued
                 else f"max_num_seqs + 1 = {max_num_seqs + 1}, so a step could need more combinations than there are "
                 f"rows; raise --steering-rows or lower --max-num-seqs"
             )
@@ -99,7 +99,7 @@ def _resolve(config: SteeringConfig, vllm_config: Any, gated: bool) -> ResolvedC
         upload_total_mib=_upload_total_mib(config),
         upload_count=config.upload_count,
         sums_per_request=sums,
-        gated=gated,
+        queued=queued,
         layers=_layers(config, registry, shape["num_layers"]),
         ops=config.ops,
         rank=config.rank,

@@ -1,8 +1,8 @@
 """What is known about one HTTP request while vLLM's own code handles it.
 
-The middleware in front makes an exchange, admission writes receipts into it, and the middleware
+The middleware makes a context, admission writes receipts into it, and the middleware
 puts them into the response. vLLM hands neither the headers nor the response to the code between,
-so the exchange travels in a context variable; tasks that vLLM starts for the request inherit it.
+so it travels in a context variable; tasks that vLLM starts for the request inherit it.
 """
 
 from __future__ import annotations
@@ -53,4 +53,6 @@ class HttpContext:
         return None
 
 
-current_http_context: ContextVar[HttpContext | None] = ContextVar("current_exchange", default=None)
+current_http_context: ContextVar[HttpContext | None] = ContextVar(
+    "current_http_context", default=None
+)

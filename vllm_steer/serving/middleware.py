@@ -90,13 +90,13 @@ class SteeringMiddleware:
                     scope = {**scope, "headers": with_length(scope["headers"], len(body))}
             receive = replay(messages, receive)
         receipts = Receipts(send, http_context)
-        await self._exchanged(http_context, scope, receive, receipts.send, admission)
+        await self._answered(http_context, scope, receive, receipts.send, admission)
         if receipts.answer_id is not None and http_context.route == _RESPONSES:
             self._stored[f"{_RESPONSES}/{receipts.answer_id}"] = http_context.receipts
             while len(self._stored) > _STORED:
                 del self._stored[next(iter(self._stored))]
 
-    async def _exchanged(
+    async def _answered(
         self,
         http_context: HttpContext,
         scope: Message,
@@ -104,9 +104,9 @@ class SteeringMiddleware:
         send: Send,
         admission: Admission,
     ) -> None:
-        """Lets vLLM answer with an exchange, or answers for it where a wait ended."""
+        """Lets vLLM answer the request, or answers for it where a wait ended."""
         unavailable = Unavailable(send, http_context)
-        with admission.exchanging(http_context):
+        with admission.answering(http_context):
             try:
                 await self.app(scope, receive, unavailable.send)
             # vLLM does not catch it everywhere in what it streams.

@@ -54,7 +54,7 @@ class PackManager:
     def __init__(
         self, admission: Admission, store: PackStore, roots: list[str], engine: Any
     ) -> None:
-        """Makes the desk.
+        """Makes the manager.
 
         Args:
             admission: The server's admission.
@@ -259,7 +259,7 @@ class PackManager:
 
     async def set_alias(self, alias: str, body: bytes, key_digest: str | None) -> None:
         """Lets a model name stand for a steering: :func:`vllm_steer.serving.aliases.with_alias`."""
-        # Not while a pack is exchanged that the alias may need.
+        # Not while a pack is replaced that the alias may need.
         async with self._turn:
             before, registry = self._admission.policy, self._store.registry
             self._admission.policy = with_alias(before, registry, alias, body, key_digest)

@@ -76,7 +76,7 @@ async def answer(
         await send_error(send, _FIXED[kind], "path", 403)
         return
     try:
-        # Before anything is read that a stranger sends.
+        # Before anything is read that an untrusted client sends.
         admission.policy.check_change(key, [])
     except NotAllowedError as error:
         log_refusal("not_allowed", kind, route, key)
@@ -126,7 +126,7 @@ async def _change(
 def _manager(
     admission: Admission, store: PackStore, roots: list[str], scope: Message
 ) -> PackManager:
-    """The server's desk."""
+    """The server's pack manager."""
     state = scope["app"].state
     if not hasattr(state, _MANAGER):
         setattr(state, _MANAGER, PackManager(admission, store, roots, state.engine_client))

@@ -1,4 +1,4 @@
-"""The one door: what a request is to be steered by, and its plan, wherever it comes in.
+"""What a request is to be steered by, and its plan: one function for every way in.
 
 Chat, completions, responses, messages, batches, ``/invocations``, token-in routes, ``run-batch``, ``LLM`` and an embedded
 ``AsyncLLM`` end here: by their HTTP models where they have one, else where the engine takes them in.
@@ -51,7 +51,8 @@ def wanted_of(
     if not generates:
         raise refusal(
             UnsupportedError(
-                f"model {http_context.model!r} is steered by its name, and this route does not generate; name the model alone"
+                f"model {http_context.model!r} is steered by its name, and this route does not generate; "
+                "name the model alone"
             )
         )
     return Wanted(http_context.alias)
@@ -60,7 +61,7 @@ def wanted_of(
 def admitted(
     admission: Admission, wanted: Wanted, prompt_len: int, sampling_params: Any
 ) -> AdmittedPlan:
-    """Returns the plan of a prompt, and notes its receipt in the exchange if there is one.
+    """Returns the plan of a prompt, and notes its receipt in the HTTP context if there is one.
 
     Args:
         admission: Of its engine.

@@ -39,9 +39,9 @@ def follow(original: Callable[..., Any]) -> Callable[..., Any]:
         adds_up = sampling_params.output_kind == RequestOutputKind.DELTA
         entry = _entry(plan, request_id) if self.log_requests else None
         admission = self.input_processor._vllm_steer_admission
-        gate, seconds = _row_queue_of(self, admission.config), admission.config.wait_seconds
-        followed = _followed(outputs, plan, gate, seconds, adds_up, entry)
-        # The exchange may end before the request does.
+        queue, seconds = _row_queue_of(self, admission.config), admission.config.wait_seconds
+        followed = _followed(outputs, plan, queue, seconds, adds_up, entry)
+        # The HTTP request may end before the engine's request does.
         return _held(followed, plan.receipt, admission)
 
     return generate
@@ -60,7 +60,7 @@ def _plan(engine: Any, prompt: Any, sampling_params: Any) -> AdmittedPlan | None
     if plan is UNSTEERED:
         return None
     admission: Admission = engine.input_processor._vllm_steer_admission
-    if admission.config is None or not admission.config.gated:
+    if admission.config is None or not admission.config.queued:
         # The engine's front end sees it next, and says that it cannot be steered or needs no row.
         return None
     wanted = wanted_of(admission, extra_args, generates=isinstance(sampling_params, SamplingParams))
@@ -79,13 +79,13 @@ def _plan(engine: Any, prompt: Any, sampling_params: Any) -> AdmittedPlan | None
 
 
 def _row_queue_of(engine: Any, config: ResolvedConfig) -> RowQueue:
-    """The gate of an ``AsyncLLM``, made with its first steered request."""
+    """The queue of an ``AsyncLLM``, made with its first steered request."""
     if not hasattr(engine, _ROW_QUEUE):
         # Where admission lets one request take all rows, the requests share them here.
-        sums = config.sums_per_request if config.gated else config.rows - 1
+        sums = config.sums_per_request if config.queued else config.rows - 1
         setattr(engine, _ROW_QUEUE, RowQueue(sums))
-    gate: RowQueue = getattr(engine, _ROW_QUEUE)
-    return gate
+    queue: RowQueue = getattr(engine, _ROW_QUEUE)
+    return queue
 
 
 def _entry(plan: AdmittedPlan, request_id: str) -> dict[str, Any]:
@@ -120,17 +120,17 @@ async def _held(
         admission.release(receipt)
 
 
-async def _entered(gate: RowQueue, sums: set[str], seconds: float) -> Ticket:
+async def _entered(queue: RowQueue, sums: set[str], seconds: float) -> Ticket:
     """Waits for rows; without an HTTP client, who could ask again, for as long as it takes.
 
     Raises:
-        VLLMValidationError: There were none in time; the exchange is answered with 503.
+        VLLMValidationError: There were none in time; the client is answered with 503.
     """
     http_context = current_http_context.get()
     owner = http_context.key_digest if http_context else None
     patient = http_context is None or http_context.patient
     try:
-        ticket = await gate.enter(owner, sums, None if patient else seconds)
+        ticket = await queue.enter(owner, sums, None if patient else seconds)
     except TimeoutError:
         error = BusyError(
             f"{REQUEST_KEY}: no row for it became free in {seconds:g} s; ask again later, or start the server with "
@@ -164,7 +164,7 @@ async def _noted(
 async def _followed(
     outputs: AsyncGenerator[Any, None],
     plan: AdmittedPlan,
-    gate: RowQueue,
+    queue: RowQueue,
     seconds: float,
     adds_up: bool,
     entry: dict[str, Any] | None,
@@ -174,7 +174,7 @@ async def _followed(
     Args:
         outputs: Those of vLLM.
         plan: The prompt's plan.
-        gate: The gate of its engine.
+        queue: The queue of its engine.
         seconds: For how long it waits there.
         adds_up: Whether each output holds the tokens since the one before, or all of them.
         entry: Fields of the request's line in the log, None where vLLM logs no requests.
@@ -187,8 +187,8 @@ async def _followed(
     metrics.DOSE.observe(receipt.dose)
     try:
         with metrics.WAITING.track_inprogress():
-            ticket = await _entered(gate, sums, seconds)
-        prompt = EnginePrompt(receipt.num_choices, partial(gate.leave, ticket))
+            ticket = await _entered(queue, sums, seconds)
+        prompt = EnginePrompt(receipt.num_choices, partial(queue.leave, ticket))
         try:
             # Closed here, so that a request whose client went away leaves the engine before its
             # rows are given to others.
@@ -202,7 +202,7 @@ async def _followed(
         finally:
             forget(prompt)
             if prompt.ended < prompt.answers:
-                gate.leave(ticket)
+                queue.leave(ticket)
     except (asyncio.CancelledError, GeneratorExit):
         outcome = "aborted"
         raise

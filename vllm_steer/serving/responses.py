@@ -127,7 +127,7 @@ class Stored(_Buffered):
 
 
 class Receipts(_Buffered):
-    """Puts the receipts of an exchange into its response.
+    """Puts the receipts of an HTTP request into its response.
 
     Attributes:
         answer_id: ``id`` of the response, once it is known and has receipts.

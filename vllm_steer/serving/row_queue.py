@@ -48,10 +48,10 @@ class Ticket:
 
 
 class RowQueue:
-    """The gate of one engine."""
+    """The queue of one engine."""
 
     def __init__(self, num_sums: int) -> None:
-        """Makes a gate.
+        """Makes a queue.
 
         Args:
             num_sums: Distinct sums that may be active at once.
@@ -72,7 +72,7 @@ class RowQueue:
 
         Args:
             owner: SHA-256 of its API key, None without one.
-            sums: Keys of its sums, at most as many as the gate has room for.
+            sums: Keys of its sums, at most as many as the queue has room for.
             seconds: For how long it waits; None for as long as it takes.
 
         Returns:

@@ -1,6 +1,6 @@
 """Methods that the front end calls in the engine core and in its workers, by name.
 
-The front desk and the workshop know each other by these names alone. Importing this module imports
+The front end and the engine know each other by these names alone. Importing this module imports
 neither torch nor vllm.
 """
 
