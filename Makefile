@@ -95,7 +95,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-## format: rewrite the code in the house style
+## format: rewrite the code in the project's style
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .

@@ -14,9 +14,8 @@ from vllm_steer.offline.evaluate.scores import (
     figures,
     joint_result,
     measure,
-    repetition,
 )
-from vllm_steer.offline.measures.fluency import Fluency
+from vllm_steer.offline.measures.fluency import Fluency, repetition
 from vllm_steer.offline.measures.intervals import mean_interval, ratio_interval
 
 SCALES = (2.0, 4.0, 8.0)
