@@ -65,7 +65,7 @@ def scaled(plan: SteeringPlan, factor: float) -> SteeringPlan | None:
 
     None where a form's change is not proportional to its scale, so that this would not weaken it.
     """
-    if any(t.form.op not in LINEAR_OPS for segment in plan.segments for t in segment.terms):
+    if any(term.form.op not in LINEAR_OPS for term in plan.terms):
         return None
     return SteeringPlan(
         tuple(

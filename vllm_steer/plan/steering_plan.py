@@ -165,10 +165,16 @@ class SteeringPlan:
         """The triggers, which all segments share."""
         return self.segments[0].until if self.segments else None
 
-    @property
-    def digests(self) -> set[str]:
+    @cached_property
+    def terms(self) -> tuple[Term, ...]:
+        """Its different terms, in the order in which they first act."""
+        sums = dict.fromkeys(segment.terms for segment in self.segments)
+        return tuple(dict.fromkeys(term for terms in sums for term in terms))
+
+    @cached_property
+    def digests(self) -> frozenset[str]:
         """All contents that it needs."""
-        return {d for segment in self.segments for term in segment.terms for d in term.digests}
+        return frozenset(digest for term in self.terms for digest in term.digests)
 
 
 def count_steered(plan: SteeringPlan, num_tokens: int) -> int:

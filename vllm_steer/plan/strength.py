@@ -70,7 +70,7 @@ def strengths_of(bound: BoundRequest, plan: SteeringPlan) -> dict[Term, float]:
     # Two packs may hold the same content; the one that was asked for is meant.
     asked = {choice.direction.digest: choice.direction for choice in bound.choices}
     strengths = {}
-    for term in dict.fromkeys(term for segment in plan.segments for term in segment.terms):
+    for term in plan.terms:
         direction = asked[term.digest]
         scale = direction.record.default_scale
         if (

@@ -7,8 +7,10 @@ so it travels in a context variable; tasks that vLLM starts for the request inhe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 from vllm_steer.request.schema import SteeringRequest
 from vllm_steer.serving.receipt import Receipt
@@ -28,6 +30,7 @@ class HttpContext:
         let_in: Whether a prompt of it got its rows.
         busy: Why a prompt of it did not; None unless its wait ended.
         receipts: One for each steered prompt, in the order of the prompts.
+        asked: Further arguments that were read last, and the steering in them: all prompts of a body share it.
     """
 
     route: str
@@ -39,6 +42,7 @@ class HttpContext:
     let_in: bool = False
     busy: str | None = None
     receipts: list[Receipt] = field(default_factory=list)
+    asked: tuple[Mapping[str, Any], SteeringRequest | None] | None = None
 
     def receipt_of(self, index: int) -> tuple[Receipt, int] | None:
         """Returns the receipt of the answer with an index, and its index among its prompt's.

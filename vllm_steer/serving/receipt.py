@@ -105,7 +105,7 @@ class Receipt:
 
     def to_json(self, choice: int | None = None) -> dict[str, Any]:
         """Returns the receipt for a response's body, with counts of one answer or of all."""
-        terms = self._terms()
+        terms = self.plan.terms
         numbers = {term: number for number, term in enumerate(terms)}
         return {
             "directions": [
@@ -136,7 +136,7 @@ class Receipt:
     def to_header(self) -> str:
         """Returns the directions and scales for a header, which goes out before any token."""
         parts = [
-            f"{quote(self.names[term.digest], safe='/')}:{term.scale:g}" for term in self._terms()
+            f"{quote(self.names[term.digest], safe='/')}:{term.scale:g}" for term in self.plan.terms
         ]
         shown = ", ".join(parts)
         while len(shown) > MAX_HEADER:
@@ -163,6 +163,3 @@ class Receipt:
             gate = {"direction": self.names[form.gate], "digest": form.gate}
             found["gate"] = gate | {"above": form.threshold}
         return found | {"restore_norm": form.restore_norm}
-
-    def _terms(self) -> list[Term]:
-        return list(dict.fromkeys(t for segment in self.plan.segments for t in segment.terms))

@@ -64,9 +64,7 @@ def plan_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
                 plan = admission.admit(wanted, prompt_len, params)
             # A new dict: vLLM's copies of the parameters share the caller's.
             message = plan.message if isinstance(plan, AdmittedPlan) else None
-            kept = dict(extra_args)
-            for key in (REQUEST_KEY, PLAN_KEY, *FLAT_KEYS):
-                kept.pop(key, None)
+            kept = _without_steering(extra_args)
             request.sampling_params.extra_args = kept | ({PLAN_KEY: message} if message else {})
         return request
 
@@ -95,7 +93,8 @@ def check_sampling(original: Callable[..., Any]) -> Callable[..., Any]:
                 )
         elif wanted is not None:
             plan = admitted(admission, wanted, prompt_len, params)
-            params.extra_args = extra_args | {PLAN_KEY: plan}
+            # Without what the plan was made from, which vLLM would copy deeply for every prompt.
+            params.extra_args = _without_steering(extra_args) | {PLAN_KEY: plan}
         elif extra_args or admission.policy.default is not None:
             # Not to be looked at again where it generates.
             params.extra_args = {**(params.extra_args or {}), PLAN_KEY: UNSTEERED}
@@ -132,6 +131,11 @@ def refuse_beam_search(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, *args, **kwargs)
 
     return to_beam_search_params
+
+
+def _without_steering(extra_args: dict[str, Any]) -> dict[str, Any]:
+    own = {REQUEST_KEY, PLAN_KEY, *FLAT_KEYS}
+    return {key: value for key, value in extra_args.items() if key not in own}
 
 
 def _with_top_level(extra_args: dict[str, Any], request: Any) -> dict[str, Any]:

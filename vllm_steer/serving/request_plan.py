@@ -10,9 +10,9 @@ from contextvars import ContextVar
 from typing import Any
 
 from vllm_steer.errors import RequestError, UnsupportedError
-from vllm_steer.request.schema import first_steering_key
+from vllm_steer.request.schema import SteeringRequest, first_steering_key
 from vllm_steer.serving.admission import Admission, AdmittedPlan, Wanted
-from vllm_steer.serving.http_context import current_http_context
+from vllm_steer.serving.http_context import HttpContext, current_http_context
 from vllm_steer.serving.refusals import refusal
 
 # Set while vLLM's beam search generates, step by step, for a request that wants no steering.
@@ -34,7 +34,7 @@ def wanted_of(
     """
     http_context = current_http_context.get()
     if http_context is None or http_context.alias is None:
-        asked = admission.parse(extra_args)
+        asked = _asked(admission, extra_args, http_context)
         if asked is not None:
             return Wanted(asked)
         default = admission.default(extra_args)
@@ -56,6 +56,23 @@ def wanted_of(
             )
         )
     return Wanted(http_context.alias)
+
+
+def _asked(
+    admission: Admission, extra_args: dict[str, Any], http_context: HttpContext | None
+) -> SteeringRequest | None:
+    """What a request asks for, read once for all prompts of its body, whose values are the same objects."""
+    known = http_context.asked if http_context is not None else None
+    if known is not None:
+        before, asked = known
+        if before.keys() == extra_args.keys() and all(
+            before[key] is value for key, value in extra_args.items()
+        ):
+            return asked
+    asked = admission.parse(extra_args)
+    if http_context is not None:
+        http_context.asked = (extra_args, asked)
+    return asked
 
 
 def admitted(
