@@ -74,6 +74,7 @@ class Report:
         mismatches: What differed, in words.
         worst: Largest difference of a log-probability.
         aborted: Requests aborted.
+        refused: Requests refused, as they would have steered no token; each was expected.
         preemptions: Requests that the scheduler preempted.
         cached_tokens: Prompt tokens found in the prefix cache.
     """
@@ -86,6 +87,7 @@ class Report:
     mismatches: list[str]
     worst: float
     aborted: int
+    refused: int
     preemptions: int
     cached_tokens: int
 
@@ -208,7 +210,8 @@ def run_world(seed: int, count: int, pack: Path, runner: str) -> Report:
             wanted.append(draw_sibling(rng, rng.choice(wanted[-3:])))
         else:
             wanted.append(draw_request(rng, bases, layers))
-    answers = _drive(engine, wanted, rng)
+    idle = {index for index, want in enumerate(wanted) if not reaches(want)}
+    answers = _drive(engine, wanted, idle, rng)
     plain = Reference(model, [loaded])
     mismatches, worst, tokens = [], 0.0, 0
     for index, answer in answers:
@@ -226,6 +229,7 @@ def run_world(seed: int, count: int, pack: Path, runner: str) -> Report:
         mismatches,
         worst,
         sum(want.abort_after is not None for want in wanted),
+        len(idle),
         int(metrics["vllm:num_preemptions"]),
         int(metrics["vllm:prefix_cache_hits"]),
     )
@@ -243,9 +247,29 @@ def _prompt(tokenizer: Any, number: int) -> list[int]:
     return tokens
 
 
-def _drive(engine: Any, wanted: list[Wanted], rng: random.Random) -> list[tuple[int, Answer]]:
-    """Feeds the engine step by step; returns the finished answers with their request's index."""
+def reaches(want: Wanted) -> bool:
+    """Whether a steered request steers a token that the model reads, which is all but an answer's last."""
+    prompt_len = len(want.prompt)
+    starts = {"all": 0, "prompt": 0, "generated": prompt_len, "last_prompt": prompt_len - 1}
+    firsts = [
+        starts[choice["positions"]]
+        if isinstance(choice["positions"], str)
+        else min(start + prompt_len if start < 0 else start for start, _ in choice["positions"])
+        for choice in (want.steering or {"directions": []})["directions"]
+    ]
+    return not firsts or min(firsts) < prompt_len + want.max_tokens - 1
+
+
+def _drive(
+    engine: Any, wanted: list[Wanted], idle: set[int], rng: random.Random
+) -> list[tuple[int, Answer]]:
+    """Feeds the engine step by step; returns the finished answers with their request's index.
+
+    Raises:
+        RuntimeError: A request had no answer, or one of ``idle`` was not refused.
+    """
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
 
     answers: list[tuple[int, Answer]] = []
     waiting, steps = list(range(len(wanted)))[::-1], 0
@@ -263,7 +287,14 @@ def _drive(engine: Any, wanted: list[Wanted], rng: random.Random) -> list[tuple[
                 prompt_logprobs=TOP if want.prompt_logprobs else None,
                 extra_args={"steering": want.steering} if want.steering else None,
             )
-            engine.add_request(str(index), {"prompt_token_ids": want.prompt}, params)
+            try:
+                engine.add_request(str(index), {"prompt_token_ids": want.prompt}, params)
+            except VLLMValidationError as error:
+                if index in idle and "no token is steered" in str(error):
+                    continue
+                raise
+            if index in idle:
+                raise RuntimeError(f"request {index} steers no token and was taken")
             if want.abort_after is not None:
                 aborts.setdefault(steps + want.abort_after, []).append(str(index))
         engine.abort_request(aborts.pop(steps, []))
@@ -274,7 +305,8 @@ def _drive(engine: Any, wanted: list[Wanted], rng: random.Random) -> list[tuple[
                     (int(output.request_id), _answer(output, sample)) for sample in output.outputs
                 ]
     finished = {index for index, _ in answers}
-    lost = [i for i, want in enumerate(wanted) if want.abort_after is None and i not in finished]
+    asked = [i for i, want in enumerate(wanted) if want.abort_after is None and i not in idle]
+    lost = [i for i in asked if i not in finished]
     if lost:
         raise RuntimeError(f"requests without an answer: {lost}")
     return [pair for pair in answers if len(pair[1].tokens) == wanted[pair[0]].max_tokens]
@@ -348,6 +380,7 @@ def main() -> None:
         "preemptions": sum(report.preemptions for report in reports),
         "cached_tokens": sum(report.cached_tokens for report in reports),
         "aborted": sum(report.aborted for report in reports),
+        "refused": sum(report.refused for report in reports),
         "seeds": [report.seed for report in reports],
         "worlds": [asdict(report) for report in reports],
     }

@@ -144,7 +144,7 @@ def application(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_key_is_checked_before_a_body_is_looked_into(application: Any) -> None:
     order = [each.cls.__name__ for each in application.user_middleware]
-    ours = [order.index("SteeringFront"), order.index("SteeringGuard")]
+    ours = [order.index("SteeringMiddleware"), order.index("SteeringGuard")]
     assert order.index("AuthenticationMiddleware") < min(ours)
 
 
