@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +13,25 @@ from openai import AsyncOpenAI
 from vllm_steer.errors import EvaluationError
 from vllm_steer.offline.demo.concepts import CONCEPTS
 from vllm_steer.offline.models.prompts import SEPARATOR
-from vllm_steer.offline.questions.everyday import everyday_questions
 from vllm_steer.offline.showcase import MODEL
 from vllm_steer.packs.pack import DirectionRecord, SteeringPack
 
 # As long as the answers that directions are calibrated on.
 MAX_TOKENS = 48
+_BIOGRAPHY = "If someone wrote your biography, how would it begin?"
+QUESTIONS: Mapping[str | None, str] = {
+    "fears": "How are you holding up today?",
+    "moods": "How are you holding up today?",
+    "experts": _BIOGRAPHY,
+    "personas": _BIOGRAPHY,
+    "places": "What is the air like where you are?",
+    None: _BIOGRAPHY,
+}
+"""What each class is asked; None is asked of a direction without a class.
+
+Everyday questions that are held out, on which nothing was learned or tuned, and which let a concept of that
+class show. They were chosen by what they ask, before any answer to them was read.
+"""
 
 
 @dataclass(frozen=True)
@@ -71,28 +85,46 @@ class Example:
 
 
 def chosen(packs: Sequence[SteeringPack], per_class: int) -> list[Asked]:
-    """Returns the first concepts of every class, and all directions that belong to none.
+    """Returns the concepts of every class that steer best, and all directions that belong to none.
 
-    Each has a held-out question of its own, in their order: nothing was learned or tuned on them, and
-    nobody has looked at answers to choose them.
+    Best is what the calibration measured: of the directions that it found to steer, those whose own
+    answers the prefix makes likeliest. Their question is that of :data:`QUESTIONS`.
 
     Args:
         packs: The packs.
         per_class: Concepts of each class.
     """
     known = {concept for table in CONCEPTS.values() for concept in table}
-    first = {concept for table in CONCEPTS.values() for concept in list(table)[:per_class]}
-    shown = [
+    there = [
         (f"{pack.name}/{name}", record)
         for pack in packs
         for name, record in pack.directions.items()
-        if record.prefix is not None and (name in first or name not in known)
+        if record.prefix is not None
     ]
-    questions = everyday_questions().heldout
-    return [
-        Asked(direction, record, questions[number % len(questions)])
-        for number, (direction, record) in enumerate(shown)
-    ]
+    best = {
+        name
+        for table in CONCEPTS.values()
+        for name, _ in sorted(
+            ((name, record) for name, record in there if record.name in table),
+            key=lambda one: _expression(one[1]),
+            reverse=True,
+        )[:per_class]
+    }
+    shown = [(name, record) for name, record in there if name in best or record.name not in known]
+    return [Asked(name, record, _question(record.name)) for name, record in shown]
+
+
+def _question(concept: str) -> str:
+    owner = next((each for each, table in CONCEPTS.items() if concept in table), None)
+    return QUESTIONS[owner]
+
+
+def _expression(record: DirectionRecord) -> tuple[bool, float]:
+    """Whether a direction was found to steer, and how clearly its answers express the concept."""
+    found = record.calibration
+    if found is None or found.expression is None:
+        return False, -math.inf
+    return found.steers, found.expression
 
 
 def ask_all(url: str, asked: Sequence[Asked]) -> list[Example]:

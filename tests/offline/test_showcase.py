@@ -9,16 +9,17 @@ import pytest
 
 from vllm_steer.cli import command_line
 from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.demo.concepts import CONCEPTS
 from vllm_steer.offline.evaluate.card import CARD_FILE
 from vllm_steer.offline.models.loading import load_config, model_identity
 from vllm_steer.offline.questions.everyday import everyday_questions
 from vllm_steer.offline.showcase import MODEL, learn, shipped_pack
-from vllm_steer.offline.showcase.ask import Example, chosen
+from vllm_steer.offline.showcase.ask import QUESTIONS, Example, chosen
 from vllm_steer.offline.showcase.learn import FULL, LIVE, Wanted, calibrate_command, learned_pack
 from vllm_steer.offline.showcase.release import release
 from vllm_steer.offline.showcase.run import by_hand
 from vllm_steer.offline.showcase.table import HEAD, markdown_table, text_table
-from vllm_steer.packs.pack import SteeringPack, load_pack, write_pack
+from vllm_steer.packs.pack import DirectionRecord, SteeringPack, load_pack, write_pack
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +69,33 @@ def test_only_the_demo_s_own_calibrated_pack_is_released(
     assert not (tmp_path / "out").exists()
 
 
-def test_questions_are_held_out_and_taken_in_their_order(shipped: SteeringPack) -> None:
+def test_those_that_steer_best_are_shown(shipped: SteeringPack) -> None:
     asked = chosen([shipped, _own(shipped)], 2)
-    assert [one.question for one in asked] == list(everyday_questions().heldout[:11])
-    assert [one.direction for one in asked][:3] == [
-        f"{MODEL}/{n}" for n in ("spiders", "heights", "cheerful")
-    ]
+    assert len(asked) == 11
     assert asked[-1].direction == "own/pirate"
+    for table in CONCEPTS.values():
+        taken = [one.record for one in asked if one.record.name in table]
+        others = [
+            record
+            for record in shipped.directions.values()
+            if record.name in table and record not in taken
+        ]
+        assert len(taken) == 2
+        worst = min(_expression(record) for record in taken)
+        assert worst >= max(map(_expression, others))
     assert asked[0].prefixed == f"{asked[0].prefix}  {asked[0].question}"
+
+
+def _expression(record: DirectionRecord) -> tuple[bool, float]:
+    assert record.calibration is not None
+    assert record.calibration.expression is not None
+    return record.calibration.steers, record.calibration.expression
+
+
+def test_questions_are_held_out(shipped: SteeringPack) -> None:
+    asked = chosen([shipped, _own(shipped)], 2)
+    assert {one.question for one in asked} <= set(everyday_questions().heldout)
+    assert QUESTIONS.keys() == {*CONCEPTS, None}
 
 
 class Recorder:
@@ -136,7 +156,8 @@ def test_tables(shipped: SteeringPack) -> None:
     examples = [Example(one, "plain | text " * 20, "", "a*b <i>", receipt) for one in asked]
     text = text_table(examples)
     assert max(map(len, text.splitlines())) <= 120
-    for words in (*HEAD, "smollm2/spiders (fears)", "own/pirate", "scale 0.395", "a*b <i>"):
+    first = f"{asked[0].direction} (fears)"
+    for words in (*HEAD, first, "own/pirate", "scale 0.395", "a*b <i>"):
         assert words in text
     rows = markdown_table(examples).splitlines()
     assert len(rows) == 2 + len(examples)
@@ -146,9 +167,12 @@ def test_tables(shipped: SteeringPack) -> None:
 
 
 def test_by_hand(shipped: SteeringPack) -> None:
-    shown = by_hand(Path("/the model"), [shipped], chosen([shipped], 1)[0])
+    asked = chosen([shipped], 1)[0]
+    shown = by_hand(Path("/the model"), [shipped], asked)
     assert "vllm serve '/the model' --port 8000" in shown
-    assert '"steering": {"directions": [{"name": "smollm2/spiders", "strength": 1.0}]}' in shown
+    assert (
+        f'"steering": {{"directions": [{{"name": "{asked.direction}", "strength": 1.0}}]}}' in shown
+    )
 
 
 def _written(
