@@ -97,7 +97,7 @@ class TokenEngine:
         """
         self.model, self.packs = model, list(packs)
         self._options = {**({"enforce_eager": True} if quick else {}), **(options or {})}
-        self._bar, self._room = bar, 0
+        self._bar, self._room, self._quick = bar, 0, quick
         self._llm: Any = None
         common = {
             "model": model_state(model),
@@ -271,7 +271,12 @@ class TokenEngine:
             forms = [r.form for pack in self.packs for r in pack.directions.values() if r.form]
             affine = any(f.op not in (None, "add") or f.gate or f.restore_norm for f in forms)
             self._llm = start_engine(
-                self.model, paths, self._options, room=self._room, affine=affine
+                self.model,
+                paths,
+                self._options,
+                room=self._room,
+                affine=affine,
+                quick=self._quick,
             )
             limit = self._llm.llm_engine.model_config.max_model_len
             if longest > limit:
