@@ -10,10 +10,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from vllm_steer.errors import CompatibilityError
 from vllm_steer.vllm_compat import patches, versions
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_worker import Worker
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 # vLLM runs this module as a process of its own to look at model classes; no engine lives there.
 _INSPECTION_PROCESS = "vllm.model_executor.models.registry"
@@ -68,7 +72,7 @@ def register() -> None:
     patches.patch(patches.INITIALIZE_KV_CACHES, intake.read_packs)
     patches.patch(patches.PREPROCESS_ADD_REQUEST, intake.check_intake)
     patches.patch(patches.FREE_REQUEST, holds.release_held)
-    pack_updates.install(patches.PREPROCESS_ADD_REQUEST.resolve()[0])
+    pack_updates.install()
     patches.patch(patches.INIT_DEVICE, _attach)
     patches.patch(patches.START_ENGINE_CORES, failures.name_file)
     patches.patch(patches.WAIT_FOR_STARTUP, failures.explain_start)
@@ -80,15 +84,15 @@ def register() -> None:
     patches.replace(patches.WORKER_MAIN, failures.worker_main)
 
 
-def _attach(original: Callable[..., Any]) -> Callable[..., Any]:
+def _attach(original: Callable[..., None]) -> Callable[..., None]:
     """Wraps ``WorkerWrapperBase.init_device``: the model runner exists, its model does not yet."""
 
-    def init_device(self: Any) -> Any:
-        result = original(self)
+    def init_device(self: WorkerWrapperBase) -> None:
+        original(self)
         # Here and not above: only a worker needs it, and it imports torch.
         from vllm_steer.engine.attach import attach_to_worker
 
-        attach_to_worker(self.worker)
-        return result
+        # Every worker that has a model runner is one, or derives from it.
+        attach_to_worker(cast("Worker", self.worker))
 
     return init_device

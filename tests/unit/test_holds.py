@@ -10,7 +10,7 @@ import pytest
 from tests.unit.conftest import resolved
 from vllm_steer.engine.holds import HOLDS, ContentHolds, release_held
 from vllm_steer.engine.intake import check_intake
-from vllm_steer.engine.pack_updates import _core_forget, _core_load
+from vllm_steer.engine.pack_updates import _core_forget, _core_load, forget_in_worker
 from vllm_steer.engine.staging import stage
 from vllm_steer.errors import PackError, RequestError
 from vllm_steer.packs.pack import SteeringPack
@@ -19,7 +19,6 @@ from vllm_steer.packs.store import configured_store, keep_store
 from vllm_steer.plan.message import encode_plan
 from vllm_steer.plan.steering_plan import Segment, SteeringPlan, Term
 from vllm_steer.request.schema import PLAN_KEY
-from vllm_steer.vllm_compat.rpc import FORGET
 
 
 def test_what_is_held_is_not_dropped() -> None:
@@ -83,7 +82,7 @@ def test_an_engine_forgets_what_its_requests_needed_without_being_told_again(
         vllm_config=SimpleNamespace(additional_config={"steering": config.model_dump()}),
         model_executor=SimpleNamespace(
             collective_rpc=lambda method, args: (
-                told.append(set(args[0])) if method == FORGET else []
+                told.append(set(args[0])) if method is forget_in_worker else []
             )
         ),
     )

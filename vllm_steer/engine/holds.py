@@ -8,7 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.request import Request
+
+R = TypeVar("R")
 
 
 class ContentHolds:
@@ -48,10 +54,10 @@ class ContentHolds:
 HOLDS = ContentHolds()
 
 
-def release_held(original: Callable[..., Any]) -> Callable[..., Any]:
+def release_held(original: Callable[..., R]) -> Callable[..., R]:
     """Wraps ``Scheduler._free_request``, by which every request leaves that finishes or is aborted."""
 
-    def _free_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    def _free_request(self: Scheduler, request: Request, *args: object, **kwargs: object) -> R:
         HOLDS.release(request.request_id)
         return original(self, request, *args, **kwargs)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from vllm_steer.config import ResolvedConfig, resolved_config
 from vllm_steer.engine.holds import HOLDS
@@ -20,20 +20,27 @@ from vllm_steer.plan.capacity import check_capacity
 from vllm_steer.plan.message import plan_of
 from vllm_steer.plan.steering_plan import MAX_SEGMENTS, SteeringPlan, Term
 from vllm_steer.request.stop_tokens import MAX_TRIGGERS, StopTokens
+from vllm_steer.vllm_compat.attached import Attached
 from vllm_steer.vllm_compat.model_shape import dtype_name
 
-_CONFIG = "_vllm_steer_config"
-_STORE = "_vllm_steer_store"
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.core import EngineCore
+
+R = TypeVar("R")
+_CONFIG = Attached[ResolvedConfig | None]("config")
+_STORE = Attached[PackStore]("store")
 
 
-def read_packs(original: Callable[..., Any]) -> Callable[..., Any]:
+def read_packs(original: Callable[..., R]) -> Callable[..., R]:
     """Wraps ``EngineCore._initialize_kv_caches`` to read the packs at the start.
 
     The core may be a process of its own, and a pack on disk may be another one when the first
     request comes.
     """
 
-    def _initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
+    def _initialize_kv_caches(self: EngineCore, vllm_config: VllmConfig) -> R:
         if resolved_config(vllm_config.additional_config) is not None:
             core_store(self)
         return original(self, vllm_config)
@@ -41,10 +48,10 @@ def read_packs(original: Callable[..., Any]) -> Callable[..., Any]:
     return _initialize_kv_caches
 
 
-def check_intake(original: Callable[..., Any]) -> Callable[..., Any]:
+def check_intake(original: Callable[..., R]) -> Callable[..., R]:
     """Wraps ``EngineCore.preprocess_add_request``, whose errors fail the one request."""
 
-    def preprocess_add_request(self: Any, request: Any) -> Any:
+    def preprocess_add_request(self: EngineCore, request: EngineCoreRequest) -> R:
         plan = plan_of(request.sampling_params)
         if plan is None:
             return original(self, request)
@@ -64,28 +71,24 @@ def check_intake(original: Callable[..., Any]) -> Callable[..., Any]:
     return preprocess_add_request
 
 
-def core_config(engine: Any) -> ResolvedConfig | None:
-    """The steering configuration of an ``EngineCore``, read once; None when steering is off."""
-    if not hasattr(engine, _CONFIG):
-        setattr(engine, _CONFIG, resolved_config(engine.vllm_config.additional_config))
-    config: ResolvedConfig | None = getattr(engine, _CONFIG)
-    return config
+def core_config(engine: EngineCore) -> ResolvedConfig | None:
+    """Returns the steering configuration of an engine core, read once; None when steering is off."""
+    return _CONFIG.get_or_make(
+        engine, lambda: resolved_config(engine.vllm_config.additional_config)
+    )
 
 
-def core_store(engine: Any) -> PackStore:
-    """The packs of an ``EngineCore`` with steering, which keeps them for as long as it lives.
+def core_store(engine: EngineCore) -> PackStore:
+    """Returns the packs of an engine core with steering, which keeps them as long as it runs.
 
     Raises:
         ConfigError: It was started without.
         PackError: The packs on disk are not those that it was configured with.
     """
-    if not hasattr(engine, _STORE):
-        config = core_config(engine)
-        if config is None:
-            raise ConfigError("this engine was started without steering")
-        setattr(engine, _STORE, configured_store(config))
-    store: PackStore = getattr(engine, _STORE)
-    return store
+    config = core_config(engine)
+    if config is None:
+        raise ConfigError("this engine was started without steering")
+    return _STORE.get_or_make(engine, lambda: configured_store(config))
 
 
 def check_plan(plan: SteeringPlan, config: ResolvedConfig, store: PackStore, dtype: str) -> None:

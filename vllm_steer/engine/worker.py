@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from vllm_steer.engine.triggers import TriggerWatch
 from vllm_steer.packs.store import configured_store
 from vllm_steer.plan.message import plan_of
 from vllm_steer.plan.steering_plan import Segment
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
 
 # Used before the first request only, while no row is given away.
 PROBE_ROW = 1
@@ -99,7 +102,7 @@ class WorkerSteering:
         )
 
     def add_request(
-        self, request_id: str, sampling_params: Any, tokens: Sequence[int] = ()
+        self, request_id: str, sampling_params: SamplingParams | None, tokens: Sequence[int] = ()
     ) -> None:
         """Takes a request in, steered or not.
 

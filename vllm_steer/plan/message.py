@@ -7,13 +7,17 @@ value there, bytes in MessagePack. Importing this module imports neither torch n
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from vllm_steer.errors import RequestError
 from vllm_steer.plan.steering_plan import Segment, SteeringPlan
 from vllm_steer.request.schema import PLAN_KEY
+
+if TYPE_CHECKING:
+    from vllm.pooling_params import PoolingParams
+    from vllm.sampling_params import SamplingParams
 
 VERSION = 1
 # Requests whose plans stay decoded; the scheduler reads one for every block of its prompt.
@@ -59,7 +63,7 @@ def decode_plan(message: bytes) -> SteeringPlan:
     return SteeringPlan(found.segments)
 
 
-def plan_of(sampling_params: Any) -> SteeringPlan | None:
+def plan_of(sampling_params: SamplingParams | PoolingParams | None) -> SteeringPlan | None:
     """Returns the plan of an engine's request; None where it is not steered.
 
     Args:

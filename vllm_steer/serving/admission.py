@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_steer import log
 from vllm_steer.config import ResolvedConfig, resolved_config
@@ -40,7 +40,13 @@ from vllm_steer.serving.http_context import HttpContext, current_http_context
 from vllm_steer.serving.policy import Policy, load_policy
 from vllm_steer.serving.receipt import Receipt
 from vllm_steer.serving.refusals import as_http_400
+from vllm_steer.vllm_compat.attached import Attached
 from vllm_steer.vllm_compat.model_shape import dtype_name, model_shape
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.input_processor import InputProcessor
 
 # Most directions that a line of the log names; a pack may have thousands.
 NAMED_DIRECTIONS = 5
@@ -77,7 +83,7 @@ class AdmittedPlan:
         plan = self.receipt.plan
         return encode_plan(plan) if plan.segments else None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> AdmittedPlan:
+    def __deepcopy__(self, memo: dict[int, object]) -> AdmittedPlan:
         """vLLM copies sampling parameters deeply; the receipt has to stay the one."""
         return self
 
@@ -85,7 +91,7 @@ class AdmittedPlan:
 class _Unsteered:
     """In the place of a plan: it was decided that a request is not steered. A client cannot send it."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Unsteered:
+    def __deepcopy__(self, memo: dict[int, object]) -> _Unsteered:
         return self
 
 
@@ -95,7 +101,7 @@ UNSTEERED = _Unsteered()
 class Admission:
     """Checks the steering of the requests of one engine."""
 
-    def __init__(self, vllm_config: Any) -> None:
+    def __init__(self, vllm_config: VllmConfig) -> None:
         """Loads the packs and the policy that the engine was started with.
 
         Args:
@@ -190,7 +196,7 @@ class Admission:
         self,
         wanted: Wanted,
         prompt_len: int,
-        sampling_params: Any = None,
+        sampling_params: SamplingParams | None = None,
     ) -> AdmittedPlan:
         """Turns a request into a plan of absolute positions that the policy allows.
 
@@ -271,7 +277,9 @@ class Admission:
         return weaker, min(limit, relative_dose(weaker, registry)), limit / dose
 
 
-def _check_reached(plan: SteeringPlan, prompt_len: int, sampling_params: Any) -> None:
+def _check_reached(
+    plan: SteeringPlan, prompt_len: int, sampling_params: SamplingParams | None
+) -> None:
     """Raises RequestError where a plan steers no token that goes through the model."""
     longest = getattr(sampling_params, "max_tokens", None)
     if longest is None or not plan.segments:
@@ -304,22 +312,32 @@ def announce_pack(pack: SteeringPack) -> None:
         )
 
 
+_ADMISSION = Attached[Admission]("admission")
 _current: Admission | None = None
 
 
+def admission_of(processor: InputProcessor) -> Admission:
+    """Returns the admission of an engine, whose input processor has it."""
+    admission = _ADMISSION.get(processor)
+    if admission is None:
+        raise RuntimeError("the engine's input processor was made before vllm-steer was loaded")
+    return admission
+
+
 def current_admission() -> Admission | None:
-    """The admission of this process's engine; None before it has one."""
+    """Returns the admission of this process's engine; None before it has one."""
     return _current
 
 
 def remember_engine(original: Callable[..., None]) -> Callable[..., None]:
     """Wraps ``InputProcessor.__init__`` to give each engine's front end its admission."""
 
-    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self: InputProcessor, vllm_config: VllmConfig, *args: object, **kwargs: object
+    ) -> None:
         global _current
         original(self, vllm_config, *args, **kwargs)
-        self._vllm_steer_admission = Admission(vllm_config)
         # A server process has one engine; its HTTP models know of no engine and ask here.
-        _current = self._vllm_steer_admission
+        _current = _ADMISSION.set(self, Admission(vllm_config))
 
     return __init__

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -37,6 +37,10 @@ from vllm_steer.serving.packs_api import PREFIX, answer
 from vllm_steer.serving.receipt import Receipt
 from vllm_steer.serving.responses import ModelList, Receipts, Stored, Unavailable
 from vllm_steer.vllm_compat.rpc import TIMES
+
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
 # How long a scrape waits for the workers.
 _SCRAPE_SECONDS = 2.0
@@ -121,7 +125,7 @@ def _may_name(body: bytes, aliases: Iterable[str]) -> bool:
     return b"\\u" in body or b"\0" in body or any(f":{alias}".encode() in body for alias in aliases)
 
 
-async def _measure_planning(engine: Any) -> None:
+async def _measure_planning(engine: EngineClient) -> None:
     """Asks the workers how long planning took since the last scrape."""
     try:
         times = await asyncio.wait_for(engine.collective_rpc(TIMES), _SCRAPE_SECONDS)
@@ -135,5 +139,5 @@ async def _measure_planning(engine: Any) -> None:
 
 def _serves(scope: Message, name: str) -> bool:
     """Whether a model is served under the very name."""
-    models: Any = getattr(scope["app"].state, "openai_serving_models", None)
-    return bool(models is not None and models.is_base_model(name))
+    models: OpenAIServingModels | None = getattr(scope["app"].state, "openai_serving_models", None)
+    return models is not None and models.is_base_model(name)

@@ -10,7 +10,7 @@ import asyncio
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, cast
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -26,6 +26,10 @@ from vllm_steer.serving.aliases import with_alias, without_alias
 from vllm_steer.serving.upload_registry import Upload, UploadRegistry
 from vllm_steer.serving.uploads import write_upload
 from vllm_steer.vllm_compat.rpc import FORGET, LOAD, STAGE
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core_client import AsyncMPClient
 
 # How long vectors whose time is over wait for the requests that use them.
 _RETRY_SECONDS = 1.0
@@ -52,7 +56,7 @@ class PackManager:
     """
 
     def __init__(
-        self, admission: Admission, store: PackStore, roots: list[str], engine: Any
+        self, admission: Admission, store: PackStore, roots: list[str], engine: AsyncLLM
     ) -> None:
         """Makes the manager.
 
@@ -60,12 +64,13 @@ class PackManager:
             admission: The server's admission.
             store: Its packs.
             roots: Directories that packs may be loaded from.
-            engine: Its ``AsyncLLM``.
+            engine: Its engine.
         """
         self._admission = admission
         self._store = store
         self._roots = [Path(root) for root in roots]
-        self._core = engine.engine_core
+        # The client of every server: vLLM runs its engine core in a process of its own there.
+        self._core = cast("AsyncMPClient", engine.engine_core)
         self._turn = asyncio.Lock()
         # Kept as long as the server runs, and removed with it.
         self._uploads = TemporaryDirectory(prefix="vllm-steer-")

@@ -7,13 +7,16 @@ Chat, completions, responses, messages, batches, ``/invocations``, token-in rout
 from __future__ import annotations
 
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_steer.errors import RequestError, UnsupportedError
 from vllm_steer.request.schema import SteeringRequest, first_steering_key
 from vllm_steer.serving.admission import Admission, AdmittedPlan, Wanted
 from vllm_steer.serving.http_context import HttpContext, current_http_context
 from vllm_steer.serving.refusals import refusal
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
 
 # Set while vLLM's beam search generates, step by step, for a request that wants no steering.
 beam_search: ContextVar[bool] = ContextVar("beam_search", default=False)
@@ -76,7 +79,7 @@ def _asked(
 
 
 def admitted(
-    admission: Admission, wanted: Wanted, prompt_len: int, sampling_params: Any
+    admission: Admission, wanted: Wanted, prompt_len: int, sampling_params: SamplingParams
 ) -> AdmittedPlan:
     """Returns the plan of a prompt, and notes its receipt in the HTTP context if there is one.
 

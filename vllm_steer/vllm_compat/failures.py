@@ -20,10 +20,20 @@ from contextlib import contextmanager, suppress
 from itertools import chain
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from vllm_steer.vllm_compat import patches
 from vllm_steer.vllm_compat.root_cause import MARK, told
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
+    from vllm.v1.engine.core import EngineCoreProc
+    from vllm.v1.engine.exceptions import EngineDeadError
+    from vllm.v1.engine.utils import CoreEngineProcManager
+    from vllm.v1.executor.multiproc_executor import UnreadyWorkerProcHandle, WorkerProc
+
+R = TypeVar("R")
 
 # Not VLLM_..., which vLLM would warn of.
 VARIABLE = "_VLLM_STEER_FAILURES"
@@ -32,15 +42,15 @@ _WARNINGS = "PYTHONWARNINGS"
 _REAPED = 5.0
 
 # File of failures to the processes that may write to it, for each engine that this process started.
-_started: dict[str, Callable[[], Iterable[Any]]] = {}
+_started: dict[str, Callable[[], Iterable[BaseProcess]]] = {}
 # Processes of the workers that this process, an engine core, has started.
-_workers: list[Any] = []
+_workers: list[BaseProcess] = []
 
 
-def name_file(original: Callable[..., Any]) -> Callable[..., Any]:
+def name_file(original: Callable[..., None]) -> Callable[..., None]:
     """Wraps ``CoreEngineProcManager.__init__``, which starts the engine cores."""
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: CoreEngineProcManager, *args: object, **kwargs: object) -> None:
         file = f"vllm-steer-{secrets.token_hex(8)}.failures"
         path = os.environ[VARIABLE] = str(Path(tempfile.gettempdir(), file))
         known = weakref.ref(self)
@@ -52,10 +62,10 @@ def name_file(original: Callable[..., Any]) -> Callable[..., Any]:
     return __init__
 
 
-def explain_start(original: Callable[..., Any]) -> Callable[..., Any]:
+def explain_start(original: Callable[..., R]) -> Callable[..., R]:
     """Wraps ``wait_for_engine_startup`` to end its error with the root cause."""
 
-    def wait_for_engine_startup(*args: Any, **kwargs: Any) -> Any:
+    def wait_for_engine_startup(*args: object, **kwargs: object) -> R:
         try:
             return original(*args, **kwargs)
         except RuntimeError as error:
@@ -66,10 +76,10 @@ def explain_start(original: Callable[..., Any]) -> Callable[..., Any]:
     return wait_for_engine_startup
 
 
-def explain_death(original: Callable[..., Any]) -> Callable[..., Any]:
+def explain_death(original: Callable[..., None]) -> Callable[..., None]:
     """Wraps ``EngineDeadError.__init__`` to note the root cause."""
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: EngineDeadError, *args: object, **kwargs: object) -> None:
         original(self, *args, **kwargs)
         if found := cause():
             self.add_note(f"{MARK}{found}")
@@ -77,44 +87,46 @@ def explain_death(original: Callable[..., Any]) -> Callable[..., Any]:
     return __init__
 
 
-def watch_workers(original: Callable[..., Any]) -> Callable[..., Any]:
+def watch_workers(original: Callable[..., R]) -> Callable[..., R]:
     """Wraps ``WorkerProc.wait_for_ready`` to know the workers: one that is killed reports nothing."""
 
-    def wait_for_ready(unready_proc_handles: Any, *args: Any, **kwargs: Any) -> Any:
+    def wait_for_ready(
+        unready_proc_handles: list[UnreadyWorkerProcHandle], *args: object, **kwargs: object
+    ) -> R:
         _workers[:] = [handle.proc for handle in unready_proc_handles]
         return original(unready_proc_handles, *args, **kwargs)
 
     return wait_for_ready
 
 
-def report_worker(original: Callable[..., Any]) -> Callable[..., Any]:
+def report_worker(original: Callable[..., None]) -> Callable[..., None]:
     """Wraps ``WorkerProc.__init__``; what it raises goes no further than the worker's log."""
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: WorkerProc, *args: object, **kwargs: object) -> None:
         with reported():
             original(self, *args, **kwargs)
 
     return __init__
 
 
-def run_engine_core(*args: Any, **kwargs: Any) -> Any:
+def run_engine_core(*args: object, **kwargs: object) -> object:
     """Runs ``EngineCoreProc.run_engine_core``, in the process that it is for."""
     with reported():
         return patches.original(patches.RUN_ENGINE_CORE)(*args, **kwargs)
 
 
-def report_death(original: Callable[..., Any]) -> Callable[..., Any]:
+def report_death(original: Callable[..., None]) -> Callable[..., None]:
     """Wraps ``EngineCoreProc._send_engine_dead``: the front end looks for a cause when it hears."""
 
-    def _send_engine_dead(self: Any) -> Any:
+    def _send_engine_dead(self: EngineCoreProc) -> None:
         if (error := sys.exc_info()[1]) is not None:
             _report(error)
-        return original(self)
+        original(self)
 
     return _send_engine_dead
 
 
-def worker_main(*args: Any, **kwargs: Any) -> Any:
+def worker_main(*args: object, **kwargs: object) -> object:
     """Runs ``WorkerProc.worker_main``, in the process that it is for, before vLLM loads the plugin there."""
     patches.patch(patches.WORKER_PROC_INIT, report_worker)
     return patches.original(patches.WORKER_MAIN)(*args, **kwargs)
@@ -160,11 +172,13 @@ def _report(error: BaseException) -> None:
             file.writelines(f"{line}\n" for line in lines)
 
 
-def _killed(processes: Iterable[Any]) -> str | None:
+def _killed(processes: Iterable[BaseProcess]) -> str | None:
     """The first of the processes that was ended by a signal other than vLLM's own, in words."""
-    ended = {process.sentinel: process for process in processes}
-    for sentinel in wait(list(ended), timeout=0):
-        process = ended[sentinel]
+    watched = list(processes)
+    ended = wait([process.sentinel for process in watched], timeout=0)
+    for process in watched:
+        if process.sentinel not in ended:
+            continue
         process.join(_REAPED)
         status = process.exitcode or 0
         if status < 0 and -status != signal.SIGTERM:

@@ -32,7 +32,7 @@ class VllmSymbol:
     name: str
     parameters: tuple[str, ...]
 
-    def resolve(self) -> tuple[Any, str]:
+    def resolve(self) -> tuple[object, str]:
         """Returns the object that holds the symbol and the attribute's name.
 
         Raises:
@@ -40,7 +40,7 @@ class VllmSymbol:
         """
         *path, attribute = self.name.split(".")
         try:
-            holder: Any = importlib.import_module(self.module)
+            holder: object = importlib.import_module(self.module)
             for part in path:
                 holder = getattr(holder, part)
         except (ImportError, AttributeError) as error:
@@ -51,7 +51,7 @@ class VllmSymbol:
         return holder, attribute
 
 
-def check_methods(instance: Any, methods: Mapping[str, tuple[str, ...]]) -> None:
+def check_methods(instance: object, methods: Mapping[str, tuple[str, ...]]) -> None:
     """Checks the methods that are about to be wrapped on an instance.
 
     Args:
@@ -66,7 +66,7 @@ def check_methods(instance: Any, methods: Mapping[str, tuple[str, ...]]) -> None
         _check(instance, name, parameters, f"{kind.__module__}.{kind.__qualname__}.{name}")
 
 
-def _check(holder: Any, attribute: str, parameters: tuple[str, ...], full_name: str) -> None:
+def _check(holder: object, attribute: str, parameters: tuple[str, ...], full_name: str) -> None:
     if not hasattr(holder, attribute):
         raise CompatibilityError(f"{full_name} is missing; {versions.advice()}")
     found = inspect.signature(getattr(holder, attribute)).parameters
@@ -228,7 +228,7 @@ METHOD_OWNERS = (
 _PATCHED = "__vllm_steer__"
 
 
-def patch(symbol: VllmSymbol, wrap: Callable[[Any], Any]) -> None:
+def patch(symbol: VllmSymbol, wrap: Callable[[Callable[..., Any]], Callable[..., object]]) -> None:
     """Replaces a symbol by ``wrap(symbol)``, once per process.
 
     Args:
@@ -250,7 +250,18 @@ def patch(symbol: VllmSymbol, wrap: Callable[[Any], Any]) -> None:
     setattr(holder, attribute, rewrap(replacement))
 
 
-def replace(symbol: VllmSymbol, function: Callable[..., Any]) -> None:
+def override(instance: object, **methods: Callable[..., object]) -> None:
+    """Gives one object methods of its own in the place of its class's; other objects keep those.
+
+    Args:
+        instance: A worker, model runner or model state of vLLM, whose methods were checked.
+        methods: The methods by name.
+    """
+    for name, method in methods.items():
+        setattr(instance, name, method)
+
+
+def replace(symbol: VllmSymbol, function: Callable[..., object]) -> None:
     """Puts a module's function in the place of a static method that vLLM starts a process with.
 
     A process that is not forked finds what it runs by module and name. Those of the function remain
@@ -268,7 +279,10 @@ def replace(symbol: VllmSymbol, function: Callable[..., Any]) -> None:
     setattr(holder, attribute, staticmethod(function))
 
 
-def original(symbol: VllmSymbol) -> Any:
+def original(symbol: VllmSymbol) -> Callable[..., Any]:
     """Returns what vLLM has for a symbol, patched or not."""
-    found = getattr(*symbol.resolve())
-    return inspect.unwrap(found, stop=lambda function: not getattr(function, _PATCHED, False))
+    found: Callable[..., Any] = getattr(*symbol.resolve())
+    unwrapped: Callable[..., Any] = inspect.unwrap(
+        found, stop=lambda function: not getattr(function, _PATCHED, False)
+    )
+    return unwrapped
