@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from vllm_steer.errors import CompatibilityError
+from vllm_steer.vllm_compat import patched_symbols as symbols
 from vllm_steer.vllm_compat import patches, versions
 
 if TYPE_CHECKING:
@@ -51,37 +52,37 @@ def register() -> None:
     )
     from vllm_steer.vllm_compat import failures
 
-    patches.patch(patches.ADD_CLI_ARGS, flags.add_flags)
-    patches.patch(patches.FROM_CLI_ARGS, flags.read_flags)
-    patches.patch(patches.CREATE_ENGINE_CONFIG, configure.resolve_config)
-    patches.patch(patches.COMPUTE_HASH, compile_cache.hash_graph_alone)
-    patches.patch(patches.INPUT_PROCESSOR_INIT, admission.remember_engine)
-    patches.patch(patches.PROCESS_INPUTS, request_hooks.plan_inputs)
-    for symbol in patches.TO_SAMPLING_PARAMS:
+    patches.patch(symbols.ADD_CLI_ARGS, flags.add_flags)
+    patches.patch(symbols.FROM_CLI_ARGS, flags.read_flags)
+    patches.patch(symbols.CREATE_ENGINE_CONFIG, configure.resolve_config)
+    patches.patch(symbols.COMPUTE_HASH, compile_cache.hash_graph_alone)
+    patches.patch(symbols.INPUT_PROCESSOR_INIT, admission.remember_engine)
+    patches.patch(symbols.PROCESS_INPUTS, request_hooks.plan_inputs)
+    for symbol in symbols.TO_SAMPLING_PARAMS:
         patches.patch(symbol, request_hooks.check_sampling)
-    for symbol in patches.TO_BEAM_SEARCH_PARAMS:
+    for symbol in symbols.TO_BEAM_SEARCH_PARAMS:
         patches.patch(symbol, request_hooks.refuse_beam_search)
-    patches.patch(patches.EXTRACT_PROMPT_LEN, request_hooks.remember_prompt_len)
-    patches.patch(patches.GENERATE, request_tracking.follow)
-    patches.patch(patches.CREATE_CHAT_COMPLETION, batch_requests.follow_chat)
-    patches.patch(patches.OUTPUT_ADD_REQUEST, engine_requests.note_arrival)
-    patches.patch(patches.OUTPUT_FINISH_REQUEST, engine_requests.note_finish)
-    patches.patch(patches.OUTPUT_ABORT_REQUESTS, engine_requests.note_abort)
-    patches.patch(patches.SERVE_ROUTERS, guard.add_guard)
-    patches.patch(patches.EXTRA_HASH_KEYS, steered_extra_keys)
-    patches.patch(patches.INITIALIZE_KV_CACHES, intake.read_packs)
-    patches.patch(patches.PREPROCESS_ADD_REQUEST, intake.check_intake)
-    patches.patch(patches.FREE_REQUEST, holds.release_held)
+    patches.patch(symbols.EXTRACT_PROMPT_LEN, request_hooks.remember_prompt_len)
+    patches.patch(symbols.GENERATE, request_tracking.follow)
+    patches.patch(symbols.CREATE_CHAT_COMPLETION, batch_requests.follow_chat)
+    patches.patch(symbols.OUTPUT_ADD_REQUEST, engine_requests.note_arrival)
+    patches.patch(symbols.OUTPUT_FINISH_REQUEST, engine_requests.note_finish)
+    patches.patch(symbols.OUTPUT_ABORT_REQUESTS, engine_requests.note_abort)
+    patches.patch(symbols.SERVE_ROUTERS, guard.add_guard)
+    patches.patch(symbols.EXTRA_HASH_KEYS, steered_extra_keys)
+    patches.patch(symbols.INITIALIZE_KV_CACHES, intake.read_packs)
+    patches.patch(symbols.PREPROCESS_ADD_REQUEST, intake.check_intake)
+    patches.patch(symbols.FREE_REQUEST, holds.release_held)
     pack_updates.install()
-    patches.patch(patches.INIT_DEVICE, _attach)
-    patches.patch(patches.START_ENGINE_CORES, failures.name_file)
-    patches.patch(patches.WAIT_FOR_STARTUP, failures.explain_start)
-    patches.patch(patches.ENGINE_DEAD, failures.explain_death)
-    patches.patch(patches.SEND_ENGINE_DEAD, failures.report_death)
-    patches.patch(patches.WAIT_FOR_WORKERS, failures.watch_workers)
-    patches.patch(patches.WORKER_PROC_INIT, failures.report_worker)
-    patches.replace(patches.RUN_ENGINE_CORE, failures.run_engine_core)
-    patches.replace(patches.WORKER_MAIN, failures.worker_main)
+    patches.patch(symbols.INIT_DEVICE, _attach)
+    patches.patch(symbols.START_ENGINE_CORES, failures.name_file)
+    patches.patch(symbols.WAIT_FOR_STARTUP, failures.explain_start)
+    patches.patch(symbols.ENGINE_DEAD, failures.explain_death)
+    patches.patch(symbols.SEND_ENGINE_DEAD, failures.report_death)
+    patches.patch(symbols.WAIT_FOR_WORKERS, failures.watch_workers)
+    patches.patch(symbols.WORKER_PROC_INIT, failures.report_worker)
+    patches.replace(symbols.RUN_ENGINE_CORE, failures.run_engine_core)
+    patches.replace(symbols.WORKER_MAIN, failures.worker_main)
 
 
 def _attach(original: Callable[..., None]) -> Callable[..., None]:

@@ -39,6 +39,7 @@ from vllm_steer.serving.packs_api import ROUTES
 from vllm_steer.serving.policy import Policy
 from vllm_steer.serving.receipt import HEADER, RECEIPT_FIELDS
 from vllm_steer.serving.refusals import LINES, SECONDS
+from vllm_steer.vllm_compat.patched_symbols import patched_symbols, wrapped_methods
 from vllm_steer.vllm_compat.versions import OVERRIDE, OVERRIDE_MEANING, SUPPORTED
 
 _LIMITS = {
@@ -127,6 +128,12 @@ def render() -> str:
         _table(("of", "at most"), ((what, f"{limit:,}") for what, limit in _LIMITS.items())),
         "## Commands of `vllm-steer`",
         *_commands(command_line()),
+        "## Patches of vLLM",
+        "vLLM serves unsteered requests as it does without the plugin. Each patched symbol is checked at start, and one "
+        "that is missing or has other parameters stops the start.",
+        _table(
+            ("symbol", "why no public hook serves", "what would make it unnecessary"), _patches()
+        ),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -157,6 +164,18 @@ def _metrics() -> list[Sequence[str]]:
 def _events() -> list[Sequence[str]]:
     events = [value for value in vars(log).values() if isinstance(value, log.Event)]
     return [(f"`{e.name}`", logging.getLevelName(e.level), e.meaning) for e in events]
+
+
+def _patches() -> list[Sequence[str]]:
+    """A row for each reason, with all symbols that it stands for."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for patched in patched_symbols():
+        rows.setdefault((patched.reason, patched.upstream), []).append(patched.name)
+    for wrapped in wrapped_methods():
+        kind = wrapped.owners[0][1]
+        names = [f"{kind}.{method}" for method in wrapped.methods]
+        rows.setdefault((wrapped.reason, wrapped.upstream), []).extend(names)
+    return [(", ".join(f"`{name}`" for name in names), *why) for why, names in rows.items()]
 
 
 def _reasons() -> list[Sequence[str]]:

@@ -14,6 +14,7 @@ from vllm_steer.engine import runner_v1, runner_v2
 from vllm_steer.engine.residual_selftest import check_residuals
 from vllm_steer.engine.selftest import run_self_test
 from vllm_steer.engine.worker import WorkerSteering
+from vllm_steer.vllm_compat import patched_symbols as symbols
 from vllm_steer.vllm_compat import patches
 from vllm_steer.vllm_compat.model_shape import model_shape, resolved_dtype
 from vllm_steer.vllm_compat.patches import override
@@ -36,8 +37,8 @@ def attach_to_worker(worker: Worker) -> None:
         return
     runner = worker.model_runner
     adapter = runner_v2 if worker.use_v2_model_runner else runner_v1
-    patches.check_methods(runner, patches.V2_RUNNER if adapter is runner_v2 else patches.V1_RUNNER)
-    patches.check_methods(worker, patches.WORKER)
+    patches.check_methods(runner, symbols.V2_RUNNER if adapter is runner_v2 else symbols.V1_RUNNER)
+    patches.check_methods(worker, symbols.WORKER)
     load_model, warm_up = runner.load_model, worker.compile_or_warm_up_model
     steering: WorkerSteering | None = None
     self_tested = False

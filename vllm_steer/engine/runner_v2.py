@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_steer.engine.worker import WorkerSteering
-from vllm_steer.vllm_compat.patches import V2_MODEL_STATE, check_methods, override
+from vllm_steer.vllm_compat.patched_symbols import V2_MODEL_STATE
+from vllm_steer.vllm_compat.patches import check_methods, override
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData

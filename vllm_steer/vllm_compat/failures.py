@@ -22,6 +22,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from vllm_steer.vllm_compat import patched_symbols as symbols
 from vllm_steer.vllm_compat import patches
 from vllm_steer.vllm_compat.root_cause import MARK, told
 
@@ -112,7 +113,7 @@ def report_worker(original: Callable[..., None]) -> Callable[..., None]:
 def run_engine_core(*args: object, **kwargs: object) -> object:
     """Runs ``EngineCoreProc.run_engine_core``, in the process that it is for."""
     with reported():
-        return patches.original(patches.RUN_ENGINE_CORE)(*args, **kwargs)
+        return patches.original(symbols.RUN_ENGINE_CORE)(*args, **kwargs)
 
 
 def report_death(original: Callable[..., None]) -> Callable[..., None]:
@@ -128,8 +129,8 @@ def report_death(original: Callable[..., None]) -> Callable[..., None]:
 
 def worker_main(*args: object, **kwargs: object) -> object:
     """Runs ``WorkerProc.worker_main``, in the process that it is for, before vLLM loads the plugin there."""
-    patches.patch(patches.WORKER_PROC_INIT, report_worker)
-    return patches.original(patches.WORKER_MAIN)(*args, **kwargs)
+    patches.patch(symbols.WORKER_PROC_INIT, report_worker)
+    return patches.original(symbols.WORKER_MAIN)(*args, **kwargs)
 
 
 @contextmanager

@@ -1,8 +1,7 @@
-"""Every vLLM symbol that is patched or relied on, named and checked at start.
+"""Checks vLLM's symbols at start and patches them; ``patched_symbols.py`` names them.
 
 A symbol that is missing or takes other parameters than those known stops the start: a patch that
-no longer fits would serve unsteered text. The supported versions of vLLM have every symbol under
-the same name; ``python -m tests.vllm_versions`` makes this check from the files of their wheels.
+no longer fits would serve unsteered text.
 """
 
 from __future__ import annotations
@@ -51,18 +50,48 @@ class VllmSymbol:
         return holder, attribute
 
 
-def check_methods(instance: object, methods: Mapping[str, tuple[str, ...]]) -> None:
+@dataclass(frozen=True)
+class PatchedSymbol(VllmSymbol):
+    """A symbol that is patched.
+
+    Attributes:
+        reason: Why no public hook of vLLM serves.
+        upstream: What change of vLLM would make the patch unnecessary.
+    """
+
+    reason: str
+    upstream: str
+
+
+@dataclass(frozen=True)
+class WrappedMethods:
+    """Methods that are wrapped on one instance in each worker, not on the class.
+
+    Attributes:
+        methods: Name to the leading parameters that it must have, ``self`` left out.
+        owners: Where they are defined, as module and class, for the check from a wheel's files alone.
+        reason: Why no public hook of vLLM serves.
+        upstream: What change of vLLM would make the wrapping unnecessary.
+    """
+
+    methods: Mapping[str, tuple[str, ...]]
+    owners: tuple[tuple[str, str], ...]
+    reason: str
+    upstream: str
+
+
+def check_methods(instance: object, wrapped: WrappedMethods) -> None:
     """Checks the methods that are about to be wrapped on an instance.
 
     Args:
         instance: A worker, model runner or model state of vLLM.
-        methods: Method name to the leading parameters that it must have, ``self`` left out.
+        wrapped: The methods.
 
     Raises:
         CompatibilityError: A method is missing or has other parameters.
     """
     kind = type(instance)
-    for name, parameters in methods.items():
+    for name, parameters in wrapped.methods.items():
         _check(instance, name, parameters, f"{kind.__module__}.{kind.__qualname__}.{name}")
 
 
@@ -76,154 +105,6 @@ def _check(holder: object, attribute: str, parameters: tuple[str, ...], full_nam
             f"{full_name} takes {names}, where {parameters} was expected; {versions.advice()}"
         )
 
-
-ADD_CLI_ARGS = VllmSymbol("vllm.engine.arg_utils", "EngineArgs.add_cli_args", ("parser",))
-FROM_CLI_ARGS = VllmSymbol("vllm.engine.arg_utils", "EngineArgs.from_cli_args", ("args",))
-CREATE_ENGINE_CONFIG = VllmSymbol(
-    "vllm.engine.arg_utils", "EngineArgs.create_engine_config", ("self", "usage_context")
-)
-COMPUTE_HASH = VllmSymbol("vllm.config", "VllmConfig.compute_hash", ("self",))
-INPUT_PROCESSOR_INIT = VllmSymbol(
-    "vllm.v1.engine.input_processor", "InputProcessor.__init__", ("self", "vllm_config")
-)
-PROCESS_INPUTS = VllmSymbol(
-    "vllm.v1.engine.input_processor",
-    "InputProcessor.process_inputs",
-    ("self", "request_id", "prompt", "params"),
-)
-EXTRACT_PROMPT_LEN = VllmSymbol(
-    "vllm.entrypoints.serve.engine.serving", "BaseServing._extract_prompt_len", ("self", "prompt")
-)
-GENERATE = VllmSymbol(
-    "vllm.v1.engine.async_llm",
-    "AsyncLLM.generate",
-    ("self", "prompt", "sampling_params", "request_id"),
-)
-CREATE_CHAT_COMPLETION = VllmSymbol(
-    "vllm.entrypoints.openai.chat_completion.serving",
-    "OpenAIServingChat.create_chat_completion",
-    ("self", "request"),
-)
-OUTPUT_ADD_REQUEST = VllmSymbol(
-    "vllm.v1.engine.output_processor", "OutputProcessor.add_request", ("self", "request")
-)
-OUTPUT_FINISH_REQUEST = VllmSymbol(
-    "vllm.v1.engine.output_processor", "OutputProcessor._finish_request", ("self", "req_state")
-)
-OUTPUT_ABORT_REQUESTS = VllmSymbol(
-    "vllm.v1.engine.output_processor", "OutputProcessor.abort_requests", ("self", "request_ids")
-)
-PREPROCESS_ADD_REQUEST = VllmSymbol(
-    "vllm.v1.engine.core", "EngineCore.preprocess_add_request", ("self", "request")
-)
-FREE_REQUEST = VllmSymbol(
-    "vllm.v1.core.sched.scheduler", "Scheduler._free_request", ("self", "request")
-)
-# Called at the start, after the plugins are loaded.
-INITIALIZE_KV_CACHES = VllmSymbol(
-    "vllm.v1.engine.core", "EngineCore._initialize_kv_caches", ("self", "vllm_config")
-)
-EXTRA_HASH_KEYS = VllmSymbol(
-    "vllm.v1.core.kv_cache_utils",
-    "_gen_prompt_embeds_extra_hash_keys",
-    ("request", "start_token_idx", "end_token_idx"),
-)
-# An engine that ends says why in another process.
-START_ENGINE_CORES = VllmSymbol(
-    "vllm.v1.engine.utils", "CoreEngineProcManager.__init__", ("self", "local_engine_count")
-)
-WAIT_FOR_STARTUP = VllmSymbol(
-    "vllm.v1.engine.utils", "wait_for_engine_startup", ("handshake_socket",)
-)
-ENGINE_DEAD = VllmSymbol("vllm.v1.engine.exceptions", "EngineDeadError.__init__", ("self", "args"))
-RUN_ENGINE_CORE = VllmSymbol("vllm.v1.engine.core", "EngineCoreProc.run_engine_core", ("args",))
-SEND_ENGINE_DEAD = VllmSymbol("vllm.v1.engine.core", "EngineCoreProc._send_engine_dead", ("self",))
-_MULTIPROC = "vllm.v1.executor.multiproc_executor"
-WORKER_MAIN = VllmSymbol(_MULTIPROC, "WorkerProc.worker_main", ("args", "kwargs"))
-WORKER_PROC_INIT = VllmSymbol(_MULTIPROC, "WorkerProc.__init__", ("self", "vllm_config"))
-WAIT_FOR_WORKERS = VllmSymbol(_MULTIPROC, "WorkerProc.wait_for_ready", ("unready_proc_handles",))
-INIT_DEVICE = VllmSymbol("vllm.v1.worker.worker_base", "WorkerWrapperBase.init_device", ("self",))
-TO_SAMPLING_PARAMS = (
-    VllmSymbol(
-        "vllm.entrypoints.openai.completion.protocol",
-        "CompletionRequest.to_sampling_params",
-        ("self", "max_tokens"),
-    ),
-    VllmSymbol(
-        "vllm.entrypoints.openai.chat_completion.protocol",
-        "ChatCompletionRequest.to_sampling_params",
-        ("self", "max_tokens"),
-    ),
-    VllmSymbol(
-        "vllm.entrypoints.openai.responses.protocol",
-        "ResponsesRequest.to_sampling_params",
-        ("self", "default_max_tokens"),
-    ),
-)
-TO_BEAM_SEARCH_PARAMS = (
-    VllmSymbol(
-        "vllm.entrypoints.openai.completion.protocol",
-        "CompletionRequest.to_beam_search_params",
-        ("self",),
-    ),
-    VllmSymbol(
-        "vllm.entrypoints.openai.chat_completion.protocol",
-        "ChatCompletionRequest.to_beam_search_params",
-        ("self",),
-    ),
-)
-# Called while the server's application is put together, with it at hand.
-SERVE_ROUTERS = VllmSymbol("vllm.entrypoints.serve", "register_vllm_serve_api_routers", ("app",))
-
-# Wrapped on one instance in each worker, not on the class.
-V1_RUNNER = {
-    "load_model": (),
-    "_update_states": ("scheduler_output",),
-    "_prepare_inputs": ("scheduler_output", "num_scheduled_tokens"),
-    "_dummy_run": ("num_tokens",),
-}
-V2_RUNNER = {"load_model": (), "_dummy_run": ("num_tokens",)}
-V2_MODEL_STATE = {
-    "add_request": ("req_index", "new_req_data"),
-    "remove_request": ("req_id",),
-    "preprocess_state": ("input_batch",),
-    "prepare_inputs": ("input_batch",),
-    "prepare_dummy_inputs": (),
-}
-WORKER = {"compile_or_warm_up_model": ()}
-
-# Where these methods are defined, as (module, class), for the check from a wheel's files alone.
-METHOD_OWNERS = (
-    (
-        V1_RUNNER,
-        (
-            ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner"),
-            ("vllm.v1.worker.cpu_model_runner", "CPUModelRunner"),
-        ),
-    ),
-    (
-        V2_RUNNER,
-        (
-            ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner"),
-            ("vllm.v1.worker.cpu.model_runner", "CPUModelRunner"),
-        ),
-    ),
-    (
-        V2_MODEL_STATE,
-        (
-            ("vllm.v1.worker.gpu.model_states.interface", "ModelState"),
-            ("vllm.v1.worker.gpu.model_states.default", "DefaultModelState"),
-            ("vllm.v1.worker.gpu.model_states.mamba_hybrid", "MambaHybridModelState"),
-        ),
-    ),
-    (
-        WORKER,
-        (
-            ("vllm.v1.worker.gpu_worker", "Worker"),
-            ("vllm.v1.worker.cpu_worker", "CPUWorker"),
-        ),
-    ),
-)
 
 _PATCHED = "__vllm_steer__"
 
