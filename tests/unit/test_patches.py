@@ -20,7 +20,11 @@ def test_fits_and_is_patched_once(symbol: patches.VllmSymbol) -> None:
     assert getattr(patched, "__vllm_steer__", False)
 
 
-@pytest.mark.parametrize("patched", [*patched_symbols(), *wrapped_methods()], ids=str)
+@pytest.mark.parametrize(
+    "patched",
+    [*patched_symbols(), *wrapped_methods()],
+    ids=lambda patched: getattr(patched, "name", "methods"),
+)
 def test_says_why_and_what_would_end_it(
     patched: patches.PatchedSymbol | patches.WrappedMethods,
 ) -> None:
