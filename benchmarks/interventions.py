@@ -33,10 +33,12 @@ from vllm_steer.offline.demo.concepts import CONCEPTS, class_of, prefix
 from vllm_steer.offline.demo.corpus import user_text
 from vllm_steer.offline.demo.judge import expressed_concept, is_fluent
 from vllm_steer.offline.demo.packs import FULL_METHOD
+from vllm_steer.offline.extract.data import ComputeResources, ExtractionData, PackTarget
 from vllm_steer.offline.extract.pipeline import extract_pack
 from vllm_steer.offline.extract.settings import ExtractionSettings
 from vllm_steer.offline.measures.intervals import SHARE, mean_interval
 from vllm_steer.offline.models.loading import find_blocks
+from vllm_steer.offline.models.prompts import Concept
 from vllm_steer.offline.questions.statements import statements
 from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.packs.registry import PackRegistry
@@ -268,15 +270,14 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
         packs = {
             name: extract_pack(
                 demo_model_path(),
-                name,
-                [(concept, prefix(concept)) for concept in concepts],
-                texts[:half],
-                texts[half:],
+                ExtractionData(
+                    [Concept(concept, prefix(concept)) for concept in concepts],
+                    texts[:half],
+                    texts[half:],
+                ),
                 settings,
-                1.0,
-                1.0,
-                Path(folder) / name,
-                workers=len(os.sched_getaffinity(0)),
+                PackTarget(name, Path(folder) / name, 1.0, 1.0),
+                ComputeResources(workers=len(os.sched_getaffinity(0))),
             )
             for name, settings in methods(layers, args.extract).items()
         }

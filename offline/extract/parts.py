@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from vllm_steer.offline.extract.learning import Learned, Plan
+from vllm_steer.offline.models.prompts import Concept
 from vllm_steer.packs.pack import replace_file
 
 PARTS_DIRECTORY = ".extraction"
@@ -88,7 +89,7 @@ class Parts:
         data = save(arrays, metadata={"record": json.dumps(record)})
         replace_file(self._file(name, prefix), data)
 
-    def remove(self, concepts: list[tuple[str, str]]) -> None:
+    def remove(self, concepts: Sequence[Concept]) -> None:
         """Removes the files of these concepts, and the directories where nothing else is left."""
         for name, prefix in concepts:
             self._file(name, prefix).unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from vllm_steer.errors import ExtractionError
 from vllm_steer.offline.extract.answer_learning import AnswerLearner
 from vllm_steer.offline.extract.learning import ConceptLearner, Learned, Plan
 from vllm_steer.offline.models.loading import load_config
+from vllm_steer.offline.models.prompts import Concept
 
 # Whatever a concept may fail with by its own fault or for want of memory; the others go on.
 FAILURES = (ExtractionError, RuntimeError, ValueError)
@@ -35,7 +36,7 @@ class Shards:
 
 
 def learn_all(
-    plan: Plan, concepts: Sequence[tuple[str, str]], shards: Shards
+    plan: Plan, concepts: Sequence[Concept], shards: Shards
 ) -> Iterator[tuple[int, Learned | str]]:
     """Yields each concept's index and what it gave, or why it failed, as they are finished.
 
@@ -63,10 +64,10 @@ class _Group:
     """Concepts that are learned together, and their places among all."""
 
     indices: range
-    concepts: Sequence[tuple[str, str]]
+    concepts: Sequence[Concept]
 
 
-def _groups(plan: Plan, concepts: Sequence[tuple[str, str]], shards: Shards) -> list[_Group]:
+def _groups(plan: Plan, concepts: Sequence[Concept], shards: Shards) -> list[_Group]:
     size = 1
     if plan.settings.estimator == "trained":
         # No worker waits for what another could do.
@@ -91,7 +92,7 @@ class _Worker:
                 plan, load_config(plan.model_path, plan.settings.chat)[1]
             )
 
-    def learn(self, concepts: Sequence[tuple[str, str]]) -> list[Learned | str]:
+    def learn(self, concepts: Sequence[Concept]) -> list[Learned | str]:
         """Learns a group; where it fails, its concepts one by one, so that one fails alone."""
         try:
             return list(self._learn(concepts))
@@ -100,7 +101,7 @@ class _Worker:
                 return [str(error)]
             return [found for concept in concepts for found in self.learn([concept])]
 
-    def _learn(self, concepts: Sequence[tuple[str, str]]) -> list[Learned]:
+    def _learn(self, concepts: Sequence[Concept]) -> list[Learned]:
         with parallel_config("loky", inner_max_num_threads=1):
             parallel = Parallel(n_jobs=self._workers)
             if isinstance(self._learner, AnswerLearner):

@@ -26,10 +26,11 @@ from vllm_steer.offline.demo.concepts import prefix
 from vllm_steer.offline.engine.answer_store import Store
 from vllm_steer.offline.engine.llm import start_engine, stop_engine
 from vllm_steer.offline.engine.tokens import Asked, TokenEngine
+from vllm_steer.offline.extract.data import ComputeResources, ExtractionData, PackTarget
 from vllm_steer.offline.extract.pipeline import extract_pack
 from vllm_steer.offline.extract.settings import ExtractionSettings
 from vllm_steer.offline.models.loading import load_config
-from vllm_steer.offline.models.prompts import render_question
+from vllm_steer.offline.models.prompts import Concept, render_question
 from vllm_steer.offline.questions.everyday import Everyday
 from vllm_steer.offline.questions.statements import statements
 from vllm_steer.operations import Gate
@@ -66,10 +67,12 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> SteeringPack:
     names = ("spiders", "cheerful", "Tokyo")
     texts = [statement.text for statement in statements("extract")[:40]]
     learned = extract_pack(
-        demo_model_path(), "learned", [(name, prefix(name)) for name in names], texts[:20], texts[20:],
+        demo_model_path(),
+        ExtractionData([Concept(name, prefix(name)) for name in names], texts[:20], texts[20:]),
         ExtractionSettings(estimator="mean_difference", labels="hard", token=-1, permutations=0),
-        None, None, folder / "learned", device="cpu",
-    )  # fmt: skip
+        PackTarget("learned", folder / "learned"),
+        ComputeResources(device="cpu"),
+    )
 
     def rows(name: str, layers: list[int]) -> np.ndarray:
         return learned.vectors[name][[layer - 1 for layer in layers]]
