@@ -30,7 +30,13 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from vllm_steer.offline.demo import demo_model_path
-from vllm_steer.offline.extract.capture import PATHS, REFERENCE, CapturePath, capture
+from vllm_steer.offline.extract.capture import (
+    PATHS,
+    REFERENCE,
+    CaptureOptions,
+    CapturePath,
+    capture,
+)
 from vllm_steer.offline.extract.learning import ConceptLearner, Plan
 from vllm_steer.offline.extract.settings import ExtractionSettings
 from vllm_steer.offline.models.batches import shared_length
@@ -235,7 +241,7 @@ def forward_peak(layers: int, path: CapturePath | None) -> float:
                     output_hidden_states=True,
                 )
         else:
-            capture(model, given, candidates=4, batch_size=4, path=path)
+            capture(model, given, candidates=4, batch_size=4, options=CaptureOptions(path))
 
     # What the first pass sets up is no memory of the pass.
     once([RenderedPrompt("", prompt.token_ids[:24], (2, 20)) for prompt in prompts])

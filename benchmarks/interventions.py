@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.report import environment, show, write_json
-from vllm_steer.engine.bank import SteeringBank
+from vllm_steer.engine.bank import BankShape, SteeringBank
 from vllm_steer.engine.blocks import hook_blocks
 from vllm_steer.engine.row_values import row_values
 from vllm_steer.offline.demo import demo_model_path
@@ -212,13 +212,9 @@ def _drift(
     )
     (segment,) = resolve(bind(request, registry), len(token_ids)).segments
     bank = SteeringBank(
-        layers,
-        2,
-        config.hidden_size,
-        len(token_ids),
+        BankShape(tuple(layers), 2, config.hidden_size, len(token_ids), PLANE_RANK),
         torch.float32,
         torch.device("cpu"),
-        PLANE_RANK,
     )
     bank.write_row(
         1, row_values(segment, bank.index, PLANE_RANK, config.hidden_size, registry.by_digest)

@@ -26,7 +26,7 @@ from vllm_steer.offline.estimators.labels import (
     soft_labels,
 )
 from vllm_steer.offline.estimators.rfm import RfmOptions
-from vllm_steer.offline.extract.capture import Captured, capture
+from vllm_steer.offline.extract.capture import Captured, CaptureOptions, capture
 from vllm_steer.offline.extract.enrichment import PermutationTest
 from vllm_steer.offline.models.loading import load_config, load_model, model_identity
 from vllm_steer.offline.models.prompts import count_candidates, render_prompt
@@ -34,6 +34,7 @@ from vllm_steer.packs.pack import (
     DirectionRecord,
     MethodRecord,
     ModelIdentity,
+    PackContent,
     SteeringPack,
     write_pack,
 )
@@ -122,7 +123,8 @@ def see(
         prompts = [render_prompt(tokenizer, statement, wanted) for statement in statements]
         longest = max(len(prompt.token_ids) for prompt in prompts)
         test = PermutationTest(_PERMUTATIONS, 0, longest) if wanted else None
-        return capture(model, prompts, candidates=candidates, batch_size=_BATCH, permutations=test)
+        options = CaptureOptions(permutations=test)
+        return capture(model, prompts, candidates=candidates, batch_size=_BATCH, options=options)
 
     prefixed = {
         concept: run(positives, prefix(concept)) for concept in tqdm(concepts, desc="prompts")
@@ -163,18 +165,20 @@ def _write(seen: Seen, arm: Arm, path: Path, seed: int) -> SteeringPack:
         )
     return write_pack(
         path,
-        name=arm.name,
-        model=seen.identity,
-        directions=records,
-        vectors=vectors,
-        method=MethodRecord(
-            name="benchmark",
-            settings={"arm": arm.name},
-            libraries={},
-            seed=seed,
-            data_sha256="0" * 64,
+        PackContent(
+            name=arm.name,
+            model=seen.identity,
+            directions=records,
+            vectors=vectors,
+            method=MethodRecord(
+                name="benchmark",
+                settings={"arm": arm.name},
+                libraries={},
+                seed=seed,
+                data_sha256="0" * 64,
+            ),
+            residual_norms=dict(enumerate(seen.unprefixed.residual_norms.tolist())),
         ),
-        residual_norms=dict(enumerate(seen.unprefixed.residual_norms.tolist())),
     )
 
 

@@ -34,6 +34,7 @@ from vllm_steer.offline.extract.block_choice import choose_blocks, seeing_blocks
 from vllm_steer.offline.extract.capture import (
     REFERENCE,
     Captured,
+    CaptureOptions,
     CapturePath,
     capture,
     choose_path,
@@ -213,10 +214,7 @@ class ConceptLearner:
             prompts,
             candidates=self._plan.candidates,
             batch_size=self._plan.settings.batch_size,
-            path=self._path,
-            permutations=test,
-            final_norm=self._plan.settings.compat,
-            progress=name,
+            options=CaptureOptions(self._path, test, self._plan.settings.compat, name),
         )
 
     def _token_choice(self, prompts: int) -> TokenChoice | None:

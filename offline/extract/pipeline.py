@@ -39,7 +39,7 @@ from vllm_steer.offline.models.loading import (
 )
 from vllm_steer.offline.models.prompts import AnswerPair, Concept, count_candidates
 from vllm_steer.offline.questions.everyday import everyday_questions
-from vllm_steer.packs.pack import MethodRecord, SteeringPack, load_pack, write_pack
+from vllm_steer.packs.pack import MethodRecord, PackContent, SteeringPack, load_pack, write_pack
 
 __all__ = [
     "ComputeResources",
@@ -160,12 +160,14 @@ def extract_pack(
     _say_unvalidated(learned)
     pack = write_pack(
         target.path,
-        name=target.name,
-        model=identity,
-        directions=learned_records(records, learned, method, target.default_scales is not None),
-        vectors=learned_vectors(learned),
-        method=_method(plan, learned),
-        residual_norms=dict(enumerate(next(iter(learned.values())).residual_norms)),
+        PackContent(
+            name=target.name,
+            model=identity,
+            directions=learned_records(records, learned, method, target.default_scales is not None),
+            vectors=learned_vectors(learned),
+            method=_method(plan, learned),
+            residual_norms=dict(enumerate(next(iter(learned.values())).residual_norms)),
+        ),
     )
     if settings.learn_from == "prompts":
         write_figures(pack.path, _figures(learned))

@@ -37,6 +37,7 @@ from vllm_steer.operations import Gate
 from vllm_steer.packs.pack import (
     DirectionRecord,
     FormChoice,
+    PackContent,
     Prefix,
     SteeringPack,
     load_pack,
@@ -97,12 +98,14 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> SteeringPack:
     ]  # fmt: skip
     return write_pack(
         folder / "mixed",
-        name="mixed",
-        model=learned.manifest.model,
-        directions=[each for each, _ in directions],
-        vectors={each.name: vector for each, vector in directions},
-        method=learned.manifest.method,
-        residual_norms={int(k): norm for k, norm in learned.manifest.residual_norms.items()},
+        PackContent(
+            name="mixed",
+            model=learned.manifest.model,
+            directions=[each for each, _ in directions],
+            vectors={each.name: vector for each, vector in directions},
+            method=learned.manifest.method,
+            residual_norms={int(k): norm for k, norm in learned.manifest.residual_norms.items()},
+        ),
     )
 
 
@@ -306,10 +309,9 @@ def only(pack: SteeringPack, name: str, out: Path, **changes: Any) -> SteeringPa
     """A pack of one of its directions, under its name."""
     record = pack.directions[name].model_copy(update=changes)
     return write_pack(
-        out, name=pack.name, model=pack.manifest.model, directions=[record],
+        out, PackContent(name=pack.name, model=pack.manifest.model, directions=[record],
         vectors={name: pack.vectors[name]}, method=pack.manifest.method,
-        residual_norms={int(k): norm for k, norm in pack.manifest.residual_norms.items()},
-    )  # fmt: skip
+        residual_norms={int(k): norm for k, norm in pack.manifest.residual_norms.items()}))  # fmt: skip
 
 
 def test_a_calibration_that_was_killed_goes_on(

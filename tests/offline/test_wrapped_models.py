@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from tests.offline.wrapped_models import FAMILIES, TEXT, wrapped
 from vllm_steer.errors import ExtractionError, PackError
-from vllm_steer.offline.convert.packs import import_pack
+from vllm_steer.offline.convert.packs import ImportTarget, VectorSource, import_pack
 from vllm_steer.offline.extract.data import ComputeResources, ExtractionData, PackTarget
 from vllm_steer.offline.extract.pipeline import extract_pack
 from vllm_steer.offline.extract.settings import ExtractionSettings
@@ -163,8 +163,9 @@ def test_vectors_of_other_tools_are_imported_for_it(
 ) -> None:
     torch.save({1: torch.ones(32)}, tmp_path / "v.pt")
     pack = import_pack(
-        [("one", tmp_path / "v.pt")], name="p", model_path=folders[0], out_dir=tmp_path / "p",
-        scale=1.0, safe_scale=1.0,
-    )  # fmt: skip
+        [VectorSource("one", tmp_path / "v.pt")],
+        ImportTarget("p", tmp_path / "p", 1.0, 1.0),
+        folders[0],
+    )
     for folder in folders:
         PackRegistry([pack]).check_model(**served(folder))

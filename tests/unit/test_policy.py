@@ -25,7 +25,7 @@ from vllm_steer.request.schema import SteeringRequest, parse
 from vllm_steer.serving.admission import Wanted
 from vllm_steer.serving.http_context import HttpContext, current_http_context
 from vllm_steer.serving.policy import Policy, load_policy
-from vllm_steer.serving.receipt import MAX_HEADER, Receipt
+from vllm_steer.serving.receipt import MAX_HEADER, LimitedPlan, Receipt
 
 KEY = "a" * 64
 
@@ -95,7 +95,7 @@ def test_count_of_steered_tokens(
     registry = PackRegistry([pack_at("p", {"a": [0]})])
     plan = plan_of(registry, directions=[{"name": "a"}], positions=positions)
     assert count_steered(plan, 15) == count
-    receipt = Receipt.of(plan, names_of(registry, ["a"]), 10, 2, 0.2, 1.0)
+    receipt = Receipt.of(LimitedPlan(plan, 0.2), names_of(registry, ["a"]), 10, 2)
     receipt.answered.update({0: 6, 1: 6})
     assert receipt.tokens_steered(0) == count
     assert receipt.tokens_steered() == 2 * count
@@ -105,7 +105,7 @@ def test_headers_stay_short(pack_at: Callable[..., SteeringPack]) -> None:
     names = [f"a rather long name of a direction {number}" for number in range(64)]
     registry = PackRegistry([pack_at("p", dict.fromkeys(names, [0]))])
     plan = plan_of(registry, directions=[{"name": name} for name in names])
-    header = Receipt.of(plan, names_of(registry, names), 10, 1, 1.0, 1.0).to_header()
+    header = Receipt.of(LimitedPlan(plan, 1.0), names_of(registry, names), 10).to_header()
     assert len(header) <= MAX_HEADER
     assert header.endswith(", ...")
     assert header.isascii()

@@ -13,7 +13,7 @@ from vllm_steer.config import ResolvedConfig, resolved_config
 from vllm_steer.engine import runner_v1, runner_v2
 from vllm_steer.engine.residual_selftest import check_residuals
 from vllm_steer.engine.selftest import run_self_test
-from vllm_steer.engine.worker import WorkerSteering
+from vllm_steer.engine.worker import RunnerFacts, WorkerSteering
 from vllm_steer.vllm_compat import patched_symbols as symbols
 from vllm_steer.vllm_compat import patches
 from vllm_steer.vllm_compat.model_shape import model_shape, resolved_dtype
@@ -85,9 +85,7 @@ def _steer(runner: V1Runner | V2Runner, worker: Worker, config: ResolvedConfig) 
     if worker.device is None:
         raise RuntimeError("the model was loaded before its device was initialised")
     shape = model_shape(runner.model_config)
-    return WorkerSteering(
-        config,
-        runner.get_model(),
+    facts = RunnerFacts(
         num_layers=shape["num_layers"],
         hidden_size=shape["hidden_size"],
         max_num_tokens=runner.max_num_tokens,
@@ -95,3 +93,4 @@ def _steer(runner: V1Runner | V2Runner, worker: Worker, config: ResolvedConfig) 
         device=worker.device,
         speculative=worker.vllm_config.speculative_config is not None,
     )
+    return WorkerSteering(config, runner.get_model(), facts)

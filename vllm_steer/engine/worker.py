@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import nn
 
 from vllm_steer import log
 from vllm_steer.config import ResolvedConfig
-from vllm_steer.engine.bank import SteeringBank
+from vllm_steer.engine.bank import BankShape, SteeringBank
 from vllm_steer.engine.blocks import find_blocks, hook_blocks, hook_finite
 from vllm_steer.engine.finite import overflows
 from vllm_steer.engine.row_values import RowValues, row_values
@@ -33,6 +34,27 @@ if TYPE_CHECKING:
 PROBE_ROW = 1
 
 
+@dataclass(frozen=True)
+class RunnerFacts:
+    """What steering needs to know of a worker's model runner.
+
+    Attributes:
+        num_layers: Decoder blocks of the whole model.
+        hidden_size: Width of the residual stream.
+        max_num_tokens: Most tokens of a step, padding included.
+        dtype: Model dtype.
+        device: Device of the model.
+        speculative: Whether steps have drafts that may be rejected.
+    """
+
+    num_layers: int
+    hidden_size: int
+    max_num_tokens: int
+    dtype: torch.dtype
+    device: torch.device
+    speculative: bool
+
+
 class WorkerSteering:
     """Everything that steers the model of one worker.
 
@@ -42,57 +64,43 @@ class WorkerSteering:
         blocks: Each of them with its block.
     """
 
-    def __init__(
-        self,
-        config: ResolvedConfig,
-        model: nn.Module,
-        *,
-        num_layers: int,
-        hidden_size: int,
-        max_num_tokens: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        speculative: bool,
-    ) -> None:
+    def __init__(self, config: ResolvedConfig, model: nn.Module, runner: RunnerFacts) -> None:
         """Loads the packs, allocates the bank and hooks the blocks.
 
         Args:
             config: The engine's steering configuration.
             model: The model as loaded, before it is compiled or profiled.
-            num_layers: Decoder blocks of the whole model.
-            hidden_size: Width of the residual stream.
-            max_num_tokens: Most tokens that a step can hold, padding included.
-            dtype: Model dtype.
-            device: Device of the model.
-            speculative: Whether steps hold drafts that may be rejected.
+            runner: Its runner.
 
         Raises:
             PackError: The packs on disk are not those that the engine was configured with.
             CompatibilityError: The model's blocks cannot be found.
         """
         self._store = configured_store(config)
-        blocks = find_blocks(model, num_layers)
+        blocks = find_blocks(model, runner.num_layers)
         present = [(layer, blocks[layer]) for layer in config.layers if _is_present(blocks[layer])]
         self.blocks = tuple(present)
         self.layers = tuple(layer for layer, _ in present)
         self.bank = SteeringBank(
-            self.layers,
-            config.rows,
-            hidden_size,
-            max_num_tokens,
-            dtype,
-            device,
-            rank=config.rank if config.ops == "affine" else 0,
+            BankShape(
+                self.layers,
+                config.rows,
+                runner.hidden_size,
+                runner.max_num_tokens,
+                rank=config.rank if config.ops == "affine" else 0,
+            ),
+            runner.dtype,
+            runner.device,
         )
         self._planner = TokenRowMapper(
-            config.rows, self.bank.rank, starts_are_exact=not speculative
+            config.rows, self.bank.rank, starts_are_exact=not runner.speculative
         )
-        self._watch = TriggerWatch(device)
+        self._watch = TriggerWatch(runner.device)
         self._probing, self._probe_factor = False, 1.0
         self._steps, self._seconds = 0, 0.0
         hook_blocks(present, self.bank)
-        if overflows(dtype):
-            after = range(config.layers[0], num_layers)
+        if overflows(runner.dtype):
+            after = range(config.layers[0], runner.num_layers)
             hook_finite(blocks[layer] for layer in after if _is_present(blocks[layer]))
         log.WORKER_READY.write(
             layers=list(self.layers),

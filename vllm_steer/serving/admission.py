@@ -38,7 +38,7 @@ from vllm_steer.request.schema import (
 from vllm_steer.serving import metrics
 from vllm_steer.serving.http_context import HttpContext, current_http_context
 from vllm_steer.serving.policy import Policy, load_policy
-from vllm_steer.serving.receipt import Receipt
+from vllm_steer.serving.receipt import LimitedPlan, Receipt
 from vllm_steer.serving.refusals import as_http_400
 from vllm_steer.vllm_compat.attached import Attached
 from vllm_steer.vllm_compat.model_shape import dtype_name, model_shape
@@ -221,13 +221,14 @@ class Admission:
             bound = bind(wanted.request, registry, partial(self._check_allowed, key_digest))
             plan = resolve(bound, prompt_len, self._max_len)
             check_capacity(plan, self.config)
-            plan, dose, factor = self._limit_dose(plan, registry)
+            limited = self._limit_dose(plan, registry)
+            plan = limited.plan
             check_distance(plan, registry, self._dtype)
             if not wanted.is_default:
                 _check_reached(plan, prompt_len, sampling_params)
             strengths = strengths_of(bound, plan)
         answers = getattr(sampling_params, "n", None) or 1
-        receipt = Receipt.of(plan, bound.names, prompt_len, answers, dose, factor, strengths)
+        receipt = Receipt.of(limited, bound.names, prompt_len, answers, strengths)
         return AdmittedPlan(wanted, receipt)
 
     def _announce(self, config: ResolvedConfig, registry: PackRegistry) -> None:
@@ -256,12 +257,10 @@ class Admission:
                 f"{field}: this API key may not use {name!r}; ask the server's operator for it"
             )
 
-    def _limit_dose(
-        self, plan: SteeringPlan, registry: PackRegistry
-    ) -> tuple[SteeringPlan, float, float]:
+    def _limit_dose(self, plan: SteeringPlan, registry: PackRegistry) -> LimitedPlan:
         dose, limit = relative_dose(plan, registry), self.policy.max_dose
         if limit is None or dose <= limit:
-            return plan, dose, 1.0
+            return LimitedPlan(plan, dose)
         if self.policy.dose_action == "reject":
             raise DoseError(
                 f"{REQUEST_KEY}.directions: together they have a dose of {dose:.4g}, this server allows {limit:g}; lower "
@@ -274,7 +273,7 @@ class Admission:
                 f"scale does not weaken op clamp, rotate or angle, so nothing was lowered"
             )
         # Rounding may leave it a little above.
-        return weaker, min(limit, relative_dose(weaker, registry)), limit / dose
+        return LimitedPlan(weaker, min(limit, relative_dose(weaker, registry)), limit / dose)
 
 
 def _check_reached(

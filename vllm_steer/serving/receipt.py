@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from vllm_steer.plan.steering_plan import ADDITION, SteeringPlan, Term, count_steered
@@ -28,6 +28,20 @@ RECEIPT_FIELDS = {
     "tokens_steered": "Tokens that went through the model at steered positions, of prompt and answers; the last "
     "token of an answer does not.",
 }
+
+
+class LimitedPlan(NamedTuple):
+    """A plan whose dose the server allows.
+
+    Attributes:
+        plan: The plan, its scales lowered where the policy says so.
+        dose: Its largest dose over the positions.
+        factor: What all scales were multiplied by; 1 when the request's own were kept.
+    """
+
+    plan: SteeringPlan
+    dose: float
+    factor: float = 1.0
 
 
 @dataclass(eq=False)
@@ -59,17 +73,16 @@ class Receipt:
     @classmethod
     def of(
         cls,
-        plan: SteeringPlan,
+        limited: LimitedPlan,
         names: Mapping[str, str],
         prompt_len: int,
-        num_choices: int,
-        dose: float,
-        clamped: float,
+        num_choices: int = 1,
         strengths: Mapping[Term, float] | None = None,
     ) -> Receipt:
         """Makes the receipt of a plan; ``names`` has those of its directions, by digest."""
+        plan, dose, factor = limited
         kept = {digest: name for digest, name in names.items() if digest in plan.digests}
-        return cls(plan, kept, prompt_len, num_choices, dose, clamped, strengths or {})
+        return cls(plan, kept, prompt_len, num_choices, dose, factor, strengths or {})
 
     def count(self, choice: int, tokens: Sequence[int], before: int) -> None:
         """Counts tokens of an answer.

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from vllm_steer.errors import PackError, RequestError
 from vllm_steer.fields import LayerIndex
 from vllm_steer.packs.manifest import DirectionRecord, MethodRecord
-from vllm_steer.packs.pack import SteeringPack, write_pack
+from vllm_steer.packs.pack import PackContent, SteeringPack, write_pack
 from vllm_steer.packs.strict_json import parse_json
 from vllm_steer.packs.tensor_file import MAX_HEADER_BYTES, MAX_HEADER_VALUES, read_tensors
 
@@ -57,14 +57,16 @@ def write_upload(
         vectors, digest = read_tensors(io.BytesIO(body), len(body), shapes)
         return write_pack(
             root,
-            name=name,
-            model=model,
-            directions=[_record(direction, layers) for direction in names],
-            vectors=vectors,
-            method=MethodRecord(
-                name="uploaded", settings={}, libraries={}, seed=0, data_sha256=digest
+            PackContent(
+                name=name,
+                model=model,
+                directions=[_record(direction, layers) for direction in names],
+                vectors=vectors,
+                method=MethodRecord(
+                    name="uploaded", settings={}, libraries={}, seed=0, data_sha256=digest
+                ),
+                residual_norms=norms,
             ),
-            residual_norms=norms,
         )
     except (ValueError, PackError) as error:
         # Where the server keeps it is nothing for the client.

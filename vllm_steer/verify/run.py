@@ -29,7 +29,7 @@ from vllm_steer.verify.checks import (
     without_plugin,
 )
 from vllm_steer.verify.compare import Difference, tolerance
-from vllm_steer.verify.process import PLUGINS, ROOM, Answer, EngineProcess
+from vllm_steer.verify.process import PLUGINS, ROOM, Answer, EngineProcess, ProcessOptions
 from vllm_steer.verify.report import Check, Report, failed, judged, not_checked
 
 START = "start"
@@ -256,7 +256,7 @@ def _engine(
         # One process for front end and engine, so that all of it stops while the other is timed.
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     arguments = plan.arguments(steered, **more)
-    engine = EngineProcess(name, arguments, environment, pausing=pausing)
+    engine = EngineProcess(name, arguments, environment, ProcessOptions(pausing=pausing))
     try:
         yield engine
     finally:
