@@ -37,7 +37,7 @@ from vllm_steer.offline.extract.capture import (
     CapturePath,
     capture,
 )
-from vllm_steer.offline.extract.learning import ConceptLearner, Plan
+from vllm_steer.offline.extract.learning import ConceptLearner, ExtractionJob
 from vllm_steer.offline.extract.settings import ExtractionSettings
 from vllm_steer.offline.models.batches import shared_length
 from vllm_steer.offline.models.prompts import (
@@ -194,7 +194,7 @@ def pipeline(path: Path, concepts: Sequence[str], count: int) -> Run:
     tokenizer = AutoTokenizer.from_pretrained(path)
     layers = LlamaConfig.from_pretrained(path).num_hidden_layers
     positives, negatives = sides(count)
-    plan = Plan(
+    job = ExtractionJob(
         model_path=str(path),
         settings=ExtractionSettings(),
         layers=tuple(range(1, layers)),
@@ -206,7 +206,7 @@ def pipeline(path: Path, concepts: Sequence[str], count: int) -> Run:
         workers=1,
     )
     start = time.perf_counter()
-    learner = ConceptLearner(plan, tokenizer)
+    learner = ConceptLearner(job, tokenizer)
     shared = time.perf_counter() - start
     reset_peak()
     before, start = resident_mib(), time.perf_counter()

@@ -85,7 +85,7 @@ REQUEST = Event(
     logging.INFO,
     "with `--enable-log-requests`, at the end of each steered prompt: `request_id`, `outcome` (finished, aborted, "
     "error) and `reason` (class of the error), `directions` with scales, strengths, digests and forms, `dose`, "
-    "`clamped_by`, `tokens_steered` and `key`",
+    "`dose_factor`, `tokens_steered` and `key`",
 )
 REFUSED = Event(
     "refused",

@@ -38,7 +38,7 @@ def register() -> None:
             "steering; unset it or uninstall vllm-steer"
         )
     versions.check()
-    from vllm_steer.engine import compile_cache, holds, intake, pack_updates
+    from vllm_steer.engine import compile_cache, content_pins, intake, pack_updates
     from vllm_steer.engine.prefix_cache import steered_extra_keys
     from vllm_steer.serving import (
         admission,
@@ -72,7 +72,7 @@ def register() -> None:
     patches.patch(symbols.EXTRA_HASH_KEYS, steered_extra_keys)
     patches.patch(symbols.INITIALIZE_KV_CACHES, intake.read_packs)
     patches.patch(symbols.PREPROCESS_ADD_REQUEST, intake.check_intake)
-    patches.patch(symbols.FREE_REQUEST, holds.release_held)
+    patches.patch(symbols.FREE_REQUEST, content_pins.unpin_freed)
     pack_updates.install()
     patches.patch(symbols.INIT_DEVICE, _attach)
     patches.patch(symbols.START_ENGINE_CORES, failures.name_file)

@@ -25,7 +25,7 @@ from vllm_steer.offline.extract.answer_generation import AnswerSettings, concept
 from vllm_steer.offline.extract.answers import ConceptAnswers
 from vllm_steer.offline.extract.data import ComputeResources, ExtractionData, PackTarget
 from vllm_steer.offline.extract.figures import FIGURES_FILE, Figures, write_figures
-from vllm_steer.offline.extract.learning import Learned, Plan
+from vllm_steer.offline.extract.learning import ExtractionJob, Learned
 from vllm_steer.offline.extract.methods import METHODS
 from vllm_steer.offline.extract.parts import Parts, answers_directory, library_versions
 from vllm_steer.offline.extract.records import learned_records, learned_vectors, records_of
@@ -136,7 +136,7 @@ def extract_pack(
                 asked.stopping[: settings.stopping_questions],
                 AnswerSettings(settings.answer_length, settings.prefix_role, settings.answer_share),
             )
-    plan = Plan(
+    job = ExtractionJob(
         model_path=str(model_path),
         settings=settings,
         layers=tuple(layers),
@@ -151,10 +151,10 @@ def extract_pack(
         answers=answers,
     )
     if settings.token != "attention":
-        fixed_tokens(settings.token, text.num_hidden_layers, plan.candidates)
+        fixed_tokens(settings.token, text.num_hidden_layers, job.candidates)
     identity = model_identity(model_path, config, tokenizer)
-    parts = Parts(target.path, plan, identity.model_dump())
-    learned, failures = _learn(plan, concepts, parts, resources.shards)
+    parts = Parts(target.path, job, identity.model_dump())
+    learned, failures = _learn(job, concepts, parts, resources.shards)
     if not learned:
         raise ExtractionError(_failure_text(failures, len(concepts)))
     _say_unvalidated(learned)
@@ -165,7 +165,7 @@ def extract_pack(
             model=identity,
             directions=learned_records(records, learned, method, target.default_scales is not None),
             vectors=learned_vectors(learned),
-            method=_method(plan, learned),
+            method=_method(job, learned),
             residual_norms=dict(enumerate(next(iter(learned.values())).residual_norms)),
         ),
     )
@@ -184,7 +184,7 @@ def extract_pack(
 
 
 def _learn(
-    plan: Plan, concepts: Sequence[Concept], parts: Parts, shards: Shards
+    job: ExtractionJob, concepts: Sequence[Concept], parts: Parts, shards: Shards
 ) -> tuple[dict[str, Learned], dict[str, str]]:
     """Returns what each concept gave, in the order of the concepts, and why the others failed."""
     results: dict[str, Learned] = {}
@@ -198,7 +198,7 @@ def _learn(
     with tqdm(
         total=len(concepts), initial=len(results), desc="concepts", unit="concept"
     ) as progress:
-        for index, result in learn_all(plan, left, shards):
+        for index, result in learn_all(job, left, shards):
             name, prefix = left[index]
             if isinstance(result, Learned):
                 parts.save(name, prefix, result)
@@ -246,13 +246,13 @@ def _layers(settings: ExtractionSettings, blocks: int) -> list[int]:
     return layers
 
 
-def _method(plan: Plan, learned: Mapping[str, Learned]) -> MethodRecord:
+def _method(job: ExtractionJob, learned: Mapping[str, Learned]) -> MethodRecord:
     """Returns how the directions were learned."""
-    settings = plan.settings
+    settings = job.settings
     digest = hashlib.sha256()
     for concept in learned.values():
         digest.update(bytes.fromhex(concept.prompts_sha256))
-    resolved: dict[str, Any] = {"layers": list(plan.layers), "candidate_tokens": plan.candidates}
+    resolved: dict[str, Any] = {"layers": list(job.layers), "candidate_tokens": job.candidates}
     device = next(iter(learned.values())).device
     return MethodRecord(
         name=settings.method

@@ -252,7 +252,7 @@ def test_results_do_not_depend_on_padding_or_on_the_batch(tiny_model, prompts):
 def test_residual_norms_are_medians_over_real_tokens_but_each_prompts_first(
     tiny_model, prompts, reference, path
 ):
-    given = {"candidates": CANDIDATES, "batch_size": 4, "path": path}
+    given = {"candidates": CANDIDATES, "batch_size": 4, "options": CaptureOptions(path)}
     norms = capture(tiny_model, prompts, **given).residual_norms
     tokens = torch.cat([output.hidden_states[1][0, 1:] for output in reference]).norm(dim=-1)
     assert norms[0] == pytest.approx(np.median(tokens), rel=1e-5)

@@ -38,7 +38,7 @@ def server(
     policy = {
         "aliases": {"cheerful": CALM},
         "max_dose": 3.0,
-        "dose_action": "clamp",
+        "dose_action": "reduce",
         "keys": {hashlib.sha256(KEY.encode()).hexdigest(): ["*"], "*": ["moods/*"]},
     }
     (folder / "policy.json").write_text(json.dumps(policy))
@@ -99,7 +99,7 @@ def test_receipts(client: OpenAI, packs: list[SteeringPack]) -> None:
     assert receipt["positions"] == [{"start": prompt, "end": None, "directions": [0, 1]}]
     # The model never reads the last token.
     assert receipt["tokens_steered"] == response.usage.completion_tokens - 1 == TOKENS - 1
-    assert receipt["clamped_by"] == 1.0
+    assert receipt["dose_factor"] == 1.0
     raw = client.chat.completions.with_raw_response.create(
         model=SERVED_NAME,
         messages=[{"role": "user", "content": TEXTS[0]}],
@@ -174,9 +174,9 @@ def test_too_strong_a_dose_is_lowered(client: OpenAI) -> None:
     strong = {"directions": [{"name": "moods/cheerful", "scale": 500.0}]}
     (receipt,) = (response := chat(client, TEXTS[0], steering=strong)).model_extra["steering"]
     assert receipt["dose"] == pytest.approx(3.0)
-    assert receipt["clamped_by"] < 1
+    assert receipt["dose_factor"] < 1
     scale = receipt["directions"][0]["scale"]
-    assert scale == pytest.approx(500 * receipt["clamped_by"])
+    assert scale == pytest.approx(500 * receipt["dose_factor"])
     asked = {"directions": [{"name": "moods/cheerful", "scale": scale}]}
     assert text_of(response) == text_of(chat(client, TEXTS[0], steering=asked))
 

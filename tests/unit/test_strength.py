@@ -160,9 +160,9 @@ def test_the_receipt_has_the_strength_where_there_is_one(pack: SteeringPack) -> 
 
 
 def test_the_receipt_has_the_strength_that_was_carried_out(pack: SteeringPack) -> None:
-    receipt = receipt_of(pack, {"name": "add", "strength": 4.0}, max_dose=1.0, dose_action="clamp")
+    receipt = receipt_of(pack, {"name": "add", "strength": 4.0}, max_dose=1.0, dose_action="reduce")
     (direction,) = receipt["directions"]
-    assert receipt["clamped_by"] == pytest.approx(1.0 / 2.5)
+    assert receipt["dose_factor"] == pytest.approx(1.0 / 2.5)
     assert direction["strength"] == pytest.approx(1.6)
     assert direction["scale"] == pytest.approx(-4.0)
 

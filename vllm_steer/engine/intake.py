@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from vllm_steer.config import ResolvedConfig, resolved_config
-from vllm_steer.engine.holds import HOLDS
+from vllm_steer.engine.content_pins import PINS
 from vllm_steer.engine.token_rows import NO_END
 from vllm_steer.errors import ConfigError, RequestError
 from vllm_steer.packs.store import PackStore, configured_store
@@ -58,14 +58,14 @@ def check_intake(original: Callable[..., R]) -> Callable[..., R]:
         config = core_config(self)
         if config is None:
             raise RequestError("a steered request reached an engine without steering")
-        # Held before it is looked for, so that it cannot go in between.
-        HOLDS.hold(request.request_id, plan.digests)
+        # Pinned before it is looked for, so that it cannot go in between.
+        PINS.pin(request.request_id, plan.digests)
         try:
             dtype = dtype_name(self.vllm_config.model_config.dtype)
             check_plan(plan, config, core_store(self), dtype)
             return original(self, request)
         except BaseException:
-            HOLDS.release(request.request_id)
+            PINS.unpin(request.request_id)
             raise
 
     return preprocess_add_request
@@ -103,9 +103,9 @@ def check_plan(plan: SteeringPlan, config: ResolvedConfig, store: PackStore, dty
     Raises:
         RequestError: They cannot.
     """
-    if len({segment.until for segment in plan.segments}) > 1:
+    if len({segment.stop for segment in plan.segments}) > 1:
         raise RequestError("the steering plan's segments have different triggers")
-    _check_until(plan.until)
+    _check_stop(plan.stop)
     if len(plan.segments) > MAX_SEGMENTS:
         raise RequestError(f"the steering plan has more than {MAX_SEGMENTS} ranges")
     position = 0
@@ -145,13 +145,13 @@ def _check_numbers(term: Term) -> None:
         raise RequestError("a number of the steering plan is not finite")
 
 
-def _check_until(until: StopTokens | None) -> None:
-    """Raises RequestError where a worker could not hold the triggers."""
-    if until is None:
+def _check_stop(stop: StopTokens | None) -> None:
+    """Raises RequestError where a worker could not take the triggers."""
+    if stop is None:
         return
-    numbers = (until.origin, *until.tokens)
+    numbers = (stop.origin, *stop.tokens)
     fit = all(isinstance(number, int) and 0 <= number < 2**31 for number in numbers)
-    if not fit or not 1 <= len(until.tokens) <= MAX_TRIGGERS:
+    if not fit or not 1 <= len(stop.tokens) <= MAX_TRIGGERS:
         raise RequestError(
             f"the steering plan's triggers must be 1 to {MAX_TRIGGERS} token ids and a position"
         )

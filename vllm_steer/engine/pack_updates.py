@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm_steer.config import resolved_config
-from vllm_steer.engine.holds import HOLDS
+from vllm_steer.engine.content_pins import PINS
 from vllm_steer.engine.intake import core_store
 from vllm_steer.engine.staging import drop_staged, stage, staged_pack
 from vllm_steer.errors import ConfigError
@@ -57,7 +57,7 @@ def _core_forget(self: EngineCore, digests: list[str], names: list[str]) -> None
     """
     store, let_go = core_store(self), _LET_GO.get_or_make(self, set)
     let_go.update(digests)
-    dropped = HOLDS.drop_unheld(let_go, lambda unheld: _forget(store, unheld, names))
+    dropped = PINS.drop_unpinned(let_go, lambda unpinned: _forget(store, unpinned, names))
     let_go -= dropped
     self.model_executor.collective_rpc(forget_in_worker, args=(sorted(dropped), names))
 

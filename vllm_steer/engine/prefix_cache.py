@@ -49,9 +49,9 @@ def steered_extra_keys(original: ExtraKeys) -> ExtraKeys:
         for segment in plan.segments if plan is not None else ():
             first = max(segment.start, start)
             last = end if segment.end is None else min(segment.end, end)
-            if segment.until is not None:
-                stop = _first_trigger(request, segment.until, end)
-                last = last if stop is None else min(last, stop + 1)
+            if segment.stop is not None:
+                trigger = _first_trigger(request, segment.stop, end)
+                last = last if trigger is None else min(last, trigger + 1)
             if first < last:
                 # vLLM publishes key[1] of each tuple in its cache events, so it stays a string.
                 keys = [*keys, ("steering", f"{segment.key}:{first - start}:{last - start}")]
@@ -60,14 +60,14 @@ def steered_extra_keys(original: ExtraKeys) -> ExtraKeys:
     return extra_keys
 
 
-def _first_trigger(request: Request, until: StopTokens, end: int) -> int | None:
+def _first_trigger(request: Request, stop: StopTokens, end: int) -> int | None:
     """Position of the first trigger among a request's tokens before ``end``.
 
     It is asked for block after block of a request whose tokens grow at the end alone, so each is looked at once.
     """
-    seen, found = _SEARCHED.get(request) or _Searched(until.origin, None)
+    seen, found = _SEARCHED.get(request) or _Searched(stop.origin, None)
     if found is None and seen < end:
         tokens = request.all_token_ids
-        found = next((at for at in range(seen, end) if tokens[at] in until.tokens), None)
+        found = next((at for at in range(seen, end) if tokens[at] in stop.tokens), None)
         _SEARCHED.set(request, _Searched(end, found))
     return found if found is not None and found < end else None

@@ -123,8 +123,8 @@ class WorkerSteering:
         self.remove_request(request_id)
         if plan is not None:
             self._planner.add(request_id, plan)
-            if plan.until is not None:
-                self._watch.add(request_id, plan.until, tokens)
+            if plan.stop is not None:
+                self._watch.add(request_id, plan.stop, tokens)
 
     def remove_request(self, request_id: str) -> None:
         """Forgets a request."""

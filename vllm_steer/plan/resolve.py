@@ -62,11 +62,11 @@ def resolve(bound: BoundRequest, prompt_len: int, max_len: int | None = None) ->
         if not _is_idle(term):
             spans.append((ranges, term))
     triggers = request.until_token_ids
-    until = StopTokens(prompt_len, tuple(triggers)) if triggers else None
-    return SteeringPlan(tuple(_segments(spans, until)))
+    stop = StopTokens(prompt_len, tuple(triggers)) if triggers else None
+    return SteeringPlan(tuple(_segments(spans, stop)))
 
 
-def _segments(spans: Sequence[_Span], until: StopTokens | None) -> list[Segment]:
+def _segments(spans: Sequence[_Span], stop: StopTokens | None) -> list[Segment]:
     """Cuts overlapping ranges into disjoint ones; neighbours with equal sums become one.
 
     Raises:
@@ -96,9 +96,9 @@ def _segments(spans: Sequence[_Span], until: StopTokens | None) -> list[Segment]
             )
         if not here:
             continue
-        segment = Segment(start, end, here, until)
+        segment = Segment(start, end, here, stop)
         if segments and segments[-1].end == start and segments[-1].key == segment.key:
-            segment = Segment(segments.pop().start, end, here, until)
+            segment = Segment(segments.pop().start, end, here, stop)
         segments.append(segment)
     if len(segments) > MAX_SEGMENTS:
         raise RequestError(

@@ -110,14 +110,14 @@ class Segment:
         start: First position.
         end: Position after the last one; None has no end.
         terms: The terms in canonical order, at least one.
-        until: Generated tokens after which the range ends early. It is no part of the identity:
+        stop: Generated tokens after which the range ends early. It is no part of the identity:
             two requests whose ranges end at the same position are equal there.
     """
 
     start: int
     end: int | None
     terms: tuple[Term, ...]
-    until: StopTokens | None = None
+    stop: StopTokens | None = None
 
     @cached_property
     def schedules(self) -> tuple[Schedule | None, ...]:
@@ -161,9 +161,9 @@ class SteeringPlan:
     segments: tuple[Segment, ...]
 
     @property
-    def until(self) -> StopTokens | None:
+    def stop(self) -> StopTokens | None:
         """The triggers, which all segments share."""
-        return self.segments[0].until if self.segments else None
+        return self.segments[0].stop if self.segments else None
 
     @cached_property
     def terms(self) -> tuple[Term, ...]:

@@ -149,7 +149,7 @@ class Admission:
                 f"with --steering-layers that hold them"
             )
 
-    def hold(self, receipt: Receipt) -> None:
+    def pin(self, receipt: Receipt) -> None:
         """Counts a request in; the content that it uses stays loaded."""
         self.active.update(list(receipt.names))
         metrics.ACTIVE_DIRECTIONS.set(len(self.active))
@@ -170,7 +170,7 @@ class Admission:
                         f"{REQUEST_KEY}.directions: {name!r} was unloaded before the request ran; ask again"
                     ) from None
 
-    def release(self, receipt: Receipt) -> None:
+    def unpin(self, receipt: Receipt) -> None:
         """Counts it out again."""
         self.active.subtract(list(receipt.names))
         self.active += Counter()
@@ -186,7 +186,7 @@ class Admission:
             current_http_context.reset(token)
             http_context.ended = True
             for receipt in http_context.receipts:
-                self.release(receipt)
+                self.unpin(receipt)
 
     def default(self, extra_args: dict[str, Any]) -> SteeringRequest | None:
         """Returns the steering of a request that names none, None where it declines the default."""

@@ -45,7 +45,7 @@ class Policy(BaseModel):
             median norm of the residual stream, added up over its layers, at the largest factor of its
             schedule; near 1 real models lose their text. The doses of directions that meet are summed,
             and the position counts where that is largest.
-        dose_action: What happens to a request above it: ``reject`` answers 400, ``clamp`` lowers
+        dose_action: What happens to a request above it: ``reject`` answers 400, ``reduce`` lowers
             all its scales by one factor, which the receipt states.
         keys: Which directions an API key may use: the SHA-256 of the key in hexadecimal, or ``*``
             for all other keys and none, to patterns of ``pack/direction`` such as ``moods/*``.
@@ -60,7 +60,7 @@ class Policy(BaseModel):
     aliases: dict[AliasName, SteeringRequest] = Field(default_factory=dict)
     default: SteeringRequest | None = None
     max_dose: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    dose_action: Literal["reject", "clamp"] = "reject"
+    dose_action: Literal["reject", "reduce"] = "reject"
     keys: dict[KeyDigest, list[str]] | None = None
     administrators: list[OneKeyDigest] | None = None
 

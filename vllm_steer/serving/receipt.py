@@ -21,10 +21,10 @@ RECEIPT_FIELDS = {
     "otherwise; the `op` with what belongs to it, where that is not addition; and the `schedule` if there is one.",
     "positions": "Ranges of absolute token positions, `start` to before `end` (null: to the end), each with the "
     "indices of the directions that are summed there.",
-    "dose": "Largest dose over the positions, after clamping: 1 is the largest at which text was found fluent, or, of "
+    "dose": "Largest dose over the positions, once it was limited: 1 is the largest at which text was found fluent, or, of "
     "directions that nobody calibrated, Σ&#124;ε&#124;·‖v‖ over their layers, each over the median norm of the residual "
     "stream there.",
-    "clamped_by": "Factor that the server multiplied all scales by; 1 when it kept them.",
+    "dose_factor": "Factor that the server multiplied all scales by; 1 when it kept them.",
     "tokens_steered": "Tokens that went through the model at steered positions, of prompt and answers; the last "
     "token of an answer does not.",
 }
@@ -53,9 +53,9 @@ class Receipt:
         names: ``pack/direction`` by content digest, as loaded when the request came.
         prompt_len: Tokens of the prompt.
         num_choices: Answers to the prompt (``n``).
-        dose: Largest dose over the positions, after clamping.
-        clamped: Factor that all scales were multiplied by; 1 when the request's own were kept.
-        strengths: Scale over default scale, after clamping, of the terms that have a strength.
+        dose: Largest dose over the positions, once it was limited.
+        dose_factor: Factor that all scales were multiplied by; 1 when the request's own were kept.
+        strengths: Scale over default scale, once it was limited, of the terms that have a strength.
         answered: Tokens generated so far by index of the answer; filled while the engine runs.
         ended: Tokens of each answer up to its trigger, where it has met one.
     """
@@ -65,7 +65,7 @@ class Receipt:
     prompt_len: int
     num_choices: int
     dose: float
-    clamped: float
+    dose_factor: float
     strengths: Mapping[Term, float] = field(default_factory=dict)
     answered: dict[int, int] = field(default_factory=dict)
     ended: dict[int, int] = field(default_factory=dict)
@@ -93,7 +93,7 @@ class Receipt:
             before: How many it had before them.
         """
         self.answered[choice] = before + len(tokens)
-        triggers = self.plan.until.tokens if self.plan.until else ()
+        triggers = self.plan.stop.tokens if self.plan.stop else ()
         if choice not in self.ended and triggers:
             found = (number for number, token in enumerate(tokens) if token in triggers)
             if (first := next(found, None)) is not None:
@@ -142,7 +142,7 @@ class Receipt:
                 for segment in self.plan.segments
             ],
             "dose": round(self.dose, 6),
-            "clamped_by": self.clamped,
+            "dose_factor": self.dose_factor,
             "tokens_steered": self.tokens_steered(choice),
         }
 

@@ -96,5 +96,5 @@ def admitted(
     http_context = current_http_context.get()
     if http_context is not None and not http_context.ended:
         http_context.receipts.append(plan.receipt)
-        admission.hold(plan.receipt)
+        admission.pin(plan.receipt)
     return plan

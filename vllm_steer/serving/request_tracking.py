@@ -59,7 +59,7 @@ def follow(original: Callable[..., Outputs]) -> Callable[..., Outputs]:
         queue, seconds = _row_queue_of(self, config), config.wait_seconds
         followed = _followed(outputs, plan, queue, seconds, adds_up, entry)
         # The HTTP request may end before the engine's request does.
-        return _held(followed, plan.receipt, admission)
+        return _pinned(followed, plan.receipt, admission)
 
     return generate
 
@@ -111,25 +111,25 @@ def _entry(plan: AdmittedPlan, request_id: str) -> dict[str, Any]:
         "request_id": request_id,
         "directions": directions,
         "dose": shown["dose"],
-        "clamped_by": shown["clamped_by"],
+        "dose_factor": shown["dose_factor"],
         "key": log.short_key(http_context.key_digest) if http_context else None,
     }
 
 
-async def _held(outputs: Outputs, receipt: Receipt, admission: Admission) -> Outputs:
+async def _pinned(outputs: Outputs, receipt: Receipt, admission: Admission) -> Outputs:
     """Yields the outputs of a request and keeps the content that it uses loaded meanwhile.
 
     Raises:
         VLLMValidationError: It was unloaded since the request was admitted.
     """
-    admission.hold(receipt)
+    admission.pin(receipt)
     try:
         admission.check_content(receipt)
         async with aclosing(outputs):
             async for output in outputs:
                 yield output
     finally:
-        admission.release(receipt)
+        admission.unpin(receipt)
 
 
 async def _entered(queue: RowQueue, sums: set[str], seconds: float) -> Ticket:

@@ -1,4 +1,4 @@
-"""Content that the requests of an engine need, from the moment they are taken in until they are done.
+"""Pins: content that the requests of an engine need, from the moment they are taken in until they are done.
 
 A pack may be forgotten while a request that the front end has lost sight of still waits or runs. The engine
 core keeps what such a request needs, here and in its workers, so that no worker ever lacks content.
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 
-class ContentHolds:
+class ContentPins:
     """Digests by request; one thread takes requests in while another ends them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._held: dict[str, frozenset[str]] = {}
+        self._pinned: dict[str, frozenset[str]] = {}
 
-    def hold(self, request_id: str, digests: Iterable[str]) -> None:
-        """Keeps content for a request."""
+    def pin(self, request_id: str, digests: Iterable[str]) -> None:
+        """Pins content for a request."""
         with self._lock:
-            self._held[request_id] = frozenset(digests)
+            self._pinned[request_id] = frozenset(digests)
 
-    def release(self, request_id: str) -> None:
-        """Ends that; requests without steering hold nothing."""
+    def unpin(self, request_id: str) -> None:
+        """Ends the pins of a request; one without steering has none."""
         with self._lock:
-            self._held.pop(request_id, None)
+            self._pinned.pop(request_id, None)
 
-    def drop_unheld(self, digests: Iterable[str], drop: Callable[[set[str]], None]) -> set[str]:
+    def drop_unpinned(self, digests: Iterable[str], drop: Callable[[set[str]], None]) -> set[str]:
         """Drops content that no request needs, while none can be taken in.
 
         Args:
@@ -45,20 +45,20 @@ class ContentHolds:
             What was dropped.
         """
         with self._lock:
-            unheld = set(digests).difference(*self._held.values())
-            drop(unheld)
-            return unheld
+            unpinned = set(digests).difference(*self._pinned.values())
+            drop(unpinned)
+            return unpinned
 
 
 # Ids of requests are unique, also where a process has several engines.
-HOLDS = ContentHolds()
+PINS = ContentPins()
 
 
-def release_held(original: Callable[..., R]) -> Callable[..., R]:
+def unpin_freed(original: Callable[..., R]) -> Callable[..., R]:
     """Wraps ``Scheduler._free_request``, by which every request leaves that finishes or is aborted."""
 
     def _free_request(self: Scheduler, request: Request, *args: object, **kwargs: object) -> R:
-        HOLDS.release(request.request_id)
+        PINS.unpin(request.request_id)
         return original(self, request, *args, **kwargs)
 
     return _free_request
