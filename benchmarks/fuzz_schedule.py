@@ -290,7 +290,7 @@ def _drive(
             try:
                 engine.add_request(str(index), {"prompt_token_ids": want.prompt}, params)
             except VLLMValidationError as error:
-                if index in idle and "no token is steered" in str(error):
+                if index in idle and "no token would be steered" in str(error):
                     continue
                 raise
             if index in idle:

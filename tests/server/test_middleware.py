@@ -77,7 +77,7 @@ def test_a_model_name_stands_for_a_steering(client: OpenAI) -> None:
     assert aliased.model_extra["steering"][0]["directions"][0]["name"] == "moods/cheerful"
     flat = {"steer": ["fears/spiders:3"]}
     for beside in ({"steering": CALM}, flat, {"vllm_xargs": flat}, {"steering": "none"}):
-        with pytest.raises(BadRequestError, match="is steered by its name"):
+        with pytest.raises(BadRequestError, match="is an alias that steers"):
             chat(client, TEXTS[0], model=names[1], **beside)
     with pytest.raises(BadRequestError, match="does not support beam search"):
         chat(client, TEXTS[0], model=names[1], use_beam_search=True, n=2)
@@ -187,7 +187,7 @@ def test_a_key_may_use_what_it_may_use(server: Server, client: OpenAI) -> None:
     assert chat(client, TEXTS[0], steering=fear).model_extra["steering"]
     assert chat(guest, TEXTS[0], steering=CALM).model_extra["steering"]
     for name in ("fears/spiders", "spiders", "fears/unknown"):
-        with pytest.raises(BadRequestError, match="this API key may not use"):
+        with pytest.raises(BadRequestError, match="this API key is not allowed to use"):
             chat(guest, TEXTS[0], steering={"directions": [{"name": name}]})
 
 

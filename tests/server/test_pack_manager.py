@@ -404,7 +404,7 @@ def test_a_wait_ends_with_503_before_the_answer_begins(server: Server) -> None:
             assert "x-steering" not in answer.headers
             error = answer.json()["error"]
             assert (error["code"], error["param"]) == (503, "steering")
-            assert "no row for it became free in 1 s" in error["message"]
+            assert "no row became free within 1 s" in error["message"]
     rejected = httpx.get(server.url.removesuffix("/v1") + "/metrics").text
     assert 'steering:rejected_total{reason="busy"}' in rejected
 

@@ -216,6 +216,6 @@ def test_forms_that_are_not_weakened_are_refused(measured: PackRegistry) -> None
     clamp = {"name": "a", "op": "clamp", "scale": 5.0}
     request = admission.parse({"steering": {"directions": [clamp]}})
     assert request is not None
-    with pytest.raises(VLLMValidationError, match="a dose of 2, .*nothing was lowered"):
+    with pytest.raises(VLLMValidationError, match="total dose is 2, .*could not be reduced"):
         admission.admit(Wanted(request), 10)
     assert scaled(plan(measured, clamp), 0.5) is None

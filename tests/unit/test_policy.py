@@ -226,6 +226,8 @@ def test_a_key_learns_nothing_of_what_it_may_not_use(
     admission.policy = Policy(keys={KEY: ["moods/*"]})
     for name in ("spiders", "spidres", "fears/spiders", "fears/spidres"):
         request = SteeringRequest.model_validate({"directions": [{"name": name}]})
-        with pytest.raises(VLLMValidationError, match=f"may not use {name!r}; ask") as caught:
+        with pytest.raises(
+            VLLMValidationError, match=f"not allowed to use {name!r}; ask"
+        ) as caught:
             admission.admit(Wanted(request), 10)
         assert "fears/" not in str(caught.value).replace(name, "")

@@ -101,7 +101,7 @@ def test_the_forms_agree() -> None:
         ({"steer": ["a"], "steer_layer": [1]}, "'steer_layer'; did you mean 'steer_layers'"),
         (
             {"steering": {"directions": [{"name": "a"}]}, "steer": ["a"]},
-            "two forms of the same thing",
+            "send either 'steering' or ",
         ),
         ({"sterring": {}}, "unknown steering argument 'sterring'; did you mean 'steering'"),
         ({"_vllm_steer_plan": []}, "is internal; send 'steering'"),

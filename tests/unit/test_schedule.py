@@ -196,7 +196,9 @@ def new_bank() -> SteeringBank:
 
 def test_schedules_of_their_own_take_rank(registry: PackRegistry) -> None:
     found = plan(registry, 5, directions=OF_THEIR_OWN)
-    with pytest.raises(RequestError, match="schedules of their own.* have rank 4 .*room for 2"):
+    with pytest.raises(
+        RequestError, match="schedules of their own.* total rank of 4, .*limit is 2"
+    ):
         check_capacity(found, resolved(ops="affine"))
     check_capacity(found, resolved(ops="affine", rank=4))
     again = plan(registry, 9, directions=OF_THEIR_OWN[::-1])

@@ -119,7 +119,7 @@ def test_vectors_of_another_key_are_neither_replaced_nor_dropped(fears: Steering
     async def run() -> None:
         await manager.upload("mine", body(1), 60.0, OWNER)
         for change in (manager.upload("mine", body(2), 60.0, OTHER), manager.unload("mine", OTHER)):
-            with pytest.raises(NotAllowedError, match="sent with another API key"):
+            with pytest.raises(NotAllowedError, match="uploaded with another API key"):
                 await change
         admission.policy = NAMED.model_copy(update={"administrators": [ROOT]})
         await manager.drop_upload("mine", ROOT)

@@ -2,7 +2,7 @@
 
 The factors f are each token's own, by the schedules of a request.
 It acts on the true residual stream, which a block returns in two parts where vLLM fuses the addition
-with the next norm. A self-test at start (``residual_test``) proves that the parts are read right.
+with the next norm. A self-test at start (``residual_selftest``) proves that the parts are read right.
 """
 
 from __future__ import annotations

@@ -76,5 +76,5 @@ def plan_of(sampling_params: SamplingParams | PoolingParams | None) -> SteeringP
     if message is None:
         return None
     if not isinstance(message, bytes):
-        raise RequestError(f"the steering plan is malformed: {type(message).__name__} in its place")
+        raise RequestError(f"the steering plan is malformed: {type(message).__name__}, not bytes")
     return decode_plan(message)

@@ -91,7 +91,7 @@ def _segments(spans: Sequence[_Span], stop: StopTokens | None) -> list[Segment]:
         size += len(here)
         if size > MAX_PLAN_TERMS:
             raise RequestError(
-                f"{REQUEST_KEY}.directions: more than {MAX_PLAN_TERMS} terms meet over the ranges of positions; name "
+                f"{REQUEST_KEY}.directions: the ranges of positions have more than {MAX_PLAN_TERMS} terms in total; name "
                 f"fewer directions, or give fewer ranges"
             )
         if not here:
@@ -102,8 +102,8 @@ def _segments(spans: Sequence[_Span], stop: StopTokens | None) -> list[Segment]:
         segments.append(segment)
     if len(segments) > MAX_SEGMENTS:
         raise RequestError(
-            f"{REQUEST_KEY}.directions: their positions make {len(segments)} ranges that differ, at most {MAX_SEGMENTS} "
-            f"are taken; give fewer, or longer ones"
+            f"{REQUEST_KEY}.directions: their positions make {len(segments)} distinct ranges; the limit is "
+            f"{MAX_SEGMENTS}; give fewer or longer ranges"
         )
     return segments
 

@@ -145,8 +145,8 @@ class Admission:
         others = [layer for layer in registry.layers if layer not in hooked]
         if others:
             raise PackError(
-                f"steering pack {pack.name!r} has vectors for layers {others}, this server can steer {hooked}; start it "
-                f"with --steering-layers that hold them"
+                f"steering pack {pack.name!r} has vectors for layers {others}, but this server steers only {hooked}; "
+                f"add them to --steering-layers and restart"
             )
 
     def pin(self, receipt: Receipt) -> None:
@@ -167,7 +167,7 @@ class Admission:
                         self.store.by_digest(digest)
                 except PackError:
                     raise ConflictError(
-                        f"{REQUEST_KEY}.directions: {name!r} was unloaded before the request ran; ask again"
+                        f"{REQUEST_KEY}.directions: {name!r} was unloaded before the request ran; send it again"
                     ) from None
 
     def unpin(self, receipt: Receipt) -> None:
@@ -254,7 +254,7 @@ class Admission:
     def _check_allowed(self, key_digest: str | None, field: str, name: str, full_name: str) -> None:
         if not self.policy.allows(key_digest, full_name):
             raise NotAllowedError(
-                f"{field}: this API key may not use {name!r}; ask the server's operator for it"
+                f"{field}: this API key is not allowed to use {name!r}; ask the server's operator for access"
             )
 
     def _limit_dose(self, plan: SteeringPlan, registry: PackRegistry) -> LimitedPlan:
@@ -263,14 +263,14 @@ class Admission:
             return LimitedPlan(plan, dose)
         if self.policy.dose_action == "reject":
             raise DoseError(
-                f"{REQUEST_KEY}.directions: together they have a dose of {dose:.4g}, this server allows {limit:g}; lower "
-                f"the scales by a factor of {limit / dose:.3g}"
+                f"{REQUEST_KEY}.directions: their total dose is {dose:.4g}, and this server allows at most {limit:g}; "
+                f"multiply the scales by {limit / dose:.3g}"
             )
         weaker = scaled(plan, limit / dose)
         if weaker is None:
             raise DoseError(
-                f"{REQUEST_KEY}.directions: together they have a dose of {dose:.4g}, this server allows {limit:g}; a lower "
-                f"scale does not weaken op clamp, rotate or angle, so nothing was lowered"
+                f"{REQUEST_KEY}.directions: their total dose is {dose:.4g}, and this server allows at most {limit:g}; "
+                f"the scales could not be reduced, since op clamp, rotate and angle do not get weaker that way"
             )
         # Rounding may leave it a little above.
         return LimitedPlan(weaker, min(limit, relative_dose(weaker, registry)), limit / dose)
@@ -287,9 +287,9 @@ def _check_reached(
     tokens = prompt_len + max(0, longest - 1)
     if not count_steered(plan, tokens):
         raise RequestError(
-            f"{REQUEST_KEY}.positions: no token is steered: of a prompt of {prompt_len} tokens and an answer of at most "
-            f"{longest}, the model reads {tokens}, and all positions come later; steer 'all' or 'prompt', or let it "
-            f"answer more tokens"
+            f"{REQUEST_KEY}.positions: no token would be steered: the prompt has {prompt_len} tokens and the answer at "
+            f"most {longest}, so the model reads {tokens}, and all positions come later; steer 'all' or 'prompt', or "
+            f"raise max_tokens"
         )
 
 

@@ -112,8 +112,8 @@ def _takes(scope: Message, field: str) -> bool:
 async def _refuse(scope: Message, send: Send, field: str) -> None:
     route = route_of(scope)
     error = UnsupportedError(
-        f"{route} does not take the field {field!r}, which would be ignored; steer on "
-        f"{', '.join(STEERED_ROUTES)}, or through vllm_xargs where the route has it"
+        f"{route} does not support the field {field!r} and would ignore it; use "
+        f"{', '.join(STEERED_ROUTES)}, or vllm_xargs where the route supports it"
     )
     count_refusal(error, route, key_digest(scope))
     await send_error(send, str(error), field)

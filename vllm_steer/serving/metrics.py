@@ -15,7 +15,7 @@ STEERED_TOKENS = Counter(
 )
 ACTIVE = Gauge(
     "steering:active_requests",
-    "Steered prompts being answered or waiting.",
+    "Steered prompts that are waiting or being answered.",
     multiprocess_mode="livesum",
 )
 WAITING = Gauge(
@@ -25,7 +25,7 @@ WAITING = Gauge(
 )
 ACTIVE_DIRECTIONS = Gauge(
     "steering:active_directions",
-    "Distinct directions that requests under way use; of several API servers, the sum.",
+    "Distinct directions that running requests use; summed over API servers.",
     multiprocess_mode="livesum",
 )
 DIRECTIONS = Gauge(

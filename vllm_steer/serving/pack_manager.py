@@ -94,7 +94,9 @@ class PackManager:
             raise RequestError(explain_faults(error, "body")) from error
         async with self._turn:
             if name in self._upload_registry:
-                raise ConflictError(f"{name!r} names vectors that a client sent; give another name")
+                raise ConflictError(
+                    f"{name!r} is the name of uploaded vectors; choose another name"
+                )
             path = self._find(name)
             try:
                 pack = await asyncio.to_thread(load_pack, path)
@@ -131,7 +133,7 @@ class PackManager:
             packs = self._store.registry.packs
             if name in packs and name not in self._upload_registry:
                 raise ConflictError(
-                    f"a steering pack {name!r} is loaded; give the vectors another name"
+                    f"{name!r} is the name of a loaded steering pack; choose another name"
                 )
             self._upload_registry.check_owner(name, key_digest, self._admission.policy)
             self._upload_registry.check_room(name, len(body))
@@ -158,7 +160,7 @@ class PackManager:
             ConflictError: They are in use, or an alias or the default needs them.
         """
         if name not in self._upload_registry:
-            raise RequestError(f"no vectors {name!r} were sent")
+            raise RequestError(f"there are no uploaded vectors {name!r}")
         await self.unload(name, key_digest)
 
     def _enter(self, name: str, seconds: float, owner: str | None, num_bytes: int) -> None:
@@ -198,7 +200,7 @@ class PackManager:
             self._admission.policy.check(PackRegistry(packs.values()))
         except RequestError as error:
             raise ConflictError(
-                f"steering pack {pack.name!r} would take a direction from the policy: {error}"
+                f"steering pack {pack.name!r} lacks a direction that the policy needs: {error}"
             ) from None
         sha256 = pack.manifest.tensors.sha256
         chosen = str(pack.path), sha256
@@ -289,7 +291,7 @@ class PackManager:
                 continue
             if not path.is_relative_to(root.resolve()):
                 raise PackError(
-                    f"steering pack {name!r} lies outside the roots that the server was given"
+                    f"steering pack {name!r} is outside the directories of --steering-pack-roots"
                 )
             return path
-        raise PackError(f"no directory {name!r} in the roots that the server was given")
+        raise PackError(f"no directory {name!r} in those of --steering-pack-roots")

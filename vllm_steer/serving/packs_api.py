@@ -51,9 +51,9 @@ _REFUSED: dict[type, tuple[str, int]] = {
 _MANAGER = Attached[PackManager]("pack_manager")
 _MAX_BODY = 2**20
 _FIXED = {
-    "packs": "packs of this server are fixed; start it with --steering-pack-roots DIR to change them",
-    "aliases": "aliases of this server are fixed; start it with --steering-pack-roots DIR to change them",
-    "vectors": "this server takes no vectors; start it with --steering-upload-mib N",
+    "packs": "packs cannot be changed on this server; start it with --steering-pack-roots DIR",
+    "aliases": "aliases cannot be changed on this server; start it with --steering-pack-roots DIR",
+    "vectors": "uploads are disabled on this server; start it with --steering-upload-mib N",
 }
 
 

@@ -122,12 +122,13 @@ class Policy(BaseModel):
             return
         if self.administrators is not None or key_digest not in (self.keys or {}):
             raise NotAllowedError(
-                "this API key may not change what the server steers with; ask the server's operator for it"
+                "this API key is not allowed to change packs, aliases or uploads; ask the server's operator for access"
             )
         for direction in directions:
             if not self.allows(key_digest, direction):
                 raise NotAllowedError(
-                    f"this API key may not use {direction!r}, and so not change it; ask the server's operator for it"
+                    f"this API key is not allowed to use {direction!r}, so it cannot change it; ask the server's operator "
+                    f"for access"
                 )
 
     def sees(self, key_digest: str | None, direction: str) -> bool:

@@ -75,7 +75,7 @@ def plan_inputs(
         if wanted is not None and kwargs.get("resumable"):
             raise refusal(
                 UnsupportedError(
-                    "steering does not support resumable sessions, whose outputs become prompt; send the whole prompt"
+                    "steering does not support resumable sessions; send the whole prompt"
                 )
             )
         request = original(self, request_id, prompt, params, *args, **kwargs)
@@ -113,7 +113,7 @@ def check_sampling(original: Callable[..., SamplingParams]) -> Callable[..., Sam
                 # Routes that only render a prompt for another server.
                 raise refusal(
                     UnsupportedError(
-                        "this route does not generate and cannot be steered; send the steering to the route that does"
+                        "this route does not generate text; send the steering to the route that does"
                     )
                 )
         elif wanted is not None:
@@ -148,7 +148,7 @@ def refuse_beam_search(original: Callable[..., R]) -> Callable[..., R]:
         if admission is not None and wanted_of(admission, extra_args) is not None:
             raise refusal(
                 UnsupportedError(
-                    "steering does not support beam search; leave out use_beam_search or the steering"
+                    "steering does not support beam search; remove use_beam_search or the steering"
                 )
             )
         # What it generates with has no arguments of the request, so no default must be taken for it.
@@ -172,7 +172,7 @@ def _with_top_level(extra_args: dict[str, Any], request: OpenAIRequest) -> dict[
         if key not in own and wrapped_steering(value, text=key in WRAPPERS):
             raise refusal(
                 RequestError(
-                    f"{REQUEST_KEY}: stands in {key!r}, which this route does not know; send it beside 'model', or in "
+                    f"{REQUEST_KEY}: is inside {key!r}, which this route does not read; send it beside 'model', or in "
                     f"vllm_xargs"
                 )
             )
@@ -180,7 +180,7 @@ def _with_top_level(extra_args: dict[str, Any], request: OpenAIRequest) -> dict[
         value = unknown[key]
         if key in extra_args:
             raise refusal(
-                RequestError(f"{key!r} stands both in the request and in vllm_xargs; send it once")
+                RequestError(f"{key!r} is both in the request and in vllm_xargs; send it once")
             )
         extra_args[key] = value
     return extra_args

@@ -48,14 +48,14 @@ def wanted_of(
     if (key := first_steering_key(given)) is not None:
         raise refusal(
             RequestError(
-                f"model {http_context.model!r} is steered by its name; leave out {key!r} or the alias"
+                f"model {http_context.model!r} is an alias that steers; remove {key!r} or use the model itself"
             )
         )
     if not generates:
         raise refusal(
             UnsupportedError(
-                f"model {http_context.model!r} is steered by its name, and this route does not generate; "
-                "name the model alone"
+                f"model {http_context.model!r} is an alias that steers, but this route does not generate text; "
+                "use the model itself"
             )
         )
     return Wanted(http_context.alias)

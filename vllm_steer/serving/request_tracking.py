@@ -86,9 +86,7 @@ def _plan(engine: AsyncLLM, prompt: Prompt, sampling_params: SamplingParams) -> 
     tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
     if not isinstance(tokens, Sized):
         raise refusal(
-            UnsupportedError(
-                "this route takes prompts that cannot be steered; send the prompt as text or token ids"
-            )
+            UnsupportedError("prompts of this kind cannot be steered; send text or token ids")
         )
     plan = admitted(admission, wanted, len(tokens), sampling_params)
     sampling_params.extra_args = extra_args | {PLAN_KEY: plan}
@@ -145,8 +143,7 @@ async def _entered(queue: RowQueue, sums: set[str], seconds: float) -> Ticket:
         ticket = await queue.enter(owner, sums, None if patient else seconds)
     except TimeoutError:
         error = BusyError(
-            f"{REQUEST_KEY}: no row for it became free in {seconds:g} s; ask again later, or start the server with "
-            f"a higher --steering-rows"
+            f"{REQUEST_KEY}: no row became free within {seconds:g} s; retry later, or raise --steering-rows"
         )
         if http_context is not None:
             http_context.busy = str(error)

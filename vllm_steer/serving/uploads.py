@@ -47,7 +47,7 @@ def write_upload(
     packs = list(registry_packs)
     if not packs:
         raise RequestError(
-            "body: vectors take model and residual norms from a pack, and none is loaded; load one first"
+            "body: uploads take their model and residual norms from a loaded pack; load one first"
         )
     model = packs[0].manifest.model
     names, layers = _header(body)
