@@ -17,7 +17,7 @@ from tqdm import tqdm
 from vllm_steer.offline.demo.concepts import prefix
 from vllm_steer.offline.demo.packs import FULL_METHOD
 from vllm_steer.offline.estimators.fit import FitOptions, fit_direction
-from vllm_steer.offline.estimators.labelled_rows import Rows
+from vllm_steer.offline.estimators.labelled_rows import LabelledRows
 from vllm_steer.offline.estimators.labels import (
     choose_tokens,
     fixed_tokens,
@@ -200,12 +200,12 @@ def _blocks(seen: Seen, arm: Arm, captured: Captured, tokens: NDArray[np.int64])
 
 def _rows(
     seen: Seen, captured: Captured, arm: Arm, tokens: NDArray[np.int64], layers: Sequence[int]
-) -> list[Rows]:
+) -> list[LabelledRows]:
     sides = (captured, seen.unprefixed)
     order, positive = interleave(*(len(side.hidden) for side in sides))
     soft = np.concatenate([soft_labels(side.attention, tokens) for side in sides])[order]
     return [
-        Rows(
+        LabelledRows(
             f"{arm.name}, block {layer}",
             np.concatenate([side.hidden[:, layer, tokens[layer]] for side in sides])[order],
             soft[:, layer] if arm.labels == "soft" else hard_labels(positive),

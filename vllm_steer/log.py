@@ -1,4 +1,4 @@
-"""What an operator reads: one line for each event, on the logger ``vllm.steer``.
+"""Structured log events, a line each, on the logger ``vllm.steer``.
 
 A line holds the event's fields as JSON; the record has them as ``record.steering``, so that a JSON
 formatter passes them on with their types. Fields hold neither API keys nor text of prompts. Importing

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from vllm_steer.errors import EvaluationError
 from vllm_steer.vllm_compat.memory import memory_settings
 from vllm_steer.vllm_compat.root_cause import cause_of
+
+if TYPE_CHECKING:
+    from vllm import LLM
+    from vllm.v1.engine.core_client import SyncMPClient
 
 _RESERVED = "VLLM_CPU_NUM_OF_RESERVED_CPU"
 _PROCESSES = "VLLM_ENABLE_V1_MULTIPROCESSING"
@@ -23,7 +27,7 @@ def start_engine(
     room: int | None = None,
     affine: bool = False,
     quick: bool = False,
-) -> Any:
+) -> LLM:
     """Starts ``vllm.LLM``, on a CPU with memory that others leave.
 
     Args:
@@ -101,12 +105,12 @@ def asking() -> Iterator[None]:
         raise EvaluationError(f"the engine failed: {cause_of(error)}") from error
 
 
-def stop_engine(llm: Any) -> None:
+def stop_engine(llm: LLM) -> None:
     """Ends the processes of an engine, and the sockets that vLLM leaves to the garbage collector."""
     core = llm.llm_engine.engine_core
     core.shutdown()
     # An engine of this process has none.
     if (context := getattr(core, "ctx", None)) is not None:
         # It still closes its own socket.
-        core.output_queue_thread.join()
+        cast("SyncMPClient", core).output_queue_thread.join()
         context.destroy()

@@ -14,7 +14,7 @@ from joblib import Parallel, delayed
 from numpy.typing import NDArray
 
 from vllm_steer.offline.estimators.fit import fit_direction
-from vllm_steer.offline.estimators.labelled_rows import Direction, Rows
+from vllm_steer.offline.estimators.labelled_rows import Direction, LabelledRows
 from vllm_steer.offline.estimators.labels import hard_labels, interleave
 from vllm_steer.offline.extract.answer_states import BY_ATTENTION, AnswerStates, read_answers
 from vllm_steer.offline.extract.answers import ConceptAnswers
@@ -79,7 +79,7 @@ class AnswerLearner:
             hidden = np.concatenate([states.prefixed[:, layer], states.plain[:, layer]])[order]
             soft = np.concatenate([states.attention[:, layer], zeros])[order]
             labels = soft if settings.labels == "soft" else hard_labels(positive)
-            rows.append(Rows(f"concept {name!r}, block {layer}", hidden, labels, positive))
+            rows.append(LabelledRows(f"concept {name!r}, block {layer}", hidden, labels, positive))
         found: list[Direction] = parallel(
             delayed(fit_direction)(settings.estimator, each, fit_options(settings)) for each in rows
         )

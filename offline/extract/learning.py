@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vllm_steer.offline.estimators.fit import fit_direction
-from vllm_steer.offline.estimators.labelled_rows import Direction, Rows
+from vllm_steer.offline.estimators.labelled_rows import Direction, LabelledRows
 from vllm_steer.offline.estimators.labels import (
     choose_tokens,
     fixed_tokens,
@@ -258,7 +258,7 @@ class ConceptLearner:
         plain: Captured,
         tokens: NDArray[np.int64],
         layers: Sequence[int],
-    ) -> list[Rows]:
+    ) -> list[LabelledRows]:
         """Returns the rows of every layer, in training order."""
         count = self._positives(name)
         order, positive = interleave(count, len(plain.hidden))
@@ -268,7 +268,9 @@ class ConceptLearner:
             hidden = np.concatenate([prefixed.hidden[:count, *at], plain.hidden[:, *at]])
             soft = np.concatenate([prefixed.attention[:count, *at], plain.attention[:, *at]])
             labels = soft[order] if self._job.settings.labels == "soft" else hard_labels(positive)
-            rows.append(Rows(f"concept {name!r}, block {layer}", hidden[order], labels, positive))
+            rows.append(
+                LabelledRows(f"concept {name!r}, block {layer}", hidden[order], labels, positive)
+            )
         return rows
 
     def _metrics(

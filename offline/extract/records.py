@@ -79,7 +79,7 @@ def records_of(
 
 def explain(error: ValidationError) -> str:
     """Returns what is wrong with the names and scales that a user gave for directions."""
-    # A prefix may be as long as a book.
+    # A prefix may be very long.
     return "; ".join(
         f"{fault['input']!r:.80}: {_NAMES if fault['type'] == 'string_pattern_mismatch' else fault['msg']}"
         for fault in error.errors()

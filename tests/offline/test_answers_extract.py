@@ -82,7 +82,7 @@ def plain_model() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Stored:
-    """One life of the engine, for all tests of this file."""
+    """One engine for all tests of this file."""
     folder = tmp_path_factory.mktemp("answers")
     file = folder / "questions.txt"
     file.write_text("\n".join(QUESTIONS[:40]))

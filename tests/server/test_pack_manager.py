@@ -214,7 +214,7 @@ def test_refused_loads(server: Server, packs: list[SteeringPack], root: Path) ->
     with (root / "torn" / "steering_vectors.safetensors").open("ab") as stream:
         stream.write(b"x")
     refused = {
-        "outside": "lies outside the roots",
+        "outside": "is outside the directories",
         "renamed": "is named 'other'",
         "torn": "torn",
         "nowhere": "no directory 'nowhere'",

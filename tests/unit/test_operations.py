@@ -112,7 +112,7 @@ def test_what_changes_nothing_is_left_out(registry: PackRegistry) -> None:
 @pytest.mark.parametrize(
     ("directions", "config", "message"),
     [
-        ([{"op": "ablate"}], {}, "start it with --steering-ops affine"),
+        ([{"op": "ablate"}], {}, "started with --steering-ops affine"),
         ([{"gate": {"direction": "q/b", "above": 0.0}}], {}, "--steering-ops affine"),
         ([{"restore_norm": True}], {}, "--steering-ops affine"),
         ([{"op": "ablate"}] * 5, AFFINE, "meet at layer 0 have a total rank of 5, .*limit is 4"),

@@ -193,7 +193,8 @@ def test_no_pack_comes_that_breaks_the_policy(
     )
     with manager_of(admission, fears.path.parent) as manager:
         with pytest.raises(
-            ConflictError, match="'more' would .* default.directions.0.name: .*more than one"
+            ConflictError,
+            match="'more' conflicts with the policy: default.directions.0.name: .*more than one",
         ):
             asyncio.run(manager.load(b'{"name": "more"}', None))
         assert list(store.registry.packs) == ["fears"]

@@ -94,7 +94,7 @@ def test_an_alias_steers_whatever_its_route_is(
 ) -> None:
     http_context.model, http_context.alias = "demo:x", SteeringRequest.model_validate(SPIDERS)
     assert steered(admission, SamplingParams()) == [fears.digests["spiders"]]
-    with pytest.raises(VLLMValidationError, match="does not generate; name the model alone"):
+    with pytest.raises(VLLMValidationError, match="does not generate text; use the model itself"):
         taken_in(admission, PoolingParams(task="embed"))
     with pytest.raises(VLLMValidationError, match="is an alias that steers; remove 'steer'"):
         taken_in(admission, SamplingParams(extra_args={"steer": ["spiders"]}))

@@ -207,7 +207,9 @@ def test_how_many_ranges_there_may_be(registry: PackRegistry) -> None:
             for k, n in enumerate((names * count)[:count])
         ]
 
-    with pytest.raises(ValidationError, match="have 320 ranges of positions together, at most 128"):
+    with pytest.raises(
+        ValidationError, match="have 320 ranges of positions in total; the limit is 128"
+    ):
         SteeringRequest.model_validate({"directions": directions(5, apart)})
     with pytest.raises(ValidationError, match="have 4096 ranges of positions together"):
         SteeringRequest.model_validate({"directions": directions(64, None), "positions": apart})

@@ -139,7 +139,7 @@ def test_refused_schedules(fields: dict[str, Any], message: str, registry: PackR
 
 def test_the_additive_tier_has_one_strength(registry: PackRegistry) -> None:
     found = plan(registry, 5, directions=[{"name": "a"}], schedule=RAMP)
-    with pytest.raises(RequestError, match="one strength for all tokens.*--steering-ops affine"):
+    with pytest.raises(RequestError, match="schedules need .*--steering-ops affine"):
         check_capacity(found, resolved())
     check_capacity(found, resolved(ops="affine"))
 

@@ -83,7 +83,7 @@ def test_strength_is_a_multiple_of_the_default_scale(registry: PackRegistry) -> 
 @pytest.mark.parametrize(
     ("direction", "fields", "message"),
     [
-        ({"name": "add", "strength": 1.0, "scale": 1.0}, {}, "0: scale and strength say the same"),
+        ({"name": "add", "strength": 1.0, "scale": 1.0}, {}, "0: give either scale or strength"),
         (
             {"name": "plain", "strength": 1.0},
             {},
@@ -206,7 +206,7 @@ def test_aliases_that_come_later_take_it(pack: SteeringPack) -> None:
         with pytest.raises(RequestError, match="strength: direction 'p/plain' is not calibrated"):
             asyncio.run(manager.set_alias("y", body % b"plain", None))
         both = b'{"directions": [{"name": "add", "strength": 2.0, "scale": 1.0}]}'
-        with pytest.raises(RequestError, match=r"directions.0: scale and strength say the same"):
+        with pytest.raises(RequestError, match=r"directions.0: give either scale or strength"):
             asyncio.run(manager.set_alias("z", both, None))
 
 

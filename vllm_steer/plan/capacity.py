@@ -1,4 +1,4 @@
-"""What an engine has room for: rows of the bank, forms, components of each row.
+"""Checks a plan against the engine's capacity: rows of the bank, operations, components of each row.
 
 Importing this module imports neither torch nor vllm.
 """

@@ -19,7 +19,7 @@ from vllm_steer.request.stop_tokens import StopTokens
 
 @dataclass(frozen=True)
 class Form:
-    """How a term acts; :data:`ADDITION` unless told otherwise.
+    """How a term acts; :data:`ADDITION` by default.
 
     Attributes:
         op: The form, ``vllm_steer.operations.OPS``.

@@ -1,6 +1,6 @@
-"""Chat requests that come without HTTP, as ``vllm run-batch`` makes them: aliases and receipts as on a route.
+"""Chat requests without HTTP, as ``vllm run-batch`` sends them, with aliases and receipts as on a route.
 
-Nobody asks again for a line of a file, so these wait for rows for as long as it takes.
+No client would retry a line of a file, so these wait for rows without a time limit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a user configured, checked against the model and completed: ``additional_config["steering"]``."""
+"""Validates the user's configuration against the model and completes it: ``additional_config["steering"]``."""
 
 from __future__ import annotations
 

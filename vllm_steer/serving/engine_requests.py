@@ -1,4 +1,4 @@
-"""When the engine is done with a request, whoever reads its answer, or does not.
+"""Notices when the engine is done with a request, whether or not a client still reads its answer.
 
 A stream ends for its reader long after it ended in the engine. vLLM's output processor knows of each request that
 it was taken in, finished or aborted; a steered prompt is one such request for each of its answers.

@@ -1,4 +1,4 @@
-"""``--enable-steering`` and its companions <-> ``additional_config["steering"]``."""
+"""The ``--enable-steering`` and ``--steering-*`` flags, moved into ``additional_config["steering"]``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""In front of the steered routes: model names that stand for a steering, and receipts.
+"""Middleware of the steered routes: aliases and receipts.
 
 A request for the model ``SERVED:ALIAS`` becomes one for ``SERVED`` with the alias's steering, for
 clients that can send nothing else. Responses to steered requests get ``steering``, a list with a

@@ -1,4 +1,4 @@
-"""Packs, aliases and sent vectors that come and go while the server runs.
+"""Loads and unloads packs, aliases and uploaded vectors while the server runs.
 
 Off unless ``--steering-pack-roots`` names the directories that packs may be loaded from, or
 ``--steering-upload-mib`` lets clients send vectors: a request gives a name, never a path.
@@ -200,7 +200,7 @@ class PackManager:
             self._admission.policy.check(PackRegistry(packs.values()))
         except RequestError as error:
             raise ConflictError(
-                f"steering pack {pack.name!r} lacks a direction that the policy needs: {error}"
+                f"steering pack {pack.name!r} conflicts with the policy: {error}"
             ) from None
         sha256 = pack.manifest.tensors.sha256
         chosen = str(pack.path), sha256
@@ -259,7 +259,7 @@ class PackManager:
         await self._forget([name])
         metrics.DIRECTIONS.remove(name)
         if name in self._upload_registry:
-            self._upload_registry.strike(name)
+            self._upload_registry.remove(name)
             shutil.rmtree(pack.path)
         digest = pack.manifest.tensors.sha256
         log.PACK_UNLOADED.write(name=name, sha256=digest, key=log.short_key(key_digest))

@@ -1,4 +1,4 @@
-"""The routes under ``/v1/steering``: which packs there are, and changes while the server runs.
+"""The routes under ``/v1/steering``: listing packs, and changing them while the server runs.
 
 ``GET packs`` lists; ``POST packs`` and ``DELETE packs/NAME`` load and unload; ``PUT`` and ``DELETE`` of
 ``aliases/NAME`` change model names, of ``vectors/NAME`` what clients sent.

@@ -1,4 +1,4 @@
-"""What a server allows beyond what requests ask for: aliases, a default, limits, who may use what.
+"""The server's policy: aliases, a default steering, a dose limit, and permissions by API key.
 
 The policy is one JSON file, given by ``--steering-policy``. Importing this module imports neither
 torch nor vllm.

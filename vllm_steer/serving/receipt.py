@@ -1,4 +1,4 @@
-"""What was done to a request, for its response: directions, scales, layers, positions, digests.
+"""Receipts: the steering that was applied to a request, for its response.
 
 Importing this module imports neither torch nor vllm.
 """

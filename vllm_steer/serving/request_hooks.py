@@ -1,4 +1,4 @@
-"""Where vLLM's requests pass: their steering becomes a plan before a response starts.
+"""Hooks in vLLM's request path: steering becomes a plan before a response starts.
 
 Two steps. When an OpenAI-style request becomes sampling parameters, its steering is admitted, so that
 a mistake is answered before a response starts, streaming or not. When the engine's input is made, the

@@ -1,4 +1,4 @@
-"""What a request is to be steered by, and its plan: one function for every way in.
+"""The steering that a request asks for, and its plan: one function for every entry point.
 
 Chat, completions, responses, messages, batches, ``/invocations``, token-in routes, ``run-batch``, ``LLM`` and an embedded
 ``AsyncLLM`` end here: by their HTTP models where they have one, else where the engine takes them in.

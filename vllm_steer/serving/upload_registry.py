@@ -1,4 +1,4 @@
-"""Who sent which vectors, how much they are, and until when they are served.
+"""Uploaded vectors: their owners, sizes and expiry times.
 
 Imports neither torch nor vllm.
 """
@@ -75,10 +75,10 @@ class UploadRegistry:
 
     def enter(self, name: str, upload: Upload) -> None:
         """Notes an upload; that with its name ends no more by itself."""
-        self.strike(name)
+        self.remove(name)
         self._uploads[name] = upload
 
-    def strike(self, name: str) -> None:
+    def remove(self, name: str) -> None:
         """Forgets an upload, if there is one of that name."""
         upload = self._uploads.pop(name, None)
         if upload is not None:

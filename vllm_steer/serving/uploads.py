@@ -1,4 +1,4 @@
-"""Vectors that a trusted client sends and that are served for a time: ``PUT /v1/steering/vectors/NAME``.
+"""Vectors that a trusted client uploads for a limited time: ``PUT /v1/steering/vectors/NAME``.
 
 Off unless ``--steering-upload-mib`` says how large a body may be. What arrives is a safetensors file;
 it becomes a pack in a directory of the server's own, checked and loaded like any other.

@@ -1,4 +1,4 @@
-"""The run: which engines start when, and what each of them is asked."""
+"""Runs the verification: starts the engines and sends each its requests."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def verify(job: VerifyJob, reference: Reference, step: Step) -> Report:
 
 
 def _ask_steered(job: VerifyJob, engine: EngineProcess, step: Step) -> _Seen:
-    """Everything that is asked of the engine with steering, in one life of it."""
+    """Everything that is asked of the engine with steering, while it runs."""
     facts = engine.describe()
     encoded = engine.encode(job.texts)
     cases = mixed_batch(Directions.of(job.packs), encoded[:REQUESTS])
@@ -167,11 +167,11 @@ def _start(facts: dict[str, Any]) -> Check:
         faults.append("the self-test did not run")
     if not facts.get("layers"):
         faults.append("no layer is hooked")
-    told = (
+    summary = (
         f"vLLM {facts['vllm']} is {facts['support']}; it has every patched symbol with the known parameters; the "
         f"self-test saw each hooked layer change the output."
     )
-    return judged(START, faults, told, {"support": facts["support"]})
+    return judged(START, faults, summary, {"support": facts["support"]})
 
 
 def _isolation(job: VerifyJob, seen: _Seen, step: Step) -> Check:

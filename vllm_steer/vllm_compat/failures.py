@@ -1,4 +1,4 @@
-"""Lets the front end of an engine say why the engine's processes ended.
+"""Reports to an engine's front end why the engine's processes failed.
 
 A process that fails adds a line to a file that the front end named in an environment variable, which
 all processes of the engine inherit; there is no file until something fails. The first line is the
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from vllm_steer.vllm_compat import patched_symbols as symbols
 from vllm_steer.vllm_compat import patches
-from vllm_steer.vllm_compat.root_cause import MARK, told
+from vllm_steer.vllm_compat.root_cause import MARK, describe
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -164,7 +164,7 @@ def _report(error: BaseException) -> None:
     Once: by the next time the front end may have removed the file.
     """
     path = os.environ.pop(VARIABLE, "")
-    lines = filter(None, (_killed(_workers), told(error)))
+    lines = filter(None, (_killed(_workers), describe(error)))
     # Whatever goes wrong with the report, the error itself is still raised and logged.
     with suppress(OSError):
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW

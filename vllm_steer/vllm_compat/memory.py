@@ -1,4 +1,4 @@
-"""Settings of memory for an engine on a machine that others use as well.
+"""Memory settings for an engine on a shared machine.
 
 vLLM wants 92 % of a machine's memory and does not start where that is not free. On a CPU the memory
 is everyone's; an accelerator's is mostly the engine's alone, and keeps vLLM's default.
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 _SHARE = 4
 # For a model whose cache is not measured in tokens alone; what vLLM once took by default.
 _UNKNOWN = 4 << 30
-# Requests at once, unless told: what vLLM runs on a CPU.
+# Requests at once, by default: what vLLM runs on a CPU.
 _SEQUENCES = 256
-# vLLM's blocks of tokens on a CPU, unless told. A sequence ends within one; one more stays empty.
+# vLLM's blocks of tokens on a CPU by default. A sequence ends within one; one more stays empty.
 _BLOCK = 128
 _CGROUPS = Path("/sys/fs/cgroup")
 _SIZED = ("kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override")
