@@ -155,7 +155,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"steering": {"directions": [{"name": "fears/spiders", "strength": 1, "scale": 2}]}},
-        "0: scale and strength say the same",
+        "0: give either scale or strength",
     ),
     (
         {"steering": {"directions": [{"name": "fears/spiders"}], "position": "all"}},

@@ -205,7 +205,7 @@ def test_scales_are_reduced(
     admission.policy = Policy(max_dose=1.5)
     if factor < 1.0:
         with pytest.raises(
-            VLLMValidationError, match=f"dose of {1.5 / factor:.4g}, and this server allows"
+            VLLMValidationError, match=f"dose is {1.5 / factor:.4g}, and this server allows"
         ):
             admission.admit(Wanted(request), 10)
 

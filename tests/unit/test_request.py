@@ -196,5 +196,5 @@ def test_near_misses_are_sought_among_few_and_short_keys() -> None:
         parse({"steering": {"directions": [{"name": "a", "layers": [0] * 4096}] * 64}})
     with pytest.raises(RequestError, match="its JSON text has 300001 characters"):
         parse({"steering": "[" * 300_001})
-    with pytest.raises(RequestError, match="steer: 300000 directions are given, at most 64"):
+    with pytest.raises(RequestError, match="steer: 300000 directions are given; the limit is 64"):
         parse({"steer": ["a"] * 300_000})

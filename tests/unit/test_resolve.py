@@ -211,7 +211,7 @@ def test_how_many_ranges_there_may_be(registry: PackRegistry) -> None:
         ValidationError, match="have 320 ranges of positions in total; the limit is 128"
     ):
         SteeringRequest.model_validate({"directions": directions(5, apart)})
-    with pytest.raises(ValidationError, match="have 4096 ranges of positions together"):
+    with pytest.raises(ValidationError, match="have 4096 ranges of positions in total"):
         SteeringRequest.model_validate({"directions": directions(64, None), "positions": apart})
     shifted = [
         each | {"positions": [[6 * n + 2 * number, 6 * n + 3 + 2 * number] for n in range(64)]}
