@@ -181,6 +181,17 @@ def test_each_is_steered_with_a_receipt_or_refused(server: Server, route: str, h
     assert answer.headers["x-steering"].startswith(name)
 
 
+@pytest.mark.parametrize(
+    "route", [route for route, (body, _) in GENERATING.items() if SAID in body.values()]
+)
+def test_steering_inside_a_message_is_refused(server: Server, route: str) -> None:
+    """vLLM reads what it knows of a message and drops the rest."""
+    said = [SAID[0] | {"steering": CALM}]
+    answer = ask(server, route, GENERATING[route][0] | {"messages": said})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == "messages[0].steering"
+
+
 @pytest.mark.parametrize("route", list(RENDERING))
 def test_what_renders_for_another_server_is_not_asked_to_steer(server: Server, route: str) -> None:
     """That server would not be told; the default is its own."""

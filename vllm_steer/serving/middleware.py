@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from vllm_steer.serving import metrics
+from vllm_steer.serving import metrics, misplaced
 from vllm_steer.serving.admission import Admission, current_admission
 from vllm_steer.serving.aliases import named_alias
 from vllm_steer.serving.asgi import (
@@ -82,8 +82,10 @@ class SteeringMiddleware:
         self, scope: Message, receive: Receive, send: Send, admission: Admission
     ) -> None:
         http_context = HttpContext(route_of(scope), key_digest(scope))
+        body, messages = await read_body(receive)
+        if await misplaced.refused(body, scope, send):
+            return
         if admission.policy.aliases:
-            body, messages = await read_body(receive)
             name = model_of(body) if _may_name(body, admission.policy.aliases) else None
             if name is not None:
                 named = named_alias(admission.policy, name)
@@ -92,7 +94,7 @@ class SteeringMiddleware:
                     body = with_model(body, named.served)
                     messages = [{"type": "http.request", "body": body}]
                     scope = {**scope, "headers": with_length(scope["headers"], len(body))}
-            receive = replay(messages, receive)
+        receive = replay(messages, receive)
         receipts = Receipts(send, http_context)
         await self._answered(http_context, scope, receive, receipts.send, admission)
         if receipts.answer_id is not None and http_context.route == _RESPONSES:
