@@ -60,6 +60,12 @@ WORKER_READY = Event(
     logging.INFO,
     "once in each worker: `layers` that it hooked, `ops`, `rows` of its bank and its size, `bank_bytes`",
 )
+ROW_CUT = Event(
+    "row_cut",
+    logging.ERROR,
+    "the sum of these `directions`, by digest, went past every check and was cut, so that others keep their answers; its "
+    "own request is not steered as it asked: a fault of vllm-steer, please report it",
+)
 SELF_TEST_PASSED = Event(
     "self_test_passed", logging.INFO, "each of these `layers` changes the model's output"
 )

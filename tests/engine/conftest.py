@@ -14,7 +14,7 @@ ORDER = (
     "test_parity.py",
     "test_isolation.py",
     "test_prefix_cache.py",
-    "test_until.py",
+    "test_stop_tokens.py",
     "test_features.py",
     "test_forms.py",
     "test_sweep.py",

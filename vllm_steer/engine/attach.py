@@ -69,8 +69,8 @@ def attach_to_worker(worker: Worker) -> None:
         log.SELF_TEST_PASSED.write(layers=list(steering.layers))
         return result
 
-    def _times() -> tuple[int, float]:
-        return steering.take_times() if steering is not None else (0, 0.0)
+    def _times() -> tuple[int, float, int]:
+        return steering.take_times() if steering is not None else (0, 0.0, 0)
 
     def _facts() -> WorkerFacts:
         layers = list(steering.layers) if steering is not None else []

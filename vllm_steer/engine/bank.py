@@ -97,22 +97,25 @@ class SteeringBank:
         names = [field.name for field in fields(RowValues)]
         return {name: tensor for name in names if (tensor := getattr(self, name)).numel()}
 
-    def write_row(self, row: int, values: RowValues) -> None:
+    def write_row(self, row: int, values: RowValues) -> bool:
         """Replaces the values of a row at every layer, without waiting for the device.
 
         Args:
             row: Row to write, at least 1.
             values: Its values, of the bank's rank.
+
+        Returns:
+            Whether they were cut to what a stream of the model's dtype can take.
         """
         if not 0 < row < self.vectors.shape[1]:
             raise IndexError(f"row {row} is not one of 1 to {self.vectors.shape[1] - 1}")
         # What is carried out stays finite, whatever was asked for.
-        if self.rank:
-            limit = limit_of(self.vectors.dtype, len(self.layers))
-            values = values.within(limit / self.rank)
+        dtype = self.vectors.dtype
+        values, cut = values.within(limit_of(dtype, len(self.layers)))
         for name, tensor in self._tensors.items():
             value = torch.from_numpy(getattr(values, name)).to(tensor.dtype)
             tensor[:, row].copy_(self._upload(value))
+        return cut
 
     def apply(self, step: TokenRows, positions: torch.Tensor) -> None:
         """Gives each token of a step its row and factor; rows that are new must be written before.

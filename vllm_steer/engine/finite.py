@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def limit_of(dtype: torch.dtype, layers: int) -> float:
-    """Returns the length that the components of a row may move the stream by at one layer.
+    """Returns the length that the vector of a row, and its components together, may move the stream by at one layer.
 
     Args:
         dtype: The model's dtype.

@@ -97,7 +97,7 @@ class WorkerSteering:
         )
         self._watch = TriggerWatch(runner.device)
         self._probing, self._probe_factor = False, 1.0
-        self._steps, self._seconds = 0, 0.0
+        self._steps, self._seconds, self._cut = 0, 0.0, 0
         hook_blocks(present, self.bank)
         if overflows(runner.dtype):
             after = range(config.layers[0], runner.num_layers)
@@ -152,17 +152,19 @@ class WorkerSteering:
         started = time.perf_counter()
         step = self._planner.plan(request_ids, starts, lengths)
         for row, segment in step.new:
-            self.bank.write_row(row, self._values(segment))
+            if self.bank.write_row(row, self._values(segment)):
+                self._cut += 1
+                log.ROW_CUT.write(directions=[term.digest for term in segment.terms])
         self.bank.apply(step, positions)
         if self._watch.apply(request_ids, lengths, positions, tokens, self.bank.rows):
             self.bank.forget_known()
         self._steps += 1
         self._seconds += time.perf_counter() - started
 
-    def take_times(self) -> tuple[int, float]:
-        """Returns the steps planned since the last call and the seconds that it took."""
-        times = self._steps, self._seconds
-        self._steps, self._seconds = 0, 0.0
+    def take_times(self) -> tuple[int, float, int]:
+        """Returns what happened since the last call: steps planned, the seconds that it took, and rows cut."""
+        times = self._steps, self._seconds, self._cut
+        self._steps, self._seconds, self._cut = 0, 0.0, 0
         return times
 
     def prepare_dummy_step(self) -> None:

@@ -39,6 +39,10 @@ DOSE = Histogram(
     "Dose of steered prompts: 1 is the largest at which text was found fluent.",
     buckets=(0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0),
 )
+ROWS_CUT = Counter(
+    "steering:rows_cut",
+    "Sums of directions that went past every check and were cut in the engine. Not 0 is a fault of vllm-steer.",
+)
 PLANNING = Gauge(
     "steering:planning_seconds",
     "Mean time to plan one step's steering since the last scrape.",

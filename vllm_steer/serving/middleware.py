@@ -134,7 +134,8 @@ async def _measure_planning(engine: EngineClient) -> None:
     except (TimeoutError, EngineDeadError):
         # In a long step, or gone, which other metrics tell; the gauge keeps its last value.
         return
-    steps, seconds = (sum(values) for values in zip(*times, strict=True))
+    steps, seconds, cut = (sum(values) for values in zip(*times, strict=True))
+    metrics.ROWS_CUT.inc(cut)
     if steps:
         metrics.PLANNING.set(seconds / steps)
 
