@@ -23,7 +23,7 @@ from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.offline.demo.concepts import prefix
 from vllm_steer.offline.engine.tokens import TokenEngine
 from vllm_steer.offline.estimators.fit import fit_direction
-from vllm_steer.offline.estimators.labelled_rows import Rows
+from vllm_steer.offline.estimators.labelled_rows import LabelledRows
 from vllm_steer.offline.extract.answer_generation import AnswerSettings, concept_answers
 from vllm_steer.offline.extract.answer_learning import AnswerLearner
 from vllm_steer.offline.extract.answers import ConceptAnswers
@@ -49,7 +49,7 @@ FAST = {
     "train_steps": 2,
     "train_answers": 4,
 }
-# Rows of which a fifth validates.
+# LabelledRows of which a fifth validates.
 HELD = 2 * 28 // 5 // 2
 
 
@@ -269,7 +269,7 @@ def test_every_estimator_learns_from_answers(extract, differences, estimator, se
 
 def test_soft_labels_are_the_attention_that_an_answer_pays(extract, monkeypatch) -> None:
     """To the prefix, 0 of the plain prompt; hard ones are 1 and 0."""
-    seen: list[Rows] = []
+    seen: list[LabelledRows] = []
 
     def remember(estimator, rows, options):
         seen.append(rows)
