@@ -10,7 +10,7 @@ OLDEST_TORCH := torch==2.11.0
 OLDEST_VENV := .venv-oldest
 OLDEST_BIN := $(OLDEST_VENV)/bin
 
-.PHONY: setup demo demo-full demo-tiny showcase test test-slow test-oldest check-versions architectures compatibility benchmarks lint format model clean
+.PHONY: setup demo demo-full demo-tiny showcase test test-engine test-all test-slow test-oldest check-versions architectures compatibility benchmarks lint format model clean
 
 ## setup: build .venv with vLLM for CPU and everything that the project needs
 setup: $(VENV)/ready
@@ -40,10 +40,20 @@ demo-tiny: setup
 showcase: demo-full
 	$(BIN)/python -m vllm_steer.offline.showcase.release demo-output/packs/smollm2
 
-## test: everything that runs in minutes, against real vLLM
+# An eager engine, a compiled one and one of Model Runner V2, and a server: what make test starts of vLLM.
+CORE := tests/engine/test_parity.py tests/server/test_http.py
+
+## test: what needs no engine, and the core of what does, against real vLLM
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not (slow or engine or server)'
-	$(BIN)/python -m pytest -m '(engine or server) and not slow'
+	$(BIN)/python -m pytest $(CORE) -m 'not slow'
+
+## test-engine: all other tests of engines and servers that run in minutes
+test-engine: setup
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(CORE)) -m '(engine or server) and not slow'
+
+## test-all: both, as CI runs them
+test-all: test test-engine
 
 ## test-slow: the long tests
 test-slow: setup
