@@ -26,7 +26,7 @@ TEXTS = [user_text(statement.text) for statement in statements("heldout")[:8]]
 KEY, GUEST = "the-key-of-a-friend", "another-key"
 CALM: dict[str, Any] = {"directions": [{"name": "moods/cheerful", "scale": 9.0}]}
 TOKENS = 12
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "how-to" / "monitor.md"
 PRIVATE = "The-heron-and-the-lighthouse"
 
 
@@ -342,7 +342,7 @@ def test_the_log_tells_what_was_done_and_refused(
     (receipt,) = response.model_extra["steering"]
     line = logged(server, "request")[-1]
     assert response.id == line["request_id"]
-    example = re.search(r"^Steering request: (.*)$", README.read_text(), re.MULTILINE)
+    example = re.search(r"^Steering request: (.*)$", PAGE.read_text(), re.MULTILINE)
     assert example is not None
     assert list(line) == list(json.loads(example[1]))
     assert line["outcome"] == "finished"

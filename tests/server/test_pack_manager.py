@@ -21,6 +21,7 @@ from openai import AsyncOpenAI, BadRequestError, InternalServerError, OpenAI
 from safetensors.numpy import save
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 
+from tests.documents import block
 from tests.random_pack import write_variant
 from vllm_steer.offline.demo.corpus import user_text
 from vllm_steer.offline.demo.server import SERVED_NAME, Server, serve
@@ -447,3 +448,12 @@ def test_vectors_that_are_refused(
     assert httpx.delete(f"{server.url}/steering/vectors/sent").status_code == 400
     names = [one["name"] for one in httpx.get(f"{server.url}/steering/packs").json()["packs"]]
     assert "sent" not in names
+
+
+def test_the_documentation_s_upload(server: Server, client: OpenAI, model: Path) -> None:
+    """The program of the page on uploads, as it stands there."""
+    width = json.loads((model / "config.json").read_text())["hidden_size"]
+    code = block("docs/how-to/uploads.md", "python", "/v1/steering/vectors/")
+    code = code.replace("http://localhost:8000/v1", server.url).replace("HIDDEN_SIZE", str(width))
+    exec(compile(code, "uploads.md", "exec"), {})
+    assert named(ask(client, {"directions": [{"name": "mine/up"}]})) == ["mine/up"]

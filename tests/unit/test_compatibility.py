@@ -1,4 +1,4 @@
-"""What cannot be steered correctly is refused at start, and the README's table says so."""
+"""What cannot be steered correctly is refused at start, and the documentation's table says so."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.compatibility import BLOCK, README, RESULTS, render
+from tests.compatibility import BLOCK, PAGE, RESULTS, render
 from vllm_steer.errors import CompatibilityError
 from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.serving.compatibility import refuse_unsupported
@@ -111,7 +111,7 @@ def test_connectors_that_key_on_block_hashes_are_accepted(name: str, vllm_config
 
 
 def test_readme_is_fresh() -> None:
-    assert BLOCK.inside(README.read_text()) == render(), "run make compatibility"
+    assert BLOCK.inside(PAGE.read_text()) == render(), "run make compatibility"
 
 
 def test_every_feature_was_tested_and_passed() -> None:

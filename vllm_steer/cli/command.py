@@ -64,7 +64,8 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "import",
         help="vector files to a pack",
         description="Writes a pack from GGUF control vectors, files of torch.save, safetensors, .npy or JSON. Layer N is "
-        "the output of decoder block N, counted from 0. VECTORS.md says which file becomes what.",
+        "the output of decoder block N, counted from 0. The documentation's reference of files that can be imported says "
+        "which file becomes what.",
     )
     into.add_argument(
         "files",
