@@ -54,7 +54,7 @@ def demo_picture(examples: Sequence[Mapping[str, Any]]) -> str:
     for name in SHOWN:
         example = by_direction[name]
         asked, about = (
-            _wrap(example["question"], 23),
+            _wrap(example["question"], 22),
             _wrap(f"direction learned from “{example['prefix']}”", 28),
         )
         plain, steered = _wrap(example["plain"], 44), _wrap(example["steered"], 44)

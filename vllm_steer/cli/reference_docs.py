@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import inspect
 import json
 import logging
@@ -17,7 +18,6 @@ from typing import Any
 
 from pydantic import BaseModel
 
-import vllm_steer
 from vllm_steer import log
 from vllm_steer.cli import command_line
 from vllm_steer.errors import RequestError, SteeringError
@@ -34,6 +34,7 @@ from vllm_steer.packs.manifest import (
     Manifest,
     MethodRecord,
     ModelIdentity,
+    Prefix,
     TensorFile,
 )
 from vllm_steer.request.schedule import ScheduleChoice
@@ -48,6 +49,7 @@ from vllm_steer.vllm_compat.versions import OVERRIDE, OVERRIDE_MEANING, SUPPORTE
 
 SCHEMA_FILE = "steering-request.schema.json"
 _WRITTEN = "<!-- Written from the code by `python -m vllm_steer.cli.reference_docs docs/reference`; do not edit. -->"
+_REQUEST_MODELS = (SteeringRequest, DirectionChoice, Gate, ScheduleChoice)
 _LIMITS = {
     "bytes of the manifest": MAX_MANIFEST_BYTES,
     "values in the manifest": MAX_MANIFEST_VALUES,
@@ -101,7 +103,7 @@ def _request_page() -> list[str]:
         'object; `vllm_xargs.steering`, as its JSON text; `SamplingParams.extra_args["steering"]`, '
         'as either. `"steering": "none"` leaves out a server\'s default.',
         f"[{SCHEMA_FILE}]({SCHEMA_FILE}) is its JSON schema.",
-        *(_model(model) for model in (SteeringRequest, DirectionChoice, Gate, ScheduleChoice)),
+        *(_model(model) for model in _REQUEST_MODELS),
         "## Operations",
         "What a direction `a` does to the residual stream h of a token; `â` is `a` at length 1, ε the scale. All but "
         "`add` need a server started with `--steering-ops affine`. Directions that meet at a layer and position all "
@@ -167,7 +169,7 @@ def _log_page() -> list[str]:
 
 
 def _pack_page() -> list[str]:
-    models = (Manifest, ModelIdentity, DirectionRecord, FormChoice, Calibration)
+    models = (Manifest, ModelIdentity, DirectionRecord, Prefix, FormChoice, Calibration)
     return [
         "# Pack format",
         "A pack is a directory with `steering_config.json`, the manifest, and `steering_vectors.safetensors`, a tensor "
@@ -193,7 +195,9 @@ def _patch_page() -> list[str]:
 
 def _python_page() -> list[str]:
     """What ``vllm_steer`` exports: functions, then classes, then errors."""
-    public = [(name, getattr(vllm_steer, name)) for name in vllm_steer.__all__]
+    # What users import, looked at as they do; no module of the package imports its root.
+    package = importlib.import_module("vllm_steer")
+    public = [(name, getattr(package, name)) for name in package.__all__]
     errors = [(n, o) for n, o in public if isinstance(o, type) and issubclass(o, SteeringError)]
     models = [(n, o) for n, o in public if isinstance(o, type) and issubclass(o, BaseModel)]
     rest = [(name, thing) for name, thing in public if (name, thing) not in errors + models]
@@ -210,7 +214,8 @@ def _python_page() -> list[str]:
 
 
 def _page_of(model: str) -> str:
-    page = "requests" if model in ("SteeringRequest", "DirectionChoice") else "packs"
+    """A link to the section of a model."""
+    page = "requests" if model in {each.__name__ for each in _REQUEST_MODELS} else "packs"
     return f"[{model}]({page}.md#{model.lower()})"
 
 
@@ -337,7 +342,7 @@ def _argument(action: argparse.Action) -> str:
     """How an argument is written, with its value or its choices."""
     named = action.choices or action.metavar or (None if action.nargs == 0 else action.dest.upper())
     value = (
-        named if named is None or isinstance(named, str) else "{" + ",".join(map(str, named)) + "}"
+        named if named is None or isinstance(named, str) else "{" + ", ".join(map(str, named)) + "}"
     )
     several = " ..." if action.nargs == "+" else ""
     return f"`{' '.join(filter(None, [*action.option_strings[:1], value]))}{several}`"
@@ -363,7 +368,7 @@ def _type(field: dict[str, Any]) -> str:
     if "anyOf" in field:
         return " or ".join(_type(option) for option in field["anyOf"])
     if "$ref" in field:
-        return str(field["$ref"].rpartition("/")[2])
+        return _page_of(field["$ref"].rpartition("/")[2])
     if "const" in field:
         return f"`{field['const']}`"
     if "enum" in field:
