@@ -110,11 +110,11 @@ def _request_page() -> list[str]:
         "read the stream as the block returned it, and their changes are summed.",
         _table(("op", "change"), ((f"`{op}`", text) for op, text in OPS.items())),
         "## Flat form",
-        "In the place of `steering`, in `vllm_xargs`, in a request's body or in `extra_args`; `steer` has to be there.",
+        "In place of `steering`, in `vllm_xargs`, in a request's body or in `extra_args`; `steer` is required.",
         _table(("key", "meaning"), ((f"`{key}`", meaning) for key, meaning in FLAT_KEYS.items())),
         "## Refusals",
-        "A request whose steering cannot be carried out is answered with HTTP 400 before the response starts. The "
-        "reason stands in metrics and log.",
+        "A request whose steering cannot be carried out is answered with HTTP 400 before the response starts. Metrics "
+        "and log name the reason.",
         _table(("reason", "meaning"), _reasons()),
     ]
 
@@ -123,8 +123,8 @@ def _receipt_page() -> list[str]:
     return [
         "# Receipts",
         "A response to a steered request has `steering`, a list with a receipt for each prompt, and the header "
-        f"`{HEADER}` with names and scales. In a stream the chunk that ends an answer has the receipt, and with "
-        "`/v1/responses` the last event's response.",
+        f"`{HEADER}` with names and scales. In a stream the receipt is in the chunk that ends an answer; with "
+        "`/v1/responses` it is in the response of the last event.",
         _table(
             ("field", "meaning"), ((f"`{f}`", meaning) for f, meaning in RECEIPT_FIELDS.items())
         ),
@@ -145,7 +145,7 @@ def _route_page() -> list[str]:
         _table(("route", "answer"), ((f"`{route}`", meaning) for route, meaning in ROUTES.items())),
         "Routes that change packs and aliases need `--steering-pack-roots`, those of vectors `--steering-upload-mib`; "
         "they answer 403 without it. Errors have the form of the OpenAI API: 400 for what is malformed, unknown or "
-        "cannot be served, 404 for a route that is none, 409 for what cannot be done now.",
+        "cannot be served, 404 for an unknown route, 409 for what cannot be done now.",
     ]
 
 
@@ -176,8 +176,8 @@ def _pack_page() -> list[str]:
         "`[layers, hidden_size]` for each direction. Layer k is the output of decoder block k, counted from 0.",
         *(_model(model) for model in (*models, CalibrationPoint, MethodRecord, TensorFile)),
         "## Limits",
-        "A pack beyond them is refused before its vectors are read. Refused too: keys given twice, NaN and "
-        "Inf, and files that are links out of the pack.",
+        "A pack that exceeds them is rejected before its vectors are read. So are duplicate keys, NaN and Inf, and "
+        "files that are links out of the pack.",
         _table(("of", "at most"), ((what, f"{limit:,}") for what, limit in _LIMITS.items())),
     ]
 
