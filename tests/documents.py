@@ -1,13 +1,9 @@
-"""The README and the pages of the documentation, and the code that stands in them.
-
-``python -m tests.documents`` counts the code blocks by how they are checked.
-"""
+"""The README and the pages of the documentation, and the code that stands in them."""
 
 from __future__ import annotations
 
 import re
 import textwrap
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,10 +60,3 @@ def fence(page: str, language: str, containing: str) -> Fence:
 def block(page: str, language: str, containing: str) -> str:
     """Returns the code of that block."""
     return fence(page, language, containing).code
-
-
-if __name__ == "__main__":
-    from tests.test_docs import how
-
-    for kind, count in Counter(how(each) for each in fences()).items():
-        print(f"{kind}: {count}")  # noqa: T201

@@ -77,7 +77,7 @@ def _steer(words: Sequence[str]) -> None:
 
 def _serve(words: Sequence[str]) -> None:
     try:
-        parsed = _server_parser().parse_args(["serve", *words][1:])
+        parsed = _server_parser().parse_args(list(words))
     except SystemExit as error:
         raise AssertionError(f"vllm serve {shlex.join(words)}") from error
     assert parsed.enable_steering, "a server of this documentation steers"

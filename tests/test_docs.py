@@ -1,7 +1,7 @@
 """The README and the documentation: their programs and commands run, all else is held against what it names.
 
 A test that runs a block of a page says so by ``runs``. Every other block is run by a test elsewhere, checked by
-its kind, or excused with a reason; one that nobody covers fails.
+its kind, or excused with a reason; one that nobody covers fails. ``python -m tests.test_docs`` counts them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,7 +196,9 @@ def test_requests_that_every_server_carries_out(server: Server) -> None:
     asked = [json.loads(code) for code in shown if "schedule" not in code]
     assert len(asked) == 4
     for steering in asked:
-        body = {"model": SERVED_NAME, "prompt": "Hello", "max_tokens": 8, "steering": steering}
+        body = {"model": SERVED_NAME, "prompt": "Hello, how are you today?", "max_tokens": 8} | {
+            "steering": steering
+        }
         answer = httpx.post(f"{server.url}/completions", json=body, timeout=60)
         assert answer.status_code == 200, answer.text
         assert answer.json()["steering"]
@@ -417,3 +420,8 @@ def test_the_site_is_built_and_loads_nothing_from_elsewhere(tmp_path: Path) -> N
         assert [u for u in loads.found if u.startswith(("http", "//"))] == [], page
     for sheet in tmp_path.rglob("*.css"):
         assert not re.search(r"(@import|url\()[\s\"']*(https?:)?//", sheet.read_text()), sheet
+
+
+if __name__ == "__main__":
+    for kind, count in Counter(how(each) for each in fences()).items():
+        sys.stdout.write(f"{kind}: {count}\n")
