@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tests.compatibility import BLOCK, PAGE, RESULTS, render
 from vllm_steer.errors import CompatibilityError
 from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.serving.compatibility import refuse_unsupported
+from vllm_steer.serving.configure import resolve_config
 
 
 @pytest.fixture
@@ -121,3 +123,14 @@ def test_every_feature_was_tested_and_passed() -> None:
     for line in render().splitlines()[4:]:
         name = line.split(" | ")[0].removeprefix("| ")
         assert any(f'"{name}"' in source for source in sources), f"{RESULTS.name} knows {name!r}"
+
+
+def test_an_additional_config_that_is_an_object_is_left_alone() -> None:
+    """vLLM takes an object with ``compute_hash`` in the place of a dict."""
+
+    class Hashed:
+        def compute_hash(self) -> str:
+            return "hash"
+
+    given = SimpleNamespace(additional_config=Hashed())
+    assert resolve_config(lambda *_: given)(None) is given
