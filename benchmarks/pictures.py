@@ -23,7 +23,7 @@ from vllm_steer.offline.showcase import shipped_pack
 PICTURES = ROOT / "docs" / "pictures"
 DEMO_PAGE = ROOT / "docs" / "demo.md"
 # Three of the rows that the demo shows, of different kinds; the page has them all.
-SHOWN = ("own/pirate", "smollm2/Sherlock Holmes", "smollm2/Tokyo")
+SHOWN = ("own/pirate", "smollm2/Santa Claus", "smollm2/Tokyo")
 _STYLE = """
 .page { fill: #ffffff; stroke: #d0d7de; }
 .card { fill: #f6f8fa; } .steered { fill: #e9e4fb; }
