@@ -112,7 +112,7 @@ def _takes(scope: Message, field: str) -> bool:
 async def _refuse(scope: Message, send: Send, field: str) -> None:
     route = route_of(scope)
     error = UnsupportedError(
-        f"{route} does not support the field {field!r} and would ignore it; use "
+        f"{route} does not support the field {field!r} and would ignore the steering; use "
         f"{', '.join(STEERED_ROUTES)}, or vllm_xargs where the route supports it"
     )
     count_refusal(error, route, key_digest(scope))
