@@ -435,7 +435,7 @@ def test_vectors_that_are_refused(
         ("sent", good, "?seconds=0", 400, "from 1 to"),
         ("sent", good, "?ttl=5", 400, "from 1 to"),
         ("bad name", good, "", 400, "name"),
-        (pack.name, good, "", 409, "is loaded"),
+        (pack.name, good, "", 409, "name of a loaded"),
         ("sent", good + b"\0" * 2**20, "", 413, "larger than"),
     ]
     for to, body, query, status, message in refused:
