@@ -33,7 +33,7 @@ def register() -> None:
             "steering; unset it or uninstall vllm-steer"
         )
     versions.check()
-    from vllm_steer.engine import compile_cache, holds, intake, pack_updates
+    from vllm_steer.engine import compile_cache, holds, intake, pack_updates, score_ledger
     from vllm_steer.engine.prefix_cache import steered_extra_keys
     from vllm_steer.serving import (
         admission,
@@ -44,6 +44,7 @@ def register() -> None:
         guard,
         request_hooks,
         request_tracking,
+        scores,
     )
     from vllm_steer.vllm_compat import failures
 
@@ -61,6 +62,8 @@ def register() -> None:
     patches.patch(patches.GENERATE, request_tracking.follow)
     patches.patch(patches.CREATE_CHAT_COMPLETION, batch_requests.follow_chat)
     patches.patch(patches.OUTPUT_ADD_REQUEST, engine_requests.note_arrival)
+    patches.patch(patches.PROCESS_OUTPUTS, scores.take_scores)
+    patches.patch(patches.NEW_COMPLETION_OUTPUT, scores.hand_on_scores)
     patches.patch(patches.OUTPUT_FINISH_REQUEST, engine_requests.note_finish)
     patches.patch(patches.OUTPUT_ABORT_REQUESTS, engine_requests.note_abort)
     patches.patch(patches.SERVE_ROUTERS, guard.add_guard)
@@ -68,6 +71,7 @@ def register() -> None:
     patches.patch(patches.INITIALIZE_KV_CACHES, intake.read_packs)
     patches.patch(patches.PREPROCESS_ADD_REQUEST, intake.check_intake)
     patches.patch(patches.FREE_REQUEST, holds.release_held)
+    patches.patch(patches.UPDATE_FROM_OUTPUT, score_ledger.send_scores)
     pack_updates.install(patches.PREPROCESS_ADD_REQUEST.resolve()[0])
     patches.patch(patches.INIT_DEVICE, _attach)
     patches.patch(patches.START_ENGINE_CORES, failures.name_file)

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vllm_steer.config import CONFIG_KEY, GRAPH_FIELDS
+from vllm_steer.config import CONFIG_KEY, GRAPH_FIELDS, READ_FIELDS
 
 
 def hash_graph_alone(original: Callable[..., str]) -> Callable[..., str]:
@@ -23,10 +23,11 @@ def hash_graph_alone(original: Callable[..., str]) -> Callable[..., str]:
         if not isinstance(steering, Mapping) or not steering.keys() >= set(GRAPH_FIELDS):
             # Off, or not resolved yet: all of it is hashed.
             return original(self, *args, **kwargs)
+        fields = GRAPH_FIELDS + (READ_FIELDS if steering.get("reads") else ())
         hashed = copy.copy(self)
         hashed.additional_config = {
             **given,
-            CONFIG_KEY: {field: steering[field] for field in GRAPH_FIELDS},
+            CONFIG_KEY: {field: steering[field] for field in fields},
         }
         return original(hashed, *args, **kwargs)
 

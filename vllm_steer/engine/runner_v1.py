@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from vllm.config import CUDAGraphMode
 
+from vllm_steer.engine.reading import carry_scores
 from vllm_steer.engine.worker import WorkerSteering
 
 
@@ -56,6 +57,8 @@ def attach(runner: Any, steering: WorkerSteering) -> None:
     runner._update_states = _update_states
     runner._prepare_inputs = _prepare_inputs
     runner._dummy_run = _dummy_run
+    if steering.reading is not None:
+        carry_scores(runner, steering.reading)
 
 
 def dummy_hidden_states(runner: Any, num_tokens: int, *, graphs: bool = True) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from vllm_steer.engine.reading import carry_scores
 from vllm_steer.engine.worker import WorkerSteering
 from vllm_steer.vllm_compat.patches import V2_MODEL_STATE, check_methods
 
@@ -66,6 +67,8 @@ def attach(runner: Any, steering: WorkerSteering) -> None:
     state.preprocess_state = _preprocess_state
     state.prepare_inputs = _prepare_inputs
     state.prepare_dummy_inputs = _prepare_dummy_inputs
+    if steering.reading is not None:
+        carry_scores(runner, steering.reading)
 
 
 def dummy_hidden_states(runner: Any, num_tokens: int, *, graphs: bool = True) -> torch.Tensor:

@@ -12,10 +12,11 @@ from typing import Any
 import msgspec
 
 from vllm_steer.errors import RequestError
+from vllm_steer.plan.reads import Read
 from vllm_steer.plan.steering_plan import Segment, SteeringPlan
 from vllm_steer.request.schema import PLAN_KEY
 
-VERSION = 1
+VERSION = 2
 # Requests whose plans stay decoded; the scheduler reads one for every block of its prompt.
 _DECODED = 1024
 
@@ -26,10 +27,12 @@ class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         version: :data:`VERSION` of the process that sent it.
         segments: Those of the plan.
+        reads: Those of the plan.
     """
 
     version: int
     segments: tuple[Segment, ...]
+    reads: tuple[Read, ...] = ()
 
 
 _decoder = msgspec.msgpack.Decoder(_Message)
@@ -37,7 +40,7 @@ _decoder = msgspec.msgpack.Decoder(_Message)
 
 def encode_plan(plan: SteeringPlan) -> bytes:
     """Returns the message of a plan."""
-    return msgspec.msgpack.encode(_Message(VERSION, plan.segments))
+    return msgspec.msgpack.encode(_Message(VERSION, plan.segments, plan.reads))
 
 
 @lru_cache(maxsize=_DECODED)
@@ -56,7 +59,7 @@ def decode_plan(message: bytes) -> SteeringPlan:
             f"the steering plan has version {found.version}, this engine reads {VERSION}; run the same vllm-steer "
             f"in every process"
         )
-    return SteeringPlan(found.segments)
+    return SteeringPlan(found.segments, found.reads)
 
 
 def plan_of(sampling_params: Any) -> SteeringPlan | None:

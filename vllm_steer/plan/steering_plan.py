@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from vllm_steer.operations import PLANE_OPS, Op
+from vllm_steer.plan.reads import Read
 from vllm_steer.request.schedule import Schedule
 from vllm_steer.request.stop_tokens import StopTokens
 
@@ -156,9 +157,15 @@ def _row_key(terms: tuple[Term, ...]) -> str:
 
 @dataclass(frozen=True)
 class SteeringPlan:
-    """The steering of one request by absolute position: disjoint segments, ascending."""
+    """The steering of one request by absolute position, and what is read of it.
+
+    Attributes:
+        segments: Disjoint, ascending.
+        reads: What is read, in the request's order; no part of any identity, since it changes nothing.
+    """
 
     segments: tuple[Segment, ...]
+    reads: tuple[Read, ...] = ()
 
     @property
     def until(self) -> StopTokens | None:
@@ -174,7 +181,8 @@ class SteeringPlan:
     @cached_property
     def digests(self) -> frozenset[str]:
         """All contents that it needs."""
-        return frozenset(digest for term in self.terms for digest in term.digests)
+        steering = {digest for term in self.terms for digest in term.digests}
+        return frozenset(steering | {read.digest for read in self.reads})
 
 
 def count_steered(plan: SteeringPlan, num_tokens: int) -> int:

@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import PydanticCustomError, from_json
 
 from vllm_steer.errors import RequestError, choices
-from vllm_steer.fields import LayerIndex
 from vllm_steer.operations import FormChoice, Gate
 from vllm_steer.request.positions import Positions, parse_slice
+from vllm_steer.request.reads import MAX_READS, Layers, ReadChoice
 from vllm_steer.request.schedule import ScheduleChoice
 from vllm_steer.request.stop_tokens import TokenIds
 
@@ -47,7 +47,6 @@ WRAPPERS = ("extra_body", "extra_args")
 NONE = "none"
 
 Scale = Annotated[float, Field(allow_inf_nan=False)]
-Layers = Annotated[list[LayerIndex], Field(min_length=1, max_length=4096)]
 
 
 class _Strict(BaseModel):
@@ -96,18 +95,37 @@ class SteeringRequest(_Strict):
             prompt's end. ``{"generated": [start, end]}`` counts from the first generated token.
         schedule: Strength over the generated tokens, for the directions that name none.
         until_token_ids: Steering ends after the first generated token with one of these ids.
+        read: Directions whose scores are returned, with or without some that steer. Needs a server
+            started with ``--steering-reads``.
+        recompute: Whether the prompt is computed anew where the prefix cache has it, so that all of its
+            tokens have scores.
     """
 
-    directions: Annotated[list[DirectionChoice], Field(min_length=1, max_length=MAX_DIRECTIONS)]
+    directions: Annotated[
+        list[DirectionChoice], Field(min_length=1, max_length=MAX_DIRECTIONS)
+    ] = []
     layers: Layers | None = None
     positions: Positions | None = None
     schedule: ScheduleChoice | None = None
     until_token_ids: TokenIds | None = None
+    read: Annotated[list[ReadChoice], Field(min_length=1, max_length=MAX_READS)] = []
+    recompute: bool = False
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> SteeringRequest:
+        if not self.directions and not self.read:
+            raise PydanticCustomError(
+                "empty", "needs directions that steer, or some to read: give 'directions' or 'read'"
+            )
+        if self.recompute and not self.read:
+            raise PydanticCustomError("recompute", "recompute belongs to read, which is not there")
+        return self
 
     @model_validator(mode="after")
     def _has_few_ranges(self) -> SteeringRequest:
         """Each range costs time at admission and in every step, so their number is looked at first."""
         chosen = [choice.positions or self.positions for choice in self.directions]
+        chosen += [choice.at for choice in self.read]
         count = sum(len(each) if isinstance(each, tuple) else 1 for each in chosen)
         if count > MAX_REQUEST_RANGES:
             raise PydanticCustomError(
@@ -300,6 +318,8 @@ def _explain(error: ValidationError) -> str:
                 model = Gate if "gate" in fault["loc"] else DirectionChoice
             if "schedule" in fault["loc"]:
                 model = ScheduleChoice
+            if fault["loc"][0] == "read":
+                model = ReadChoice
             faults.append(
                 f"{where}: unknown key; {choices(str(fault['loc'][-1]), model.model_fields)}"
             )

@@ -26,6 +26,7 @@ from vllm_steer.plan.bounds import check_distance
 from vllm_steer.plan.capacity import check_capacity
 from vllm_steer.plan.dose import relative_dose, scaled
 from vllm_steer.plan.message import encode_plan
+from vllm_steer.plan.reads import check_reads
 from vllm_steer.plan.resolve import resolve
 from vllm_steer.plan.steering_plan import SteeringPlan, count_steered
 from vllm_steer.plan.strength import strengths_of
@@ -73,9 +74,9 @@ class AdmittedPlan:
 
     @property
     def message(self) -> bytes | None:
-        """The plan as it travels to the engine; None where it changes nothing."""
+        """The plan as it travels to the engine; None where it changes and reads nothing."""
         plan = self.receipt.plan
-        return encode_plan(plan) if plan.segments else None
+        return encode_plan(plan) if plan.segments or plan.reads else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdmittedPlan:
         """vLLM copies sampling parameters deeply; the receipt has to stay the one."""
@@ -215,6 +216,7 @@ class Admission:
             bound = bind(wanted.request, registry, partial(self._check_allowed, key_digest))
             plan = resolve(bound, prompt_len, self._max_len)
             check_capacity(plan, self.config)
+            check_reads(plan.reads, self.config)
             plan, dose, factor = self._limit_dose(plan, registry)
             check_distance(plan, registry, self._dtype)
             if not wanted.is_default:
@@ -272,13 +274,19 @@ class Admission:
 
 
 def _check_reached(plan: SteeringPlan, prompt_len: int, sampling_params: Any) -> None:
-    """Raises RequestError where a plan steers no token that goes through the model."""
+    """Raises RequestError where a plan steers no token that goes through the model, or a read finds none."""
     longest = getattr(sampling_params, "max_tokens", None)
-    if longest is None or not plan.segments:
+    if longest is None:
         return
-    # The last token of an answer is never read.
+    # The last token of an answer goes through no model.
     tokens = prompt_len + max(0, longest - 1)
-    if not count_steered(plan, tokens):
+    for number, read in enumerate(plan.reads):
+        if all(start >= tokens for start, _ in read.ranges):
+            raise RequestError(
+                f"{REQUEST_KEY}.read.{number}.at: no token is read: of a prompt of {prompt_len} tokens and an answer of at "
+                f"most {longest}, {tokens} go through the model, and all positions come later; let it answer more tokens"
+            )
+    if plan.segments and not count_steered(plan, tokens):
         raise RequestError(
             f"{REQUEST_KEY}.positions: no token is steered: of a prompt of {prompt_len} tokens and an answer of at most "
             f"{longest}, the model reads {tokens}, and all positions come later; steer 'all' or 'prompt', or let it "

@@ -21,7 +21,7 @@ from vllm_steer.errors import ConfigError, PackError, RequestError
 from vllm_steer.packs.hub import hub_snapshot, resolve_pack
 from vllm_steer.packs.registry import PackRegistry
 from vllm_steer.packs.store import keep_store
-from vllm_steer.serving.compatibility import refuse_unsupported
+from vllm_steer.serving.compatibility import refuse_unread, refuse_unsupported
 from vllm_steer.serving.policy import load_policy
 from vllm_steer.vllm_compat.model_shape import model_shape
 
@@ -59,7 +59,10 @@ def resolve_config(original: Callable[..., Any]) -> Callable[..., Any]:
         refuse_unsupported(vllm_config)
         # Only the server of the OpenAI API lets requests wait for rows.
         queued = usage_context == UsageContext.OPENAI_API_SERVER
-        resolved = _resolve(parse_config(value), vllm_config, queued)
+        config = parse_config(value)
+        if config.reads:
+            refuse_unread(vllm_config)
+        resolved = _resolve(config, vllm_config, queued)
         # A new dict: the user's may serve for several engines.
         vllm_config.additional_config = {
             **vllm_config.additional_config,
@@ -100,6 +103,8 @@ def _resolve(config: SteeringConfig, vllm_config: Any, queued: bool) -> Resolved
         upload_count=config.upload_count,
         sums_per_request=sums,
         queued=queued,
+        reads=config.reads,
+        read_rows=config.reads * max_num_seqs + 1,
         layers=_layers(config, registry, shape["num_layers"]),
         ops=config.ops,
         rank=config.rank,

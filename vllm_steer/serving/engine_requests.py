@@ -12,6 +12,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_steer.serving.scores import expect_scores
+
 # An abort is sent at once after vLLM has noted it, and must reach the engine before who comes next does.
 _AFTER_ABORT_SECONDS = 0.01
 
@@ -43,6 +45,7 @@ def note_arrival(original: Callable[..., None]) -> Callable[..., None]:
 
     def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
         original(self, request, *args, **kwargs)
+        expect_scores(self, request)
         prompt = arriving.get()
         if prompt is not None:
             prompt.running.add(request.request_id)

@@ -148,7 +148,8 @@ def named_directions(request: SteeringRequest, registry: PackRegistry) -> list[s
     try:
         return [direction.full_name for direction in bind(request, registry).directions]
     except UnknownDirectionError:
-        return [n for c in request.directions for n in (c.name, *c.partners().values())]
+        steering = [n for c in request.directions for n in (c.name, *c.partners().values())]
+        return steering + [read.name for read in request.read]
 
 
 def load_policy(path: str) -> Policy:

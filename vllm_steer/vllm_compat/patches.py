@@ -119,6 +119,21 @@ PREPROCESS_ADD_REQUEST = VllmSymbol(
 FREE_REQUEST = VllmSymbol(
     "vllm.v1.core.sched.scheduler", "Scheduler._free_request", ("self", "request")
 )
+UPDATE_FROM_OUTPUT = VllmSymbol(
+    "vllm.v1.core.sched.scheduler",
+    "Scheduler.update_from_output",
+    ("self", "scheduler_output", "model_runner_output"),
+)
+PROCESS_OUTPUTS = VllmSymbol(
+    "vllm.v1.engine.output_processor",
+    "OutputProcessor.process_outputs",
+    ("self", "engine_core_outputs"),
+)
+NEW_COMPLETION_OUTPUT = VllmSymbol(
+    "vllm.v1.engine.output_processor",
+    "RequestState._new_completion_output",
+    ("self", "token_ids", "finish_reason", "stop_reason"),
+)
 # Called at the start, after the plugins are loaded.
 INITIALIZE_KV_CACHES = VllmSymbol(
     "vllm.v1.engine.core", "EngineCore._initialize_kv_caches", ("self", "vllm_config")
@@ -181,8 +196,13 @@ V1_RUNNER = {
     "_update_states": ("scheduler_output",),
     "_prepare_inputs": ("scheduler_output", "num_scheduled_tokens"),
     "_dummy_run": ("num_tokens",),
+    "sample_tokens": ("grammar_output",),
 }
-V2_RUNNER = {"load_model": (), "_dummy_run": ("num_tokens",)}
+V2_RUNNER = {
+    "load_model": (),
+    "_dummy_run": ("num_tokens",),
+    "sample_tokens": ("grammar_output",),
+}
 V2_MODEL_STATE = {
     "add_request": ("req_index", "new_req_data"),
     "remove_request": ("req_id",),

@@ -1,0 +1,59 @@
+"""Scores in the front end: taken out of the engine's outputs, and handed on with the answers that they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_steer.plan.message import plan_of
+from vllm_steer.plan.scores import CARRIER, SCORES_ATTRIBUTE, Scores, unpack_scores
+
+
+def expect_scores(processor: Any, request: Any) -> None:
+    """Makes place for the scores of a request that vLLM's output processor has taken in.
+
+    Args:
+        processor: The ``OutputProcessor``.
+        request: The ``EngineCoreRequest``.
+    """
+    plan = plan_of(request.sampling_params)
+    if plan is not None and plan.reads:
+        state = processor.request_states[request.request_id]
+        setattr(state, SCORES_ATTRIBUTE, Scores(plan.reads, state.prompt_len))
+
+
+def take_scores(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``OutputProcessor.process_outputs`` to take the scores out of what comes from the engine."""
+
+    def process_outputs(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        for output in engine_core_outputs:
+            carried = output.kv_transfer_params
+            if not carried or CARRIER not in carried:
+                continue
+            start, found = unpack_scores(carried[CARRIER])
+            rest = {key: value for key, value in carried.items() if key != CARRIER}
+            output.kv_transfer_params = rest or None
+            # One that was aborted meanwhile is gone.
+            state = self.request_states.get(output.request_id)
+            if state is not None:
+                scores: Scores = getattr(state, SCORES_ATTRIBUTE)
+                scores.chunks.append((start, found))
+        return original(self, engine_core_outputs, *args, **kwargs)
+
+    return process_outputs
+
+
+def hand_on_scores(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``RequestState._new_completion_output`` to give each ``CompletionOutput`` the scores of its answer.
+
+    Outputs of one answer share them, so that vLLM may merge outputs as it likes.
+    """
+
+    def _new_completion_output(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        scores = getattr(self, SCORES_ATTRIBUTE, None)
+        if scores is not None:
+            setattr(output, SCORES_ATTRIBUTE, scores)
+        return output
+
+    return _new_completion_output
