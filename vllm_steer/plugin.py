@@ -33,7 +33,7 @@ def register() -> None:
             "steering; unset it or uninstall vllm-steer"
         )
     versions.check()
-    from vllm_steer.engine import compile_cache, holds, intake, pack_updates, score_ledger
+    from vllm_steer.engine import compile_cache, holds, intake, pack_updates, unsent_scores
     from vllm_steer.engine.prefix_cache import steered_extra_keys
     from vllm_steer.serving import (
         admission,
@@ -71,7 +71,8 @@ def register() -> None:
     patches.patch(patches.INITIALIZE_KV_CACHES, intake.read_packs)
     patches.patch(patches.PREPROCESS_ADD_REQUEST, intake.check_intake)
     patches.patch(patches.FREE_REQUEST, holds.release_held)
-    patches.patch(patches.UPDATE_FROM_OUTPUT, score_ledger.send_scores)
+    patches.patch(patches.UPDATE_FROM_OUTPUT, unsent_scores.send_scores)
+    patches.patch(patches.CHECK_STOP, unsent_scores.stop_by_scores)
     pack_updates.install(patches.PREPROCESS_ADD_REQUEST.resolve()[0])
     patches.patch(patches.INIT_DEVICE, _attach)
     patches.patch(patches.START_ENGINE_CORES, failures.name_file)

@@ -128,6 +128,11 @@ def check_plan(plan: SteeringPlan, config: ResolvedConfig, store: PackStore, dty
                     )
     for read in plan.reads:
         _check_read(read, store)
+    for stop in plan.stops:
+        if not 0 <= stop.read < len(plan.reads) or stop.tokens < 1 or not math.isfinite(stop.above):
+            raise RequestError(
+                "a rule of the steering plan by which a read ends the answer is none"
+            )
     check_reads(plan.reads, config)
     check_capacity(plan, config)
     # The additive form has no second bound in the graph: what is written to its rows must be within the first.

@@ -7,7 +7,8 @@ does with its tokens it can do with their scores: wait, drop what was rejected, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,12 @@ from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from vllm_steer.engine.readers import ReaderBank
 from vllm_steer.engine.row_allocator import RowAllocator
-from vllm_steer.engine.score_ledger import SCORES, StepScores
+from vllm_steer.engine.unsent_scores import SCORES, StepScores
 from vllm_steer.packs.registry import LoadedDirection
 from vllm_steer.plan.reads import Read, probes_of
+
+# Used before the first request only, while no row is given away.
+PROBE_ROW = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +59,7 @@ class Reading:
         self._batch: list[str] = []
         self._columns: np.ndarray | None = None
         self._step: _ReadStep | None = None
+        self._probing = False
 
     def add(self, request_id: str, reads: tuple[Read, ...]) -> None:
         """Takes a request in; one that is known already gets the new reads."""
@@ -105,9 +110,35 @@ class Reading:
         self._step = _ReadStep(tokens, places, _to_host(positions[:tokens]))
 
     def prepare_dummy_step(self) -> None:
-        """Makes a profile, warm-up, capture or padding run read nothing."""
+        """Makes a profile, warm-up, capture or padding run read nothing, unless the self-test probes."""
         self._step = None
-        self.bank.clear_rows()
+        if self._probing:
+            self.bank.set_rows(np.full(self.bank.rows.shape, PROBE_ROW, dtype=np.int32))
+        else:
+            self.bank.clear_rows()
+
+    @contextmanager
+    def probing(self, layer: int, vector: np.ndarray, *, after: bool) -> Iterator[torch.Tensor]:
+        """Within it, every token of a dummy run is read at one layer.
+
+        Args:
+            layer: The layer.
+            vector: Float32 ``[hidden_size]``, what it is read with.
+            after: Whether after the change.
+
+        Yields:
+            Float32 ``[max_num_tokens, reads]``, where the scores will be.
+        """
+        at, vectors = self.bank.layers.index(layer), np.zeros(self._shape, dtype=np.float32)
+        vectors[at] = vector
+        self._probing = True
+        self.bank.write_row(PROBE_ROW, vectors, after)
+        try:
+            yield self.bank.scores[at]
+        finally:
+            self._probing = False
+            self.bank.write_row(PROBE_ROW, np.zeros(self._shape, dtype=np.float32), False)
+            self.bank.clear_rows()
 
     def collect(self) -> Callable[[], StepScores] | None:
         """Starts the copy of a step's scores to the host, after its model ran.
@@ -138,6 +169,11 @@ class Reading:
 
         return finish
 
+    @property
+    def _shape(self) -> tuple[int, int]:
+        """Of a row's vectors: layers and width."""
+        return len(self.bank.layers), self.bank.probes.shape[-1]
+
     def _keys(self, request_id: str) -> list[str]:
         return [f"{digest}:{int(after)}" for digest, after in probes_of(self._reads[request_id])]
 
@@ -157,7 +193,7 @@ class Reading:
 
     def _write(self, row: int, digest: str, after: bool) -> None:
         direction = self._find(digest)
-        vectors = np.zeros((len(self.bank.layers), self.bank.probes.shape[-1]), dtype=np.float32)
+        vectors = np.zeros(self._shape, dtype=np.float32)
         for at, layer in enumerate(self.bank.layers):
             if layer in direction.rows:
                 vectors[at] = direction.at(layer).astype(np.float64) / direction.lengths[layer]
@@ -187,7 +223,7 @@ def carry_scores(runner: Any, reading: Reading) -> None:
                 setattr(found, SCORES, finish())
                 return found
 
-            setattr(output, "get_output", _get_output)
+            output.get_output = _get_output
         else:
             setattr(output, SCORES, finish())
         return output
@@ -224,11 +260,10 @@ def _to_host(values: torch.Tensor) -> torch.Tensor:
     return host.copy_(values, non_blocking=values.is_cuda)
 
 
-def _recorded(device: torch.device) -> torch.cuda.Event | None:
+def _recorded(device: torch.device) -> torch.Event | None:
     """An event after all that was sent to the device; None where copies have waited for it."""
     if device.type != "cuda":
         return None
-    # It sleeps while it waits: the thread that waits shares its process with the one that runs the model.
-    event = torch.cuda.Event(blocking=True)
+    event = torch.Event(device)
     event.record()
     return event

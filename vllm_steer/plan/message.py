@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from vllm_steer.errors import RequestError
-from vllm_steer.plan.reads import Read
+from vllm_steer.plan.reads import Read, Stop
 from vllm_steer.plan.steering_plan import Segment, SteeringPlan
 from vllm_steer.request.schema import PLAN_KEY
 
@@ -28,11 +28,13 @@ class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         version: :data:`VERSION` of the process that sent it.
         segments: Those of the plan.
         reads: Those of the plan.
+        stops: Those of the plan.
     """
 
     version: int
     segments: tuple[Segment, ...]
     reads: tuple[Read, ...] = ()
+    stops: tuple[Stop, ...] = ()
 
 
 _decoder = msgspec.msgpack.Decoder(_Message)
@@ -40,7 +42,7 @@ _decoder = msgspec.msgpack.Decoder(_Message)
 
 def encode_plan(plan: SteeringPlan) -> bytes:
     """Returns the message of a plan."""
-    return msgspec.msgpack.encode(_Message(VERSION, plan.segments, plan.reads))
+    return msgspec.msgpack.encode(_Message(VERSION, plan.segments, plan.reads, plan.stops))
 
 
 @lru_cache(maxsize=_DECODED)
@@ -59,7 +61,7 @@ def decode_plan(message: bytes) -> SteeringPlan:
             f"the steering plan has version {found.version}, this engine reads {VERSION}; run the same vllm-steer "
             f"in every process"
         )
-    return SteeringPlan(found.segments, found.reads)
+    return SteeringPlan(found.segments, found.reads, found.stops)
 
 
 def plan_of(sampling_params: Any) -> SteeringPlan | None:

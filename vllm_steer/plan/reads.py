@@ -15,7 +15,7 @@ from vllm_steer.errors import RequestError
 from vllm_steer.fields import show_layers
 from vllm_steer.plan.binding import BoundRead
 from vllm_steer.request.positions import PositionRange, absolute_ranges
-from vllm_steer.request.schema import REQUEST_KEY
+from vllm_steer.request.schema import REQUEST_KEY, SteeringRequest
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,23 @@ class Read:
         return inside
 
 
+@dataclass(frozen=True)
+class Stop:
+    """A rule by which a read ends the answer.
+
+    Attributes:
+        read: Index of the read.
+        above: Its score has to be greater.
+        tokens: Tokens in a row that it has to be so for.
+        abort: Whether the answer counts as aborted.
+    """
+
+    read: int
+    above: float
+    tokens: int
+    abort: bool
+
+
 def probes_of(reads: Iterable[Read]) -> tuple[tuple[str, bool], ...]:
     """Returns the different probes of some reads, in the order in which they come first."""
     return tuple(dict.fromkeys(read.probe for read in reads))
@@ -93,6 +110,33 @@ def resolve_reads(
             Read(direction.full_name, direction.digest, tuple(layers), after, tuple(ranges))
         )
     return tuple(reads)
+
+
+def resolve_stops(
+    request: SteeringRequest, reads: Sequence[Read], prompt_len: int
+) -> tuple[Stop, ...]:
+    """Returns the rules by which reads end an answer.
+
+    Args:
+        request: What was asked for.
+        reads: Its reads.
+        prompt_len: Number of tokens of the prompt.
+
+    Raises:
+        RequestError: A rule looks at tokens that the prefix cache may have, and so might miss them.
+    """
+    stops = []
+    for field, rule in (("stop_when", request.stop_when), ("abort_when", request.abort_when)):
+        if rule is None:
+            continue
+        read = reads[rule.read]
+        if not request.recompute and any(start < prompt_len for start, _ in read.ranges):
+            raise RequestError(
+                f"{REQUEST_KEY}.{field}: read {rule.read} has positions in the prompt, which has no scores where the "
+                f"prefix cache has it; read 'generated' alone, or give \"recompute\": true"
+            )
+        stops.append(Stop(rule.read, rule.above, rule.tokens, field == "abort_when"))
+    return tuple(stops)
 
 
 def check_reads(reads: Sequence[Read], config: ResolvedConfig) -> None:

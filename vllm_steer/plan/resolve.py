@@ -16,7 +16,7 @@ from vllm_steer.operations import LINEAR_OPS, PLANE_OPS, FormChoice
 from vllm_steer.packs.registry import LoadedDirection
 from vllm_steer.plan.binding import BoundChoice, BoundRequest
 from vllm_steer.plan.dose import check_scale
-from vllm_steer.plan.reads import resolve_reads
+from vllm_steer.plan.reads import resolve_reads, resolve_stops
 from vllm_steer.plan.steering_plan import (
     MAX_PLAN_TERMS,
     MAX_SEGMENTS,
@@ -65,7 +65,8 @@ def resolve(bound: BoundRequest, prompt_len: int, max_len: int | None = None) ->
     triggers = request.until_token_ids
     until = StopTokens(prompt_len, tuple(triggers)) if triggers else None
     reads = resolve_reads(bound.reads, prompt_len, max_len)
-    return SteeringPlan(tuple(_segments(spans, until)), reads)
+    stops = resolve_stops(request, reads, prompt_len)
+    return SteeringPlan(tuple(_segments(spans, until)), reads, stops)
 
 
 def _segments(spans: Sequence[_Span], until: StopTokens | None) -> list[Segment]:

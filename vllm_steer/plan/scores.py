@@ -116,6 +116,6 @@ def read(outputs: Any) -> np.ndarray:
         raise ValueError(f"the requests read different numbers of directions: {sorted(counts)}")
     longest = max((scores.shape[1] for scores in found), default=0)
     padded = np.full((len(found), max(counts, default=0), longest), np.nan, dtype=np.float32)
-    for number, scores in enumerate(found):
-        padded[number, :, : scores.shape[1]] = scores
+    for number, each in enumerate(found):
+        padded[number, :, : each.shape[1]] = each
     return padded

@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from vllm_steer.operations import PLANE_OPS, Op
-from vllm_steer.plan.reads import Read
+from vllm_steer.plan.reads import Read, Stop
 from vllm_steer.request.schedule import Schedule
 from vllm_steer.request.stop_tokens import StopTokens
 
@@ -162,10 +162,12 @@ class SteeringPlan:
     Attributes:
         segments: Disjoint, ascending.
         reads: What is read, in the request's order; no part of any identity, since it changes nothing.
+        stops: By which of them the answer ends.
     """
 
     segments: tuple[Segment, ...]
     reads: tuple[Read, ...] = ()
+    stops: tuple[Stop, ...] = ()
 
     @property
     def until(self) -> StopTokens | None:

@@ -37,3 +37,19 @@ class ReadChoice(BaseModel):
     layers: Layers | None = None
     at: Positions = "generated"
     when: Literal["before", "after"] = "before"
+
+
+class StopChoice(BaseModel):
+    """When a probe ends an answer.
+
+    Attributes:
+        read: Index of the read in ``read``.
+        above: Its score has to be greater.
+        for: Tokens in a row that it has to be so for.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    read: Annotated[int, Field(ge=0, lt=MAX_READS)]
+    above: Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]
+    tokens: Annotated[int, Field(ge=1, le=1024, alias="for")] = 1

@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError, from_json
 from vllm_steer.errors import RequestError, choices
 from vllm_steer.operations import FormChoice, Gate
 from vllm_steer.request.positions import Positions, parse_slice
-from vllm_steer.request.reads import MAX_READS, Layers, ReadChoice
+from vllm_steer.request.reads import MAX_READS, Layers, ReadChoice, StopChoice
 from vllm_steer.request.schedule import ScheduleChoice
 from vllm_steer.request.stop_tokens import TokenIds
 
@@ -99,6 +99,9 @@ class SteeringRequest(_Strict):
             started with ``--steering-reads``.
         recompute: Whether the prompt is computed anew where the prefix cache has it, so that all of its
             tokens have scores.
+        stop_when: Ends the answer where a probe fires, with ``finish_reason`` ``stop``: the token that fired is read
+            when the one after it is drawn, which is the last of the answer.
+        abort_when: The same with ``finish_reason`` ``abort``.
     """
 
     directions: Annotated[
@@ -110,6 +113,8 @@ class SteeringRequest(_Strict):
     until_token_ids: TokenIds | None = None
     read: Annotated[list[ReadChoice], Field(min_length=1, max_length=MAX_READS)] = []
     recompute: bool = False
+    stop_when: StopChoice | None = None
+    abort_when: StopChoice | None = None
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> SteeringRequest:
@@ -119,6 +124,14 @@ class SteeringRequest(_Strict):
             )
         if self.recompute and not self.read:
             raise PydanticCustomError("recompute", "recompute belongs to read, which is not there")
+        for field in ("stop_when", "abort_when"):
+            rule: StopChoice | None = getattr(self, field)
+            if rule is not None and rule.read >= len(self.read):
+                raise PydanticCustomError(
+                    "rule",
+                    "{field}.read: {read} is the index of no read; there are {count}",
+                    {"field": field, "read": rule.read, "count": len(self.read)},
+                )
         return self
 
     @model_validator(mode="after")
@@ -318,11 +331,15 @@ def _explain(error: ValidationError) -> str:
                 model = Gate if "gate" in fault["loc"] else DirectionChoice
             if "schedule" in fault["loc"]:
                 model = ScheduleChoice
-            if fault["loc"][0] == "read":
-                model = ReadChoice
-            faults.append(
-                f"{where}: unknown key; {choices(str(fault['loc'][-1]), model.model_fields)}"
+            model = {"read": ReadChoice, "stop_when": StopChoice, "abort_when": StopChoice}.get(
+                str(fault["loc"][0]), model
             )
+            faults.append(f"{where}: unknown key; {choices(str(fault['loc'][-1]), _names(model))}")
         else:
             faults.append(f"{where}: {fault['msg']}")
     return "; ".join(faults)
+
+
+def _names(model: type[BaseModel]) -> list[str]:
+    """The fields of a model as a request writes them."""
+    return [field.alias or name for name, field in model.model_fields.items()]

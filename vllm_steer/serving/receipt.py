@@ -5,11 +5,16 @@ Importing this module imports neither torch nor vllm.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
+
+from vllm_steer.plan.reads import Read
+from vllm_steer.plan.scores import Scores
 from vllm_steer.plan.steering_plan import ADDITION, SteeringPlan, Term, count_steered
 
 HEADER = "x-steering"
@@ -27,7 +32,15 @@ RECEIPT_FIELDS = {
     "clamped_by": "Factor that the server multiplied all scales by; 1 when it kept them.",
     "tokens_steered": "Tokens that went through the model at steered positions, of prompt and answers; the last "
     "token of an answer does not.",
+    "reads": "Where the request reads: the `name`, `layers`, content `digest` and `when` of each read, and in `answers` "
+    "the scores of each answer to the prompt by its `index`, one for each token, in `prompt` and `generated`, each there "
+    "where the read has positions in it. A score is the projection on the direction at length 1, mean over the layers; "
+    "null where the model did not read the token, which is so for the last of an answer and for those of a prompt that "
+    "the prefix cache had, where the read does not cover it, or where the stream is not finite. Beside them the `mean` "
+    "and `max` of an answer's scores.",
 }
+# Digits that scores are rounded to, below what float32 tells apart.
+_DIGITS = 6
 
 
 @dataclass(eq=False)
@@ -44,6 +57,7 @@ class Receipt:
         strengths: Scale over default scale, after clamping, of the terms that have a strength.
         answered: Tokens generated so far by index of the answer; filled while the engine runs.
         ended: Tokens of each answer up to its trigger, where it has met one.
+        scores: What was read of each answer, by its index; filled while the engine runs.
     """
 
     plan: SteeringPlan
@@ -55,6 +69,7 @@ class Receipt:
     strengths: Mapping[Term, float] = field(default_factory=dict)
     answered: dict[int, int] = field(default_factory=dict)
     ended: dict[int, int] = field(default_factory=dict)
+    scores: dict[int, Scores] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -131,7 +146,7 @@ class Receipt:
             "dose": round(self.dose, 6),
             "clamped_by": self.clamped,
             "tokens_steered": self.tokens_steered(choice),
-        }
+        } | ({"reads": self._reads(choice)} if self.plan.reads else {})
 
     def to_header(self) -> str:
         """Returns the directions and scales for a header, which goes out before any token."""
@@ -143,6 +158,43 @@ class Receipt:
             parts.pop()
             shown = ", ".join([*parts, "..."])
         return shown
+
+    def _reads(self, choice: int | None) -> list[dict[str, Any]]:
+        """What was read, and the scores of one answer or of all."""
+        indices = sorted(self.scores) if choice is None else [choice]
+        arrays = {
+            index: self.scores[index].to_numpy(self.prompt_len + self.answered.get(index, 0))
+            for index in indices
+            if index in self.scores
+        }
+        return [
+            {
+                "name": read.name,
+                "layers": list(read.layers),
+                "digest": read.digest,
+                "when": "after" if read.after else "before",
+                "answers": [
+                    {"index": index} | self._answer(read, scores[number])
+                    for index, scores in arrays.items()
+                ],
+            }
+            for number, read in enumerate(self.plan.reads)
+        ]
+
+    def _answer(self, read: Read, scores: np.ndarray) -> dict[str, Any]:
+        """The scores of one read and answer, float32 ``[tokens]`` with those of the prompt."""
+        parts = {"prompt": scores[: self.prompt_len], "generated": scores[self.prompt_len :]}
+        covered = {
+            "prompt": any(start < self.prompt_len for start, _ in read.ranges),
+            "generated": any(end is None or end > self.prompt_len for _, end in read.ranges),
+        }
+        answered = parts["generated"][np.isfinite(parts["generated"])]
+        summary = {"mean": answered.mean(), "max": answered.max()} if len(answered) else {}
+        return {
+            part: [_shown(score) for score in found.tolist()]
+            for part, found in parts.items()
+            if covered[part]
+        } | {name: _shown(float(value)) for name, value in summary.items()}
 
     def _strength(self, term: Term) -> dict[str, float]:
         """The strength of a term that has one, rounded like the dose."""
@@ -163,3 +215,8 @@ class Receipt:
             gate = {"direction": self.names[form.gate], "digest": form.gate}
             found["gate"] = gate | {"above": form.threshold}
         return found | {"restore_norm": form.restore_norm}
+
+
+def _shown(score: float) -> float | None:
+    """A score as JSON has it."""
+    return round(score, _DIGITS) if math.isfinite(score) else None

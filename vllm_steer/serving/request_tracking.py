@@ -13,6 +13,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm_steer import log
 from vllm_steer.config import ResolvedConfig
 from vllm_steer.errors import BusyError, UnsupportedError
+from vllm_steer.plan.scores import SCORES_ATTRIBUTE
 from vllm_steer.request.schema import PLAN_KEY, REQUEST_KEY
 from vllm_steer.serving import metrics
 from vllm_steer.serving.admission import UNSTEERED, Admission, AdmittedPlan
@@ -184,7 +185,8 @@ async def _followed(
     answered = receipt.answered
     outcome, reason = "error", None
     metrics.ACTIVE.inc()
-    metrics.DOSE.observe(receipt.dose)
+    if receipt.plan.segments or not receipt.plan.reads:
+        metrics.DOSE.observe(receipt.dose)
     try:
         with metrics.WAITING.track_inprogress():
             ticket = await _entered(queue, sums, seconds)
@@ -197,6 +199,8 @@ async def _followed(
                     for answer in output.outputs:
                         before = answered.get(answer.index, 0) if adds_up else 0
                         receipt.count(answer.index, answer.token_ids, before)
+                        if (scores := getattr(answer, SCORES_ATTRIBUTE, None)) is not None:
+                            receipt.scores[answer.index] = scores
                     yield output
             outcome = "finished"
         finally:

@@ -93,7 +93,8 @@ class Reference:
     ) -> NDArray[np.float32]:
         """Scores ``[reads, prompt + tokens]`` of what a steering reads; NaN where it reads nothing."""
         self._tokens = [*prompt, *tokens]
-        self._seen = seen = {}
+        seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._seen = seen
         try:
             with self._steered(steering, len(prompt)):
                 self._logprobs(self._tokens)

@@ -124,6 +124,7 @@ UPDATE_FROM_OUTPUT = VllmSymbol(
     "Scheduler.update_from_output",
     ("self", "scheduler_output", "model_runner_output"),
 )
+CHECK_STOP = VllmSymbol("vllm.v1.core.sched.scheduler", "check_stop", ("request", "max_model_len"))
 PROCESS_OUTPUTS = VllmSymbol(
     "vllm.v1.engine.output_processor",
     "OutputProcessor.process_outputs",
