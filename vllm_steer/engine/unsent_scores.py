@@ -74,6 +74,8 @@ class UnsentScores:
         """
         scores = self._between(self.looked, max(self.looked, end))
         self.looked = max(self.looked, end)
+        if not scores.size:
+            return None
         above = [scores[stop.read] > stop.above for stop in self.stops]
         if not self.runs or not np.any(above):
             self.runs = [0] * len(self.stops)

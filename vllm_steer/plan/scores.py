@@ -54,7 +54,7 @@ class Scores:
     Attributes:
         reads: What was read.
         prompt_len: Tokens of the prompt.
-        chunks: First position and scores, float32 ``[reads, tokens]``, of what has come.
+        chunks: First position and scores, float32 ``[reads, tokens]``, of what has come, in order of position.
     """
 
     reads: tuple[Read, ...]
@@ -70,6 +70,15 @@ class Scores:
     def end(self) -> int:
         """Position after the last that has come."""
         return max((start + found.shape[1] for start, found in self.chunks), default=0)
+
+    def since(self, position: int) -> np.ndarray:
+        """Returns the scores from a position on, float32 ``[reads, tokens]``, as many as have come."""
+        tail = Scores(self.reads, self.prompt_len)
+        for start, found in reversed(self.chunks):
+            if start + found.shape[1] <= position:
+                break
+            tail.chunks.insert(0, (start, found))
+        return tail.to_numpy()[:, position:]
 
     def to_numpy(self, num_tokens: int | None = None) -> np.ndarray:
         """Returns the scores by absolute position.

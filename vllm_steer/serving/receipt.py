@@ -20,6 +20,8 @@ from vllm_steer.plan.steering_plan import ADDITION, SteeringPlan, Term, count_st
 HEADER = "x-steering"
 # Proxies refuse long headers; the body has everything.
 MAX_HEADER = 2048
+# In a chunk of a stream.
+SCORES_KEY = "steering_scores"
 RECEIPT_FIELDS = {
     "directions": "Each direction's `name`, `scale`, `layers` and content `digest`, as carried out; the `strength`, "
     "`scale` over the default scale, of a calibrated direction in its own form on its default layers, and none "
@@ -190,11 +192,9 @@ class Receipt:
         }
         answered = parts["generated"][np.isfinite(parts["generated"])]
         summary = {"mean": answered.mean(), "max": answered.max()} if len(answered) else {}
-        return {
-            part: [_shown(score) for score in found.tolist()]
-            for part, found in parts.items()
-            if covered[part]
-        } | {name: _shown(float(value)) for name, value in summary.items()}
+        return {part: shown_scores(found) for part, found in parts.items() if covered[part]} | {
+            name: round(float(value), _DIGITS) for name, value in summary.items()
+        }
 
     def _strength(self, term: Term) -> dict[str, float]:
         """The strength of a term that has one, rounded like the dose."""
@@ -217,6 +217,6 @@ class Receipt:
         return found | {"restore_norm": form.restore_norm}
 
 
-def _shown(score: float) -> float | None:
-    """A score as JSON has it."""
-    return round(score, _DIGITS) if math.isfinite(score) else None
+def shown_scores(scores: np.ndarray) -> list[float | None]:
+    """Scores ``[tokens]`` as JSON has them: null for what is none."""
+    return [round(s, _DIGITS) if math.isfinite(s) else None for s in scores.tolist()]
