@@ -85,7 +85,7 @@ def test_reads_are_no_part_of_what_is_changed(registry: PackRegistry) -> None:
     ("fields", "message"),
     [
         ({}, "give 'directions' or 'read'"),
-        ({"read": []}, "at least 1"),
+        ({"read": [], "directions": []}, "give 'directions' or 'read'"),
         ({"read": [{"name": "spiders"}] * 65}, "at most 64"),
         ({"read": [{"name": "spiders", "layers": [-1]}]}, r"read\.0\.layers\.0"),
         ({"read": [{"name": "spiders", "when": "later"}]}, r"read\.0\.when"),

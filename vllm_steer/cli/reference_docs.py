@@ -32,12 +32,13 @@ from vllm_steer.packs.manifest import (
     ModelIdentity,
     TensorFile,
 )
+from vllm_steer.request.reads import ReadChoice, StopChoice
 from vllm_steer.request.schedule import ScheduleChoice
 from vllm_steer.request.schema import FLAT_KEYS, DirectionChoice, SteeringRequest
 from vllm_steer.serving.flags import add_flags
 from vllm_steer.serving.packs_api import ROUTES
 from vllm_steer.serving.policy import Policy
-from vllm_steer.serving.receipt import HEADER, RECEIPT_FIELDS
+from vllm_steer.serving.receipt import HEADER, RECEIPT_FIELDS, SCORES_KEY
 from vllm_steer.serving.refusals import LINES, SECONDS
 from vllm_steer.vllm_compat.versions import OVERRIDE, OVERRIDE_MEANING, SUPPORTED
 
@@ -67,7 +68,17 @@ def render() -> str:
         "The field `steering` of `/v1/completions`, `/v1/chat/completions` and `/v1/responses`, as an "
         'object; `vllm_xargs.steering`, as its JSON text; `SamplingParams.extra_args["steering"]`, '
         'as either. `"steering": "none"` leaves out a server\'s default.',
-        *(_model(model) for model in (SteeringRequest, DirectionChoice, Gate, ScheduleChoice)),
+        *(
+            _model(model)
+            for model in (
+                SteeringRequest,
+                DirectionChoice,
+                Gate,
+                ScheduleChoice,
+                ReadChoice,
+                StopChoice,
+            )
+        ),
         "### Forms",
         "What a direction `a` does to the residual stream h of a token; `â` is `a` at length 1, ε the scale. All but "
         "`add` need a server started with `--steering-ops affine`. Directions that meet at a layer and position all "
@@ -89,6 +100,10 @@ def render() -> str:
         _table(
             ("field", "meaning"), ((f"`{f}`", meaning) for f, meaning in RECEIPT_FIELDS.items())
         ),
+        f"Where the request reads, each chunk of `/v1/completions` and `/v1/chat/completions` has the scores that have come "
+        f"since the one before, in `{SCORES_KEY}`: for each answer its `index`, the absolute position `start` of the first "
+        "token, the prompt's first being 0, and `scores`, a list for each read. In `LLM(...)` each `CompletionOutput` has "
+        "them in `steering_scores`, and `vllm_steer.read(outputs)` gives them as an array.",
         "## Policy",
         "`--steering-policy FILE`, a JSON object. A request for the model `SERVED:ALIAS` is steered by the alias.",
         _model(Policy),

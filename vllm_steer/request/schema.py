@@ -104,14 +104,12 @@ class SteeringRequest(_Strict):
         abort_when: The same with ``finish_reason`` ``abort``.
     """
 
-    directions: Annotated[
-        list[DirectionChoice], Field(min_length=1, max_length=MAX_DIRECTIONS)
-    ] = []
+    directions: Annotated[list[DirectionChoice], Field(max_length=MAX_DIRECTIONS)] = []
     layers: Layers | None = None
     positions: Positions | None = None
     schedule: ScheduleChoice | None = None
     until_token_ids: TokenIds | None = None
-    read: Annotated[list[ReadChoice], Field(min_length=1, max_length=MAX_READS)] = []
+    read: Annotated[list[ReadChoice], Field(max_length=MAX_READS)] = []
     recompute: bool = False
     stop_when: StopChoice | None = None
     abort_when: StopChoice | None = None
@@ -120,7 +118,7 @@ class SteeringRequest(_Strict):
     def _asks_for_something(self) -> SteeringRequest:
         if not self.directions and not self.read:
             raise PydanticCustomError(
-                "empty", "needs directions that steer, or some to read: give 'directions' or 'read'"
+                "empty", "needs directions that steer, or some to read; give 'directions' or 'read'"
             )
         if self.recompute and not self.read:
             raise PydanticCustomError("recompute", "recompute belongs to read, which is not there")
