@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,10 @@ READ: list[dict[str, Any]] = [
     {"name": "moods/cheerful", "at": "all"},
     {"name": "fears/spiders", "layers": [2], "when": "after"},
 ]
+NAMES = ("fears/spiders", "moods/gloomy")
+# An API key whose every answer the operator has ended at its third token.
+GUARDED = "guarded"
+FIRES: dict[str, Any] = {"above": -1e6, "for": 3}
 STEERING: dict[str, Any] = {"directions": [{"name": "moods/cheerful", "scale": 8.0}], "read": READ}
 
 
@@ -31,15 +36,20 @@ STEERING: dict[str, Any] = {"directions": [{"name": "moods/cheerful", "scale": 8
 def reading(
     model: Path, packs: list[SteeringPack], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("reading") / "log"
-    options = ["--enforce-eager", "--steering-reads", "2"]
-    with serve(model, [pack.path for pack in packs], log, *options) as running:
+    folder = tmp_path_factory.mktemp("reading")
+    digest = hashlib.sha256(GUARDED.encode()).hexdigest()
+    guard = {"read": [{"name": "fears/heights"}], "abort_when": FIRES | {"read": 0}}
+    (folder / "policy.json").write_text(json.dumps({"watch": {digest: guard}}))
+    options = ["--enforce-eager", "--steering-reads", "3"]
+    options += ["--steering-policy", str(folder / "policy.json")]
+    with serve(model, [pack.path for pack in packs], folder / "log", *options) as running:
         yield running
 
 
-def ask(server: Server, route: str, **fields: Any) -> httpx.Response:
+def ask(server: Server, route: str, key: str = "none", **fields: Any) -> httpx.Response:
     body = {"model": SERVED_NAME, "max_tokens": 12, "temperature": 0.0, "ignore_eos": True}
-    return httpx.post(f"{server.url}/{route}", json=body | fields, timeout=120)
+    headers = {"authorization": f"Bearer {key}"}
+    return httpx.post(f"{server.url}/{route}", json=body | fields, headers=headers, timeout=120)
 
 
 def chat(server: Server, **fields: Any) -> httpx.Response:
@@ -111,12 +121,56 @@ def test_the_responses_route_has_them(reading: Server) -> None:
 
 @pytest.mark.parametrize(("field", "reason"), [("stop_when", "stop"), ("abort_when", "abort")])
 def test_a_probe_ends_the_answer_and_is_named(field: str, reason: str, reading: Server) -> None:
-    rule = {"read": 1, "above": -1e6, "for": 3}
-    body = chat(reading, steering=STEERING | {field: rule}).json()
+    body = chat(reading, steering=STEERING | {field: FIRES | {"read": 1}}).json()
     (choice,) = body["choices"]
     assert choice["finish_reason"] == reason
     assert choice["stop_reason"] == "fears/spiders above -1e+06"
     assert len(choice["token_ids"]) == 4
+
+
+@pytest.mark.parametrize("steering", [None, "none", STEERING])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_operator_guards_every_request_of_a_key(
+    stream: bool, steering: Any, reading: Server
+) -> None:
+    fields = {} if steering is None else {"steering": steering}
+    answered = chat(reading, key=GUARDED, stream=stream, **fields)
+    if stream:
+        lines = [line.removeprefix("data: ") for line in answered.text.split("\n\n")]
+        chunks = [json.loads(line) for line in lines if line.startswith("{")]
+        body = next(c for c in reversed(chunks) if c["choices"])
+        scores = [part for c in chunks for part in c.get("steering_scores", ())]
+        assert {len(part["scores"]) for part in scores} == ({2} if steering == STEERING else set())
+    else:
+        body = answered.json()
+        assert len(body["choices"][0]["token_ids"]) == 4
+    (choice,) = body["choices"]
+    assert choice["finish_reason"] == "abort"
+    assert choice["stop_reason"] == "fears/heights above -1e+06"
+    # Its client sees scores of its own reads alone, and no receipt where it asked for nothing.
+    assert ("steering" in body) == ("x-steering" in answered.headers) == (steering == STEERING)
+    if steering == STEERING:
+        assert len(body["steering"][0]["reads"]) == 2
+    # Other keys are not guarded.
+    assert len(chat(reading, **fields).json()["choices"][0]["token_ids"]) == 12
+
+
+def test_ended_answers_and_scores_are_counted(reading: Server) -> None:
+    def count(name: str) -> float:
+        text = httpx.get(f"{reading.url.removesuffix('/v1')}/metrics").text
+        lines = [line for line in text.splitlines() if line.startswith(name)]
+        return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+    names = 'steering:stopped_total{action="abort"}', "steering:read_score_count"
+    before = [count(name) for name in names]
+    chat(reading, key=GUARDED)
+    assert [count(name) - earlier for name, earlier in zip(names, before, strict=True)] == [1, 1]
+
+
+def test_beam_search_is_refused_where_it_could_not_be_guarded(reading: Server) -> None:
+    refused = chat(reading, key=GUARDED, use_beam_search=True, n=2)
+    assert refused.status_code == 400
+    assert "beam search" in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -125,8 +179,8 @@ def test_a_probe_ends_the_answer_and_is_named(field: str, reason: str, reading: 
         ({"read": [{"name": "fears/snakes"}]}, "steering.read.0.name"),
         ({"read": [{"name": "fears/spiders", "layers": [99]}]}, "no vector for layers [99]"),
         (
-            {"read": [{"name": n} for n in ("fears/spiders", "fears/heights", "moods/gloomy")]},
-            "room for 2 per request",
+            {"read": [{"name": n, "when": w} for n in NAMES for w in ("before", "after")]},
+            "4 different probes are named, the server has room for 3",
         ),
         (
             {"read": READ, "abort_when": {"read": 9, "above": 1.0}},

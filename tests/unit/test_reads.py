@@ -315,7 +315,7 @@ def test_the_receipt_has_scores_of_each_answer(
     values = np.array([[NAN] * 10 + [1.0, 4.0], [NAN] * 8 + [0.25, 0.5, np.inf, NAN]])
     for index, tokens in ((0, 3), (1, 1)):
         receipt.count(index, [5] * tokens, 0)
-        scores = Scores(receipt.plan.reads, PROMPT, [(0, values.astype(np.float32))])
+        scores = Scores(receipt.plan.reads, PROMPT, (), [(0, values.astype(np.float32))])
         receipt.scores[index] = scores
     first, second = receipt.to_json()["reads"]
     assert (first["name"], first["layers"], first["when"]) == ("fears/spiders", [1, 2, 3], "before")

@@ -17,7 +17,7 @@ import numpy as np
 from vllm.v1.request import RequestStatus
 
 from vllm_steer.plan.message import plan_of
-from vllm_steer.plan.reads import Read, Stop
+from vllm_steer.plan.reads import Read, Stop, stop_reason
 from vllm_steer.plan.scores import CARRIER, pack_scores
 
 # Where a ``ModelRunnerOutput`` has the scores of its step.
@@ -138,7 +138,7 @@ def stop_by_scores(original: Callable[..., bool]) -> Callable[..., bool]:
         request.status = (
             RequestStatus.FINISHED_ABORTED if stop.abort else RequestStatus.FINISHED_STOPPED
         )
-        request.stop_reason = f"{unsent.reads[stop.read].name} above {stop.above:g}"
+        request.stop_reason = stop_reason(unsent.reads[stop.read], stop.above)
         return True
 
     return check_stop

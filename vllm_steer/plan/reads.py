@@ -6,7 +6,7 @@ Importing this module imports neither torch nor vllm.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -73,6 +73,11 @@ class Stop:
     abort: bool
 
 
+def stop_reason(read: Read, above: float) -> str:
+    """What the ``stop_reason`` of an answer says that a read has ended."""
+    return f"{read.name} above {above:g}"
+
+
 def probes_of(reads: Iterable[Read]) -> tuple[tuple[str, bool], ...]:
     """Returns the different probes of some reads, in the order in which they come first."""
     return tuple(dict.fromkeys(read.probe for read in reads))
@@ -110,6 +115,11 @@ def resolve_reads(
             Read(direction.full_name, direction.digest, tuple(layers), after, tuple(ranges))
         )
     return tuple(reads)
+
+
+def after_others(stops: Iterable[Stop], others: int) -> tuple[Stop, ...]:
+    """Returns rules of reads that come after some others."""
+    return tuple(replace(stop, read=stop.read + others) for stop in stops)
 
 
 def resolve_stops(

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
 from vllm_steer.operations import PLANE_OPS, Op
-from vllm_steer.plan.reads import Read, Stop
+from vllm_steer.plan.reads import Read, Stop, after_others
 from vllm_steer.request.schedule import Schedule
 from vllm_steer.request.stop_tokens import StopTokens
 
@@ -173,6 +173,11 @@ class SteeringPlan:
     def until(self) -> StopTokens | None:
         """The triggers, which all segments share."""
         return self.segments[0].until if self.segments else None
+
+    def watched(self, watch: SteeringPlan) -> SteeringPlan:
+        """Returns the plan with what another reads after what it reads itself."""
+        stops = self.stops + after_others(watch.stops, len(self.reads))
+        return replace(self, reads=self.reads + watch.reads, stops=stops)
 
     @cached_property
     def terms(self) -> tuple[Term, ...]:

@@ -26,7 +26,7 @@ from vllm_steer.plan.bounds import check_distance
 from vllm_steer.plan.capacity import check_capacity
 from vllm_steer.plan.dose import relative_dose, scaled
 from vllm_steer.plan.message import encode_plan
-from vllm_steer.plan.reads import check_reads
+from vllm_steer.plan.reads import Read, check_reads
 from vllm_steer.plan.resolve import resolve
 from vllm_steer.plan.steering_plan import SteeringPlan, count_steered
 from vllm_steer.plan.strength import strengths_of
@@ -67,10 +67,12 @@ class AdmittedPlan:
     Attributes:
         wanted: What it was made from.
         receipt: What was decided, for the response; it has the plan.
+        recompute: Whether the prefix cache is left out for the prompt.
     """
 
     wanted: Wanted
     receipt: Receipt
+    recompute: bool = False
 
     @property
     def message(self) -> bytes | None:
@@ -144,6 +146,13 @@ class Admission:
                 f"with --steering-layers that hold them"
             )
 
+    def unit_of(self, read: Read) -> float:
+        """Returns the median norm of the residual stream that a read looks at, the mean over its layers."""
+        if self.store is None:
+            raise RequestError("an engine without steering reads nothing")
+        norms = self.store.by_digest(read.digest).norms
+        return sum(norms[layer] for layer in read.layers) / len(read.layers)
+
     def hold(self, receipt: Receipt) -> None:
         """Counts a request in; the content that it uses stays loaded."""
         self.active.update(list(receipt.names))
@@ -187,6 +196,10 @@ class Admission:
         """Returns the steering of a request that names none, None where it declines the default."""
         return None if extra_args.get(REQUEST_KEY) == NONE else self.policy.default
 
+    def watch(self) -> SteeringRequest | None:
+        """Returns what the operator reads of the request that is being handled."""
+        return self.policy.watch_of(_key_digest())
+
     def admit(
         self,
         wanted: Wanted,
@@ -211,20 +224,29 @@ class Admission:
                 raise RequestError(
                     "this engine was started without steering; start it with --enable-steering --steering-packs DIR"
                 )
-            registry, http_context = self.store.registry, current_http_context.get()
-            key_digest = http_context.key_digest if http_context is not None else None
-            bound = bind(wanted.request, registry, partial(self._check_allowed, key_digest))
+            registry, key_digest = self.store.registry, _key_digest()
+            watch = self.watch()
+            # What the operator reads is not the client's to be allowed.
+            alone = wanted.request is watch
+            check = None if alone else partial(self._check_allowed, key_digest)
+            bound = bind(wanted.request, registry, check)
             plan = resolve(bound, prompt_len, self._max_len)
             check_capacity(plan, self.config)
-            check_reads(plan.reads, self.config)
             plan, dose, factor = self._limit_dose(plan, registry)
             check_distance(plan, registry, self._dtype)
             if not wanted.is_default:
                 _check_reached(plan, prompt_len, sampling_params)
-            strengths = strengths_of(bound, plan)
+            strengths, names, own = strengths_of(bound, plan), bound.names, len(plan.reads)
+            if watch is not None and not alone:
+                others = bind(watch, registry, where="watch")
+                plan = plan.watched(resolve(others, prompt_len, self._max_len))
+                names = others.names | names
+            check_reads(plan.reads, self.config)
         answers = getattr(sampling_params, "n", None) or 1
-        receipt = Receipt.of(plan, bound.names, prompt_len, answers, dose, factor, strengths)
-        return AdmittedPlan(wanted, receipt)
+        receipt = Receipt.of(plan, names, prompt_len, answers, dose, factor, strengths)
+        receipt.own_reads, receipt.silent = 0 if alone else own, alone
+        recompute = wanted.request.recompute or (watch is not None and watch.recompute)
+        return AdmittedPlan(wanted, receipt, recompute)
 
     def _announce(self, config: ResolvedConfig, registry: PackRegistry) -> None:
         """Says in metrics and log what requests can use."""
@@ -241,6 +263,7 @@ class Admission:
                 "max_dose": policy.max_dose,
                 "dose_action": policy.dose_action,
                 "keys": None if policy.keys is None else len(policy.keys),
+                "watch": len(policy.watch),
             },
         )
         for pack in packs.values():
@@ -271,6 +294,12 @@ class Admission:
             )
         # Rounding may leave it a little above.
         return weaker, min(limit, relative_dose(weaker, registry)), limit / dose
+
+
+def _key_digest() -> str | None:
+    """SHA-256 of the API key of the request that is being handled; None without one."""
+    http_context = current_http_context.get()
+    return http_context.key_digest if http_context is not None else None
 
 
 def _check_reached(plan: SteeringPlan, prompt_len: int, sampling_params: Any) -> None:

@@ -124,7 +124,14 @@ def _policy_path(config: SteeringConfig, registry: PackRegistry) -> str | None:
         return None
     path = os.path.abspath(os.path.expanduser(config.policy))
     try:
-        load_policy(path).check(registry)
+        policy = load_policy(path)
+        policy.check(registry)
+        for field, request in policy.steerings().items():
+            count = len({(read.name, read.when) for read in request.read})
+            if count > config.reads:
+                raise ConfigError(
+                    f"--steering-policy: {path}: {field} reads {count} probes; start with --steering-reads {count} at least"
+                )
     except RequestError as error:
         raise ConfigError(f"--steering-policy: {path}: {error}") from None
     return path

@@ -60,6 +60,8 @@ class Receipt:
         answered: Tokens generated so far by index of the answer; filled while the engine runs.
         ended: Tokens of each answer up to its trigger, where it has met one.
         scores: What was read of each answer, by its index; filled while the engine runs.
+        own_reads: How many of the plan's reads, the first, are the request's; the others are the operator's.
+        silent: Whether the operator alone reads, and the request asked for nothing.
     """
 
     plan: SteeringPlan
@@ -72,6 +74,8 @@ class Receipt:
     answered: dict[int, int] = field(default_factory=dict)
     ended: dict[int, int] = field(default_factory=dict)
     scores: dict[int, Scores] = field(default_factory=dict)
+    own_reads: int = 0
+    silent: bool = False
 
     @classmethod
     def of(
@@ -86,7 +90,9 @@ class Receipt:
     ) -> Receipt:
         """Makes the receipt of a plan; ``names`` has those of its directions, by digest."""
         kept = {digest: name for digest, name in names.items() if digest in plan.digests}
-        return cls(plan, kept, prompt_len, num_choices, dose, clamped, strengths or {})
+        made = cls(plan, kept, prompt_len, num_choices, dose, clamped, strengths or {})
+        made.own_reads = len(plan.reads)
+        return made
 
     def count(self, choice: int, tokens: Sequence[int], before: int) -> None:
         """Counts tokens of an answer.
@@ -148,7 +154,7 @@ class Receipt:
             "dose": round(self.dose, 6),
             "clamped_by": self.clamped,
             "tokens_steered": self.tokens_steered(choice),
-        } | ({"reads": self._reads(choice)} if self.plan.reads else {})
+        } | ({"reads": self._reads(choice)} if self.own_reads else {})
 
     def to_header(self) -> str:
         """Returns the directions and scales for a header, which goes out before any token."""
@@ -180,7 +186,7 @@ class Receipt:
                     for index, scores in arrays.items()
                 ],
             }
-            for number, read in enumerate(self.plan.reads)
+            for number, read in enumerate(self.plan.reads[: self.own_reads])
         ]
 
     def _answer(self, read: Read, scores: np.ndarray) -> dict[str, Any]:

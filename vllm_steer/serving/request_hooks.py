@@ -66,7 +66,7 @@ def plan_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
             message = plan.message if isinstance(plan, AdmittedPlan) else None
             kept = _without_steering(extra_args)
             request.sampling_params.extra_args = kept | ({PLAN_KEY: message} if message else {})
-            if wanted is not None and wanted.request.recompute:
+            if isinstance(plan, AdmittedPlan) and plan.recompute:
                 request.sampling_params.skip_reading_prefix_cache = True
         return request
 

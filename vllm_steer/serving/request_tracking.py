@@ -23,6 +23,7 @@ from vllm_steer.serving.receipt import Receipt
 from vllm_steer.serving.refusals import refusal
 from vllm_steer.serving.request_plan import admitted, wanted_of
 from vllm_steer.serving.row_queue import RowQueue, Ticket
+from vllm_steer.serving.scores import observe_scores
 
 _ROW_QUEUE = "_vllm_steer_row_queue"
 
@@ -42,6 +43,8 @@ def follow(original: Callable[..., Any]) -> Callable[..., Any]:
         admission = self.input_processor._vllm_steer_admission
         queue, seconds = _row_queue_of(self, admission.config), admission.config.wait_seconds
         followed = _followed(outputs, plan, queue, seconds, adds_up, entry)
+        if plan.receipt.plan.reads:
+            followed = _measured(followed, plan.receipt, admission)
         # The HTTP request may end before the engine's request does.
         return _held(followed, plan.receipt, admission)
 
@@ -101,6 +104,19 @@ def _entry(plan: AdmittedPlan, request_id: str) -> dict[str, Any]:
         "clamped_by": shown["clamped_by"],
         "key": log.short_key(http_context.key_digest) if http_context else None,
     }
+
+
+async def _measured(
+    outputs: AsyncGenerator[Any, None], receipt: Receipt, admission: Admission
+) -> AsyncGenerator[Any, None]:
+    """Yields the outputs of a request that reads, and counts in its scores once it has ended."""
+    units = [admission.unit_of(read) for read in receipt.plan.reads]
+    try:
+        async with aclosing(outputs):
+            async for output in outputs:
+                yield output
+    finally:
+        observe_scores(receipt.scores.values(), units)
 
 
 async def _held(

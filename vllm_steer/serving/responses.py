@@ -147,7 +147,7 @@ class Receipts(_Buffered):
         """Takes the place of ``send``."""
         if message["type"] == "http.response.start":
             self._kind = None
-            if self._http_context.receipts and message["status"] == 200:
+            if self._http_context.shown_receipts and message["status"] == 200:
                 self._kind = _kind_of(message)
                 summary = ", ".join(r.to_header() for r in self._http_context.receipts[:1])
                 message["headers"] = [
@@ -166,7 +166,7 @@ class Receipts(_Buffered):
         if not message.get("more_body"):
             events, rest = [*events, rest], b""
         self._body = rest
-        reads = any(receipt.plan.reads for receipt in self._http_context.receipts)
+        reads = any(receipt.own_reads for receipt in self._http_context.receipts)
         stamped = [
             self._stamp(e) if _END.search(e) or (reads and _CHOICES in e) else e for e in events
         ]
@@ -200,12 +200,13 @@ class Receipts(_Buffered):
         new = []
         for index in indices:
             found = self._http_context.receipt_of(index)
-            scores = found[0].scores.get(found[1]) if found is not None else None
-            start = self._sent.get(index, 0)
+            if found is None or not found[0].own_reads:
+                continue
+            scores, start = found[0].scores.get(found[1]), self._sent.get(index, 0)
             if scores is None or scores.end <= start:
                 continue
             self._sent[index] = scores.end
-            rows = [shown_scores(row) for row in scores.since(start)]
+            rows = [shown_scores(row) for row in scores.since(start)[: found[0].own_reads]]
             new.append({"index": index, "start": start, "scores": rows})
         return new
 

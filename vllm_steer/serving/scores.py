@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from vllm_steer.plan.message import plan_of
+from vllm_steer.plan.reads import stop_reason
 from vllm_steer.plan.scores import CARRIER, SCORES_ATTRIBUTE, Scores, unpack_scores
+from vllm_steer.serving import metrics
+
+# Directions that the metrics tell apart; clients may send ever new ones.
+_MOST_NAMES = 64
+_OTHERS = "others"
+_named: set[str] = set()
 
 
 def expect_scores(processor: Any, request: Any) -> None:
@@ -19,7 +28,7 @@ def expect_scores(processor: Any, request: Any) -> None:
     plan = plan_of(request.sampling_params)
     if plan is not None and plan.reads:
         state = processor.request_states[request.request_id]
-        setattr(state, SCORES_ATTRIBUTE, Scores(plan.reads, state.prompt_len))
+        setattr(state, SCORES_ATTRIBUTE, Scores(plan.reads, state.prompt_len, plan.stops))
 
 
 def take_scores(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -27,6 +36,8 @@ def take_scores(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def process_outputs(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
         for output in engine_core_outputs:
+            if output.finish_reason is not None:
+                _count_stop(self.request_states.get(output.request_id), output)
             carried = output.kv_transfer_params
             if not carried or CARRIER not in carried:
                 continue
@@ -41,6 +52,32 @@ def take_scores(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, engine_core_outputs, *args, **kwargs)
 
     return process_outputs
+
+
+def observe_scores(answers: Iterable[Scores], units: Sequence[float]) -> None:
+    """Puts the largest score of each answer and read into the metrics.
+
+    Args:
+        answers: The scores of the answers to a prompt.
+        units: What each read is measured in.
+    """
+    for scores in answers:
+        found = scores.since(scores.prompt_len)
+        for read, row, unit in zip(scores.reads, found, units, strict=True):
+            finite = row[np.isfinite(row)]
+            if len(finite):
+                label = read.name if read.name in _named or len(_named) < _MOST_NAMES else _OTHERS
+                _named.add(label)
+                metrics.READ_SCORE.labels(label).observe(float(finite.max()) / unit)
+
+
+def _count_stop(state: Any, output: Any) -> None:
+    """Counts an answer that a probe ended."""
+    scores: Scores | None = getattr(state, SCORES_ATTRIBUTE, None)
+    if scores is not None and output.stop_reason in {
+        stop_reason(scores.reads[stop.read], stop.above) for stop in scores.stops
+    }:
+        metrics.STOPPED.labels(str(output.finish_reason)).inc()
 
 
 def hand_on_scores(original: Callable[..., Any]) -> Callable[..., Any]:
