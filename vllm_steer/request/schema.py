@@ -329,9 +329,10 @@ def _explain(error: ValidationError) -> str:
                 model = Gate if "gate" in fault["loc"] else DirectionChoice
             if "schedule" in fault["loc"]:
                 model = ScheduleChoice
-            model = {"read": ReadChoice, "stop_when": StopChoice, "abort_when": StopChoice}.get(
-                str(fault["loc"][0]), model
-            )
+            if "read" in fault["loc"][:1]:
+                model = ReadChoice
+            elif {"stop_when", "abort_when"} & set(fault["loc"][:1]):
+                model = StopChoice
             faults.append(f"{where}: unknown key; {choices(str(fault['loc'][-1]), _names(model))}")
         else:
             faults.append(f"{where}: {fault['msg']}")
