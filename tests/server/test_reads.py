@@ -80,7 +80,7 @@ def test_the_body_has_the_scores_of_its_tokens(reading: Server, reference: Refer
 
 @pytest.mark.parametrize("route", ["chat", "completions"])
 def test_every_chunk_of_a_stream_has_those_that_came(route: str, reading: Server) -> None:
-    fields: dict[str, Any] = {"steering": STEERING, "stream": True, "n": 2}
+    fields: dict[str, Any] = {"steering": STEERING, "stream": True, "n": 2, "temperature": 1.0}
     if route == "chat":
         text = chat(reading, **fields).text
     else:
@@ -101,6 +101,7 @@ def test_every_chunk_of_a_stream_has_those_that_came(route: str, reading: Server
             final[chunk["choices"][0]["index"]] = chunk["steering"][0]["reads"]
     # They came bit by bit, and are those of the receipt but for the last token, which has none.
     assert min(counts) > 5
+    assert set(final) == {0, 1}
     for index, reads in final.items():
         (answer,) = reads[0]["answers"]
         assert answer["prompt"] + answer["generated"] == [*streamed[index][0], None]
