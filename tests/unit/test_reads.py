@@ -89,7 +89,8 @@ def test_reads_are_no_part_of_what_is_changed(registry: PackRegistry) -> None:
         ({"read": [{"name": "spiders"}] * 65}, "at most 64"),
         ({"read": [{"name": "spiders", "layers": [-1]}]}, r"read\.0\.layers\.0"),
         ({"read": [{"name": "spiders", "when": "later"}]}, r"read\.0\.when"),
-        ({"read": [{"name": "spiders", "scale": 1.0}]}, "'at', 'layers', 'name', 'when'"),
+        ({"read": [{"name": "spiders", "above": float("inf")}]}, r"read\.0\.above"),
+        ({"read": [{"name": "spiders", "scale": 1.0}]}, "'above', 'at', 'layers', 'name'"),
         ({"read": [{"name": "spiders", "at": "answer"}]}, "must be 'all'"),
         ({"recompute": True, "directions": [{"name": "spiders"}]}, "recompute belongs to read"),
         (
@@ -311,7 +312,9 @@ def test_scores_are_read_back_by_position() -> None:
 def test_the_receipt_has_scores_of_each_answer(
     registry: PackRegistry, make_receipt: Callable[..., Receipt]
 ) -> None:
-    receipt = make_receipt(read=[{"name": "spiders"}, {"name": "New York", "at": [[8, 11]]}])
+    receipt = make_receipt(
+        read=[{"name": "spiders", "above": 1.5}, {"name": "New York", "at": [[8, 11]]}]
+    )
     values = np.array([[NAN] * 10 + [1.0, 4.0], [NAN] * 8 + [0.25, 0.5, np.inf, NAN]])
     for index, tokens in ((0, 3), (1, 1)):
         receipt.count(index, [5] * tokens, 0)
@@ -320,8 +323,8 @@ def test_the_receipt_has_scores_of_each_answer(
     first, second = receipt.to_json()["reads"]
     assert (first["name"], first["layers"], first["when"]) == ("fears/spiders", [1, 2, 3], "before")
     assert first["answers"] == [
-        {"index": 0, "generated": [1.0, 4.0, None], "mean": 2.5, "max": 4.0},
-        {"index": 1, "generated": [1.0], "mean": 1.0, "max": 1.0},
+        {"index": 0, "generated": [1.0, 4.0, None], "mean": 2.5, "max": 4.0, "share_above": 0.5},
+        {"index": 1, "generated": [1.0], "mean": 1.0, "max": 1.0, "share_above": 0.0},
     ]
     assert second["answers"][0] == {
         "index": 0,

@@ -28,6 +28,7 @@ class Read:
         layers: Layers, ascending; the score is the mean over them.
         after: Whether the request's own change of the layer is part of what is read.
         ranges: First position and the position after the last one, None for no end.
+        above: The receipt says which share of an answer's scores is greater; None where it does not.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Read:
     layers: tuple[int, ...]
     after: bool
     ranges: tuple[PositionRange, ...]
+    above: float | None = None
 
     @property
     def probe(self) -> tuple[str, bool]:
@@ -111,9 +113,8 @@ def resolve_reads(
         except RequestError as error:
             raise RequestError(f"{read.where}.at: {error}") from None
         after = choice.when == "after"
-        reads.append(
-            Read(direction.full_name, direction.digest, tuple(layers), after, tuple(ranges))
-        )
+        content = direction.full_name, direction.digest, tuple(layers), after
+        reads.append(Read(*content, tuple(ranges), choice.above))
     return tuple(reads)
 
 

@@ -16,6 +16,7 @@ from vllm_steer.request.positions import Positions
 # Of a request; those of one direction that look at the same moment take one probe.
 MAX_READS = 64
 
+Score = Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]
 Layers = Annotated[list[LayerIndex], Field(min_length=1, max_length=4096)]
 
 
@@ -29,6 +30,7 @@ class ReadChoice(BaseModel):
         at: Token positions to read, with the choices of ``positions``.
         when: ``before`` reads what the block returns, ``after`` what it is once the request's own
             directions have changed it at that layer.
+        above: The receipt says which share of an answer's scores is greater.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -37,6 +39,7 @@ class ReadChoice(BaseModel):
     layers: Layers | None = None
     at: Positions = "generated"
     when: Literal["before", "after"] = "before"
+    above: Score | None = None
 
 
 class StopChoice(BaseModel):
@@ -51,5 +54,5 @@ class StopChoice(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     read: Annotated[int, Field(ge=0, lt=MAX_READS)]
-    above: Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]
+    above: Score
     tokens: Annotated[int, Field(ge=1, le=1024, alias="for")] = 1

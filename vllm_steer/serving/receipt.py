@@ -39,7 +39,7 @@ RECEIPT_FIELDS = {
     "where the read has positions in it. A score is the projection on the direction at length 1, mean over the layers; "
     "null where the model did not read the token, which is so for the last of an answer and for those of a prompt that "
     "the prefix cache had, where the read does not cover it, or where the stream is not finite. Beside them the `mean` "
-    "and `max` of an answer's scores.",
+    "and `max` of an answer's scores, and `share_above`, that of its scores that are greater than the read's `above`.",
 }
 # Digits that scores are rounded to, below what float32 tells apart.
 _DIGITS = 6
@@ -198,6 +198,8 @@ class Receipt:
         }
         answered = parts["generated"][np.isfinite(parts["generated"])]
         summary = {"mean": answered.mean(), "max": answered.max()} if len(answered) else {}
+        if summary and read.above is not None:
+            summary["share_above"] = (answered > read.above).mean()
         return {part: shown_scores(found) for part, found in parts.items() if covered[part]} | {
             name: round(float(value), _DIGITS) for name, value in summary.items()
         }
