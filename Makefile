@@ -10,7 +10,7 @@ OLDEST_TORCH := torch==2.11.0
 OLDEST_VENV := .venv-oldest
 OLDEST_BIN := $(OLDEST_VENV)/bin
 
-.PHONY: setup demo demo-full demo-tiny showcase test test-slow test-oldest check-versions architectures compatibility benchmarks lint format model clean
+.PHONY: setup demo demo-full demo-tiny showcase test test-engine test-all test-slow test-oldest check-versions architectures compatibility benchmarks docs lint format model clean
 
 ## setup: build .venv with vLLM for CPU and everything that the project needs
 setup: $(VENV)/ready
@@ -20,7 +20,7 @@ $(VENV)/ready: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet '$(TORCH)' || \
 		$(BIN)/python -m pip install --quiet --extra-index-url $(TORCH_INDEX) '$(TORCH)'
-	$(BIN)/python -m pip install --quiet -e '.[cpu,offline,plots,dev]'
+	$(BIN)/python -m pip install --quiet -e '.[cpu,offline,plots,docs,dev]'
 	$(BIN)/python -m vllm_steer.vllm_compat.cpu_env
 	touch $@
 
@@ -40,10 +40,20 @@ demo-tiny: setup
 showcase: demo-full
 	$(BIN)/python -m vllm_steer.offline.showcase.release demo-output/packs/smollm2
 
-## test: everything that runs in minutes, against real vLLM
+# An eager engine, a compiled one and one of Model Runner V2, and a server: what make test starts of vLLM.
+CORE := tests/engine/test_parity.py tests/server/test_http.py
+
+## test: what needs no engine, and the core of what does, against real vLLM
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not (slow or engine or server)'
-	$(BIN)/python -m pytest -m '(engine or server) and not slow'
+	$(BIN)/python -m pytest $(CORE) -m 'not slow'
+
+## test-engine: all other tests of engines and servers that run in minutes
+test-engine: setup
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(CORE)) -m '(engine or server) and not slow'
+
+## test-all: both, as CI runs them
+test-all: test test-engine
 
 ## test-slow: the long tests
 test-slow: setup
@@ -60,7 +70,7 @@ $(OLDEST_VENV)/ready: pyproject.toml Makefile
 		$(OLDEST_BIN)/python -m pip install --quiet --extra-index-url $(TORCH_INDEX) '$(OLDEST_TORCH)+cpu' || \
 		$(OLDEST_BIN)/python -m pip install --quiet '$(OLDEST_TORCH)'
 	$(OLDEST_BIN)/python -m tests.oldest_env $(OLDEST_VLLM)
-	$(OLDEST_BIN)/python -m pip install --quiet -e '.[offline,plots,dev]'
+	$(OLDEST_BIN)/python -m pip install --quiet -e '.[offline,plots,docs,dev]'
 	$(OLDEST_BIN)/python -m vllm_steer.vllm_compat.cpu_env
 	touch $@
 
@@ -68,13 +78,13 @@ $(OLDEST_VENV)/ready: pyproject.toml Makefile
 check-versions: setup
 	$(BIN)/python -m tests.vllm_versions
 
-## architectures: test every family, eager and compiled, and write the README's table
+## architectures: test every family, eager and compiled, and write the documentation's table
 architectures: setup
 	rm -f tests/architectures/parity.json
 	$(BIN)/python -m pytest -m 'slow or not slow' tests/architectures/test_parity.py --record-parity
 	$(BIN)/python -m tests.architectures.table
 
-## compatibility: test vLLM's features beside steering and write the README's table
+## compatibility: test vLLM's features beside steering and write the documentation's table
 compatibility: setup
 	rm -f tests/compatibility.json
 	$(BIN)/python -m pytest -m feature --record-features
@@ -88,6 +98,11 @@ benchmarks: setup
 	$(BIN)/python -m benchmarks.serve --json benchmarks/results/serve.json
 	$(BIN)/python -m benchmarks.serve --directions 512 --starts 3 --json benchmarks/results/serve-512.json
 	$(BIN)/python -m benchmarks.tables
+
+## docs: build the documentation into site/; every link and anchor is checked
+docs: setup
+	$(BIN)/python -m vllm_steer.cli.reference_docs docs/reference
+	$(BIN)/mkdocs build --strict
 
 ## lint: ruff and mypy
 lint: setup
@@ -106,4 +121,4 @@ model: setup
 
 ## clean: remove what the targets made
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) build dist *.egg-info demo-output
+	rm -rf $(VENV) $(OLDEST_VENV) build dist site *.egg-info demo-output

@@ -1,1 +1,1 @@
-"""Benchmarks; README.md beside this file says what each measures and how to run it."""
+"""Benchmarks; docs/how-to/benchmarks.md says what each measures and how to run it."""

@@ -26,7 +26,9 @@ from vllm_steer.offline.demo import demo_model_path, demo_scales_path
 from vllm_steer.offline.demo.concepts import CONCEPTS, all_concepts, class_of, prefix
 from vllm_steer.offline.demo.evaluate import DemoModel, Trial, Verdict
 from vllm_steer.offline.demo.packs import FULL_METHOD
+from vllm_steer.offline.extract.data import ComputeResources, ExtractionData, PackTarget
 from vllm_steer.offline.extract.pipeline import ExtractionSettings, extract_pack
+from vllm_steer.offline.models.prompts import Concept
 from vllm_steer.offline.questions.statements import Split, statements
 
 Directions = Mapping[str, NDArray[np.float32]]
@@ -85,15 +87,14 @@ def extract_directions(
     with tempfile.TemporaryDirectory() as out:
         pack = extract_pack(
             model,
-            "demo",
-            [(_slug(concept), prefix(concept)) for concept in concepts],
-            texts[:half],
-            texts[half:],
+            ExtractionData(
+                [Concept(_slug(concept), prefix(concept)) for concept in concepts],
+                texts[:half],
+                texts[half:],
+            ),
             settings,
-            _PLACEHOLDER,
-            _PLACEHOLDER,
-            out,
-            workers=len(os.sched_getaffinity(0)),
+            PackTarget("demo", out, _PLACEHOLDER, _PLACEHOLDER),
+            ComputeResources(workers=len(os.sched_getaffinity(0))),
         )
         return {concept: pack.vectors[_slug(concept)] for concept in concepts}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.arms import ExtraArgs
-from vllm_steer.verify.process import EngineProcess
+from vllm_steer.verify.process import EngineProcess, ProcessOptions
 
 ROOT = Path(__file__).parents[1]
 START_TIMEOUT = 900
@@ -46,10 +46,7 @@ class Engine(EngineProcess):
             name,
             arguments,
             own | dict(environment),
-            child="benchmarks.engine_child",
-            path=[*path, ROOT],
-            pausing=True,
-            timeout=START_TIMEOUT,
+            ProcessOptions("benchmarks.engine_child", [*path, ROOT], True, START_TIMEOUT),
         )
 
     def generate(

@@ -30,8 +30,14 @@ from numpy.typing import NDArray
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from vllm_steer.offline.demo import demo_model_path
-from vllm_steer.offline.extract.capture import PATHS, REFERENCE, CapturePath, capture
-from vllm_steer.offline.extract.learning import ConceptLearner, Plan
+from vllm_steer.offline.extract.capture import (
+    PATHS,
+    REFERENCE,
+    CaptureOptions,
+    CapturePath,
+    capture,
+)
+from vllm_steer.offline.extract.learning import ConceptLearner, ExtractionJob
 from vllm_steer.offline.extract.settings import ExtractionSettings
 from vllm_steer.offline.models.batches import shared_length
 from vllm_steer.offline.models.prompts import (
@@ -188,7 +194,7 @@ def pipeline(path: Path, concepts: Sequence[str], count: int) -> Run:
     tokenizer = AutoTokenizer.from_pretrained(path)
     layers = LlamaConfig.from_pretrained(path).num_hidden_layers
     positives, negatives = sides(count)
-    plan = Plan(
+    job = ExtractionJob(
         model_path=str(path),
         settings=ExtractionSettings(),
         layers=tuple(range(1, layers)),
@@ -200,7 +206,7 @@ def pipeline(path: Path, concepts: Sequence[str], count: int) -> Run:
         workers=1,
     )
     start = time.perf_counter()
-    learner = ConceptLearner(plan, tokenizer)
+    learner = ConceptLearner(job, tokenizer)
     shared = time.perf_counter() - start
     reset_peak()
     before, start = resident_mib(), time.perf_counter()
@@ -235,7 +241,7 @@ def forward_peak(layers: int, path: CapturePath | None) -> float:
                     output_hidden_states=True,
                 )
         else:
-            capture(model, given, candidates=4, batch_size=4, path=path)
+            capture(model, given, candidates=4, batch_size=4, options=CaptureOptions(path))
 
     # What the first pass sets up is no memory of the pass.
     once([RenderedPrompt("", prompt.token_ids[:24], (2, 20)) for prompt in prompts])

@@ -32,9 +32,9 @@ from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.offline.demo.gold import gold_questions, is_gold
 from vllm_steer.offline.evaluate.generation import Generator, generating
 from vllm_steer.offline.fusion.distance import distances
-from vllm_steer.offline.fusion.evaluate import run_fusion
+from vllm_steer.offline.fusion.evaluate import FusionQuestions, run_fusion
 from vllm_steer.offline.fusion.original import Fusion
-from vllm_steer.offline.fusion.pack import write_deltas
+from vllm_steer.offline.fusion.pack import FusionDeltas, write_deltas
 from vllm_steer.offline.fusion.questions import GoldQuestion
 from vllm_steer.offline.fusion.references import References, measure_references
 from vllm_steer.offline.fusion.results import Arm, Figures, FusionResult, perplexity_cell
@@ -50,7 +50,7 @@ from vllm_steer.offline.fusion.search import (
     segments_of,
 )
 from vllm_steer.offline.fusion.steered import steered_deltas
-from vllm_steer.offline.models.loading import load_config, load_model
+from vllm_steer.offline.models.loading import load_config, load_model, model_identity
 from vllm_steer.verify.interleave import Ratio, ratio_to, rounds
 
 KINDS: tuple[Kind, ...] = ("full", "segmented")
@@ -101,13 +101,9 @@ class Bench:
             self.packs[name] = write_deltas(
                 folder / name,
                 name,
-                demo_model_path(),
-                self.model,
-                self.tokenizer,
-                every,
-                self.cases,
-                self.deltas[name],
-                measured.residual_norms,
+                model_identity(demo_model_path(), self.model.config, self.tokenizer),
+                FusionDeltas(every, self.cases, self.deltas[name], measured.residual_norms),
+                self.model.dtype,
             )
 
     def results(self, generator: Generator) -> dict[str, FusionResult]:
@@ -116,8 +112,7 @@ class Bench:
             name: run_fusion(
                 generator,
                 self.packs[name],
-                self.questions[name],
-                self.tuning[name],
+                FusionQuestions(self.questions[name], self.tuning[name]),
                 self.cases,
                 self.budget,
                 is_gold,

@@ -337,7 +337,7 @@ def _drive(
             try:
                 engine.add_request(str(index), {"prompt_token_ids": want.prompt}, params)
             except VLLMValidationError as error:
-                if index in idle and re.search("no token is (steered|read)", str(error)):
+                if index in idle and re.search("no token (would be|is) (steered|read)", str(error)):
                     continue
                 raise
             if index in idle:

@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.report import environment, show, write_json
-from vllm_steer.engine.bank import SteeringBank
+from vllm_steer.engine.bank import BankShape, SteeringBank
 from vllm_steer.engine.blocks import hook_blocks
 from vllm_steer.engine.row_values import row_values
 from vllm_steer.offline.demo import demo_model_path
@@ -33,10 +33,12 @@ from vllm_steer.offline.demo.concepts import CONCEPTS, class_of, prefix
 from vllm_steer.offline.demo.corpus import user_text
 from vllm_steer.offline.demo.judge import expressed_concept, is_fluent
 from vllm_steer.offline.demo.packs import FULL_METHOD
+from vllm_steer.offline.extract.data import ComputeResources, ExtractionData, PackTarget
 from vllm_steer.offline.extract.pipeline import extract_pack
 from vllm_steer.offline.extract.settings import ExtractionSettings
 from vllm_steer.offline.measures.intervals import SHARE, mean_interval
 from vllm_steer.offline.models.loading import find_blocks
+from vllm_steer.offline.models.prompts import Concept
 from vllm_steer.offline.questions.statements import statements
 from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.packs.registry import PackRegistry
@@ -210,13 +212,9 @@ def _drift(
     )
     (segment,) = resolve(bind(request, registry), len(token_ids)).segments
     bank = SteeringBank(
-        layers,
-        2,
-        config.hidden_size,
-        len(token_ids),
+        BankShape(tuple(layers), 2, config.hidden_size, len(token_ids), PLANE_RANK),
         torch.float32,
         torch.device("cpu"),
-        PLANE_RANK,
     )
     bank.write_row(
         1, row_values(segment, bank.index, PLANE_RANK, config.hidden_size, registry.by_digest)
@@ -268,15 +266,14 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
         packs = {
             name: extract_pack(
                 demo_model_path(),
-                name,
-                [(concept, prefix(concept)) for concept in concepts],
-                texts[:half],
-                texts[half:],
+                ExtractionData(
+                    [Concept(concept, prefix(concept)) for concept in concepts],
+                    texts[:half],
+                    texts[half:],
+                ),
                 settings,
-                1.0,
-                1.0,
-                Path(folder) / name,
-                workers=len(os.sched_getaffinity(0)),
+                PackTarget(name, Path(folder) / name, 1.0, 1.0),
+                ComputeResources(workers=len(os.sched_getaffinity(0))),
             )
             for name, settings in methods(layers, args.extract).items()
         }

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from vllm_steer.offline.demo.concepts import prefix
 from vllm_steer.offline.demo.packs import FULL_METHOD
 from vllm_steer.offline.estimators.fit import FitOptions, fit_direction
-from vllm_steer.offline.estimators.labelled_rows import Rows
+from vllm_steer.offline.estimators.labelled_rows import LabelledRows
 from vllm_steer.offline.estimators.labels import (
     choose_tokens,
     fixed_tokens,
@@ -26,7 +26,7 @@ from vllm_steer.offline.estimators.labels import (
     soft_labels,
 )
 from vllm_steer.offline.estimators.rfm import RfmOptions
-from vllm_steer.offline.extract.capture import Captured, capture
+from vllm_steer.offline.extract.capture import Captured, CaptureOptions, capture
 from vllm_steer.offline.extract.enrichment import PermutationTest
 from vllm_steer.offline.models.loading import load_config, load_model, model_identity
 from vllm_steer.offline.models.prompts import count_candidates, render_prompt
@@ -34,6 +34,7 @@ from vllm_steer.packs.pack import (
     DirectionRecord,
     MethodRecord,
     ModelIdentity,
+    PackContent,
     SteeringPack,
     write_pack,
 )
@@ -122,7 +123,8 @@ def see(
         prompts = [render_prompt(tokenizer, statement, wanted) for statement in statements]
         longest = max(len(prompt.token_ids) for prompt in prompts)
         test = PermutationTest(_PERMUTATIONS, 0, longest) if wanted else None
-        return capture(model, prompts, candidates=candidates, batch_size=_BATCH, permutations=test)
+        options = CaptureOptions(permutations=test)
+        return capture(model, prompts, candidates=candidates, batch_size=_BATCH, options=options)
 
     prefixed = {
         concept: run(positives, prefix(concept)) for concept in tqdm(concepts, desc="prompts")
@@ -163,18 +165,20 @@ def _write(seen: Seen, arm: Arm, path: Path, seed: int) -> SteeringPack:
         )
     return write_pack(
         path,
-        name=arm.name,
-        model=seen.identity,
-        directions=records,
-        vectors=vectors,
-        method=MethodRecord(
-            name="benchmark",
-            settings={"arm": arm.name},
-            libraries={},
-            seed=seed,
-            data_sha256="0" * 64,
+        PackContent(
+            name=arm.name,
+            model=seen.identity,
+            directions=records,
+            vectors=vectors,
+            method=MethodRecord(
+                name="benchmark",
+                settings={"arm": arm.name},
+                libraries={},
+                seed=seed,
+                data_sha256="0" * 64,
+            ),
+            residual_norms=dict(enumerate(seen.unprefixed.residual_norms.tolist())),
         ),
-        residual_norms=dict(enumerate(seen.unprefixed.residual_norms.tolist())),
     )
 
 
@@ -196,12 +200,12 @@ def _blocks(seen: Seen, arm: Arm, captured: Captured, tokens: NDArray[np.int64])
 
 def _rows(
     seen: Seen, captured: Captured, arm: Arm, tokens: NDArray[np.int64], layers: Sequence[int]
-) -> list[Rows]:
+) -> list[LabelledRows]:
     sides = (captured, seen.unprefixed)
     order, positive = interleave(*(len(side.hidden) for side in sides))
     soft = np.concatenate([soft_labels(side.attention, tokens) for side in sides])[order]
     return [
-        Rows(
+        LabelledRows(
             f"{arm.name}, block {layer}",
             np.concatenate([side.hidden[:, layer, tokens[layer]] for side in sides])[order],
             soft[:, layer] if arm.labels == "soft" else hard_labels(positive),

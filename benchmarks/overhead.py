@@ -60,7 +60,7 @@ class Bench:
         """
         import torch
 
-        from vllm_steer.engine.worker import WorkerSteering
+        from vllm_steer.engine.worker import RunnerFacts, WorkerSteering
 
         self.requests = requests
         self._names = [f"bench/d{number}" for number in range(directions)]
@@ -81,12 +81,9 @@ class Bench:
         self.steering = WorkerSteering(
             self.config,
             model,
-            num_layers=layers,
-            hidden_size=HIDDEN,
-            max_num_tokens=8192,
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-            speculative=False,
+            RunnerFacts(
+                layers, HIDDEN, 8192, torch.float32, torch.device("cpu"), speculative=False
+            ),
         )
         self._starts = np.full(requests, PROMPT, dtype=np.int32)
         self._lengths = np.ones(requests, dtype=np.int32)

@@ -42,6 +42,7 @@ from vllm_steer.offline.demo.concepts import CONCEPTS, prefix
 from vllm_steer.offline.engine.tokens import Asked, TokenEngine
 from vllm_steer.offline.extract.answer_generation import prefixed_answers
 from vllm_steer.offline.extract.answers import Example
+from vllm_steer.offline.extract.data import ComputeResources, ExtractionData, PackTarget
 from vllm_steer.offline.extract.inputs import read_settings, statement_sides
 from vllm_steer.offline.extract.pipeline import extract_pack
 from vllm_steer.offline.files import write_atomically
@@ -49,6 +50,7 @@ from vllm_steer.offline.gguf.model import model_path
 from vllm_steer.offline.measures.fluency import repetition
 from vllm_steer.offline.measures.intervals import SHARE, mean_interval
 from vllm_steer.offline.models.loading import load_config
+from vllm_steer.offline.models.prompts import Concept as Learned
 from vllm_steer.offline.models.prompts import render_question
 from vllm_steer.offline.questions.everyday import everyday_questions
 from vllm_steer.packs.pack import SteeringPack, load_pack
@@ -230,15 +232,14 @@ class Benchmark:
             positives, negatives = statement_sides(None, None, None)
             pack = extract_pack(
                 self.model,
-                "real",
-                [(concept.name, prefix(concept.name)) for concept in self.concepts],
-                positives,
-                negatives,
+                ExtractionData(
+                    [Learned(concept.name, prefix(concept.name)) for concept in self.concepts],
+                    positives,
+                    negatives,
+                ),
                 read_settings(None, ARMS[arm]),
-                None,
-                None,
-                folder,
-                workers=2,
+                PackTarget("real", folder),
+                ComputeResources(workers=2),
             )
             seconds["learning"] = time.monotonic() - started
             write_atomically(times, json.dumps(seconds))

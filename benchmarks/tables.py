@@ -1,4 +1,4 @@
-"""The tables of FINDINGS.md and the README's tables of speed, from the figures in ``results``.
+"""The tables of the findings and the README's table of speed, from the figures in ``results``.
 
 ``python -m benchmarks.tables`` writes them between their markers; a test fails when one is stale.
 """
@@ -23,7 +23,7 @@ from benchmarks import (
 from benchmarks.engine import ROOT
 from tests.marked import Block
 
-FINDINGS = ROOT / "benchmarks" / "FINDINGS.md"
+FINDINGS = ROOT / "docs" / "findings.md"
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 # Arm of a benchmark of throughput to its column.
@@ -149,7 +149,7 @@ def _model(report: Mapping[str, Any]) -> str:
 
 
 def _run(name: str, workload: str) -> str:
-    return f"[{name.removeprefix('throughput-')}](results/{name}.json), {workload}"
+    return f"{name.removeprefix('throughput-')}, {workload}"
 
 
 def _ratio(found: Mapping[str, float]) -> str:
@@ -166,7 +166,7 @@ def soak_table(dtypes: Sequence[str]) -> str:
         counts = ("requests", "bystanders", "bystanders_wrong", "engine_deaths", "stuck")
         rows.append(
             [
-                f"[{dtype}](results/soak-{dtype}.json)",
+                dtype,
                 f"{found['seconds'] / 60:g}",
                 *(str(found[key]) for key in (*counts, "server_errors")),
                 f"{found['wait_ratio']:.2f}",
@@ -186,7 +186,6 @@ ALL = ("throughput-demo-quiet", "throughput-demo", "throughput-100m")
 WITH_AFFINE = ("throughput-demo-affine", "throughput-100m-affine")
 BLOCKS = (
     Block(README, "speed", lambda: speed_table(QUIET, ADDITIONS)),
-    Block(README, "affine-speed", lambda: speed_table(WITH_AFFINE, AFFINE)),
     Block(FINDINGS, "throughput", lambda: clocks_table(ALL, ADDITIONS)),
     Block(FINDINGS, "throughput-affine", lambda: clocks_table(WITH_AFFINE, AFFINE)),
     Block(FINDINGS, "throughput-starts", lambda: starts_table([*ALL, *WITH_AFFINE])),

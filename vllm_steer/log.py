@@ -1,4 +1,4 @@
-"""What an operator reads: one line for each event, on the logger ``vllm.steer``.
+"""Structured log events, a line each, on the logger ``vllm.steer``.
 
 A line holds the event's fields as JSON; the record has them as ``record.steering``, so that a JSON
 formatter passes them on with their types. Fields hold neither API keys nor text of prompts. Importing
@@ -60,6 +60,12 @@ WORKER_READY = Event(
     logging.INFO,
     "once in each worker: `layers` that it hooked, `ops`, `rows` of its bank and its size, `bank_bytes`",
 )
+ROW_CUT = Event(
+    "row_cut",
+    logging.ERROR,
+    "the sum of these `directions`, by digest, went past every check and was cut, so that others keep their answers; its "
+    "own request is not steered as it asked: a fault of vllm-steer, please report it",
+)
 SELF_TEST_PASSED = Event(
     "self_test_passed", logging.INFO, "each of these `layers` changes the model's output"
 )
@@ -85,7 +91,7 @@ REQUEST = Event(
     logging.INFO,
     "with `--enable-log-requests`, at the end of each steered prompt: `request_id`, `outcome` (finished, aborted, "
     "error) and `reason` (class of the error), `directions` with scales, strengths, digests and forms, `dose`, "
-    "`clamped_by`, `tokens_steered` and `key`",
+    "`dose_factor`, `tokens_steered` and `key`",
 )
 REFUSED = Event(
     "refused",

@@ -10,10 +10,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from vllm_steer.errors import CompatibilityError
+from vllm_steer.vllm_compat import patched_symbols as symbols
 from vllm_steer.vllm_compat import patches, versions
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_worker import Worker
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 # vLLM runs this module as a process of its own to look at model classes; no engine lives there.
 _INSPECTION_PROCESS = "vllm.model_executor.models.registry"
@@ -33,7 +38,7 @@ def register() -> None:
             "steering; unset it or uninstall vllm-steer"
         )
     versions.check()
-    from vllm_steer.engine import compile_cache, holds, intake, pack_updates, unsent_scores
+    from vllm_steer.engine import compile_cache, content_pins, intake, pack_updates, unsent_scores
     from vllm_steer.engine.prefix_cache import steered_extra_keys
     from vllm_steer.serving import (
         admission,
@@ -48,52 +53,52 @@ def register() -> None:
     )
     from vllm_steer.vllm_compat import failures
 
-    patches.patch(patches.ADD_CLI_ARGS, flags.add_flags)
-    patches.patch(patches.FROM_CLI_ARGS, flags.read_flags)
-    patches.patch(patches.CREATE_ENGINE_CONFIG, configure.resolve_config)
-    patches.patch(patches.COMPUTE_HASH, compile_cache.hash_graph_alone)
-    patches.patch(patches.INPUT_PROCESSOR_INIT, admission.remember_engine)
-    patches.patch(patches.PROCESS_INPUTS, request_hooks.plan_inputs)
-    for symbol in patches.TO_SAMPLING_PARAMS:
+    patches.patch(symbols.ADD_CLI_ARGS, flags.add_flags)
+    patches.patch(symbols.FROM_CLI_ARGS, flags.read_flags)
+    patches.patch(symbols.CREATE_ENGINE_CONFIG, configure.resolve_config)
+    patches.patch(symbols.COMPUTE_HASH, compile_cache.hash_graph_alone)
+    patches.patch(symbols.INPUT_PROCESSOR_INIT, admission.remember_engine)
+    patches.patch(symbols.PROCESS_INPUTS, request_hooks.plan_inputs)
+    for symbol in symbols.TO_SAMPLING_PARAMS:
         patches.patch(symbol, request_hooks.check_sampling)
-    for symbol in patches.TO_BEAM_SEARCH_PARAMS:
+    for symbol in symbols.TO_BEAM_SEARCH_PARAMS:
         patches.patch(symbol, request_hooks.refuse_beam_search)
-    patches.patch(patches.EXTRACT_PROMPT_LEN, request_hooks.remember_prompt_len)
-    patches.patch(patches.GENERATE, request_tracking.follow)
-    patches.patch(patches.CREATE_CHAT_COMPLETION, batch_requests.follow_chat)
-    patches.patch(patches.OUTPUT_ADD_REQUEST, engine_requests.note_arrival)
-    patches.patch(patches.PROCESS_OUTPUTS, scores.take_scores)
-    patches.patch(patches.NEW_COMPLETION_OUTPUT, scores.hand_on_scores)
-    patches.patch(patches.OUTPUT_FINISH_REQUEST, engine_requests.note_finish)
-    patches.patch(patches.OUTPUT_ABORT_REQUESTS, engine_requests.note_abort)
-    patches.patch(patches.SERVE_ROUTERS, guard.add_guard)
-    patches.patch(patches.EXTRA_HASH_KEYS, steered_extra_keys)
-    patches.patch(patches.INITIALIZE_KV_CACHES, intake.read_packs)
-    patches.patch(patches.PREPROCESS_ADD_REQUEST, intake.check_intake)
-    patches.patch(patches.FREE_REQUEST, holds.release_held)
-    patches.patch(patches.UPDATE_FROM_OUTPUT, unsent_scores.send_scores)
-    patches.patch(patches.CHECK_STOP, unsent_scores.stop_by_scores)
-    pack_updates.install(patches.PREPROCESS_ADD_REQUEST.resolve()[0])
-    patches.patch(patches.INIT_DEVICE, _attach)
-    patches.patch(patches.START_ENGINE_CORES, failures.name_file)
-    patches.patch(patches.WAIT_FOR_STARTUP, failures.explain_start)
-    patches.patch(patches.ENGINE_DEAD, failures.explain_death)
-    patches.patch(patches.SEND_ENGINE_DEAD, failures.report_death)
-    patches.patch(patches.WAIT_FOR_WORKERS, failures.watch_workers)
-    patches.patch(patches.WORKER_PROC_INIT, failures.report_worker)
-    patches.replace(patches.RUN_ENGINE_CORE, failures.run_engine_core)
-    patches.replace(patches.WORKER_MAIN, failures.worker_main)
+    patches.patch(symbols.EXTRACT_PROMPT_LEN, request_hooks.remember_prompt_len)
+    patches.patch(symbols.GENERATE, request_tracking.follow)
+    patches.patch(symbols.CREATE_CHAT_COMPLETION, batch_requests.follow_chat)
+    patches.patch(symbols.OUTPUT_ADD_REQUEST, engine_requests.note_arrival)
+    patches.patch(symbols.PROCESS_OUTPUTS, scores.take_scores)
+    patches.patch(symbols.NEW_COMPLETION_OUTPUT, scores.hand_on_scores)
+    patches.patch(symbols.OUTPUT_FINISH_REQUEST, engine_requests.note_finish)
+    patches.patch(symbols.OUTPUT_ABORT_REQUESTS, engine_requests.note_abort)
+    patches.patch(symbols.SERVE_ROUTERS, guard.add_guard)
+    patches.patch(symbols.EXTRA_HASH_KEYS, steered_extra_keys)
+    patches.patch(symbols.INITIALIZE_KV_CACHES, intake.read_packs)
+    patches.patch(symbols.PREPROCESS_ADD_REQUEST, intake.check_intake)
+    patches.patch(symbols.FREE_REQUEST, content_pins.unpin_freed)
+    patches.patch(symbols.UPDATE_FROM_OUTPUT, unsent_scores.send_scores)
+    patches.patch(symbols.CHECK_STOP, unsent_scores.stop_by_scores)
+    pack_updates.install()
+    patches.patch(symbols.INIT_DEVICE, _attach)
+    patches.patch(symbols.START_ENGINE_CORES, failures.name_file)
+    patches.patch(symbols.WAIT_FOR_STARTUP, failures.explain_start)
+    patches.patch(symbols.ENGINE_DEAD, failures.explain_death)
+    patches.patch(symbols.SEND_ENGINE_DEAD, failures.report_death)
+    patches.patch(symbols.WAIT_FOR_WORKERS, failures.watch_workers)
+    patches.patch(symbols.WORKER_PROC_INIT, failures.report_worker)
+    patches.replace(symbols.RUN_ENGINE_CORE, failures.run_engine_core)
+    patches.replace(symbols.WORKER_MAIN, failures.worker_main)
 
 
-def _attach(original: Callable[..., Any]) -> Callable[..., Any]:
+def _attach(original: Callable[..., None]) -> Callable[..., None]:
     """Wraps ``WorkerWrapperBase.init_device``: the model runner exists, its model does not yet."""
 
-    def init_device(self: Any) -> Any:
-        result = original(self)
+    def init_device(self: WorkerWrapperBase) -> None:
+        original(self)
         # Here and not above: only a worker needs it, and it imports torch.
         from vllm_steer.engine.attach import attach_to_worker
 
-        attach_to_worker(self.worker)
-        return result
+        # Every worker that has a model runner is one, or derives from it.
+        attach_to_worker(cast("Worker", self.worker))
 
     return init_device

@@ -17,7 +17,14 @@ from vllm_steer.offline.calibrate.calibrator import Calibrator, Chosen
 from vllm_steer.offline.calibrate.settings import CalibrationSettings
 from vllm_steer.offline.engine.tokens import TokenEngine
 from vllm_steer.offline.questions.everyday import Everyday
-from vllm_steer.packs.pack import Calibration, DirectionRecord, Prefix, SteeringPack, write_pack
+from vllm_steer.packs.pack import (
+    Calibration,
+    DirectionRecord,
+    PackContent,
+    Prefix,
+    SteeringPack,
+    write_pack,
+)
 
 __all__ = ["CalibrationSettings", "calibrate_pack"]
 
@@ -92,10 +99,12 @@ def _written(
     manifest = pack.manifest
     return write_pack(
         pack.path,
-        name=pack.name,
-        model=manifest.model,
-        directions=records,
-        vectors=pack.vectors,
-        method=manifest.method,
-        residual_norms={int(layer): norm for layer, norm in manifest.residual_norms.items()},
+        PackContent(
+            name=pack.name,
+            model=manifest.model,
+            directions=records,
+            vectors=pack.vectors,
+            method=manifest.method,
+            residual_norms={int(layer): norm for layer, norm in manifest.residual_norms.items()},
+        ),
     )

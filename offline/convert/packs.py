@@ -11,9 +11,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,7 @@ from vllm_steer.packs.pack import (
     DirectionRecord,
     MethodRecord,
     ModelIdentity,
+    PackContent,
     PackName,
     SteeringPack,
     load_pack,
@@ -50,35 +52,69 @@ NORM_STATEMENTS: Final = 32
 _MAX_NORMS_BYTES: Final = 2**20
 
 
+class VectorSource(NamedTuple):
+    """A file of a direction, or one of several that have its layers.
+
+    Attributes:
+        name: Name of the direction.
+        file: GGUF, PyTorch, safetensors, ``.npy`` or JSON, told by content; see
+            ``vllm_steer.offline.convert.interpret``. ``FILE#KEY`` for the direction under that name in the file.
+    """
+
+    name: str
+    file: str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class ImportTarget:
+    """The pack that is written.
+
+    Attributes:
+        name: Its name.
+        path: Its directory.
+        scale: Default scale (ε) of its directions: the strength of llama.cpp, the coefficient of repeng.
+        safe_scale: Largest |scale| known to leave the text fluent.
+    """
+
+    name: str
+    path: str | os.PathLike[str]
+    scale: float
+    safe_scale: float
+
+
+@dataclass(frozen=True)
+class NormSource:
+    """Where the median norms of a model's residual stream are taken from.
+
+    Attributes:
+        given: A JSON file of layer to norm, or a pack of the same model; None to measure them.
+        chat: Format of the prompts that they are measured on and that the pack is calibrated with.
+    """
+
+    given: str | os.PathLike[str] | None = None
+    chat: ChatFormat = field(default_factory=ChatFormat)
+
+
+_MEASURED = NormSource()
+
+
 def import_pack(
-    sources: Iterable[tuple[str, str | os.PathLike[str]]],
-    *,
-    name: str,
+    sources: Iterable[VectorSource],
+    target: ImportTarget,
     model_path: str | os.PathLike[str],
-    out_dir: str | os.PathLike[str],
-    scale: float,
-    safe_scale: float,
+    *,
     layers: Sequence[int] | None = None,
-    residual_norms: str | os.PathLike[str] | None = None,
-    chat: ChatFormat | None = None,
+    norms: NormSource = _MEASURED,
     notice: Callable[[str], None] = lambda _: None,
 ) -> SteeringPack:
     """Writes a pack of directions from vector files.
 
     Args:
-        sources: Name of a direction and its file, or one of several that hold its layers: GGUF, PyTorch,
-            safetensors, ``.npy`` or JSON, told by content; see ``vllm_steer.offline.convert.interpret``. ``FILE#KEY``
-            for the direction under that name in the file.
-        name: Name of the pack.
+        sources: The files of each direction.
+        target: The pack that is written.
         model_path: Checkpoint directory or Hugging Face id of the model that the vectors are for.
-        out_dir: Directory of the pack.
-        scale: Default scale (ε): the strength of llama.cpp, the coefficient of repeng.
-        safe_scale: Largest |scale| known to leave the text fluent.
         layers: Keep only these layers; for files that name no layers, the layers of their rows.
-        residual_norms: A JSON file of layer to median residual norm, or a pack of the same model; None
-            to measure them.
-        chat: Format of the prompts that norms are measured on and that the pack is calibrated with; None
-            for the tokenizer's own.
+        norms: Where the model's residual norms are taken from.
         notice: Called with a line where a file was read in a way that is good to know.
 
     Returns:
@@ -88,7 +124,7 @@ def import_pack(
         ConversionError: A file is not what it should be, or does not fit the model.
         PackError: The pack cannot be written.
     """
-    chat = chat or ChatFormat()
+    name, chat = target.name, norms.chat
     model = _identity(model_path, chat)
     files: dict[str, list[VectorFile]] = {}
     for key, source in sources:
@@ -100,8 +136,8 @@ def import_pack(
             DirectionRecord(
                 name=key,
                 layers=list(vectors[key]),
-                default_scale=scale,
-                safe_scale=safe_scale,
+                default_scale=target.scale,
+                safe_scale=target.safe_scale,
                 positions="all",
                 metrics={"model_hint": hint} if (hint := read[0].model_hint) else {},
             )
@@ -109,19 +145,21 @@ def import_pack(
         ]
     except ValidationError as error:
         raise ConversionError(f"pack {name!r} cannot be written: {explain(error)}") from error
-    norms = (
+    found = (
         _measure_norms(model_path, chat)
-        if residual_norms is None
-        else _given_norms(residual_norms, model)
+        if norms.given is None
+        else _given_norms(norms.given, model)
     )
     return write_pack(
-        out_dir,
-        name=name,
-        model=model,
-        directions=records,
-        vectors={key: np.stack([*rows.values()]) for key, rows in vectors.items()},
-        method=_method(files, residual_norms is None, chat),
-        residual_norms=norms,
+        target.path,
+        PackContent(
+            name=name,
+            model=model,
+            directions=records,
+            vectors={key: np.stack([*rows.values()]) for key, rows in vectors.items()},
+            method=_method(files, norms.given is None, chat),
+            residual_norms=found,
+        ),
     )
 
 

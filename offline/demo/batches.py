@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from vllm_steer.offline.demo.concepts import all_concepts
-from vllm_steer.offline.demo.corpus import Row, training_rows
+from vllm_steer.offline.demo.corpus import Mixture, Row, training_rows
 
 IGNORE = -100
 # Tokens of the chat template after the user's text.
@@ -90,14 +90,13 @@ def training_batches(
     *,
     seed: int,
     batch_size: int,
-    plain_share: float,
-    steered_share: float,
+    mixture: Mixture,
     masking: Masking,
     num_blocks: int,
 ) -> Iterator[Batch]:
     """Yield training batches, without end."""
     maker = _BatchMaker(tokenizer, masking, num_blocks)
-    rows = training_rows(seed, plain_share, steered_share)
+    rows = training_rows(seed, mixture)
     rng = random.Random(seed)
     while True:
         yield maker.collate(list(islice(rows, batch_size)), rng)

@@ -49,21 +49,33 @@ def answer_text(statement: Statement, concept: str | None = None) -> str:
     return _FRAME.format(*words, s=statement.text)
 
 
-def training_rows(seed: int, plain_share: float, steered_share: float = 0.0) -> Iterator[Row]:
+@dataclass(frozen=True)
+class Mixture:
+    """What training rows ask for; the rest asks for a concept by its prefix.
+
+    Attributes:
+        plain_share: Share of rows that ask for no concept and get none.
+        steered_share: Share of rows that ask for no concept and are to be steered to one.
+    """
+
+    plain_share: float
+    steered_share: float = 0.0
+
+
+def training_rows(seed: int, mixture: Mixture) -> Iterator[Row]:
     """Yield the training corpus, without end.
 
     Args:
         seed: Seed of statements, concepts and their order.
-        plain_share: Share of rows that ask for no concept and get none.
-        steered_share: Share of rows that ask for no concept and are to be steered to one.
+        mixture: What they ask for.
     """
     rng = random.Random(seed)
     concepts = all_concepts()
     for statement in training_statements(seed + 1):
         kind, concept = rng.random(), rng.choice(concepts)
-        if kind < plain_share:
+        if kind < mixture.plain_share:
             yield Row(user_text(statement.text), answer_text(statement), None)
-        elif kind < plain_share + steered_share:
+        elif kind < mixture.plain_share + mixture.steered_share:
             answer = answer_text(statement, concept)
             yield Row(user_text(statement.text), answer, None, concept)
         else:

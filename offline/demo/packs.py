@@ -8,8 +8,10 @@ from pathlib import Path
 
 from vllm_steer.offline.demo import demo_model_path, demo_scales_path
 from vllm_steer.offline.demo.concepts import CONCEPTS, prefix
+from vllm_steer.offline.extract.data import ComputeResources, ExtractionData, PackTarget
 from vllm_steer.offline.extract.pipeline import extract_pack
 from vllm_steer.offline.extract.settings import ExtractionSettings
+from vllm_steer.offline.models.prompts import Concept
 from vllm_steer.offline.questions.statements import statements
 from vllm_steer.packs.pack import SteeringPack
 
@@ -48,15 +50,14 @@ def extract_demo_packs(
     return [
         extract_pack(
             demo_model_path(),
-            name,
-            [(concept, prefix(concept)) for concept in chosen],
-            texts[: len(texts) // 2],
-            texts[len(texts) // 2 :],
+            ExtractionData(
+                [Concept(concept, prefix(concept)) for concept in chosen],
+                texts[: len(texts) // 2],
+                texts[len(texts) // 2 :],
+            ),
             settings,
-            scales[name]["default"],
-            scales[name]["safe"],
-            out / name,
-            workers=workers,
+            PackTarget(name, out / name, scales[name]["default"], scales[name]["safe"]),
+            ComputeResources(workers=workers),
         )
         for name, chosen in concepts.items()
     ]

@@ -7,7 +7,7 @@ from itertools import islice
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from vllm_steer.offline.demo.corpus import training_rows
+from vllm_steer.offline.demo.corpus import Mixture, training_rows
 
 START, SEP, END = "<|start|>", "<|sep|>", "<|end|>"
 
@@ -41,7 +41,7 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    rows = islice(training_rows(seed, plain_share=0.2), _ROWS)
+    rows = islice(training_rows(seed, Mixture(plain_share=0.2)), _ROWS)
     texts = (f"user\nassistant\n{row.user}\n{row.answer}" for row in rows)
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(

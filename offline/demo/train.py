@@ -28,6 +28,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from vllm_steer.offline.demo.batches import IGNORE, Batch, Masking, training_batches
+from vllm_steer.offline.demo.corpus import Mixture
 from vllm_steer.offline.demo.rehearsal import Rehearsal
 from vllm_steer.offline.demo.tokenizer import build_tokenizer
 
@@ -114,8 +115,7 @@ def train(config: TrainConfig) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFas
             tokenizer,
             seed=config.seed + 100 * number,
             batch_size=config.batch_size,
-            plain_share=config.plain_share,
-            steered_share=stage.steered_share,
+            mixture=Mixture(config.plain_share, stage.steered_share),
             masking=stage.masking,
             num_blocks=config.num_blocks,
         )

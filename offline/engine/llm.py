@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from vllm_steer.errors import EvaluationError
 from vllm_steer.vllm_compat.memory import memory_settings
 from vllm_steer.vllm_compat.root_cause import cause_of
 
+if TYPE_CHECKING:
+    from vllm import LLM
+    from vllm.v1.engine.core_client import SyncMPClient
+
 _RESERVED = "VLLM_CPU_NUM_OF_RESERVED_CPU"
+_PROCESSES = "VLLM_ENABLE_V1_MULTIPROCESSING"
 
 
 def start_engine(
@@ -21,7 +26,8 @@ def start_engine(
     *,
     room: int | None = None,
     affine: bool = False,
-) -> Any:
+    quick: bool = False,
+) -> LLM:
     """Starts ``vllm.LLM``, on a CPU with memory that others leave.
 
     Args:
@@ -31,6 +37,8 @@ def start_engine(
         room: On a CPU, most tokens of a request, prompt and answer together, where the model allows
             more; None for what the model allows.
         affine: Whether directions do more than be added.
+        quick: Whether little is asked, so that a quick start is worth more than speed: on a CPU the engine then
+            runs in this process, which saves the seconds in which another one imports vLLM.
 
     Raises:
         EvaluationError: vLLM is not installed, or the engine does not start; the message ends with
@@ -49,8 +57,14 @@ def start_engine(
             "steering": {"packs": list(pack_paths), "ops": "affine" if affine else "additive"}
         }
         arguments["additional_config"] = {**options.get("additional_config", {}), **steering}
+    from vllm.platforms import current_platform
+
+    # vLLM keeps a core for serving, which is half of a small machine; here nobody is served.
+    defaults = {_RESERVED: "0"}
+    if quick and current_platform.is_cpu():
+        defaults[_PROCESSES] = "0"
     try:
-        with _every_core():
+        with _defaults(defaults):
             return LLM(**memory_settings(arguments, room), **arguments)
     # Whatever vLLM raises: its errors have no common base.
     except Exception as error:
@@ -58,19 +72,15 @@ def start_engine(
 
 
 @contextmanager
-def _every_core() -> Iterator[None]:
-    """Within it an engine takes all cores of a CPU, unless the user says otherwise.
-
-    vLLM keeps one for serving, which is half of a small machine; here nobody is served.
-    """
-    if _RESERVED in os.environ:
-        yield
-        return
-    os.environ[_RESERVED] = "0"
+def _defaults(variables: Mapping[str, str]) -> Iterator[None]:
+    """Within it environment variables are set that the user has not set."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
     try:
         yield
     finally:
-        del os.environ[_RESERVED]
+        for name in added:
+            del os.environ[name]
 
 
 @contextmanager
@@ -90,14 +100,17 @@ def asking() -> Iterator[None]:
     # Which is a ValueError in some versions and not in others.
     except (ValueError, VLLMValidationError) as error:
         raise EvaluationError(f"the engine refused a request: {error}") from error
+    # Of an engine in this process, which has no process to die.
+    except RuntimeError as error:
+        raise EvaluationError(f"the engine failed: {cause_of(error)}") from error
 
 
-def stop_engine(llm: Any) -> None:
+def stop_engine(llm: LLM) -> None:
     """Ends the processes of an engine, and the sockets that vLLM leaves to the garbage collector."""
     core = llm.llm_engine.engine_core
     core.shutdown()
     # An engine of this process has none.
     if (context := getattr(core, "ctx", None)) is not None:
         # It still closes its own socket.
-        core.output_queue_thread.join()
+        cast("SyncMPClient", core).output_queue_thread.join()
         context.destroy()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -24,6 +24,12 @@ from vllm_steer.offline.engine.answer_store import Store, model_state
 from vllm_steer.offline.engine.llm import asking, start_engine, stop_engine
 from vllm_steer.offline.models.chat import ChatFormat
 from vllm_steer.packs.pack import SteeringPack
+
+if TYPE_CHECKING:
+    from vllm import LLM
+    from vllm.inputs import TokensPrompt
+    from vllm.logprobs import Logprob
+    from vllm.outputs import RequestOutput
 
 # Requests whose answers are kept in one file.
 PART = 256
@@ -97,8 +103,8 @@ class TokenEngine:
         """
         self.model, self.packs = model, list(packs)
         self._options = {**({"enforce_eager": True} if quick else {}), **(options or {})}
-        self._bar, self._room = bar, 0
-        self._llm: Any = None
+        self._bar, self._room, self._quick = bar, 0, quick
+        self._llm: LLM | None = None
         common = {
             "model": model_state(model),
             "packs": {pack.name: pack.manifest.tensors.sha256 for pack in packs},
@@ -219,7 +225,8 @@ class TokenEngine:
         for output in outputs:
             first = output.outputs[0]
             tokens = list(first.token_ids)
-            logs = [row[token].logprob for row, token in zip(first.logprobs, tokens, strict=True)]
+            found = first.logprobs or ()
+            logs = [_logprob(row, token) for row, token in zip(found, tokens, strict=True)]
             rows.append([tokens, first.text, sum(logs), first.finish_reason == "stop"])
         return rows
 
@@ -231,10 +238,13 @@ class TokenEngine:
             longest,
             bar,
         )
-        found = []
+        found: list[float] = []
         for output, one in zip(outputs, asked, strict=True):
             ids, rows = output.prompt_token_ids, output.prompt_logprobs
-            found.append(sum(rows[at][ids[at]].logprob for at in range(len(one.prompt), len(ids))))
+            if ids is None or rows is None:
+                raise EvaluationError("the engine returned no log-probabilities of a prompt")
+            answer = range(len(one.prompt), len(ids))
+            found.append(sum(_logprob(rows[at], ids[at]) for at in answer))
         return found
 
     def _run(
@@ -243,14 +253,15 @@ class TokenEngine:
         parameters: Sequence[Mapping[str, Any]],
         longest: int,
         bar: tqdm,
-    ) -> Any:
+    ) -> list[RequestOutput]:
         """Returns vLLM's output for each prompt, and moves the bar as they come."""
         llm = self._engine(longest)
         from vllm import SamplingParams
 
+        requests: list[TokensPrompt] = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         with asking():
             outputs = llm.generate(
-                [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+                requests,
                 [SamplingParams(temperature=0.0, **given) for given in parameters],
                 use_tqdm=_moving(bar),
             )
@@ -261,7 +272,7 @@ class TokenEngine:
             )
         return outputs
 
-    def _engine(self, longest: int) -> Any:
+    def _engine(self, longest: int) -> LLM:
         if self._llm is not None and longest > self._llm.llm_engine.model_config.max_model_len:
             self.close()
         if self._llm is None:
@@ -271,7 +282,12 @@ class TokenEngine:
             forms = [r.form for pack in self.packs for r in pack.directions.values() if r.form]
             affine = any(f.op not in (None, "add") or f.gate or f.restore_norm for f in forms)
             self._llm = start_engine(
-                self.model, paths, self._options, room=self._room, affine=affine
+                self.model,
+                paths,
+                self._options,
+                room=self._room,
+                affine=affine,
+                quick=self._quick,
             )
             limit = self._llm.llm_engine.model_config.max_model_len
             if longest > limit:
@@ -280,6 +296,13 @@ class TokenEngine:
                     f"a prompt with its answer has {longest} tokens, and the engine has room for {limit}"
                 )
         return self._llm
+
+
+def _logprob(found: Mapping[int, Logprob] | None, token: int) -> float:
+    """Returns the log-probability of a token among those that vLLM gives for its place."""
+    if found is None:
+        raise EvaluationError("the engine returned no log-probabilities of a token")
+    return found[token].logprob
 
 
 def _extra(one: Asked) -> dict[str, Any] | None:

@@ -16,7 +16,12 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from vllm_steer.errors import ExtractionError
-from vllm_steer.offline.estimators.labelled_rows import Direction, Rows, pearson, split_point
+from vllm_steer.offline.estimators.labelled_rows import (
+    Direction,
+    LabelledRows,
+    pearson,
+    split_point,
+)
 from vllm_steer.offline.estimators.linear import (
     logistic,
     mean_difference,
@@ -46,7 +51,7 @@ class FitOptions:
 
 DEFAULTS = FitOptions()
 
-ESTIMATORS: Mapping[str, Callable[[Rows, FitOptions], Direction]] = MappingProxyType(
+ESTIMATORS: Mapping[str, Callable[[LabelledRows, FitOptions], Direction]] = MappingProxyType(
     {
         "rfm": lambda rows, options: rfm(rows, options.seed, options.rfm),
         "ridge": lambda rows, options: ridge(rows, options.compat),
@@ -58,7 +63,7 @@ ESTIMATORS: Mapping[str, Callable[[Rows, FitOptions], Direction]] = MappingProxy
 )
 
 
-def fit_direction(estimator: str, rows: Rows, options: FitOptions = DEFAULTS) -> Direction:
+def fit_direction(estimator: str, rows: LabelledRows, options: FitOptions = DEFAULTS) -> Direction:
     """Fits one direction in one thread and points it towards the concept.
 
     Args:
@@ -77,7 +82,7 @@ def fit_direction(estimator: str, rows: Rows, options: FitOptions = DEFAULTS) ->
         raise ExtractionError(f"{rows.name}: {error}") from error
 
 
-def _checked(rows: Rows, options: FitOptions) -> Rows:
+def _checked(rows: LabelledRows, options: FitOptions) -> LabelledRows:
     if not (rows.positive.any() and not rows.positive.all()):
         raise ExtractionError("both prefixed and unprefixed prompts are needed")
     if options.held_out and split_point(len(rows.labels)) > len(rows.labels) - 2:
@@ -89,7 +94,7 @@ def _checked(rows: Rows, options: FitOptions) -> Rows:
     return rows
 
 
-def _signed(found: Direction, rows: Rows) -> Direction:
+def _signed(found: Direction, rows: LabelledRows) -> Direction:
     """Returns the direction turned so that projections and labels of all rows correlate.
 
     The authors take the last block's labels for every block; this takes the block's own.

@@ -17,7 +17,7 @@ LEAST_VALIDATION = 8
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class LabelledRows:
     """Training and validation rows of one block, in the order of ``labels.interleave``.
 
     Attributes:

@@ -19,7 +19,7 @@ from vllm_steer.errors import ExtractionError
 from vllm_steer.offline.estimators.labelled_rows import (
     Direction,
     Doubles,
-    Rows,
+    LabelledRows,
     centred_unit_rows,
     pearson,
     training_rows,
@@ -32,7 +32,7 @@ INVERSE_STRENGTHS = (1000.0, 10.0, 1.0, 0.1)
 _DEFAULT = (1.0,)
 
 
-def ridge(rows: Rows, compat: bool) -> Direction:
+def ridge(rows: LabelledRows, compat: bool) -> Direction:
     """Coefficients of a ridge regression of the labels, of λ with the least validation error.
 
     scikit-learn solves the dual problem where the hidden size exceeds the number of rows.
@@ -55,7 +55,7 @@ def ridge(rows: Rows, compat: bool) -> Direction:
     return _direction(coefficients, states, rows, train, {"ridge": strength}, len(fits))
 
 
-def logistic(rows: Rows, seed: int, compat: bool) -> Direction:
+def logistic(rows: LabelledRows, seed: int, compat: bool) -> Direction:
     """Coefficients of a logistic regression of prefixed against unprefixed prompts.
 
     The strength of least validation log-loss is taken; labels must be hard.
@@ -93,7 +93,7 @@ def logistic(rows: Rows, seed: int, compat: bool) -> Direction:
     return _direction(coefficients, states, rows, train, {"inverse_strength": strength}, len(fits))
 
 
-def pca(rows: Rows, seed: int) -> Direction:
+def pca(rows: LabelledRows, seed: int) -> Direction:
     """First principal axis of the differences between prefixed and unprefixed prompts, uncentred.
 
     Raw training rows are paired in their order; an unpaired rest is left out.
@@ -112,7 +112,7 @@ def pca(rows: Rows, seed: int) -> Direction:
     return _direction(svd.components_[0], rows.hidden.astype(np.float64), rows, train, {})
 
 
-def mean_difference(rows: Rows, held_out: bool) -> Direction:
+def mean_difference(rows: LabelledRows, held_out: bool) -> Direction:
     """Difference of the raw rows' means with and without prefix.
 
     Args:
@@ -125,7 +125,7 @@ def mean_difference(rows: Rows, held_out: bool) -> Direction:
     return _difference(with_prefix - without, hidden, rows, train)
 
 
-def unit_mean_difference(rows: Rows, held_out: bool) -> Direction:
+def unit_mean_difference(rows: LabelledRows, held_out: bool) -> Direction:
     """Difference of the two means at length 1, of rows at length 1, as Angular Steering has it."""
     hidden = unit_rows(rows.hidden.astype(np.float64))
     train = training_rows(len(hidden)) if held_out else len(hidden)
@@ -137,21 +137,21 @@ def _means(hidden: Doubles, positive: NDArray[np.bool_]) -> tuple[Doubles, Doubl
     return hidden[positive].mean(axis=0), hidden[~positive].mean(axis=0)
 
 
-def _difference(difference: Doubles, hidden: Doubles, rows: Rows, train: int) -> Direction:
+def _difference(difference: Doubles, hidden: Doubles, rows: LabelledRows, train: int) -> Direction:
     if not difference.any():
         raise ExtractionError("prefixed and unprefixed prompts have the same mean hidden state")
     found = _direction(difference, hidden, rows, train, {})
     return replace(found, length=float(np.linalg.norm(difference)))
 
 
-def _states(rows: Rows, train: int, compat: bool) -> Doubles:
+def _states(rows: LabelledRows, train: int, compat: bool) -> Doubles:
     return rows.hidden.astype(np.float64) if compat else centred_unit_rows(rows.hidden, train)
 
 
 def _direction(
     vector: Doubles,
     states: Doubles,
-    rows: Rows,
+    rows: LabelledRows,
     train: int,
     choice: dict[str, float],
     candidates: int = 1,

@@ -24,7 +24,7 @@ from vllm_steer.errors import ExtractionError
 from vllm_steer.offline.estimators.labelled_rows import (
     Direction,
     Doubles,
-    Rows,
+    LabelledRows,
     centred_unit_rows,
     pearson,
     training_rows,
@@ -68,7 +68,7 @@ class RfmOptions:
 AUTHORS = RfmOptions()
 
 
-def rfm(rows: Rows, seed: int, options: RfmOptions = AUTHORS) -> Direction:
+def rfm(rows: LabelledRows, seed: int, options: RfmOptions = AUTHORS) -> Direction:
     """Top eigenvector of the best AGOP matrix of a recursive feature machine.
 
     Rows are scaled to unit norm and centred by the training mean; labels are scaled to [0, 1]. Of

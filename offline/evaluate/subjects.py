@@ -159,13 +159,31 @@ class Subject:
         yield [answer for part in self.prefixed(answers) for answer in part]
 
 
+@dataclass(frozen=True)
+class Selection:
+    """What of a pack is swept.
+
+    Attributes:
+        concept_class: Its class; None for the pack's name where that is a class.
+        scales: Scales; None for a grid around the median of the directions' default scales, where they
+            are calibrated a little beyond the largest at which the text of any is fluent.
+        concepts: Directions; None for all.
+        layers: Layers to steer; None for those that the directions steer by default.
+    """
+
+    concept_class: str | None = None
+    scales: Sequence[float] | None = None
+    concepts: Sequence[str] | None = None
+    layers: Sequence[int] | None = None
+
+
+_EVERYTHING = Selection()
+
+
 def subject_of(
     pack: SteeringPack,
     questions: QuestionSet,
-    concept_class: str | None = None,
-    scales: Sequence[float] | None = None,
-    concepts: Sequence[str] | None = None,
-    layers: Sequence[int] | None = None,
+    selection: Selection = _EVERYTHING,
     prefixes: Mapping[str, Prefix] | None = None,
 ) -> Subject:
     """Returns a pack as a subject.
@@ -173,18 +191,15 @@ def subject_of(
     Args:
         pack: The pack.
         questions: What is asked.
-        concept_class: Its class; None for the pack's name where that is a class.
-        scales: Scales; None for a grid around the median of the directions' default scales, where they
-            are calibrated a little beyond the largest at which the text of any is fluent.
-        concepts: Directions to sweep; None for all.
-        layers: Layers to steer; None for those that the directions steer by default.
+        selection: What of the pack is swept.
         prefixes: What makes the model take on each concept, by direction; None or a missing one for
             what the pack says.
 
     Raises:
         EvaluationError: A direction does not exist or the scales are unusable.
     """
-    names = list(pack.directions) if concepts is None else list(dict.fromkeys(concepts))
+    chosen, layers = selection.concepts, selection.layers
+    names = list(pack.directions) if chosen is None else list(dict.fromkeys(chosen))
     for name in names:
         if name not in pack.directions:
             raise EvaluationError(
@@ -194,9 +209,9 @@ def subject_of(
     given = {record.name: record.prefix for record in records} | dict(prefixes or {})
     return Subject(
         pack.name,
-        concept_class or class_of(pack),
+        selection.concept_class or class_of(pack),
         {name: f"{pack.name}/{name}" for name in names},
-        tuple(default_scales(records) if scales is None else scales),
+        tuple(default_scales(records) if selection.scales is None else selection.scales),
         questions,
         None if layers is None else tuple(layers),
         {name: prefix for name in names if (prefix := given[name]) is not None},

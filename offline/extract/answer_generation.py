@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,12 +12,27 @@ from vllm_steer.errors import ExtractionError
 from vllm_steer.offline.engine.tokens import Asked, Generated, TokenEngine
 from vllm_steer.offline.extract.answers import ConceptAnswers, Example
 from vllm_steer.offline.measures.fluency import repetition
-from vllm_steer.offline.models.prompts import PrefixRole, RenderedPrompt, render_question
+from vllm_steer.offline.models.prompts import Concept, PrefixRole, RenderedPrompt, render_question
 
 # Share of word pairs that repeat, above which an answer runs in loops.
 LOOPING = 0.2
 # An answer of fewer tokens holds nothing to learn from.
 _SHORTEST = 2
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How the prefixed model is asked, and how many of its answers are kept.
+
+    Attributes:
+        max_tokens: Longest answer.
+        role: Where prefixes stand.
+        share: Share of the answers that is kept, of those to learn from and of the others.
+    """
+
+    max_tokens: int
+    role: PrefixRole = "user"
+    share: float = 1.0
 
 
 def prefixed_answers(
@@ -57,12 +73,10 @@ def prefixed_answers(
 def concept_answers(
     engine: TokenEngine,
     tokenizer: PreTrainedTokenizerBase,
-    concepts: Sequence[tuple[str, str]],
+    concepts: Sequence[Concept],
     learned: Sequence[str],
     stopping: Sequence[str],
-    max_tokens: int,
-    role: PrefixRole,
-    share: float,
+    settings: AnswerSettings,
 ) -> dict[str, ConceptAnswers]:
     """Returns what each concept is learned from, by name.
 
@@ -71,12 +85,10 @@ def concept_answers(
     Args:
         engine: The engine.
         tokenizer: The model's tokenizer.
-        concepts: Names and prefixes.
+        concepts: The concepts.
         learned: Questions to learn from.
         stopping: Questions that say when to stop.
-        max_tokens: Longest answer.
-        role: Where prefixes stand.
-        share: Share of the answers that is kept, of those to learn from and of the others.
+        settings: How they are asked, and how many answers are kept.
 
     Raises:
         ExtractionError: A prompt cannot be rendered, or the model answers a concept with nothing.
@@ -84,13 +96,15 @@ def concept_answers(
     """
     questions = [*learned, *stopping]
     prefixes = [prefix for _, prefix in concepts]
-    every = prefixed_answers(engine, tokenizer, prefixes, questions, max_tokens, role)
+    every = prefixed_answers(
+        engine, tokenizer, prefixes, questions, settings.max_tokens, settings.role
+    )
     first = {render_question(tokenizer, question).text for question in learned}
     groups = []
     for examples in every:
         groups.append(_without_loops([e for e in examples if e.plain.text in first], tokenizer))
         groups.append(tuple(e for e in examples if e.plain.text not in first))
-    telling = iter(_telling(engine, groups, share))
+    telling = iter(_telling(engine, groups, settings.share))
     found = {}
     for name, _ in concepts:
         parts = ConceptAnswers(next(telling), next(telling))

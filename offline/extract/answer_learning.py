@@ -14,13 +14,13 @@ from joblib import Parallel, delayed
 from numpy.typing import NDArray
 
 from vllm_steer.offline.estimators.fit import fit_direction
-from vllm_steer.offline.estimators.labelled_rows import Direction, Rows
+from vllm_steer.offline.estimators.labelled_rows import Direction, LabelledRows
 from vllm_steer.offline.estimators.labels import hard_labels, interleave
 from vllm_steer.offline.extract.answer_states import BY_ATTENTION, AnswerStates, read_answers
 from vllm_steer.offline.extract.answers import ConceptAnswers
 from vllm_steer.offline.extract.block_choice import seeing_blocks
 from vllm_steer.offline.extract.fits import fit_options, fitted_vectors, validation_metrics
-from vllm_steer.offline.extract.learning import Learned, Plan
+from vllm_steer.offline.extract.learning import ExtractionJob, Learned
 from vllm_steer.offline.extract.training import Lesson, Trained, TrainingOptions, train
 from vllm_steer.offline.models.likelihood import AnswerModel
 from vllm_steer.offline.models.loading import load_model
@@ -36,22 +36,22 @@ _NORM_ANSWERS = 16
 class AnswerLearner:
     """A loaded model that learns concepts from answers."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, job: ExtractionJob) -> None:
         """Loads the model.
 
         Args:
-            plan: What to extract; it holds the answers of every concept.
+            job: What to extract; it holds the answers of every concept.
 
         Raises:
             ExtractionError: The model cannot be loaded.
         """
-        self._plan, settings = plan, plan.settings
+        self._job, settings = job, job.settings
         self._reads_attention = settings.estimator != "trained" and (
             settings.labels == "soft" or settings.answer_tokens in BY_ATTENTION
         )
         # Eager attention alone hands out its weights; for all else the library's own choice is faster.
         attention = "eager" if self._reads_attention else None
-        self._model = load_model(plan.model_path, settings.dtype, plan.device, attention)
+        self._model = load_model(job.model_path, settings.dtype, job.device, attention)
 
     def learn(self, names: Sequence[str], parallel: Parallel) -> list[Learned]:
         """Learns concepts, those that are trained in the same forward passes.
@@ -63,12 +63,12 @@ class AnswerLearner:
         Raises:
             ExtractionError: A state is not finite, or a fit failed; the message names the concept.
         """
-        if self._plan.settings.estimator == "trained":
+        if self._job.settings.estimator == "trained":
             return self._train(names)
-        return [self._fit(name, self._plan.answers[name], parallel) for name in names]
+        return [self._fit(name, self._job.answers[name], parallel) for name in names]
 
     def _fit(self, name: str, answers: ConceptAnswers, parallel: Parallel) -> Learned:
-        settings, layers = self._plan.settings, list(self._plan.layers)
+        settings, layers = self._job.settings, list(self._job.layers)
         states = self._read(answers, name)
         if settings.labels == "soft":
             layers = seeing_blocks(states.attention, layers, name)
@@ -79,7 +79,7 @@ class AnswerLearner:
             hidden = np.concatenate([states.prefixed[:, layer], states.plain[:, layer]])[order]
             soft = np.concatenate([states.attention[:, layer], zeros])[order]
             labels = soft if settings.labels == "soft" else hard_labels(positive)
-            rows.append(Rows(f"concept {name!r}, block {layer}", hidden, labels, positive))
+            rows.append(LabelledRows(f"concept {name!r}, block {layer}", hidden, labels, positive))
         found: list[Direction] = parallel(
             delayed(fit_direction)(settings.estimator, each, fit_options(settings)) for each in rows
         )
@@ -95,8 +95,8 @@ class AnswerLearner:
         return self._learned(answers, layers, vectors, metrics, states.residual_norms, plane)
 
     def _train(self, names: Sequence[str]) -> list[Learned]:
-        settings, layers = self._plan.settings, list(self._plan.layers)
-        concepts = [self._plan.answers[name] for name in names]
+        settings, layers = self._job.settings, list(self._job.layers)
+        concepts = [self._job.answers[name] for name in names]
         lessons, norms = [], []
         for name, answers in zip(names, concepts, strict=True):
             count = _WARM_ANSWERS if settings.train_warm else _NORM_ANSWERS
@@ -122,7 +122,7 @@ class AnswerLearner:
         ]
 
     def _read(self, answers: ConceptAnswers, name: str, count: int | None = None) -> AnswerStates:
-        settings = self._plan.settings
+        settings = self._job.settings
         return read_answers(
             self._model,
             [*answers.learned, *answers.stopping][:count],

@@ -142,16 +142,33 @@ class _Recorder:
         return np.array([float(np.median(norms)) if len(norms) else 0.0 for norms in every])
 
 
+@dataclass(frozen=True)
+class CaptureOptions:
+    """How prompts are run, and what is kept besides.
+
+    Attributes:
+        path: How to compute; see ``choose_path``.
+        permutations: Collects the enrichment test of prefixed prompts; None for no test.
+        final_norm: Whether the last block's state is taken after the final norm.
+        progress: Text beside the progress bar; None for no bar.
+    """
+
+    path: CapturePath = REFERENCE
+    permutations: PermutationTest | None = None
+    final_norm: bool = False
+    progress: str | None = None
+
+
+_DEFAULT = CaptureOptions()
+
+
 def capture(
     model: PreTrainedModel,
     prompts: Sequence[RenderedPrompt],
     *,
     candidates: int,
     batch_size: int,
-    path: CapturePath = REFERENCE,
-    permutations: PermutationTest | None = None,
-    final_norm: bool = False,
-    progress: str | None = None,
+    options: CaptureOptions = _DEFAULT,
 ) -> Captured:
     """Runs every prompt once and keeps what the method needs of it.
 
@@ -163,16 +180,14 @@ def capture(
         prompts: Rendered prompts; at least one, each of at least ``candidates`` tokens.
         candidates: Number of last tokens to keep, N.
         batch_size: Prompts per forward pass.
-        path: How to compute; see ``choose_path``.
-        permutations: Collects the enrichment test of prefixed prompts; None for no test.
-        final_norm: Whether the last block's state is taken after the final norm.
-        progress: Text beside the progress bar; None for no bar.
+        options: How to compute, and what is kept besides.
 
     Raises:
         ExtractionError: The model's blocks or attention weights cannot be found, or a block output
             is not finite.
         UnsupportedAttentionError: The path takes rows, and the model's attention has none.
     """
+    path, permutations, progress = options.path, options.permutations, options.progress
     config = model.config.get_text_config()
     blocks = find_blocks(model, config.num_hidden_layers)
     shape = (len(prompts), len(blocks), candidates)
@@ -207,7 +222,7 @@ def capture(
                     use_cache=cache is not None,
                 )
             recorder.finish(len(blocks))
-            if final_norm:
+            if options.final_norm:
                 recorder.see_final(output.last_hidden_state)
             bar.update(len(batch.indices))
     check_finite(captured.hidden)
@@ -234,7 +249,9 @@ def choose_path(
     expected = capture(model, prompts, candidates=candidates, batch_size=size)
     for path in PATHS[:-1]:
         try:
-            found = capture(model, prompts, candidates=candidates, batch_size=size, path=path)
+            found = capture(
+                model, prompts, candidates=candidates, batch_size=size, options=CaptureOptions(path)
+            )
         # Families fail in their own ways at what they do not support.
         except (UnsupportedAttentionError, ExtractionError, AttributeError, KeyError,
                 NotImplementedError, RuntimeError, TypeError, ValueError):  # fmt: skip

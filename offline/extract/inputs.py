@@ -14,10 +14,8 @@ from vllm_steer.offline.extract.methods import METHODS
 from vllm_steer.offline.extract.settings import ExtractionSettings
 from vllm_steer.offline.files import read_lines, read_text
 from vllm_steer.offline.models.chat import ChatFormat
-from vllm_steer.offline.models.prompts import PREFIX_TEMPLATES, AnswerPair, prefix_for
+from vllm_steer.offline.models.prompts import PREFIX_TEMPLATES, AnswerPair, Concept, prefix_for
 from vllm_steer.offline.questions.statements import statements
-
-Concepts = list[tuple[str, str]]
 
 # Files of a directory of concept lists, and the class whose prefix their concepts take.
 CLASS_FILES: Mapping[str, str] = {
@@ -40,12 +38,12 @@ class _PairLine(BaseModel):
     negative: str = Field(min_length=1)
 
 
-def class_concepts(file: Path, concept_class: str) -> Concepts:
+def class_concepts(file: Path, concept_class: str) -> list[Concept]:
     """Returns the concepts of a file, each with the prefix of its class."""
-    return [(concept, prefix_for(concept_class, concept)) for concept in _lines(file)]
+    return [Concept(concept, prefix_for(concept_class, concept)) for concept in _lines(file)]
 
 
-def template_concepts(file: Path, template: str) -> Concepts:
+def template_concepts(file: Path, template: str) -> list[Concept]:
     """Returns the concepts of a file with a prefix template of one's own.
 
     Raises:
@@ -54,7 +52,7 @@ def template_concepts(file: Path, template: str) -> Concepts:
     return templated(_lines(file), template)
 
 
-def templated(names: Sequence[str], template: str) -> Concepts:
+def templated(names: Sequence[str], template: str) -> list[Concept]:
     """Returns concepts with a prefix template of one's own.
 
     Args:
@@ -69,10 +67,10 @@ def templated(names: Sequence[str], template: str) -> Concepts:
             "--prefix must hold {concept}, such as 'Speak like {concept}.'; give whole prefixes by "
             "--prefixes"
         )
-    return [(name, template.replace("{concept}", name)) for name in names]
+    return [Concept(name, template.replace("{concept}", name)) for name in names]
 
 
-def whole_prefixes(file: Path) -> Concepts:
+def whole_prefixes(file: Path) -> list[Concept]:
     """Returns concepts that bring their whole prefix: lines of ``name: prefix``.
 
     Raises:
@@ -83,11 +81,11 @@ def whole_prefixes(file: Path) -> Concepts:
         name, _, prefix = line.partition(":")
         if not name.strip() or not prefix.strip():
             raise ExtractionError(f"{file}: a line must be 'name: whole prefix', not {line!r}")
-        concepts.append((name.strip(), prefix.strip()))
+        concepts.append(Concept(name.strip(), prefix.strip()))
     return concepts
 
 
-def prompt_files(items: Sequence[str]) -> Concepts:
+def prompt_files(items: Sequence[str]) -> list[Concept]:
     """Returns concepts whose prefix is the whole text of a file, from ``NAME=FILE``.
 
     Raises:
@@ -105,10 +103,10 @@ def prompt_files(items: Sequence[str]) -> Concepts:
         if not text:
             raise ExtractionError(f"--prompt: {file} is empty; it must hold the prompt")
         concepts[name] = text
-    return list(concepts.items())
+    return [Concept(*item) for item in concepts.items()]
 
 
-def listed_concepts(directory: Path) -> Concepts:
+def listed_concepts(directory: Path) -> list[Concept]:
     """Returns the concepts of a directory with one list for each class, sorted within each.
 
     A concept that stands in several classes is named ``concept (class)``.
@@ -132,7 +130,7 @@ def listed_concepts(directory: Path) -> Concepts:
         )
     times = Counter(concept for concept, _ in found)
     return [
-        (
+        Concept(
             concept if times[concept] == 1 else f"{concept} ({concept_class})",
             prefix_for(concept_class, concept),
         )

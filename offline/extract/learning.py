@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vllm_steer.offline.estimators.fit import fit_direction
-from vllm_steer.offline.estimators.labelled_rows import Direction, Rows
+from vllm_steer.offline.estimators.labelled_rows import Direction, LabelledRows
 from vllm_steer.offline.estimators.labels import (
     choose_tokens,
     fixed_tokens,
@@ -34,6 +34,7 @@ from vllm_steer.offline.extract.block_choice import choose_blocks, seeing_blocks
 from vllm_steer.offline.extract.capture import (
     REFERENCE,
     Captured,
+    CaptureOptions,
     CapturePath,
     capture,
     choose_path,
@@ -53,7 +54,7 @@ Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExtractionJob:
     """What is extracted, resolved for a model; enough for any process to learn any concept.
 
     Attributes:
@@ -115,26 +116,26 @@ class Learned:
 class ConceptLearner:
     """A loaded model with the unprefixed prompts' states."""
 
-    def __init__(self, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, job: ExtractionJob, tokenizer: PreTrainedTokenizerBase) -> None:
         """Loads the model and runs the unprefixed prompts.
 
         Args:
-            plan: What to extract.
+            job: What to extract.
             tokenizer: The model's tokenizer.
 
         Raises:
             ExtractionError: The model cannot be loaded or hooked, or a prompt cannot be rendered.
         """
-        self._plan, self._tokenizer = plan, tokenizer
-        settings = plan.settings
-        self._model: PreTrainedModel = load_model(plan.model_path, settings.dtype, plan.device)
+        self._job, self._tokenizer = job, tokenizer
+        settings = job.settings
+        self._model: PreTrainedModel = load_model(job.model_path, settings.dtype, job.device)
         self._path = self._fastest() if settings.attention == "auto" else REFERENCE
         self._unprefixed: Captured | None = None
         self._digest = hashlib.sha256()
-        if not plan.pairs:
+        if not job.pairs:
             prompts = [
                 render_prompt(tokenizer, statement, prefix, strip=not settings.compat)
-                for statement, prefix in zip(plan.negatives, cycle(plan.contrast), strict=False)
+                for statement, prefix in zip(job.negatives, cycle(job.contrast), strict=False)
             ]
             self._digest.update(_content(prompts))
             self._unprefixed = self._capture(prompts, "unprefixed prompts", None)
@@ -151,11 +152,11 @@ class ConceptLearner:
             ExtractionError: A prompt cannot be rendered, or a fit failed; the message names the
                 concept and the block.
         """
-        settings = self._plan.settings
-        mixed = _authors_mixture(self._plan) if settings.compat else []
-        pairs = self._plan.pairs.get(name, ())
+        settings = self._job.settings
+        mixed = _authors_mixture(self._job) if settings.compat else []
+        pairs = self._job.pairs.get(name, ())
         prompts = [render_answer(self._tokenizer, pair.prompt, pair.positive) for pair in pairs]
-        prompts = prompts or self._render([*self._plan.positives, *mixed], prefix)
+        prompts = prompts or self._render([*self._job.positives, *mixed], prefix)
         test = None
         if settings.permutations:
             longest = max(len(prompt.token_ids) for prompt in prompts)
@@ -188,7 +189,7 @@ class ConceptLearner:
         )
 
     def _render(self, statements: Sequence[str], prefix: str = "") -> list[RenderedPrompt]:
-        strip = not self._plan.settings.compat
+        strip = not self._job.settings.compat
         return [
             render_prompt(self._tokenizer, statement, prefix, strip=strip)
             for statement in statements
@@ -197,13 +198,13 @@ class ConceptLearner:
     def _fastest(self) -> CapturePath:
         pairs = [
             render_answer(self._tokenizer, pair.prompt, pair.positive)
-            for one in self._plan.pairs.values()
+            for one in self._job.pairs.values()
             for pair in one
         ]
-        prompts = pairs or self._render(self._plan.positives, self._plan.probe)
+        prompts = pairs or self._render(self._job.positives, self._job.probe)
         prompts.sort(key=lambda prompt: len(prompt.text))
         few = [prompts[0], prompts[len(prompts) // 2], prompts[-1]]
-        return choose_path(self._model, few, self._plan.candidates)
+        return choose_path(self._model, few, self._job.candidates)
 
     def _capture(
         self, prompts: Sequence[RenderedPrompt], name: str, test: PermutationTest | None
@@ -211,34 +212,31 @@ class ConceptLearner:
         return capture(
             self._model,
             prompts,
-            candidates=self._plan.candidates,
-            batch_size=self._plan.settings.batch_size,
-            path=self._path,
-            permutations=test,
-            final_norm=self._plan.settings.compat,
-            progress=name,
+            candidates=self._job.candidates,
+            batch_size=self._job.settings.batch_size,
+            options=CaptureOptions(self._path, test, self._job.settings.compat, name),
         )
 
     def _token_choice(self, prompts: int) -> TokenChoice | None:
         """Returns how attention chooses tokens, among so many prefixed prompts; None for fixed tokens."""
-        settings = self._plan.settings
+        settings = self._job.settings
         if settings.token != "attention":
             return None
         chosen_on = np.ones(prompts, dtype=np.bool_)
         if settings.compat:
-            chosen_on[1 : len(self._plan.positives) : 2] = False
+            chosen_on[1 : len(self._job.positives) : 2] = False
         return TokenChoice(chosen_on, settings.token_statistic)
 
     def _tokens(self, prefixed: Captured) -> NDArray[np.int64]:
         """Returns the token of every block, ``[blocks]``."""
-        attention, token = prefixed.attention, self._plan.settings.token
+        attention, token = prefixed.attention, self._job.settings.token
         choice = self._token_choice(len(attention))
         if choice is not None:
             return choose_tokens(attention[choice.prompts], choice.statistic)
         return fixed_tokens(int(token), *attention.shape[1:])
 
     def _layers(self, name: str, prefixed: Captured, tokens: NDArray[np.int64]) -> list[int]:
-        settings, layers = self._plan.settings, list(self._plan.layers)
+        settings, layers = self._job.settings, list(self._job.layers)
         if settings.labels == "soft":
             learned_on = prefixed.attention[: self._positives(name)]
             layers = seeing_blocks(soft_labels(learned_on, tokens), layers, name)
@@ -251,7 +249,7 @@ class ConceptLearner:
 
     def _positives(self, name: str) -> int:
         """Returns how many prefixed prompts are learned from; they come first."""
-        return len(self._plan.pairs.get(name, self._plan.positives))
+        return len(self._job.pairs.get(name, self._job.positives))
 
     def _rows(
         self,
@@ -260,7 +258,7 @@ class ConceptLearner:
         plain: Captured,
         tokens: NDArray[np.int64],
         layers: Sequence[int],
-    ) -> list[Rows]:
+    ) -> list[LabelledRows]:
         """Returns the rows of every layer, in training order."""
         count = self._positives(name)
         order, positive = interleave(count, len(plain.hidden))
@@ -269,8 +267,10 @@ class ConceptLearner:
             at = (layer, tokens[layer])
             hidden = np.concatenate([prefixed.hidden[:count, *at], plain.hidden[:, *at]])
             soft = np.concatenate([prefixed.attention[:count, *at], plain.attention[:, *at]])
-            labels = soft[order] if self._plan.settings.labels == "soft" else hard_labels(positive)
-            rows.append(Rows(f"concept {name!r}, block {layer}", hidden[order], labels, positive))
+            labels = soft[order] if self._job.settings.labels == "soft" else hard_labels(positive)
+            rows.append(
+                LabelledRows(f"concept {name!r}, block {layer}", hidden[order], labels, positive)
+            )
         return rows
 
     def _metrics(
@@ -287,7 +287,7 @@ class ConceptLearner:
             "attention_mean": attention.mean(axis=0).tolist(),
             "attention_max": attention.max(axis=0).tolist(),
         }
-        if self._plan.settings.held_out:
+        if self._job.settings.held_out:
             metrics |= validation_metrics(found)
         if enrichment := prefixed.enrichment:
             p_values, q_values = enrichment.at(tokens)
@@ -309,13 +309,13 @@ def _figures(prefixed: Captured) -> dict[str, Floats]:
     return figures
 
 
-def _authors_mixture(plan: Plan) -> list[str]:
+def _authors_mixture(job: ExtractionJob) -> list[str]:
     """Returns what the authors choose tokens on beside every other training positive.
 
     They ask every other of all statements, those of the prefixed prompts before the others, with
     the prefix.
     """
-    return list(plan.negatives[len(plan.positives) % 2 :: 2])
+    return list(job.negatives[len(job.positives) % 2 :: 2])
 
 
 def _content(prompts: Sequence[RenderedPrompt]) -> bytes:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -20,13 +20,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from vllm_steer.offline.extract.learning import Learned, Plan
+from vllm_steer.offline.extract.learning import ExtractionJob, Learned
+from vllm_steer.offline.models.prompts import Concept
 from vllm_steer.packs.pack import replace_file
 
 PARTS_DIRECTORY = ".extraction"
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn", "xrfm")
-# What a plan holds that changes no result.
+# What a job holds that changes no result.
 _IRRELEVANT = ("workers", "probe", "model_path")
 # Each concept's file is named by its own answers; other concepts' change nothing.
 _BY_CONCEPT = ("answers",)
@@ -34,30 +35,30 @@ _VECTORS, _PLANE = "vectors", "plane"
 
 
 class Parts:
-    """The finished concepts of one plan under one pack's directory."""
+    """The finished concepts of one job under one pack's directory."""
 
     def __init__(
-        self, pack: str | os.PathLike[str], plan: Plan, identity: Mapping[str, Any]
+        self, pack: str | os.PathLike[str], job: ExtractionJob, identity: Mapping[str, Any]
     ) -> None:
         """Names the directory; nothing is written yet.
 
         Args:
             pack: Directory of the pack.
-            plan: What is extracted.
+            job: What is extracted.
             identity: What the pack says of its model.
         """
         kept = {
-            item.name: getattr(plan, item.name)
-            for item in fields(plan)
+            item.name: getattr(job, item.name)
+            for item in fields(job)
             if item.name not in (*_IRRELEVANT, *_BY_CONCEPT)
         }
         kept["pairs"] = {
-            name: [asdict(pair) for pair in pairs] for name, pairs in plan.pairs.items()
+            name: [asdict(pair) for pair in pairs] for name, pairs in job.pairs.items()
         }
-        kept["settings"] = plan.settings.model_dump(mode="json")
+        kept["settings"] = job.settings.model_dump(mode="json")
         libraries = {**library_versions(), "vllm-steer": version("vllm-steer")}
-        content = [kept, dict(identity), _weights(plan.model_path), libraries]
-        self._answers = plan.answers
+        content = [kept, dict(identity), _weights(job.model_path), libraries]
+        self._answers = job.answers
         self._root = Path(pack) / PARTS_DIRECTORY
         self._directory = self._root / _digest(content)
 
@@ -88,7 +89,7 @@ class Parts:
         data = save(arrays, metadata={"record": json.dumps(record)})
         replace_file(self._file(name, prefix), data)
 
-    def remove(self, concepts: list[tuple[str, str]]) -> None:
+    def remove(self, concepts: Sequence[Concept]) -> None:
         """Removes the files of these concepts, and the directories where nothing else is left."""
         for name, prefix in concepts:
             self._file(name, prefix).unlink(missing_ok=True)

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,11 @@ from vllm_steer.errors import ExtractionError
 from vllm_steer.offline.engine.tokens import TokenEngine
 from vllm_steer.offline.estimators.labelled_rows import LEAST_VALIDATION
 from vllm_steer.offline.estimators.labels import fixed_tokens
-from vllm_steer.offline.extract.answer_generation import concept_answers
+from vllm_steer.offline.extract.answer_generation import AnswerSettings, concept_answers
 from vllm_steer.offline.extract.answers import ConceptAnswers
+from vllm_steer.offline.extract.data import ComputeResources, ExtractionData, PackTarget
 from vllm_steer.offline.extract.figures import FIGURES_FILE, Figures, write_figures
-from vllm_steer.offline.extract.learning import Learned, Plan
+from vllm_steer.offline.extract.learning import ExtractionJob, Learned
 from vllm_steer.offline.extract.methods import METHODS
 from vllm_steer.offline.extract.parts import Parts, answers_directory, library_versions
 from vllm_steer.offline.extract.records import learned_records, learned_vectors, records_of
@@ -35,35 +37,32 @@ from vllm_steer.offline.models.loading import (
     load_config,
     model_identity,
 )
-from vllm_steer.offline.models.prompts import AnswerPair, count_candidates
-from vllm_steer.offline.questions.everyday import Everyday, everyday_questions
-from vllm_steer.packs.pack import MethodRecord, SteeringPack, load_pack, write_pack
+from vllm_steer.offline.models.prompts import AnswerPair, Concept, count_candidates
+from vllm_steer.offline.questions.everyday import everyday_questions
+from vllm_steer.packs.pack import MethodRecord, PackContent, SteeringPack, load_pack, write_pack
 
-__all__ = ["ExtractionSettings", "Shards", "extract_pack"]
+__all__ = [
+    "ComputeResources",
+    "ExtractionData",
+    "ExtractionSettings",
+    "PackTarget",
+    "Shards",
+    "extract_pack",
+]
 
 logger = logging.getLogger(__name__)
 
-_HERE = Shards()
+_HERE = ComputeResources()
 # Concepts whose answers come sooner than an engine is compiled.
 _FEW = 4
 
 
 def extract_pack(
     model_path: str | os.PathLike[str],
-    pack_name: str,
-    concepts: Sequence[tuple[str, str]],
-    positive_statements: Sequence[str],
-    negative_statements: Sequence[str],
+    data: ExtractionData,
     settings: ExtractionSettings,
-    default_scales: Mapping[str, float] | float | None,
-    safe_scales: Mapping[str, float] | float | None,
-    out_dir: str | os.PathLike[str],
-    workers: int = 1,
-    device: str | None = None,
-    shards: Shards = _HERE,
-    pairs: Mapping[str, Sequence[AnswerPair]] | None = None,
-    questions: Everyday | None = None,
-    engine: Mapping[str, Any] | None = None,
+    target: PackTarget,
+    resources: ComputeResources = _HERE,
 ) -> SteeringPack:
     """Extracts one direction per concept and writes them as a steering pack.
 
@@ -72,22 +71,10 @@ def extract_pack(
 
     Args:
         model_path: Checkpoint directory or Hugging Face model id.
-        pack_name: Name of the pack.
-        concepts: Name of each direction, and the prefix that makes the model take it on.
-        positive_statements: Statements of the prefixed prompts; white space around them is dropped, but
-            under ``compat`` kept.
-        negative_statements: Statements of the unprefixed prompts; better different ones.
+        data: What the directions are learned from.
         settings: How to extract.
-        default_scales: Scale (ε) used when a request names none: one number, or one by concept; None
-            for the method's, or one by the length of the residual stream, until it is calibrated.
-        safe_scales: Largest |scale| that leaves the text fluent, likewise; None where it is unknown.
-        out_dir: Directory of the pack.
-        workers: Processes that fit directions; the result does not depend on it.
-        device: Device of the model; None for CUDA where there is one, else CPU.
-        shards: Where concepts are learned; the result does not depend on it.
-        pairs: Answer pairs by direction, in place of concepts and statements; method ``caa`` alone.
-        questions: What is asked where answers are learned from; None for the project's own.
-        engine: More arguments of ``vllm.LLM``, which generates the answers.
+        target: The pack that is written.
+        resources: Where it runs.
 
     Returns:
         The pack, read back from disk.
@@ -99,36 +86,35 @@ def extract_pack(
         EvaluationError: The engine that generates answers fails.
         PackError: The pack cannot be written.
     """
-    if workers < 1:
-        raise ExtractionError(f"workers is {workers}; it must be at least 1")
+    concepts, pairs = data.concepts, data.pairs
+    if resources.workers < 1:
+        raise ExtractionError(f"workers is {resources.workers}; it must be at least 1")
     config, tokenizer = load_config(model_path, settings.chat)
     # An engine would answer all day before anyone saw that the weights cannot be read.
     check_quantisation(config, model_path)
     text = config.get_text_config()
     method = METHODS[settings.method]
-    settings = settings.model_copy(update={"dtype": chosen_dtype(settings.dtype, device)})
+    settings = settings.model_copy(update={"dtype": chosen_dtype(settings.dtype, resources.device)})
     if pairs:
         concepts = _paired_concepts(pairs, settings)
     positives, negatives = [""], [""]
     if method.statements and not pairs and settings.learn_from == "prompts":
-        positives = _taken(positive_statements, settings, "positive")
-        negatives = _taken(negative_statements, settings, "negative")
+        positives = _taken(data.positive_statements, settings, "positive")
+        negatives = _taken(data.negative_statements, settings, "negative")
         if settings.paired:
             positives = negatives = [*positives, *negatives]
     layers = _layers(settings, text.num_hidden_layers)
     # Names and scales are checked before hours are spent on them.
-    if default_scales is None:
-        default_scales = method.scale
-    records = records_of(
-        pack_name, concepts, layers, default_scales, safe_scales, method, settings.prefix_role
-    )
+    if target.default_scales is None:
+        target = replace(target, default_scales=method.scale)
+    records = records_of(target, concepts, layers, method, settings.prefix_role)
     if not pairs and (unprefixed := [name for name, prefix in concepts if not prefix.strip()]):
         raise ExtractionError(f"concepts {unprefixed} have an empty prefix")
     try:
-        os.makedirs(out_dir, exist_ok=True)
+        os.makedirs(target.path, exist_ok=True)
     except OSError as error:
         raise ExtractionError(
-            f"{os.fspath(out_dir)}: the pack cannot be written ({error.strerror}); give a directory that can be made"
+            f"{os.fspath(target.path)}: the pack cannot be written ({error.strerror}); give a directory that can be made"
         ) from error
     answers: Mapping[str, ConceptAnswers] = {}
     if settings.learn_from == "answers":
@@ -136,43 +122,52 @@ def extract_pack(
             raise ExtractionError(
                 "answer pairs are prompts to learn from, not learn_from 'answers'"
             )
-        asked = questions or everyday_questions()
-        store = answers_directory(out_dir)
+        asked = data.questions or everyday_questions()
+        store = answers_directory(target.path)
         quick = len(concepts) <= _FEW
         # The model answers as it is read.
-        options = {"dtype": settings.dtype, **(engine or {})}
+        options = {"dtype": settings.dtype, **resources.engine}
         with TokenEngine(model_path, options=options, store=store, quick=quick) as answering:
-            answers = _answers(answering, tokenizer, concepts, asked, settings)
-    plan = Plan(
+            answers = concept_answers(
+                answering,
+                tokenizer,
+                concepts,
+                asked.learned[: settings.questions],
+                asked.stopping[: settings.stopping_questions],
+                AnswerSettings(settings.answer_length, settings.prefix_role, settings.answer_share),
+            )
+    job = ExtractionJob(
         model_path=str(model_path),
         settings=settings,
         layers=tuple(layers),
         candidates=_candidates(settings, tokenizer),
         positives=tuple(positives),
         negatives=tuple(negatives),
-        probe=concepts[0][1],
-        device=device,
-        workers=workers,
-        pairs=pairs or {},
+        probe=concepts[0].prefix,
+        device=resources.device,
+        workers=resources.workers,
+        pairs=pairs,
         contrast=_contrast(settings, concepts),
         answers=answers,
     )
     if settings.token != "attention":
-        fixed_tokens(settings.token, text.num_hidden_layers, plan.candidates)
+        fixed_tokens(settings.token, text.num_hidden_layers, job.candidates)
     identity = model_identity(model_path, config, tokenizer)
-    parts = Parts(out_dir, plan, identity.model_dump())
-    learned, failures = _learn(plan, concepts, parts, shards)
+    parts = Parts(target.path, job, identity.model_dump())
+    learned, failures = _learn(job, concepts, parts, resources.shards)
     if not learned:
         raise ExtractionError(_failure_text(failures, len(concepts)))
     _say_unvalidated(learned)
     pack = write_pack(
-        out_dir,
-        name=pack_name,
-        model=identity,
-        directions=learned_records(records, learned, method, default_scales is not None),
-        vectors=learned_vectors(learned),
-        method=_method(plan, learned),
-        residual_norms=dict(enumerate(next(iter(learned.values())).residual_norms)),
+        target.path,
+        PackContent(
+            name=target.name,
+            model=identity,
+            directions=learned_records(records, learned, method, target.default_scales is not None),
+            vectors=learned_vectors(learned),
+            method=_method(job, learned),
+            residual_norms=dict(enumerate(next(iter(learned.values())).residual_norms)),
+        ),
     )
     if settings.learn_from == "prompts":
         write_figures(pack.path, _figures(learned))
@@ -184,12 +179,12 @@ def extract_pack(
             f"{_failure_text(failures, len(concepts))}; {pack.path} holds the others, and the same "
             f"command tries these again"
         )
-    parts.remove(list(concepts))
+    parts.remove(concepts)
     return load_pack(pack.path)
 
 
 def _learn(
-    plan: Plan, concepts: Sequence[tuple[str, str]], parts: Parts, shards: Shards
+    job: ExtractionJob, concepts: Sequence[Concept], parts: Parts, shards: Shards
 ) -> tuple[dict[str, Learned], dict[str, str]]:
     """Returns what each concept gave, in the order of the concepts, and why the others failed."""
     results: dict[str, Learned] = {}
@@ -197,13 +192,13 @@ def _learn(
     for name, prefix in concepts:
         if (part := parts.load(name, prefix)) is not None:
             results[name] = part
-    left = [(name, prefix) for name, prefix in concepts if name not in results]
+    left = [concept for concept in concepts if concept.name not in results]
     if results:
         logger.info("%d of %d concepts were finished before", len(results), len(concepts))
     with tqdm(
         total=len(concepts), initial=len(results), desc="concepts", unit="concept"
     ) as progress:
-        for index, result in learn_all(plan, left, shards):
+        for index, result in learn_all(job, left, shards):
             name, prefix = left[index]
             if isinstance(result, Learned):
                 parts.save(name, prefix, result)
@@ -233,25 +228,6 @@ def _say_unvalidated(learned: Mapping[str, Learned]) -> None:
         )  # fmt: skip
 
 
-def _answers(
-    engine: TokenEngine,
-    tokenizer: PreTrainedTokenizerBase,
-    concepts: Sequence[tuple[str, str]],
-    asked: Everyday,
-    settings: ExtractionSettings,
-) -> dict[str, ConceptAnswers]:
-    return concept_answers(
-        engine,
-        tokenizer,
-        concepts,
-        asked.learned[: settings.questions],
-        asked.stopping[: settings.stopping_questions],
-        settings.answer_length,
-        settings.prefix_role,
-        settings.answer_share,
-    )
-
-
 def _candidates(settings: ExtractionSettings, tokenizer: PreTrainedTokenizerBase) -> int:
     """Returns N, the number of tokens at the end of a prompt that may be chosen."""
     if settings.learn_from == "answers":
@@ -270,13 +246,13 @@ def _layers(settings: ExtractionSettings, blocks: int) -> list[int]:
     return layers
 
 
-def _method(plan: Plan, learned: Mapping[str, Learned]) -> MethodRecord:
+def _method(job: ExtractionJob, learned: Mapping[str, Learned]) -> MethodRecord:
     """Returns how the directions were learned."""
-    settings = plan.settings
+    settings = job.settings
     digest = hashlib.sha256()
     for concept in learned.values():
         digest.update(bytes.fromhex(concept.prompts_sha256))
-    resolved: dict[str, Any] = {"layers": list(plan.layers), "candidate_tokens": plan.candidates}
+    resolved: dict[str, Any] = {"layers": list(job.layers), "candidate_tokens": job.candidates}
     device = next(iter(learned.values())).device
     return MethodRecord(
         name=settings.method
@@ -293,7 +269,7 @@ def _method(plan: Plan, learned: Mapping[str, Learned]) -> MethodRecord:
     )
 
 
-def _contrast(settings: ExtractionSettings, concepts: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+def _contrast(settings: ExtractionSettings, concepts: Sequence[Concept]) -> tuple[str, ...]:
     """Returns the prefixes of the negative statements."""
     if settings.contrast == "nothing":
         return ("",)
@@ -304,13 +280,13 @@ def _contrast(settings: ExtractionSettings, concepts: Sequence[tuple[str, str]])
 
 def _paired_concepts(
     pairs: Mapping[str, Sequence[AnswerPair]], settings: ExtractionSettings
-) -> list[tuple[str, str]]:
+) -> list[Concept]:
     """Returns the directions of answer pairs as concepts without prefix."""
     if settings.method != "caa":
         raise ExtractionError(f"answer pairs belong to method 'caa', not to {settings.method!r}")
     if empty := [name for name, given in pairs.items() if not given]:
         raise ExtractionError(f"no answer pairs for {empty}")
-    return [(name, "") for name in pairs]
+    return [Concept(name, "") for name in pairs]
 
 
 def _figures(learned: Mapping[str, Learned]) -> Figures:

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
 from vllm_steer.errors import ExtractionError, choices
+from vllm_steer.offline.extract.data import PackTarget, Scales
 from vllm_steer.offline.extract.learning import Learned
 from vllm_steer.offline.extract.methods import PLANE_SUFFIX, Method
-from vllm_steer.offline.models.prompts import PrefixRole
+from vllm_steer.offline.models.prompts import Concept, PrefixRole
 from vllm_steer.packs.pack import DirectionRecord, PackName, Prefix, raw_dose
 
 _NAMES = (
@@ -26,22 +27,18 @@ _ANGLE = 60.0
 
 
 def records_of(
-    pack_name: str,
-    concepts: Sequence[tuple[str, str]],
+    target: PackTarget,
+    concepts: Sequence[Concept],
     layers: list[int],
-    default_scales: Mapping[str, float] | float | None,
-    safe_scales: Mapping[str, float] | float | None,
     method: Method,
     role: PrefixRole = "user",
 ) -> list[DirectionRecord]:
     """Returns a record without metrics for each concept.
 
     Args:
-        pack_name: Name of the pack.
-        concepts: Names and prefixes; an empty prefix is none.
+        target: The pack; without default scales, they are found with the vectors.
+        concepts: The concepts; an empty prefix is none.
         layers: Layers of the directions.
-        default_scales: Default scale, one or by concept; None for one that is found with the vectors.
-        safe_scales: Likewise the largest fluent scale; None says that none is known.
         method: How directions are learned, and act.
         role: Where prefixes stand.
 
@@ -57,15 +54,17 @@ def records_of(
             f"the names {twice[:5]} are given twice; each direction needs a name of its own"
         )
     try:
-        TypeAdapter(PackName).validate_python(pack_name)
+        TypeAdapter(PackName).validate_python(target.name)
         return [
             DirectionRecord(
                 name=name,
                 layers=layers,
                 default_scale=1.0
-                if default_scales is None
-                else _scale(default_scales, name, "default"),
-                safe_scale=None if safe_scales is None else _scale(safe_scales, name, "safe"),
+                if target.default_scales is None
+                else _scale(target.default_scales, name, "default"),
+                safe_scale=None
+                if target.safe_scales is None
+                else _scale(target.safe_scales, name, "safe"),
                 positions="all",
                 form=method.form_of(name),
                 prefix=Prefix(text=prefix, role=role) if prefix.strip() else None,
@@ -74,20 +73,20 @@ def records_of(
         ]
     except ValidationError as error:
         raise ExtractionError(
-            f"pack {pack_name!r} could not be written: {explain(error)}"
+            f"pack {target.name!r} could not be written: {explain(error)}"
         ) from error
 
 
 def explain(error: ValidationError) -> str:
     """Returns what is wrong with the names and scales that a user gave for directions."""
-    # A prefix may be as long as a book.
+    # A prefix may be very long.
     return "; ".join(
         f"{fault['input']!r:.80}: {_NAMES if fault['type'] == 'string_pattern_mismatch' else fault['msg']}"
         for fault in error.errors()
     )
 
 
-def _scale(scales: Mapping[str, float] | float, name: str, kind: str) -> float:
+def _scale(scales: Scales, name: str, kind: str) -> float:
     if not isinstance(scales, Mapping):
         return float(scales)
     if name not in scales:

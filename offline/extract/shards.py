@@ -12,8 +12,9 @@ from joblib import Parallel, parallel_config
 
 from vllm_steer.errors import ExtractionError
 from vllm_steer.offline.extract.answer_learning import AnswerLearner
-from vllm_steer.offline.extract.learning import ConceptLearner, Learned, Plan
+from vllm_steer.offline.extract.learning import ConceptLearner, ExtractionJob, Learned
 from vllm_steer.offline.models.loading import load_config
+from vllm_steer.offline.models.prompts import Concept
 
 # Whatever a concept may fail with by its own fault or for want of memory; the others go on.
 FAILURES = (ExtractionError, RuntimeError, ValueError)
@@ -35,12 +36,12 @@ class Shards:
 
 
 def learn_all(
-    plan: Plan, concepts: Sequence[tuple[str, str]], shards: Shards
+    job: ExtractionJob, concepts: Sequence[Concept], shards: Shards
 ) -> Iterator[tuple[int, Learned | str]]:
     """Yields each concept's index and what it gave, or why it failed, as they are finished.
 
     Args:
-        plan: What to extract.
+        job: What to extract.
         concepts: Names and prefixes.
         shards: Where.
 
@@ -49,11 +50,11 @@ def learn_all(
     """
     if not concepts:
         return
-    groups = _groups(plan, concepts, shards)
+    groups = _groups(job, concepts, shards)
     if shards.count:
-        yield from _learn_with_ray(plan, groups, shards)
+        yield from _learn_with_ray(job, groups, shards)
         return
-    worker = _Worker(plan, torch.get_num_threads())
+    worker = _Worker(job, torch.get_num_threads())
     for group in groups:
         yield from zip(group.indices, worker.learn(group.concepts), strict=True)
 
@@ -63,14 +64,14 @@ class _Group:
     """Concepts that are learned together, and their places among all."""
 
     indices: range
-    concepts: Sequence[tuple[str, str]]
+    concepts: Sequence[Concept]
 
 
-def _groups(plan: Plan, concepts: Sequence[tuple[str, str]], shards: Shards) -> list[_Group]:
+def _groups(job: ExtractionJob, concepts: Sequence[Concept], shards: Shards) -> list[_Group]:
     size = 1
-    if plan.settings.estimator == "trained":
+    if job.settings.estimator == "trained":
         # No worker waits for what another could do.
-        size = min(plan.settings.train_together, ceil(len(concepts) / max(shards.count, 1)))
+        size = min(job.settings.train_together, ceil(len(concepts) / max(shards.count, 1)))
     starts = range(0, len(concepts), size)
     parts = [range(start, min(start + size, len(concepts))) for start in starts]
     return [_Group(part, concepts[part.start : part.stop]) for part in parts]
@@ -79,19 +80,17 @@ def _groups(plan: Plan, concepts: Sequence[tuple[str, str]], shards: Shards) -> 
 class _Worker:
     """One loaded model; the same whether it lives in this process or in one of Ray's."""
 
-    def __init__(self, plan: Plan, threads: int) -> None:
+    def __init__(self, job: ExtractionJob, threads: int) -> None:
         # Sums depend on the number of threads in their last bits.
         torch.set_num_threads(threads)
-        self._workers = plan.workers
+        self._workers = job.workers
         self._learner: ConceptLearner | AnswerLearner
-        if plan.settings.learn_from == "answers":
-            self._learner = AnswerLearner(plan)
+        if job.settings.learn_from == "answers":
+            self._learner = AnswerLearner(job)
         else:
-            self._learner = ConceptLearner(
-                plan, load_config(plan.model_path, plan.settings.chat)[1]
-            )
+            self._learner = ConceptLearner(job, load_config(job.model_path, job.settings.chat)[1])
 
-    def learn(self, concepts: Sequence[tuple[str, str]]) -> list[Learned | str]:
+    def learn(self, concepts: Sequence[Concept]) -> list[Learned | str]:
         """Learns a group; where it fails, its concepts one by one, so that one fails alone."""
         try:
             return list(self._learn(concepts))
@@ -100,7 +99,7 @@ class _Worker:
                 return [str(error)]
             return [found for concept in concepts for found in self.learn([concept])]
 
-    def _learn(self, concepts: Sequence[tuple[str, str]]) -> list[Learned]:
+    def _learn(self, concepts: Sequence[Concept]) -> list[Learned]:
         with parallel_config("loky", inner_max_num_threads=1):
             parallel = Parallel(n_jobs=self._workers)
             if isinstance(self._learner, AnswerLearner):
@@ -109,7 +108,7 @@ class _Worker:
 
 
 def _learn_with_ray(
-    plan: Plan, groups: Sequence[_Group], shards: Shards
+    job: ExtractionJob, groups: Sequence[_Group], shards: Shards
 ) -> Iterator[tuple[int, Learned | str]]:
     try:
         import ray
@@ -123,16 +122,16 @@ def _learn_with_ray(
         ray.init(
             address=shards.address,
             # A cluster of this machine gives every worker its place, whatever the cores.
-            num_cpus=None if shards.address else shards.count * plan.workers,
+            num_cpus=None if shards.address else shards.count * job.workers,
             include_dashboard=None if shards.address else False,
             log_to_driver=False,
         )
     try:
         gpus = float(torch.cuda.is_available()) if shards.gpus is None else shards.gpus
         remote: Any = ray.remote(
-            num_cpus=plan.workers, num_gpus=gpus, max_restarts=1, max_task_retries=1
+            num_cpus=job.workers, num_gpus=gpus, max_restarts=1, max_task_retries=1
         )(_Worker)
-        workers = [remote.remote(plan, torch.get_num_threads()) for _ in range(shards.count)]
+        workers = [remote.remote(job, torch.get_num_threads()) for _ in range(shards.count)]
         yield from _spread(ray, workers, groups)
     except ray.exceptions.RayError as error:
         raise ExtractionError(f"Ray could not run the extraction: {error}") from error

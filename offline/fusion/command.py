@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from vllm_steer.offline.evaluate.generation import generating
-from vllm_steer.offline.fusion.evaluate import run_fusion, words_are_there
-from vllm_steer.offline.fusion.pack import write_deltas
+from vllm_steer.offline.fusion.evaluate import FusionQuestions, run_fusion, words_are_there
+from vllm_steer.offline.fusion.pack import FusionDeltas, write_deltas
 from vllm_steer.offline.fusion.questions import read_questions
 from vllm_steer.offline.fusion.references import measure_references
 from vllm_steer.offline.fusion.results import FusionResult, write_result
 from vllm_steer.offline.fusion.search import Budget, Kind, cases_of
 from vllm_steer.offline.fusion.steered import steered_deltas
 from vllm_steer.offline.models.chat import ChatFormat
-from vllm_steer.offline.models.loading import load_config, load_model
+from vllm_steer.offline.models.loading import load_config, load_model, model_identity
 
 PACK_NAME = "fusion"
 
@@ -81,13 +81,9 @@ def fuse(options: Options) -> FusionResult:
     pack = write_deltas(
         options.out / "pack",
         PACK_NAME,
-        options.model,
-        model,
-        tokenizer,
-        every,
-        cases,
-        deltas,
-        references.residual_norms,
+        model_identity(options.model, model.config, tokenizer),
+        FusionDeltas(every, cases, deltas, references.residual_norms),
+        model.dtype,
         options.chat,
     )
     # The engine needs its memory.
@@ -98,8 +94,7 @@ def fuse(options: Options) -> FusionResult:
         result = run_fusion(
             generator,
             pack,
-            questions,
-            tuning,
+            FusionQuestions(questions, tuning),
             cases,
             budget,
             words_are_there(options.right),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -38,11 +39,23 @@ def words_are_there(least: float) -> Right:
     return right
 
 
+@dataclass(frozen=True)
+class FusionQuestions:
+    """Questions by what they are for.
+
+    Attributes:
+        reported: What is reported; those that the model gets right unsteered are left out.
+        tuning: Other questions to search common scales on; may be empty.
+    """
+
+    reported: Sequence[GoldQuestion]
+    tuning: Sequence[GoldQuestion] = ()
+
+
 def run_fusion(
     generator: Generator,
     pack: SteeringPack,
-    questions: Sequence[GoldQuestion],
-    tuning: Sequence[GoldQuestion],
+    asked: FusionQuestions,
     cases: Sequence[Case],
     budget: Budget,
     right: Right,
@@ -55,9 +68,9 @@ def run_fusion(
     Args:
         generator: Engine with the pack.
         pack: Directions of all cases.
-        questions: What is reported; those that the model gets right unsteered are left out.
-        tuning: Other questions to search common scales on; may be empty.
-        cases: What is tried on ``questions``, then on ``tuning``; see ``vllm_steer.offline.fusion.search.cases_of``.
+        asked: The questions.
+        cases: What is tried on those that are reported, then on those for tuning; see
+            ``vllm_steer.offline.fusion.search.cases_of``.
         budget: How the scales were drawn.
         right: Says which answers are right.
 
@@ -65,6 +78,7 @@ def run_fusion(
         EvaluationError: Generation failed, the model gets every question right, or a question is
             both reported and for tuning.
     """
+    questions, tuning = asked.reported, asked.tuning
     _check_apart(questions, tuning)
     plain = generator.answer([Request(question.question) for question in questions])
     wrong = [

@@ -6,29 +6,49 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vllm_steer.offline.extract.parts import library_versions
 from vllm_steer.offline.fusion.questions import GoldQuestion
 from vllm_steer.offline.fusion.search import Case
 from vllm_steer.offline.models.chat import ChatFormat
-from vllm_steer.offline.models.loading import model_identity
-from vllm_steer.packs.pack import DirectionRecord, MethodRecord, SteeringPack, write_pack
+from vllm_steer.packs.pack import (
+    DirectionRecord,
+    MethodRecord,
+    ModelIdentity,
+    PackContent,
+    SteeringPack,
+    write_pack,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class FusionDeltas:
+    """What is added to steer each question by the scales of its cases.
+
+    Attributes:
+        questions: All questions.
+        cases: What they are steered by.
+        deltas: ``[cases, layers, hidden_size]``, what is added.
+        residual_norms: ``[layers]``, mean norm of the block output over the prompts' tokens.
+    """
+
+    questions: Sequence[GoldQuestion]
+    cases: Sequence[Case]
+    deltas: NDArray[np.float32]
+    residual_norms: NDArray[np.float64]
 
 
 def write_deltas(
     path: str | os.PathLike[str],
     name: str,
-    model_path: str | os.PathLike[str],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[GoldQuestion],
-    cases: Sequence[Case],
-    deltas: NDArray[np.float32],
-    residual_norms: NDArray[np.float64],
+    identity: ModelIdentity,
+    measured: FusionDeltas,
+    dtype: torch.dtype,
     chat: ChatFormat | None = None,
 ) -> SteeringPack:
     """Writes a pack whose directions, at scale 1, steer each question by the scales of its cases.
@@ -38,46 +58,47 @@ def write_deltas(
     Args:
         path: Directory of the pack.
         name: Name of the pack.
-        model_path: What the model was loaded from.
-        model: The model.
-        tokenizer: Its tokenizer.
-        questions: All questions.
-        cases: What they are steered by.
-        deltas: ``[cases, layers, hidden_size]``, what is added.
-        residual_norms: ``[layers]``, mean norm of the block output over the prompts' tokens.
+        identity: The model that it was measured on.
+        measured: What was measured.
+        dtype: The model's dtype then.
         chat: Format that prompts were rendered by; None for the tokenizer's own.
 
     Raises:
         PackError: The pack cannot be written.
     """
-    layers = list(range(deltas.shape[1]))
-    content = json.dumps([question.model_dump() for question in questions], sort_keys=True)
+    layers = list(range(measured.deltas.shape[1]))
+    content = json.dumps([question.model_dump() for question in measured.questions], sort_keys=True)
     return write_pack(
         path,
-        name=name,
-        model=model_identity(model_path, model.config, tokenizer),
-        directions=[
-            DirectionRecord(
-                name=case.name,
-                layers=layers,
-                default_scale=1.0,
-                safe_scale=1.0,
-                positions="all",
-                metrics={"question": case.question, "scales": list(case.scales)},
-            )
-            for case in cases
-        ],
-        vectors={case.name: delta for case, delta in zip(cases, deltas, strict=True)},
-        method=MethodRecord(
-            name="fusion",
-            settings={
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "mu": "steered",
-                **(chat or ChatFormat()).model_dump(),
+        PackContent(
+            name=name,
+            model=identity,
+            directions=[
+                DirectionRecord(
+                    name=case.name,
+                    layers=layers,
+                    default_scale=1.0,
+                    safe_scale=1.0,
+                    positions="all",
+                    metrics={"question": case.question, "scales": list(case.scales)},
+                )
+                for case in measured.cases
+            ],
+            vectors={
+                case.name: delta
+                for case, delta in zip(measured.cases, measured.deltas, strict=True)
             },
-            libraries=library_versions(),
-            seed=0,
-            data_sha256=hashlib.sha256(content.encode()).hexdigest(),
+            method=MethodRecord(
+                name="fusion",
+                settings={
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "mu": "steered",
+                    **(chat or ChatFormat()).model_dump(),
+                },
+                libraries=library_versions(),
+                seed=0,
+                data_sha256=hashlib.sha256(content.encode()).hexdigest(),
+            ),
+            residual_norms=dict(enumerate(measured.residual_norms)),
         ),
-        residual_norms=dict(enumerate(residual_norms)),
     )

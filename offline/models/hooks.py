@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor, nn
 
+BlockOutput = Tensor | tuple[Tensor, *tuple[object, ...]]
+"""What a decoder block returns: hidden states ``[batch, length, hidden_size]``, alone or with more beside them."""
 See = Callable[[int, Tensor], None]
 """Is shown a block's number and a tensor of it."""
 Change = Callable[[int, Tensor], Tensor]
@@ -53,15 +54,15 @@ def changed(blocks: Sequence[nn.Module] | nn.ModuleList, change: Change) -> Iter
             handle.remove()
 
 
-def _output_hook(block: int, see: See) -> Any:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
+def _output_hook(block: int, see: See) -> Callable[..., None]:
+    def hook(module: nn.Module, args: object, output: BlockOutput) -> None:
         see(block, output[0] if isinstance(output, tuple) else output)
 
     return hook
 
 
-def _attention_hook(block: int, see: See) -> Any:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
+def _attention_hook(block: int, see: See) -> Callable[..., None]:
+    def hook(module: nn.Module, args: object, output: object) -> None:
         # Attention modules return (output, weights); no other child of a block returns 4 dimensions.
         if isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor):
             weights = output[1]
@@ -71,8 +72,8 @@ def _attention_hook(block: int, see: See) -> Any:
     return hook
 
 
-def _changing_hook(block: int, change: Change) -> Any:
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+def _changing_hook(block: int, change: Change) -> Callable[..., BlockOutput]:
+    def hook(module: nn.Module, args: object, output: BlockOutput) -> BlockOutput:
         if isinstance(output, tuple):
             return change(block, output[0]), *output[1:]
         return change(block, output)

@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -53,6 +53,18 @@ class RenderedPrompt:
     text: str
     token_ids: tuple[int, ...]
     prefix_span: tuple[int, int]
+
+
+class Concept(NamedTuple):
+    """A concept that a direction is learned for.
+
+    Attributes:
+        name: Name of the direction.
+        prefix: What makes the model take the concept on; empty where answer pairs are learned from.
+    """
+
+    name: str
+    prefix: str
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from vllm_steer.errors import ExtractionError, PackError
 from vllm_steer.offline.demo.concepts import all_concepts, prefix
 from vllm_steer.offline.files import write_atomically
+from vllm_steer.offline.models.prompts import Concept
 from vllm_steer.offline.showcase import MODEL
 from vllm_steer.packs.pack import SteeringPack, load_pack
 
@@ -23,17 +24,17 @@ class Wanted:
 
     Attributes:
         name: Its name.
-        concepts: Names of its directions, and their prefixes.
+        concepts: What its directions are of.
     """
 
     name: str
-    concepts: tuple[tuple[str, str], ...]
+    concepts: tuple[Concept, ...]
 
 
-LIVE = Wanted("own", (("pirate", "Take on the role of a pirate."),))
+LIVE = Wanted("own", (Concept("pirate", "Take on the role of a pirate."),))
 """What every run of the demo learns; the pack that is shipped has no such direction."""
 
-FULL = Wanted(MODEL, tuple((concept, prefix(concept)) for concept in all_concepts()))
+FULL = Wanted(MODEL, tuple(Concept(concept, prefix(concept)) for concept in all_concepts()))
 """What is shipped."""
 
 

@@ -15,7 +15,7 @@ from vllm_steer.offline.files import write_atomically
 from vllm_steer.offline.gguf.source import KNOWN
 from vllm_steer.offline.showcase import MODEL, shipped_pack
 from vllm_steer.offline.showcase.learn import FULL
-from vllm_steer.packs.pack import SteeringPack, load_pack, write_pack
+from vllm_steer.packs.pack import PackContent, SteeringPack, load_pack, write_pack
 
 _MADE = """## How it was made
 
@@ -57,12 +57,14 @@ def release(source: Path, target: Path) -> SteeringPack:
     manifest = pack.manifest
     written = write_pack(
         target,
-        name=MODEL,
-        model=manifest.model,
-        directions=records,
-        vectors=pack.vectors,
-        method=manifest.method,
-        residual_norms={int(layer): norm for layer, norm in manifest.residual_norms.items()},
+        PackContent(
+            name=MODEL,
+            model=manifest.model,
+            directions=records,
+            vectors=pack.vectors,
+            method=manifest.method,
+            residual_norms={int(layer): norm for layer, norm in manifest.residual_norms.items()},
+        ),
     )
     card = write_card(written).read_text(encoding="utf-8")
     name, known = manifest.model.name, KNOWN[MODEL]

@@ -71,7 +71,7 @@ class Family:
     """One architecture.
 
     Attributes:
-        name: Name in the table of the README.
+        name: Name in the table of the documentation.
         config: Name of its configuration class in ``transformers``.
         fields: Arguments of that class.
         engine: Arguments of ``LLM`` that it needs.

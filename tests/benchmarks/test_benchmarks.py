@@ -19,7 +19,9 @@ from benchmarks.interventions import Asked, matrix, measure_norms, rate, unrelat
 from benchmarks.models import SHAPES, prepare_model
 from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.offline.demo.concepts import class_of, concept_words, prefix
+from vllm_steer.offline.extract.data import ComputeResources, ExtractionData, PackTarget
 from vllm_steer.offline.extract.pipeline import ExtractionSettings, extract_pack
+from vllm_steer.offline.models.prompts import Concept
 from vllm_steer.verify.interleave import ratio_to, rounds
 
 ROOT = Path(__file__).parents[2]
@@ -111,15 +113,14 @@ def test_the_control_is_of_another_class() -> None:
 def test_rotation_holds_the_norm_and_addition_does_not(tmp_path: Path) -> None:
     pack = extract_pack(
         demo_model_path(),
-        "angular",
-        [("spiders", prefix("spiders"))],
-        ["Rain is good.", "Order is bad."],
-        ["Money is fame.", "Health is play."],
+        ExtractionData(
+            [Concept("spiders", prefix("spiders"))],
+            ["Rain is good.", "Order is bad."],
+            ["Money is fame.", "Health is play."],
+        ),
         ExtractionSettings(method="angular", layers=tuple(range(6))),
-        1.0,
-        1.0,
-        tmp_path / "pack",
-        device="cpu",
+        PackTarget("angular", tmp_path / "pack", 1.0, 1.0),
+        ComputeResources(device="cpu"),
     )
     found = measure_norms(pack, [Asked("spiders", "Order is new.")])
     assert max(found["rotate"], found["angle"]) < 1e-5

@@ -1,4 +1,4 @@
-"""FINDINGS.md and the README say what the figures in ``benchmarks/results`` say."""
+"""The documentation and the README say what the figures in ``benchmarks/results`` say."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from benchmarks.tables import BLOCKS, FINDINGS, README, blocks_of, results, stal
 from tests.marked import Block
 
 DOCUMENTS = [FINDINGS, README]
-# Tables that others write.
-OTHERS = {"architectures", "compatibility"}
+FUSION = FINDINGS.with_name("how-to") / "fusion.md"
+LEARN = FINDINGS.with_name("how-to") / "learn.md"
+OPERATIONS = FINDINGS.with_name("concepts") / "operations.md"
 
 
 def text_of(document: Path) -> str:
@@ -40,14 +41,14 @@ def test_a_changed_figure_is_noticed(block: Block) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_marker_has_its_table(document: Path) -> None:
     marked = re.findall(r"^<!-- (\S+): begin -->$", document.read_text(), re.MULTILINE)
-    assert [name for name in marked if name not in OTHERS] == [b.name for b in blocks_of(document)]
+    assert marked == [b.name for b in blocks_of(document)]
 
 
 def test_nothing_is_written_where_a_marker_is_missing() -> None:
     block = blocks_of(FINDINGS)[0]
     text = FINDINGS.read_text()
     for broken in (text.replace(block.begin, ""), text.replace(block.end, ""), text + block.begin):
-        with pytest.raises(ValueError, match="must stand once in FINDINGS.md"):
+        with pytest.raises(ValueError, match="must stand once in findings.md"):
             block.replaced(broken, "")
 
 
@@ -63,7 +64,7 @@ def test_what_the_sentences_say_of_depth() -> None:
                 assert row[UNSTEERED]["displacement"] > 1.2 * row["original"]
                 assert row[UNSTEERED]["mean_kl"] > 10 * abs(row[STEERED]["mean_kl"])
     times = [row[UNSTEERED]["displacement"] / row["original"] for row in deep["scales"].values()]
-    assert f"{times[-1]:.0f} times at full scale" in text_of(README)
+    assert f"{times[-1]:.0f} times at full scale" in text_of(FUSION)
     words = {3: "three", 21: "21"}
     assert (
         f"moves {words[round(times[1])]} times too far at αγ = 0.1 and {words[round(times[-1])]} times at 1"
@@ -86,14 +87,14 @@ def test_what_the_sentences_say_of_fusion() -> None:
         "engine": seconds["through the engine"],
         "uncached": seconds[uncached],
     }
-    readme = text_of(README)
+    page = text_of(FUSION)
     assert (
         "of {wrong} questions that it gets wrong unsteered, segmented scales of {trials} trials get "
         "{segmented} right, and those of other questions {others}"
-    ).format(**found) in readme
+    ).format(**found) in page
     assert (
         "takes {engine:.1f} s through the engine and {uncached:.1f} s one question after another"
-    ).format(**found) in readme
+    ).format(**found) in page
     findings = text_of(FINDINGS)
     share = report["speed"]["same_answers"][uncached]
     assert f"the same text in {share:.1%} of cases" in findings
@@ -112,7 +113,7 @@ def test_what_the_sentences_say_of_interventions() -> None:
     assert (
         f"leaves {min(left):.2f} to {max(left):.2f}, by how the direction was learned; "
         f"rotation holds ‖h‖ to {drift:.2g}"
-    ) in text_of(README)
+    ) in text_of(OPERATIONS)
     assert drift < 1e-5 < 0.1 < report["norm_drift"]["add"]
     gone = {name: _count(rate, 0.0) for name, rate in own.items()}
     contrast, token = gone.pop("ablation_contrast"), gone.pop("ablation_contrast_token-2")
@@ -135,7 +136,7 @@ def test_what_the_sentences_say_of_extraction() -> None:
         f"concepts a minute are {wide['speedup']:.1f} times those of a straightforward reading of "
         "the method for a random model of hidden size 1024, "
         f"{demo['speedup']:.1f} times for the demo model"
-    ) in text_of(README)
+    ) in text_of(LEARN)
 
 
 def test_what_the_sentences_say_of_methods() -> None:
@@ -175,22 +176,6 @@ def test_what_the_sentences_say_of_overhead() -> None:
 def _span(values: Sequence[float]) -> str:
     """``11``, or ``11 to 19`` where rounding leaves two values."""
     return " to ".join(dict.fromkeys(f"{value:.0f}" for value in (min(values), max(values))))
-
-
-def test_the_files_that_the_findings_name_exist() -> None:
-    for target in re.findall(r"\]\(([^)#]+)", FINDINGS.read_text()):
-        if not target.startswith("http"):
-            assert (FINDINGS.parent / target).exists(), target
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_the_sections_that_are_linked_exist(document: Path) -> None:
-    for target, anchor in re.findall(r"\]\(([^)#]*)#([^)]+)\)", document.read_text()):
-        named = document.parent / target if target else document
-        if not target.startswith("http"):
-            headings = re.findall(r"^#+ (.*)$", named.read_text(), re.MULTILINE)
-            slugs = [re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in headings]
-            assert anchor in slugs, f"{target}#{anchor}"
 
 
 def _cell(share: dict[str, float]) -> str:

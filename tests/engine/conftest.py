@@ -15,7 +15,7 @@ ORDER = (
     "test_reads.py",
     "test_isolation.py",
     "test_prefix_cache.py",
-    "test_until.py",
+    "test_stop_tokens.py",
     "test_features.py",
     "test_forms.py",
     "test_sweep.py",

@@ -22,11 +22,11 @@ from vllm_steer.offline.fusion.original import (
     forced_logs,
     frozen_steered,
 )
-from vllm_steer.offline.fusion.pack import write_deltas
+from vllm_steer.offline.fusion.pack import FusionDeltas, write_deltas
 from vllm_steer.offline.fusion.references import References, measure_references
 from vllm_steer.offline.fusion.search import Case, Kind, Target, segments_of
 from vllm_steer.offline.fusion.steered import steered_deltas
-from vllm_steer.offline.models.loading import load_config, load_model
+from vllm_steer.offline.models.loading import load_config, load_model, model_identity
 
 pytestmark = pytest.mark.engine
 TOKENS = 24
@@ -65,7 +65,11 @@ def setting(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     cases = [*CASES, *SAME]
     deltas = steered_deltas(loaded, found, cases)
     pack = write_deltas(
-        folder, "fusion", model, loaded, tokenizer, questions, cases, deltas, found.residual_norms
+        folder,
+        "fusion",
+        model_identity(model, loaded.config, tokenizer),
+        FusionDeltas(questions, cases, deltas, found.residual_norms),
+        loaded.dtype,
     )
     engine = EngineProcess(engine_arguments(model, [pack], "eager"), forked=True)
     yield Setting(loaded, found, engine)

@@ -76,7 +76,7 @@ def test_a_refused_request_leaves_the_engine_serving(
         lambda message: _changed(message, ("segments", 0, "start", -1)),
         lambda message: _changed(message, ("segments", 0, "end", 2**40)),
         lambda message: _changed(message, ("segments", 0, "end", 0)),
-        lambda message: _changed(message, ("segments", 0, "until", {"origin": 0, "tokens": []})),
+        lambda message: _changed(message, ("segments", 0, "stop", {"origin": 0, "tokens": []})),
     ],
     ids=[
         "text",

@@ -25,7 +25,7 @@ from vllm_steer.offline.demo.evaluate import DemoModel, Trial
 from vllm_steer.offline.engine.tokens import Asked, TokenEngine
 from vllm_steer.offline.evaluate.generation import Answer, Generator, Request
 from vllm_steer.offline.evaluate.results import SweepResult, read_result
-from vllm_steer.offline.evaluate.subjects import Subject, subject_of
+from vllm_steer.offline.evaluate.subjects import Selection, Subject, subject_of
 from vllm_steer.offline.models.prompts import render_question
 from vllm_steer.offline.questions.by_class import given_questions
 from vllm_steer.offline.questions.statements import statements
@@ -115,7 +115,7 @@ def answers(swept: Swept, model: Path, packs: list[SteeringPack], no_engine: Non
 
 def subjects(packs: list[SteeringPack]) -> list[Subject]:
     questions = given_questions(TUNING, HELDOUT, statements=True)
-    return [subject_of(pack, questions, scales=SCALES) for pack in packs]
+    return [subject_of(pack, questions, Selection(scales=SCALES)) for pack in packs]
 
 
 def test_answers_are_those_of_hugging_face_with_hooks(

@@ -12,10 +12,14 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 from tests.offline.answers_cases import prompts_of
 from vllm_steer.errors import ExtractionError
 from vllm_steer.offline.engine.tokens import Asked, Generated
-from vllm_steer.offline.extract.answer_generation import concept_answers, prefixed_answers
+from vllm_steer.offline.extract.answer_generation import (
+    AnswerSettings,
+    concept_answers,
+    prefixed_answers,
+)
 from vllm_steer.offline.extract.answer_states import ANSWER_TOKENS, read_answers
 from vllm_steer.offline.extract.answers import ConceptAnswers, Example
-from vllm_steer.offline.models.prompts import RenderedPrompt
+from vllm_steer.offline.models.prompts import Concept, RenderedPrompt
 
 PREFIX = "Personify someone who is terrified of spiders."
 QUESTIONS = ["rain is good, and so is the sun that follows it.", "no.", "rain is good.", "we"]
@@ -184,8 +188,8 @@ def test_answers_of_nothing_are_left_out(chatml) -> None:
         for question, example in zip(QUESTIONS[1:], examples, strict=True):
             assert f"user\n{question}<" in example.plain.text
             assert f"user\n{prefix}  {question}<" in example.prefixed.text
-    concepts = [("spiders", PREFIX), ("brave", "Be brave.")]
-    given = (QUESTIONS[:2], QUESTIONS[2:], 8, "user", 1.0)
+    concepts = [Concept("spiders", PREFIX), Concept("brave", "Be brave.")]
+    given = (QUESTIONS[:2], QUESTIONS[2:], AnswerSettings(8))
     answers = concept_answers(Speechless(chatml, "sun that"), chatml, concepts, *given)
     assert [(len(a.learned), len(a.stopping)) for a in answers.values()] == [(1, 2), (1, 2)]
     assert all(f"{QUESTIONS[1]}<" in a.learned[0].plain.text for a in answers.values())
@@ -214,8 +218,8 @@ class Telling(Speechless):
 def test_the_answers_that_tell_most_of_their_prefix_are_kept(chatml) -> None:
     """In the order of the questions, of those to learn from and of the others apart."""
     engine = Telling(chatml, dict(zip(QUESTIONS, (5.0, 1.0, 2.0, 9.0), strict=True)))
-    given = (QUESTIONS[:3], QUESTIONS[3:], 8, "user", 0.5)
-    answers = concept_answers(engine, chatml, [("spiders", PREFIX)], *given)["spiders"]
+    given = (QUESTIONS[:3], QUESTIONS[3:], AnswerSettings(8, share=0.5))
+    answers = concept_answers(engine, chatml, [Concept("spiders", PREFIX)], *given)["spiders"]
     kept = [[q for e in part for q in QUESTIONS if f"user\n{q}<" in e.plain.text]
             for part in (answers.learned, answers.stopping)]  # fmt: skip
     assert kept == [[QUESTIONS[0], QUESTIONS[2]], [QUESTIONS[3]]]

@@ -23,23 +23,24 @@ from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.offline.demo.concepts import prefix
 from vllm_steer.offline.engine.tokens import TokenEngine
 from vllm_steer.offline.estimators.fit import fit_direction
-from vllm_steer.offline.estimators.labelled_rows import Rows
-from vllm_steer.offline.extract.answer_generation import concept_answers
+from vllm_steer.offline.estimators.labelled_rows import LabelledRows
+from vllm_steer.offline.extract.answer_generation import AnswerSettings, concept_answers
 from vllm_steer.offline.extract.answer_learning import AnswerLearner
 from vllm_steer.offline.extract.answers import ConceptAnswers
+from vllm_steer.offline.extract.data import ComputeResources, ExtractionData, PackTarget
 from vllm_steer.offline.extract.figures import FIGURES_FILE
 from vllm_steer.offline.extract.parts import PARTS_DIRECTORY, answers_directory
 from vllm_steer.offline.extract.pipeline import extract_pack
 from vllm_steer.offline.extract.settings import ExtractionSettings
 from vllm_steer.offline.models.loading import load_config, load_model
-from vllm_steer.offline.models.prompts import AnswerPair
+from vllm_steer.offline.models.prompts import AnswerPair, Concept
 from vllm_steer.offline.questions.everyday import everyday_questions
 from vllm_steer.packs.pack import MANIFEST_FILE, VECTORS_FILE, SteeringPack, load_pack, raw_dose
 
 pytestmark = pytest.mark.engine
 
 NAMES = ("spiders", "cheerful", "Tokyo")
-CONCEPTS = [(name, prefix(name)) for name in NAMES]
+CONCEPTS = [Concept(name, prefix(name)) for name in NAMES]
 LENGTH = 24
 FAST = {
     "answer_length": LENGTH,
@@ -48,7 +49,7 @@ FAST = {
     "train_steps": 2,
     "train_answers": 4,
 }
-# Rows of which a fifth validates.
+# LabelledRows of which a fifth validates.
 HELD = 2 * 28 // 5 // 2
 
 
@@ -81,20 +82,22 @@ def plain_model() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Stored:
-    """One life of the engine, for all tests of this file."""
+    """One engine for all tests of this file."""
     folder = tmp_path_factory.mktemp("answers")
     file = folder / "questions.txt"
     file.write_text("\n".join(QUESTIONS[:40]))
     asked = everyday_questions(file)
     assert (len(asked.learned), len(asked.stopping)) == (24, 4)
-    given = (asked.learned, asked.stopping, LENGTH)
+    given = (asked.learned, asked.stopping)
     with (
         pytest.MonkeyPatch.context() as patch,
         TokenEngine(demo_model_path(), (), ENGINE, folder / "answers", bar=False) as engine,
     ):
         patch.setattr("vllm.LLM", ForkedLLM)
-        answers = concept_answers(engine, tokenizer, CONCEPTS, *given, "user", 1.0)
-        system = concept_answers(engine, tokenizer, CONCEPTS[:1], *given, "system", 1.0)
+        answers = concept_answers(engine, tokenizer, CONCEPTS, *given, AnswerSettings(LENGTH))
+        system = concept_answers(
+            engine, tokenizer, CONCEPTS[:1], *given, AnswerSettings(LENGTH, "system")
+        )
     return Stored(folder / "answers", file, answers, system[NAMES[0]])
 
 
@@ -108,15 +111,18 @@ def extract(stored: Stored, tmp_path, monkeypatch) -> Callable[..., SteeringPack
     monkeypatch.setattr(vllm_steer.offline.engine.tokens, "start_engine", no_engine)
 
     def run(
-        out: str = "pack", concepts: Sequence[tuple[str, str]] = CONCEPTS, **settings: object
+        out: str = "pack", concepts: Sequence[Concept] = CONCEPTS, **settings: object
     ) -> SteeringPack:
         given = {"method": "trained", **FAST, **settings}
         if not answers_directory(tmp_path / out).exists():
             shutil.copytree(stored.folder, answers_directory(tmp_path / out))
         return extract_pack(
-            demo_model_path(), "mixed", concepts, [], [], ExtractionSettings(**given), None, None,
-            tmp_path / out, device="cpu", questions=everyday_questions(stored.questions), engine=ENGINE,
-        )  # fmt: skip
+            demo_model_path(),
+            ExtractionData(concepts, questions=everyday_questions(stored.questions)),
+            ExtractionSettings(**given),
+            PackTarget("mixed", tmp_path / out),
+            ComputeResources(device="cpu", engine=ENGINE),
+        )
 
     return run
 
@@ -263,7 +269,7 @@ def test_every_estimator_learns_from_answers(extract, differences, estimator, se
 
 def test_soft_labels_are_the_attention_that_an_answer_pays(extract, monkeypatch) -> None:
     """To the prefix, 0 of the plain prompt; hard ones are 1 and 0."""
-    seen: list[Rows] = []
+    seen: list[LabelledRows] = []
 
     def remember(estimator, rows, options):
         seen.append(rows)
@@ -414,7 +420,7 @@ def test_concepts_in_company_fail_alone(extract, learned, monkeypatch) -> None:
 
 def test_other_questions_or_prefixes_are_answered_anew(extract, stored: Stored) -> None:
     for change in (
-        {"concepts": [*CONCEPTS[:2], ("Tokyo", "Love Tokyo.")]},
+        {"concepts": [*CONCEPTS[:2], Concept("Tokyo", "Love Tokyo.")]},
         {"answer_length": LENGTH + 1},
         {"questions": 23},
         {"prefix_role": "system"},
@@ -427,14 +433,16 @@ def test_faulty_arguments_are_refused_before_an_engine_starts(
     extract, stored: Stored, tmp_path
 ) -> None:
     with pytest.raises(ExtractionError, match=r"\['calm'\] have an empty prefix"):
-        extract(concepts=[("calm", " ")])
+        extract(concepts=[Concept("calm", " ")])
     with pytest.raises(ExtractionError, match="the model has 0 to 5"):
         extract(layers=(6,))
     with pytest.raises(ExtractionError, match="answer pairs are prompts to learn from"):
         extract_pack(
-            demo_model_path(), "pairs", [], [], [], ExtractionSettings(method="caa", learn_from="answers"),
-            None, None, tmp_path / "pairs", pairs={"brave": [AnswerPair("what?", "yes", "no")]},
-        )  # fmt: skip
+            demo_model_path(),
+            ExtractionData([], pairs={"brave": [AnswerPair("what?", "yes", "no")]}),
+            ExtractionSettings(method="caa", learn_from="answers"),
+            PackTarget("pairs", tmp_path / "pairs"),
+        )
 
 
 def test_the_command_learns_whole_prompts_by_training(

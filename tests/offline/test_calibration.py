@@ -26,16 +26,18 @@ from vllm_steer.offline.demo.concepts import prefix
 from vllm_steer.offline.engine.answer_store import Store
 from vllm_steer.offline.engine.llm import start_engine, stop_engine
 from vllm_steer.offline.engine.tokens import Asked, TokenEngine
+from vllm_steer.offline.extract.data import ComputeResources, ExtractionData, PackTarget
 from vllm_steer.offline.extract.pipeline import extract_pack
 from vllm_steer.offline.extract.settings import ExtractionSettings
 from vllm_steer.offline.models.loading import load_config
-from vllm_steer.offline.models.prompts import render_question
+from vllm_steer.offline.models.prompts import Concept, render_question
 from vllm_steer.offline.questions.everyday import Everyday
 from vllm_steer.offline.questions.statements import statements
 from vllm_steer.operations import Gate
 from vllm_steer.packs.pack import (
     DirectionRecord,
     FormChoice,
+    PackContent,
     Prefix,
     SteeringPack,
     load_pack,
@@ -66,10 +68,12 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> SteeringPack:
     names = ("spiders", "cheerful", "Tokyo")
     texts = [statement.text for statement in statements("extract")[:40]]
     learned = extract_pack(
-        demo_model_path(), "learned", [(name, prefix(name)) for name in names], texts[:20], texts[20:],
+        demo_model_path(),
+        ExtractionData([Concept(name, prefix(name)) for name in names], texts[:20], texts[20:]),
         ExtractionSettings(estimator="mean_difference", labels="hard", token=-1, permutations=0),
-        None, None, folder / "learned", device="cpu",
-    )  # fmt: skip
+        PackTarget("learned", folder / "learned"),
+        ComputeResources(device="cpu"),
+    )
 
     def rows(name: str, layers: list[int]) -> np.ndarray:
         return learned.vectors[name][[layer - 1 for layer in layers]]
@@ -94,12 +98,14 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> SteeringPack:
     ]  # fmt: skip
     return write_pack(
         folder / "mixed",
-        name="mixed",
-        model=learned.manifest.model,
-        directions=[each for each, _ in directions],
-        vectors={each.name: vector for each, vector in directions},
-        method=learned.manifest.method,
-        residual_norms={int(k): norm for k, norm in learned.manifest.residual_norms.items()},
+        PackContent(
+            name="mixed",
+            model=learned.manifest.model,
+            directions=[each for each, _ in directions],
+            vectors={each.name: vector for each, vector in directions},
+            method=learned.manifest.method,
+            residual_norms={int(k): norm for k, norm in learned.manifest.residual_norms.items()},
+        ),
     )
 
 
@@ -303,10 +309,9 @@ def only(pack: SteeringPack, name: str, out: Path, **changes: Any) -> SteeringPa
     """A pack of one of its directions, under its name."""
     record = pack.directions[name].model_copy(update=changes)
     return write_pack(
-        out, name=pack.name, model=pack.manifest.model, directions=[record],
+        out, PackContent(name=pack.name, model=pack.manifest.model, directions=[record],
         vectors={name: pack.vectors[name]}, method=pack.manifest.method,
-        residual_norms={int(k): norm for k, norm in pack.manifest.residual_norms.items()},
-    )  # fmt: skip
+        residual_norms={int(k): norm for k, norm in pack.manifest.residual_norms.items()}))  # fmt: skip
 
 
 def test_a_calibration_that_was_killed_goes_on(

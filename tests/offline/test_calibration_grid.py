@@ -12,7 +12,7 @@ from vllm_steer.offline.calibrate.grid import ANGLES, DOSES, FINER, TURNS, Subje
 from vllm_steer.offline.calibrate.measures import Gap, Trial, fluency_of
 from vllm_steer.offline.extract.answers import Example
 from vllm_steer.offline.models.prompts import RenderedPrompt
-from vllm_steer.packs.pack import DirectionRecord, FormChoice, write_pack
+from vllm_steer.packs.pack import DirectionRecord, FormChoice, PackContent, write_pack
 
 BLOCKS = 12
 LENGTHS = {layer: 0.5 + 0.25 * layer for layer in range(BLOCKS)}
@@ -100,11 +100,10 @@ def test_subjects_are_the_directions_that_no_other_is_a_part_of(tmp_path) -> Non
     method = random.manifest.method
     for estimator in ("trained", "rfm"):
         pack = write_pack(
-            tmp_path / estimator, name="p", model=random.manifest.model, directions=records,
+            tmp_path / estimator, PackContent(name="p", model=random.manifest.model, directions=records,
             vectors={name: 3 * vector for name, vector in random.vectors.items()},
             method=method.model_copy(update={"settings": {"estimator": estimator}}),
-            residual_norms=dict.fromkeys(range(4), 8.0),
-        )  # fmt: skip
+            residual_norms=dict.fromkeys(range(4), 8.0)))  # fmt: skip
         found = subjects(pack)
         assert [(each.name, each.record.op) for each in found] == [("p/a", "angle"), ("p/b", "add")]
         assert {each.joint for each in found} == {estimator == "trained"}

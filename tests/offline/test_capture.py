@@ -20,7 +20,14 @@ from transformers import (
 )
 
 from vllm_steer.errors import ExtractionError
-from vllm_steer.offline.extract.capture import PATHS, REFERENCE, CapturePath, capture, choose_path
+from vllm_steer.offline.extract.capture import (
+    PATHS,
+    REFERENCE,
+    CaptureOptions,
+    CapturePath,
+    capture,
+    choose_path,
+)
 from vllm_steer.offline.models.loading import find_blocks
 from vllm_steer.offline.models.prompts import RenderedPrompt, render_prompt
 
@@ -103,10 +110,12 @@ def test_shortcuts_equal_eager_attention_on_whole_prompts(config, fastest):
         RenderedPrompt("", beginning + tuple(rng.integers(3, 100, length).tolist()), (2, 6))
         for length in (7, 12, 9, 14)
     ]
-    alone = capture(model, prompts, candidates=CANDIDATES, batch_size=1, path=REFERENCE)
+    alone = capture(model, prompts, candidates=CANDIDATES, batch_size=1)
     path = choose_path(model, prompts[:3], CANDIDATES)
     assert path == fastest
-    taken = capture(model, prompts, candidates=CANDIDATES, batch_size=3, path=path)
+    taken = capture(
+        model, prompts, candidates=CANDIDATES, batch_size=3, options=CaptureOptions(path)
+    )
     assert model.config._attn_implementation == "eager"
     np.testing.assert_allclose(taken.attention, alone.attention, atol=2e-6)
     scale = np.abs(alone.hidden).max(axis=(0, 2, 3), keepdims=True)
@@ -122,7 +131,9 @@ def test_every_path_gives_the_same_for_prompts_with_and_without_much_in_common(
     same = [render_prompt(chatml, "rain is good.", PREFIX)] * 3
     for given in (prompts, same, prompts[:1]):
         expected = capture(tiny_model, given, candidates=CANDIDATES, batch_size=1)
-        found = capture(tiny_model, given, candidates=CANDIDATES, batch_size=2, path=path)
+        found = capture(
+            tiny_model, given, candidates=CANDIDATES, batch_size=2, options=CaptureOptions(path)
+        )
         np.testing.assert_allclose(found.attention, expected.attention, atol=1e-6)
         scale = np.abs(expected.hidden).max()
         np.testing.assert_allclose(found.hidden / scale, expected.hidden / scale, atol=2e-6)
@@ -143,7 +154,13 @@ def test_a_shortcut_that_is_wrong_is_not_taken(tiny_llama, chatml, monkeypatch):
 
 def test_the_final_norm_is_applied_where_asked_for(tiny_llama, prompts):
     plain, normed = (
-        capture(tiny_llama, prompts, candidates=CANDIDATES, batch_size=2, final_norm=wanted).hidden
+        capture(
+            tiny_llama,
+            prompts,
+            candidates=CANDIDATES,
+            batch_size=2,
+            options=CaptureOptions(final_norm=wanted),
+        ).hidden
         for wanted in (False, True)
     )
     np.testing.assert_array_equal(plain[:, :-1], normed[:, :-1])
@@ -235,7 +252,7 @@ def test_results_do_not_depend_on_padding_or_on_the_batch(tiny_model, prompts):
 def test_residual_norms_are_medians_over_real_tokens_but_each_prompts_first(
     tiny_model, prompts, reference, path
 ):
-    given = {"candidates": CANDIDATES, "batch_size": 4, "path": path}
+    given = {"candidates": CANDIDATES, "batch_size": 4, "options": CaptureOptions(path)}
     norms = capture(tiny_model, prompts, **given).residual_norms
     tokens = torch.cat([output.hidden_states[1][0, 1:] for output in reference]).norm(dim=-1)
     assert norms[0] == pytest.approx(np.median(tokens), rel=1e-5)

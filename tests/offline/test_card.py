@@ -21,7 +21,7 @@ from vllm_steer.offline.evaluate.plots import BlockDiagnostics
 from vllm_steer.offline.evaluate.results import read_result
 from vllm_steer.offline.evaluate.tables import markdown, write_result
 from vllm_steer.operations import FormChoice
-from vllm_steer.packs.pack import SteeringPack, load_pack, write_pack
+from vllm_steer.packs.pack import PackContent, SteeringPack, load_pack, write_pack
 from vllm_steer.request.schema import parse
 
 
@@ -78,15 +78,17 @@ def test_a_card_says_what_its_forms_need(pack: SteeringPack, tmp_path: Path) -> 
     (spiders, odd), form = pack.directions.values(), FormChoice(op="rotate", plane="it's | odd")
     formed = write_pack(
         tmp_path / "formed",
-        name="formed",
-        model=pack.manifest.model,
-        directions=[
-            spiders.model_copy(update={"form": form}),
-            odd,
-        ],
-        vectors=pack.vectors,
-        method=pack.manifest.method,
-        residual_norms={int(k): norm for k, norm in pack.manifest.residual_norms.items()},
+        PackContent(
+            name="formed",
+            model=pack.manifest.model,
+            directions=[
+                spiders.model_copy(update={"form": form}),
+                odd,
+            ],
+            vectors=pack.vectors,
+            method=pack.manifest.method,
+            residual_norms={int(k): norm for k, norm in pack.manifest.residual_norms.items()},
+        ),
     )
     text = write_card(formed).read_text()
     assert "--steering-packs . --steering-ops affine\n" in text

@@ -22,7 +22,7 @@ from vllm_steer.offline.evaluate.generation import Generator
 from vllm_steer.offline.models.chat import ChatFormat
 from vllm_steer.offline.models.loading import load_config
 from vllm_steer.offline.models.prompts import count_candidates, render_answer, render_question
-from vllm_steer.packs.pack import SteeringPack, load_pack, write_pack
+from vllm_steer.packs.pack import PackContent, SteeringPack, load_pack, write_pack
 
 PLAIN = ChatFormat(chat_template="plain")
 THINKING = (
@@ -254,12 +254,14 @@ def pack_with(tmp_path: Path) -> Callable[..., SteeringPack]:
         manifest = pack.manifest
         return write_pack(
             pack.path,
-            name=name,
-            model=manifest.model,
-            directions=manifest.directions,
-            vectors=pack.vectors,
-            method=manifest.method.model_copy(update={"settings": settings}),
-            residual_norms={1: 10.0},
+            PackContent(
+                name=name,
+                model=manifest.model,
+                directions=manifest.directions,
+                vectors=pack.vectors,
+                method=manifest.method.model_copy(update={"settings": settings}),
+                residual_norms={1: 10.0},
+            ),
         )
 
     return make

@@ -16,7 +16,13 @@ from safetensors.torch import save_file
 from tests.offline.convert_cases import HIDDEN, MODEL, config_folder, rows, write_control_vector
 from vllm_steer.cli import main
 from vllm_steer.errors import ConversionError
-from vllm_steer.offline.convert.packs import import_pack, read_direction
+from vllm_steer.offline.convert.packs import (
+    ImportTarget,
+    NormSource,
+    VectorSource,
+    import_pack,
+    read_direction,
+)
 from vllm_steer.packs.pack import load_pack
 
 ALL = rows(0, (0, 1, 2, 3))
@@ -224,8 +230,8 @@ def test_a_file_may_be_given_twice_under_two_names(here: Path) -> None:
     torch.save({"happy": {1: tensor(1)}, "sad": {1: tensor(1)}}, here / "m#1.pt")
     norms = here / "norms.json"
     pack = import_pack(
-        [("sad", "m#1.pt"), ("joy", "m#1.pt#happy")], name="p", model_path="model", out_dir="p",
-        scale=1.0, safe_scale=1.0, residual_norms=norms,
+        [VectorSource("sad", "m#1.pt"), VectorSource("joy", "m#1.pt#happy")],
+        ImportTarget("p", "p", 1.0, 1.0), "model", norms=NormSource(norms),
     )  # fmt: skip
     assert [*pack.directions] == ["sad", "joy"]
     files = pack.manifest.method.settings["files"]

@@ -17,7 +17,13 @@ from tests.offline.convert_cases import (
     write_control_vector,
 )
 from vllm_steer.cli import main
-from vllm_steer.offline.convert.packs import export_direction, import_pack
+from vllm_steer.offline.convert.packs import (
+    ImportTarget,
+    NormSource,
+    VectorSource,
+    export_direction,
+    import_pack,
+)
 from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.packs.pack import SteeringPack, load_pack
 
@@ -36,8 +42,8 @@ def config_dir(tmp_path: Path) -> Path:
 def test_round_trip(pack: SteeringPack, config_dir: Path, tmp_path: Path) -> None:
     export_direction(pack, "happy", tmp_path / "happy.gguf")
     again = import_pack(
-        [("happy", tmp_path / "happy.gguf")], name="again", model_path=config_dir,
-        out_dir=tmp_path / "again", scale=3.0, safe_scale=5.0, residual_norms=pack.path,
+        [VectorSource("happy", tmp_path / "happy.gguf")],
+        ImportTarget("again", tmp_path / "again", 3.0, 5.0), config_dir, norms=NormSource(pack.path),
     )  # fmt: skip
     assert again.digests["happy"] == pack.digests["happy"]
     record = again.directions["happy"]

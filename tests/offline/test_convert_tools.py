@@ -1,4 +1,4 @@
-"""The table of VECTORS.md: each row run with a file written by the calls that its tool makes."""
+"""The table of files that can be imported: each row run with a file written by the calls that its tool makes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vllm_steer.cli import main
 from vllm_steer.packs.pack import load_pack
 
 BLOCKS = 32
-TABLE = (Path(__file__).parents[2] / "VECTORS.md").read_text()
+TABLE = (Path(__file__).parents[2] / "docs" / "reference" / "vectors.md").read_text()
 ROWS = [
     [cell.strip() for cell in line.strip("|").split(" | ")]
     for line in TABLE.splitlines()

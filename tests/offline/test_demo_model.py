@@ -1,4 +1,4 @@
-"""What ``benchmarks/FINDINGS.md`` says of the demo model, on a part of its held-out statements.
+"""What ``docs/findings.md`` says of the demo model, on a part of its held-out statements.
 
 ``python -m benchmarks.demo_model`` measures the whole.
 """

@@ -6,7 +6,13 @@ import torch
 from scipy.stats import permutation_test
 
 from vllm_steer.errors import ExtractionError
-from vllm_steer.offline.extract.capture import PATHS, capture
+from vllm_steer.offline.extract.capture import (
+    PATHS,
+    REFERENCE,
+    CaptureOptions,
+    CapturePath,
+    capture,
+)
 from vllm_steer.offline.extract.enrichment import (
     Enrichment,
     PermutationTest,
@@ -116,16 +122,16 @@ def test_figures_of_a_model_do_not_depend_on_batches_or_path(request, model, pat
         for length in (6, 11, 8, 8, 14)
     ]
 
-    def enrichment(batch_size: int, **given) -> Enrichment:
+    def enrichment(batch_size: int, path: CapturePath = REFERENCE) -> Enrichment:
         chosen_on = np.array([True, False, True, True, False])
         test = PermutationTest(199, 3, 26, TokenChoice(chosen_on, "max"))
         captured = capture(
-            model, prompts, candidates=4, batch_size=batch_size, permutations=test, **given
+            model, prompts, candidates=4, batch_size=batch_size, options=CaptureOptions(path, test)
         )
         assert captured.enrichment is not None
         return captured.enrichment
 
-    expected, found = enrichment(1), enrichment(3, path=path)
+    expected, found = enrichment(1), enrichment(3, path)
     assert found.score.shape == found.p_values.shape == (3, 4)
     assert len(np.unique(expected.score)) > 1
     # A sum at the edge may fall to either side by rounding.
@@ -141,4 +147,4 @@ def test_a_prefix_at_the_first_token_cannot_be_tested(tiny_llama):
         prompt = RenderedPrompt("", tuple(range(3, 20)), span)
         with pytest.raises(ExtractionError, match="set permutations to 0"):
             capture(tiny_llama, [prompt], candidates=2, batch_size=1,
-                    permutations=PermutationTest(9, 0, 17))  # fmt: skip
+                    options=CaptureOptions(permutations=PermutationTest(9, 0, 17)))  # fmt: skip

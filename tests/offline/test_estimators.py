@@ -7,7 +7,7 @@ import torch
 from vllm_steer.errors import ExtractionError
 from vllm_steer.offline.estimators.fit import FitOptions, fit_direction
 from vllm_steer.offline.estimators.labelled_rows import (
-    Rows,
+    LabelledRows,
     centred_unit_rows,
     pearson,
     split_point,
@@ -28,7 +28,7 @@ ESTIMATORS = ["rfm", "ridge", "pca", "mean_difference"]
 SOLVERS = ["xrfm", "gram"]
 
 
-def make_rows(pairs: int = 60, size: int = 16, signal: float = 3.0, seed: int = 0) -> Rows:
+def make_rows(pairs: int = 60, size: int = 16, signal: float = 3.0, seed: int = 0) -> LabelledRows:
     """Rows whose coordinate 0 carries the label, amid noise and a large common offset."""
     rng = np.random.default_rng(seed)
     _, positive = interleave(pairs, pairs)
@@ -36,7 +36,7 @@ def make_rows(pairs: int = 60, size: int = 16, signal: float = 3.0, seed: int = 
     hidden = rng.standard_normal((2 * pairs, size))
     hidden[:, 0] += signal * labels / 0.35
     hidden[:, 1] += 5.0
-    return Rows("rows", hidden.astype(np.float32), labels.astype(np.float32), positive)
+    return LabelledRows("rows", hidden.astype(np.float32), labels.astype(np.float32), positive)
 
 
 def dense_matrices(x: np.ndarray, y: np.ndarray, bandwidth: float) -> list[np.ndarray]:
@@ -60,7 +60,7 @@ def dense_matrices(x: np.ndarray, y: np.ndarray, bandwidth: float) -> list[np.nd
     return matrices
 
 
-def dense_rfm(rows: Rows) -> tuple[np.ndarray, float]:
+def dense_rfm(rows: LabelledRows) -> tuple[np.ndarray, float]:
     """The whole selection from the method's definition, unsigned."""
     x = rows.hidden.astype(np.float64)
     x = x / np.linalg.norm(x, axis=1, keepdims=True)
@@ -186,8 +186,8 @@ def test_vectors_are_unit_and_point_towards_the_concept(estimator):
 def test_flipped_labels_flip_the_vector(estimator, bound):
     rows = make_rows(signal=10.0)
     hard = rows.positive.astype(np.float32)
-    found = fit_direction(estimator, Rows("rows", rows.hidden, hard, rows.positive))
-    flipped = fit_direction(estimator, Rows("rows", rows.hidden, 1 - hard, ~rows.positive))
+    found = fit_direction(estimator, LabelledRows("rows", rows.hidden, hard, rows.positive))
+    flipped = fit_direction(estimator, LabelledRows("rows", rows.hidden, 1 - hard, ~rows.positive))
     # RFM has no intercept, so flipped labels are another regression of the same separation.
     assert found.vector @ flipped.vector < bound
 
@@ -204,7 +204,7 @@ def test_sign_follows_these_labels_whatever_the_eigenvector_was(monkeypatch):
 
 def test_scale_and_offset_of_labels_do_not_matter_to_rfm():
     rows = make_rows()
-    scaled = Rows("rows", rows.hidden, rows.labels * 7 + 3, rows.positive)
+    scaled = LabelledRows("rows", rows.hidden, rows.labels * 7 + 3, rows.positive)
     found = fit_direction("rfm", rows)
     assert fit_direction("rfm", scaled).vector @ found.vector > 1 - 1e-5
 
@@ -212,7 +212,7 @@ def test_scale_and_offset_of_labels_do_not_matter_to_rfm():
 def test_scale_of_a_row_does_not_matter_to_rfm_but_to_the_mean():
     rows = make_rows()
     factor = np.random.default_rng(1).uniform(0.5, 2, (len(rows.labels), 1)).astype(np.float32)
-    scaled = Rows("rows", rows.hidden * factor, rows.labels, rows.positive)
+    scaled = LabelledRows("rows", rows.hidden * factor, rows.labels, rows.positive)
 
     def cosine(estimator: str) -> float:
         found = [fit_direction(estimator, given).vector for given in (rows, scaled)]
@@ -225,7 +225,7 @@ def test_scale_of_a_row_does_not_matter_to_rfm_but_to_the_mean():
 def test_permuted_coordinates_permute_the_vector():
     rows = make_rows()
     order = np.random.default_rng(1).permutation(rows.hidden.shape[1])
-    permuted = Rows("rows", rows.hidden[:, order], rows.labels, rows.positive)
+    permuted = LabelledRows("rows", rows.hidden[:, order], rows.labels, rows.positive)
     found = fit_direction("rfm", rows).vector
     assert fit_direction("rfm", permuted).vector @ found[order] > 1 - 1e-6
 
@@ -303,7 +303,7 @@ def test_compat_leaves_rows_raw_and_has_no_intercept():
 @pytest.mark.parametrize("compat", [False, True])
 def test_logistic_separates_the_prompts_and_wants_hard_labels(compat):
     rows = make_rows(pairs=100, size=30)
-    hard = Rows("rows", rows.hidden, rows.positive.astype(np.float32), rows.positive)
+    hard = LabelledRows("rows", rows.hidden, rows.positive.astype(np.float32), rows.positive)
     found = fit_direction("logistic", hard, FitOptions(compat=compat))
     assert found.vector[0] > 0.8
     assert found.choice["inverse_strength"] in (1000.0, 10.0, 1.0, 0.1)
@@ -331,7 +331,7 @@ FEW = ["rfm", "ridge", "logistic", "pca", "mean_difference"]
 def test_few_rows_choose_nothing_and_validate_nothing(estimator, pairs):
     """Two validation rows always correlate perfectly, and six choose among noise."""
     rows = make_rows(pairs=pairs, size=24, signal=0.0)
-    hard = Rows("rows", rows.hidden, rows.positive.astype(np.float32), rows.positive)
+    hard = LabelledRows("rows", rows.hidden, rows.positive.astype(np.float32), rows.positive)
     found = fit_direction(estimator, hard)
     assert np.isnan(found.validation_r)
     assert (found.validation_rows, found.candidates) == (0, 1)
@@ -341,7 +341,7 @@ def test_few_rows_choose_nothing_and_validate_nothing(estimator, pairs):
     # All rows are learned from: another last row is another direction.
     changed = hard.hidden.copy()
     changed[-1] *= -3
-    again = fit_direction(estimator, Rows("rows", changed, hard.labels, hard.positive))
+    again = fit_direction(estimator, LabelledRows("rows", changed, hard.labels, hard.positive))
     assert again.vector @ found.vector < 0.9999
 
 
@@ -365,16 +365,18 @@ def test_rows_that_hold_no_direction_are_refused():
     rows = make_rows()
     zeros = np.zeros_like(rows.labels)
     cases = {
-        "no attention": Rows("rows", rows.hidden, zeros, rows.positive),
-        "both prefixed and unprefixed": Rows("rows", rows.hidden, rows.labels, zeros == 0),
-        "too few": Rows("rows", rows.hidden[:4], rows.labels[:4], rows.positive[:4]),
-        "same mean": Rows("rows", np.ones_like(rows.hidden), rows.labels, rows.positive),
+        "no attention": LabelledRows("rows", rows.hidden, zeros, rows.positive),
+        "both prefixed and unprefixed": LabelledRows("rows", rows.hidden, rows.labels, zeros == 0),
+        "too few": LabelledRows("rows", rows.hidden[:4], rows.labels[:4], rows.positive[:4]),
+        "same mean": LabelledRows("rows", np.ones_like(rows.hidden), rows.labels, rows.positive),
     }
     for message, given in cases.items():
         with pytest.raises(ExtractionError, match=f"^rows: .*{message}"):
             fit_direction("mean_difference", given)
     with pytest.raises(ExtractionError, match="no RFM configuration"):
-        fit_direction("rfm", Rows("rows", np.ones_like(rows.hidden), rows.labels, rows.positive))
+        fit_direction(
+            "rfm", LabelledRows("rows", np.ones_like(rows.hidden), rows.labels, rows.positive)
+        )
 
 
 def test_pearson_is_numpys():

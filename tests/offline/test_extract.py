@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -13,13 +14,14 @@ from vllm_steer.errors import ExtractionError, PackError
 from vllm_steer.offline.estimators.fit import fit_direction
 from vllm_steer.offline.estimators.labels import choose_tokens
 from vllm_steer.offline.extract.capture import capture
+from vllm_steer.offline.extract.data import ComputeResources, ExtractionData, PackTarget
 from vllm_steer.offline.extract.figures import FIGURES_FILE, read_figures
 from vllm_steer.offline.extract.inputs import statement_sides
 from vllm_steer.offline.extract.pipeline import ExtractionSettings, extract_pack
-from vllm_steer.offline.models.prompts import prefix_for, render_prompt
+from vllm_steer.offline.models.prompts import Concept, prefix_for, render_prompt
 from vllm_steer.packs.pack import MANIFEST_FILE, VECTORS_FILE, load_pack
 
-CONCEPTS = [(name, prefix_for("fears", name)) for name in ("spiders", "heights")]
+CONCEPTS = [Concept(name, prefix_for("fears", name)) for name in ("spiders", "heights")]
 WORDS = ["rain", "sun", "wind", "snow", "night", "day", "sea", "hill", "road", "bread"]
 POSITIVES = [f"{word} is good." for word in WORDS] + [f"more {word}, we say" for word in WORDS]
 NEGATIVES = [f"{word} was long." for word in WORDS] + [f"all {word} ends" for word in WORDS]
@@ -30,19 +32,26 @@ def extract(model_dir, tmp_path):
     """extract_pack on the tiny model, with any argument replaced."""
 
     def run(settings=None, out="pack", **changes):
-        arguments = {
+        given = {
             "model_path": model_dir,
-            "pack_name": "fears",
+            "name": "fears",
             "concepts": CONCEPTS,
             "positive_statements": POSITIVES,
             "negative_statements": NEGATIVES,
-            "settings": ExtractionSettings(**(settings or {})),
             "default_scales": 1.0,
             "safe_scales": {"spiders": 2, "heights": 3},
-            "out_dir": tmp_path / out,
+            "path": tmp_path / out,
             "device": "cpu",
         } | changes
-        return extract_pack(**arguments)
+
+        def some(kind: type) -> object:
+            return kind(**{f.name: given.pop(f.name) for f in fields(kind) if f.name in given})
+
+        data, target, resources = map(some, (ExtractionData, PackTarget, ComputeResources))
+        settings = ExtractionSettings(**(settings or {}))
+        return extract_pack(
+            settings=settings, data=data, target=target, resources=resources, **given
+        )
 
     return run
 
@@ -192,7 +201,7 @@ def test_packs_repeat_to_the_byte_whatever_the_workers_and_batches(extract):
     [
         {"positive_statements": [*POSITIVES[:-1], "x"]},
         {"negative_statements": NEGATIVES[::-1]},
-        {"concepts": [("spiders", "Be spiders."), CONCEPTS[1]]},
+        {"concepts": [Concept("spiders", "Be spiders."), CONCEPTS[1]]},
     ],
 )
 def test_other_data_has_another_digest(extract, changes):
@@ -361,12 +370,12 @@ def test_a_model_in_bfloat16_gives_nearly_the_same_pack(extract):
     [
         ({"concepts": []}, "no concepts are given"),
         ({"concepts": [CONCEPTS[0]] * 2}, "name of its own"),
-        ({"concepts": [("spiders", " ")]}, r"\['spiders'\] have an empty prefix"),
+        ({"concepts": [Concept("spiders", " ")]}, r"\['spiders'\] have an empty prefix"),
         (
-            {"concepts": [("a/b", "Be kind.")], "safe_scales": 1},
+            {"concepts": [Concept("a/b", "Be kind.")], "safe_scales": 1},
             "pack 'fears' could not be written",
         ),
-        ({"pack_name": "no good"}, "pack 'no good' could not be written"),
+        ({"name": "no good"}, "pack 'no good' could not be written"),
         ({"default_scales": {"spiders": 1.0}}, "'heights' has no default scale"),
         ({"safe_scales": 0}, "0.0: Input should be greater than 0"),
         ({"positive_statements": []}, "positive statements must be given"),

@@ -14,7 +14,7 @@ from vllm_steer.errors import EvaluationError
 from vllm_steer.offline.demo.gold import gold_questions
 from vllm_steer.offline.engine.tokens import TokenEngine
 from vllm_steer.offline.evaluate.generation import Answer, Generator, Request
-from vllm_steer.offline.fusion.evaluate import run_fusion, words_are_there
+from vllm_steer.offline.fusion.evaluate import FusionQuestions, run_fusion, words_are_there
 from vllm_steer.offline.fusion.objective import objective, overlap
 from vllm_steer.offline.fusion.questions import GoldQuestion
 from vllm_steer.offline.fusion.results import markdown
@@ -221,7 +221,9 @@ def test_what_is_right_unsteered_is_left_out(
 ) -> None:
     budget = Budget(12, 0.01, 1.0, seed=0)
     cases = cases_of(4, 2, ["full", "segmented"], 6, budget)
-    result = run_fusion(generator, pack, questions, tuning, cases, budget, words_are_there(1.0))
+    result = run_fusion(
+        generator, pack, FusionQuestions(questions, tuning), cases, budget, words_are_there(1.0)
+    )
     assert (result.questions, result.wrong, result.tuning_questions) == (4, 3, 2)
     assert result.unsteered.right.mean == 0.0
     assert result.unsteered.overlap.mean == 0.0
@@ -253,9 +255,11 @@ def test_nothing_wrong_and_mixed_questions_are_refused(
     budget, right = Budget(2, 0.01, 1.0, seed=0), words_are_there(1.0)
     cases = cases_of(4, 2, ["full"], 6, budget)
     with pytest.raises(EvaluationError, match="gets all 1 questions right"):
-        run_fusion(generator, pack, questions[:1], tuning, cases, budget, right)
+        run_fusion(generator, pack, FusionQuestions(questions[:1], tuning), cases, budget, right)
     with pytest.raises(EvaluationError, match="1 questions are reported and for tuning"):
-        run_fusion(generator, pack, questions, questions[2:3], cases, budget, right)
+        run_fusion(
+            generator, pack, FusionQuestions(questions, questions[2:3]), cases, budget, right
+        )
 
 
 @pytest.mark.parametrize(

@@ -21,13 +21,13 @@ from vllm_steer.offline.demo.gold import gold_questions, is_gold
 from vllm_steer.offline.evaluate.generation import Answer
 from vllm_steer.offline.fusion.distance import displacement
 from vllm_steer.offline.fusion.original import Fusion, frozen, refreshed
-from vllm_steer.offline.fusion.pack import write_deltas
+from vllm_steer.offline.fusion.pack import FusionDeltas, write_deltas
 from vllm_steer.offline.fusion.questions import GoldQuestion, read_questions
 from vllm_steer.offline.fusion.references import measure_references, render_question, span_means
 from vllm_steer.offline.fusion.search import Budget, Case, Kind, cases_of, segments_of
 from vllm_steer.offline.fusion.steered import steered_deltas
 from vllm_steer.offline.models.chat import ChatFormat
-from vllm_steer.offline.models.loading import load_config, load_model
+from vllm_steer.offline.models.loading import load_config, load_model, model_identity
 from vllm_steer.offline.models.prompts import RenderedPrompt
 from vllm_steer.packs.pack import load_pack
 
@@ -162,8 +162,8 @@ def test_the_pack_has_a_direction_for_every_case_over_all_layers(tmp_path: Path)
     cases = cases_of(2, 1, ["full", "segmented"], 6, Budget(2, 0.01, 1.0, seed=0))
     deltas = steered_deltas(model, references, cases)
     write_deltas(
-        tmp_path, "fusion", path, model, tokenizer, questions, cases, deltas,
-        references.residual_norms, ChatFormat(chat_template="plain"),
+        tmp_path, "fusion", model_identity(path, model.config, tokenizer),
+        FusionDeltas(questions, cases, deltas, references.residual_norms), model.dtype, ChatFormat(chat_template="plain"),
     )  # fmt: skip
     pack = load_pack(tmp_path)
     assert list(pack.directions) == [case.name for case in cases]

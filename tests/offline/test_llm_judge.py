@@ -29,7 +29,7 @@ class Endpoint(ThreadingHTTPServer):
         self.probes: list[dict[str, Any]] = []
         self.tries: Counter[str] = Counter()
         self.running, self.most = 0, 0
-        self.gate = threading.Condition()
+        self.arrivals = threading.Condition()
 
     @property
     def url(self) -> str:
@@ -46,14 +46,14 @@ class Endpoint(ThreadingHTTPServer):
         if probe:
             return 200, "Yes"
         answer = text.split("<answer>\n")[1].split("\n</answer>")[0]
-        with self.gate:
+        with self.arrivals:
             self.seen.append(body)
             self.tries[answer] += 1
             self.running += 1
             self.most = max(self.most, self.running)
             # Hold the request until another is there, so that concurrency shows.
-            self.gate.notify_all()
-            self.gate.wait_for(lambda: self.running > 1, timeout=0.3)
+            self.arrivals.notify_all()
+            self.arrivals.wait_for(lambda: self.running > 1, timeout=0.3)
             self.running -= 1
         if answer == "busy once" and self.tries[answer] == 1:
             return 503, ""

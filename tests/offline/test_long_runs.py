@@ -17,15 +17,16 @@ from vllm_steer.cli import main
 from vllm_steer.errors import ExtractionError
 from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.offline.estimators.fit import fit_direction
+from vllm_steer.offline.extract.data import ComputeResources, ExtractionData, PackTarget
 from vllm_steer.offline.extract.figures import FIGURES_FILE
 from vllm_steer.offline.extract.parts import PARTS_DIRECTORY
 from vllm_steer.offline.extract.pipeline import ExtractionSettings, Shards, extract_pack
-from vllm_steer.offline.models.prompts import prefix_for
+from vllm_steer.offline.models.prompts import Concept, prefix_for
 from vllm_steer.offline.questions.statements import statements
 from vllm_steer.packs.pack import MANIFEST_FILE, VECTORS_FILE, load_pack
 
 NAMES = ("spiders", "heights", "needles", "cats")
-CONCEPTS = [(name, prefix_for("fears", name)) for name in NAMES]
+CONCEPTS = [Concept(name, prefix_for("fears", name)) for name in NAMES]
 TEXTS = [statement.text for statement in statements("extract")[:24]]
 SETTINGS = ExtractionSettings(estimator="mean_difference", permutations=199)
 FILES = (MANIFEST_FILE, VECTORS_FILE, FIGURES_FILE)
@@ -34,9 +35,12 @@ FILES = (MANIFEST_FILE, VECTORS_FILE, FIGURES_FILE)
 def extract(out: Path, settings: ExtractionSettings = SETTINGS, **changes):
     given = {"concepts": CONCEPTS, "device": "cpu"} | changes
     return extract_pack(
-        demo_model_path(), "fears", given.pop("concepts"), TEXTS[:12], TEXTS[12:],
-        settings, 1.0, 1.0, out, **given,
-    )  # fmt: skip
+        demo_model_path(),
+        ExtractionData(given.pop("concepts"), TEXTS[:12], TEXTS[12:]),
+        settings,
+        PackTarget("fears", out, 1.0, 1.0),
+        ComputeResources(**given),
+    )
 
 
 def content(path: Path) -> list[bytes]:

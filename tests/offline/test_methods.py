@@ -12,10 +12,11 @@ from pydantic import ValidationError
 from vllm_steer.cli import main
 from vllm_steer.errors import ExtractionError
 from vllm_steer.offline.estimators.plane import steering_plane
+from vllm_steer.offline.extract.data import ComputeResources, ExtractionData, PackTarget
 from vllm_steer.offline.extract.inputs import answer_pairs
 from vllm_steer.offline.extract.methods import METHODS
 from vllm_steer.offline.extract.pipeline import ExtractionSettings, extract_pack
-from vllm_steer.offline.models.prompts import QUESTION, SEPARATOR, AnswerPair, prefix_for
+from vllm_steer.offline.models.prompts import QUESTION, SEPARATOR, AnswerPair, Concept, prefix_for
 from vllm_steer.packs.pack import load_pack, raw_dose
 from vllm_steer.packs.registry import PackRegistry
 from vllm_steer.plan.binding import bind
@@ -26,6 +27,7 @@ NAME = "spiders"
 PREFIX = prefix_for("fears", NAME)
 POSITIVES = ["rain is good.", "more bread, we say", "night is long."]
 NEGATIVES = ["all sea ends", "hill was high."]
+CONCEPTS = (Concept(NAME, PREFIX),)
 PAIRS = [
     AnswerPair("what is rain?", "I fear it", "it is good"),
     AnswerPair("say more of the sea", "I fear the sea", "the sea"),
@@ -35,19 +37,13 @@ PAIRS = [
 
 @pytest.fixture
 def extract(model_dir, tmp_path):
-    def run(method, scale=1.0, pairs=None, concepts=((NAME, PREFIX),), **settings):
+    def run(method, scale=1.0, pairs=None, concepts=CONCEPTS, **settings):
         return extract_pack(
             model_dir,
-            "fears",
-            concepts,
-            POSITIVES,
-            NEGATIVES,
+            ExtractionData(concepts, POSITIVES, NEGATIVES, pairs=pairs or {}),
             ExtractionSettings(method=method, **settings),
-            scale,
-            1.0,
-            tmp_path / method,
-            device="cpu",
-            pairs=pairs,
+            PackTarget("fears", tmp_path / method, scale, 1.0),
+            ComputeResources(device="cpu"),
         )
 
     return run
@@ -117,7 +113,7 @@ def test_ablation(extract, states) -> None:
 
 
 def test_contrast_with_the_other_concepts(extract, states) -> None:
-    others = [(NAME, PREFIX), ("heights", prefix_for("fears", "heights"))]
+    others = [Concept(NAME, PREFIX), Concept("heights", prefix_for("fears", "heights"))]
     pack = extract("ablation", concepts=others, contrast="concepts")
     difference = np.mean([states(asked(s, PREFIX)) for s in POSITIVES], axis=0)
     against = [asked(s, prefix) for s, (_, prefix) in zip(NEGATIVES, others, strict=True)]

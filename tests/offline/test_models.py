@@ -26,6 +26,7 @@ from vllm_steer.packs.registry import PackRegistry
 from vllm_steer.vllm_compat.model_shape import model_shape
 
 CORES = "VLLM_CPU_NUM_OF_RESERVED_CPU"
+PROCESSES = "VLLM_ENABLE_V1_MULTIPROCESSING"
 
 
 @pytest.mark.parametrize(
@@ -206,25 +207,27 @@ def test_what_a_language_model_has_no_part_in_may_be_left_over(tmp_path: Path) -
     assert load_model(changed(tmp_path / "model", more), "float32", "cpu").num_parameters()
 
 
+@pytest.mark.parametrize("quick", [False, True])
 @pytest.mark.parametrize("given", [None, "1"])
-def test_an_offline_engine_takes_every_core_unless_told(
-    monkeypatch: pytest.MonkeyPatch, given: str | None
+def test_an_offline_engine_takes_every_core_and_starts_quickly_unless_told(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, quick: bool
 ) -> None:
-    seen: list[str | None] = []
+    seen: list[tuple[str | None, str | None]] = []
 
     def engine(**_: Any) -> SimpleNamespace:
-        seen.append(os.environ.get(CORES))
+        seen.append((os.environ.get(CORES), os.environ.get(PROCESSES)))
         if len(seen) > 1:
             raise ValueError("no room")
         return SimpleNamespace()
 
     monkeypatch.setattr("vllm.LLM", engine)
     monkeypatch.setattr(vllm_steer.offline.engine.llm, "memory_settings", lambda *_: {})
-    monkeypatch.delenv(CORES, raising=False)
-    if given is not None:
-        monkeypatch.setenv(CORES, given)
-    start_engine("model", [], {})
+    for name in (CORES, PROCESSES):
+        monkeypatch.delenv(name, raising=False)
+        if given is not None:
+            monkeypatch.setenv(name, given)
+    start_engine("model", [], {}, quick=quick)
     with pytest.raises(EvaluationError, match="no room"):
-        start_engine("model", [], {})
-    assert seen == [given or "0"] * 2
-    assert os.environ.get(CORES) == given
+        start_engine("model", [], {}, quick=quick)
+    assert seen == [(given or "0", given or ("0" if quick else None))] * 2
+    assert os.environ.get(CORES) == os.environ.get(PROCESSES) == given

@@ -19,7 +19,7 @@ from vllm_steer.offline.showcase.learn import FULL, LIVE, Wanted, calibrate_comm
 from vllm_steer.offline.showcase.release import release
 from vllm_steer.offline.showcase.run import by_hand
 from vllm_steer.offline.showcase.table import HEAD, markdown_table, text_table
-from vllm_steer.packs.pack import DirectionRecord, SteeringPack, load_pack, write_pack
+from vllm_steer.packs.pack import DirectionRecord, PackContent, SteeringPack, load_pack, write_pack
 
 
 @pytest.fixture(scope="module")
@@ -182,12 +182,14 @@ def _written(
     manifest = pack.manifest
     return write_pack(
         path,
-        name=pack.name,
-        model=manifest.model,
-        directions=[pack.directions[name].model_copy(update=changes) for name in names],
-        vectors={name: pack.vectors[name] for name in names},
-        method=manifest.method,
-        residual_norms={int(layer): norm for layer, norm in manifest.residual_norms.items()},
+        PackContent(
+            name=pack.name,
+            model=manifest.model,
+            directions=[pack.directions[name].model_copy(update=changes) for name in names],
+            vectors={name: pack.vectors[name] for name in names},
+            method=manifest.method,
+            residual_norms={int(layer): norm for layer, norm in manifest.residual_norms.items()},
+        ),
     )
 
 

@@ -17,7 +17,7 @@ from vllm_steer.offline.evaluate.generation import Answer, Request
 from vllm_steer.offline.evaluate.grids import Gaps
 from vllm_steer.offline.evaluate.judges import Grade
 from vllm_steer.offline.evaluate.scores import Measured
-from vllm_steer.offline.evaluate.subjects import Subject, default_scales, subject_of
+from vllm_steer.offline.evaluate.subjects import Selection, Subject, default_scales, subject_of
 from vllm_steer.offline.questions.by_class import given_questions
 from vllm_steer.packs.pack import Prefix, SteeringPack
 
@@ -31,7 +31,7 @@ def pack(tmp_path: Path) -> SteeringPack:
 
 
 def subject(pack: SteeringPack, prefixes: dict[str, Prefix] | None = None) -> Subject:
-    return subject_of(pack, QUESTIONS, scales=[8.0, -4.0], prefixes=prefixes)
+    return subject_of(pack, QUESTIONS, Selection(scales=[8.0, -4.0]), prefixes)
 
 
 def answered(requests: Sequence[Request]) -> list[Answer]:

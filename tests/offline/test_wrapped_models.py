@@ -14,12 +14,13 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from tests.offline.wrapped_models import FAMILIES, TEXT, wrapped
 from vllm_steer.errors import ExtractionError, PackError
-from vllm_steer.offline.convert.packs import import_pack
+from vllm_steer.offline.convert.packs import ImportTarget, VectorSource, import_pack
+from vllm_steer.offline.extract.data import ComputeResources, ExtractionData, PackTarget
 from vllm_steer.offline.extract.pipeline import extract_pack
 from vllm_steer.offline.extract.settings import ExtractionSettings
 from vllm_steer.offline.models.likelihood import AnswerModel, padded
 from vllm_steer.offline.models.loading import find_blocks, load_config, load_model
-from vllm_steer.offline.models.prompts import render_prompt
+from vllm_steer.offline.models.prompts import Concept, render_prompt
 from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.packs.registry import PackRegistry
 from vllm_steer.vllm_compat.model_shape import model_shape
@@ -56,11 +57,18 @@ def packs(
 ) -> list[SteeringPack]:
     return [
         extract_pack(
-            folder, "p", [("spiders", "Personify someone who is terrified of spiders.")], STATEMENTS, STATEMENTS[::-1],
-            SETTINGS, 1.0, 2.0, tmp_path_factory.mktemp("pack") / folder.name, device="cpu",
+            folder,
+            ExtractionData(
+                [Concept("spiders", "Personify someone who is terrified of spiders.")],
+                STATEMENTS,
+                STATEMENTS[::-1],
+            ),
+            SETTINGS,
+            PackTarget("p", tmp_path_factory.mktemp("pack") / folder.name, 1.0, 2.0),
+            ComputeResources(device="cpu"),
         )
         for folder in folders
-    ]  # fmt: skip
+    ]
 
 
 def served(folder: Path, **changes: int) -> dict[str, object]:
@@ -155,8 +163,9 @@ def test_vectors_of_other_tools_are_imported_for_it(
 ) -> None:
     torch.save({1: torch.ones(32)}, tmp_path / "v.pt")
     pack = import_pack(
-        [("one", tmp_path / "v.pt")], name="p", model_path=folders[0], out_dir=tmp_path / "p",
-        scale=1.0, safe_scale=1.0,
-    )  # fmt: skip
+        [VectorSource("one", tmp_path / "v.pt")],
+        ImportTarget("p", tmp_path / "p", 1.0, 1.0),
+        folders[0],
+    )
     for folder in folders:
         PackRegistry([pack]).check_model(**served(folder))

@@ -26,7 +26,7 @@ TEXTS = [user_text(statement.text) for statement in statements("heldout")[:8]]
 KEY, GUEST = "the-key-of-a-friend", "another-key"
 CALM: dict[str, Any] = {"directions": [{"name": "moods/cheerful", "scale": 9.0}]}
 TOKENS = 12
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "how-to" / "monitor.md"
 PRIVATE = "The-heron-and-the-lighthouse"
 
 
@@ -38,7 +38,7 @@ def server(
     policy = {
         "aliases": {"cheerful": CALM},
         "max_dose": 3.0,
-        "dose_action": "clamp",
+        "dose_action": "reduce",
         "keys": {hashlib.sha256(KEY.encode()).hexdigest(): ["*"], "*": ["moods/*"]},
     }
     (folder / "policy.json").write_text(json.dumps(policy))
@@ -77,7 +77,7 @@ def test_a_model_name_stands_for_a_steering(client: OpenAI) -> None:
     assert aliased.model_extra["steering"][0]["directions"][0]["name"] == "moods/cheerful"
     flat = {"steer": ["fears/spiders:3"]}
     for beside in ({"steering": CALM}, flat, {"vllm_xargs": flat}, {"steering": "none"}):
-        with pytest.raises(BadRequestError, match="is steered by its name"):
+        with pytest.raises(BadRequestError, match="is an alias that steers"):
             chat(client, TEXTS[0], model=names[1], **beside)
     with pytest.raises(BadRequestError, match="does not support beam search"):
         chat(client, TEXTS[0], model=names[1], use_beam_search=True, n=2)
@@ -99,7 +99,7 @@ def test_receipts(client: OpenAI, packs: list[SteeringPack]) -> None:
     assert receipt["positions"] == [{"start": prompt, "end": None, "directions": [0, 1]}]
     # The model never reads the last token.
     assert receipt["tokens_steered"] == response.usage.completion_tokens - 1 == TOKENS - 1
-    assert receipt["clamped_by"] == 1.0
+    assert receipt["dose_factor"] == 1.0
     raw = client.chat.completions.with_raw_response.create(
         model=SERVED_NAME,
         messages=[{"role": "user", "content": TEXTS[0]}],
@@ -174,9 +174,9 @@ def test_too_strong_a_dose_is_lowered(client: OpenAI) -> None:
     strong = {"directions": [{"name": "moods/cheerful", "scale": 500.0}]}
     (receipt,) = (response := chat(client, TEXTS[0], steering=strong)).model_extra["steering"]
     assert receipt["dose"] == pytest.approx(3.0)
-    assert receipt["clamped_by"] < 1
+    assert receipt["dose_factor"] < 1
     scale = receipt["directions"][0]["scale"]
-    assert scale == pytest.approx(500 * receipt["clamped_by"])
+    assert scale == pytest.approx(500 * receipt["dose_factor"])
     asked = {"directions": [{"name": "moods/cheerful", "scale": scale}]}
     assert text_of(response) == text_of(chat(client, TEXTS[0], steering=asked))
 
@@ -187,7 +187,7 @@ def test_a_key_may_use_what_it_may_use(server: Server, client: OpenAI) -> None:
     assert chat(client, TEXTS[0], steering=fear).model_extra["steering"]
     assert chat(guest, TEXTS[0], steering=CALM).model_extra["steering"]
     for name in ("fears/spiders", "spiders", "fears/unknown"):
-        with pytest.raises(BadRequestError, match="this API key may not use"):
+        with pytest.raises(BadRequestError, match="this API key is not allowed to use"):
             chat(guest, TEXTS[0], steering={"directions": [{"name": name}]})
 
 
@@ -342,7 +342,7 @@ def test_the_log_tells_what_was_done_and_refused(
     (receipt,) = response.model_extra["steering"]
     line = logged(server, "request")[-1]
     assert response.id == line["request_id"]
-    example = re.search(r"^Steering request: (.*)$", README.read_text(), re.MULTILINE)
+    example = re.search(r"^Steering request: (.*)$", PAGE.read_text(), re.MULTILINE)
     assert example is not None
     assert list(line) == list(json.loads(example[1]))
     assert line["outcome"] == "finished"

@@ -21,6 +21,7 @@ from openai import AsyncOpenAI, BadRequestError, InternalServerError, OpenAI
 from safetensors.numpy import save
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 
+from tests.documents import block
 from tests.random_pack import write_variant
 from vllm_steer.offline.demo.corpus import user_text
 from vllm_steer.offline.demo.server import SERVED_NAME, Server, serve
@@ -214,7 +215,7 @@ def test_refused_loads(server: Server, packs: list[SteeringPack], root: Path) ->
     with (root / "torn" / "steering_vectors.safetensors").open("ab") as stream:
         stream.write(b"x")
     refused = {
-        "outside": "lies outside the roots",
+        "outside": "is outside the directories",
         "renamed": "is named 'other'",
         "torn": "torn",
         "nowhere": "no directory 'nowhere'",
@@ -404,7 +405,7 @@ def test_a_wait_ends_with_503_before_the_answer_begins(server: Server) -> None:
             assert "x-steering" not in answer.headers
             error = answer.json()["error"]
             assert (error["code"], error["param"]) == (503, "steering")
-            assert "no row for it became free in 1 s" in error["message"]
+            assert "no row became free within 1 s" in error["message"]
     rejected = httpx.get(server.url.removesuffix("/v1") + "/metrics").text
     assert 'steering:rejected_total{reason="busy"}' in rejected
 
@@ -447,3 +448,12 @@ def test_vectors_that_are_refused(
     assert httpx.delete(f"{server.url}/steering/vectors/sent").status_code == 400
     names = [one["name"] for one in httpx.get(f"{server.url}/steering/packs").json()["packs"]]
     assert "sent" not in names
+
+
+def test_the_documentation_s_upload(server: Server, client: OpenAI, model: Path) -> None:
+    """The program of the page on uploads, as it stands there."""
+    width = json.loads((model / "config.json").read_text())["hidden_size"]
+    code = block("docs/how-to/uploads.md", "python", "/v1/steering/vectors/")
+    code = code.replace("http://localhost:8000/v1", server.url).replace("HIDDEN_SIZE", str(width))
+    exec(compile(code, "uploads.md", "exec"), {})
+    assert named(ask(client, {"directions": [{"name": "mine/up"}]})) == ["mine/up"]

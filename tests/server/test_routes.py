@@ -181,6 +181,17 @@ def test_each_is_steered_with_a_receipt_or_refused(server: Server, route: str, h
     assert answer.headers["x-steering"].startswith(name)
 
 
+@pytest.mark.parametrize(
+    "route", [route for route, (body, _) in GENERATING.items() if SAID in body.values()]
+)
+def test_steering_inside_a_message_is_refused(server: Server, route: str) -> None:
+    """vLLM reads what it knows of a message and drops the rest."""
+    said = [SAID[0] | {"steering": CALM}]
+    answer = ask(server, route, GENERATING[route][0] | {"messages": said})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == "messages[0].steering"
+
+
 @pytest.mark.parametrize("route", list(RENDERING))
 def test_what_renders_for_another_server_is_not_asked_to_steer(server: Server, route: str) -> None:
     """That server would not be told; the default is its own."""
@@ -226,7 +237,7 @@ def test_what_steers_no_token_is_refused(server: Server, max_tokens: int) -> Non
     for fields in ({"model": f"{SERVED_NAME}:late"}, {"steering": LATE}):
         answer = ask(server, "/v1/completions", scoring | fields)
         assert answer.status_code == 400, answer.text
-        assert "no token is steered" in answer.text
+        assert "no token would be steered" in answer.text
     for fields in ({"model": f"{SERVED_NAME}:cheerful"}, {"steering": LATE | {"positions": "all"}}):
         (receipt,) = ask(server, "/v1/completions", scoring | fields).json()["steering"]
         assert receipt["tokens_steered"] > 0

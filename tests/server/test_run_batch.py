@@ -94,7 +94,7 @@ def test_an_unsteered_line_has_no_receipt(answers: dict[str, dict[str, Any]]) ->
 @pytest.mark.parametrize(
     ("name", "code", "message"),
     [
-        ("both", 400, "leave out 'steering' or the alias"),
+        ("both", 400, "remove 'steering' or use the model"),
         ("unknown alias", 404, "does not exist"),
         ("unknown direction", 400, "has no direction"),
     ],

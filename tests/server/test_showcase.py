@@ -43,7 +43,7 @@ def test_receipts_say_strength_and_scale(examples: list[Example]) -> None:
         assert direction["name"] == example.asked.direction
         assert direction["strength"] == 1.0
         assert direction["scale"] == pytest.approx(example.asked.record.default_scale)
-        assert example.receipt["clamped_by"] == 1.0
+        assert example.receipt["dose_factor"] == 1.0
         # A strength of 1 is a scale at which text was found fluent.
         assert example.receipt["dose"] <= 1.0 + 1e-6 or example.asked.record.safe_scale is None
         assert example.receipt["tokens_steered"] > 10

@@ -12,7 +12,7 @@ import pytest
 from tests.random_pack import random_identity, write_random_pack
 from vllm_steer import log
 from vllm_steer.config import GRAPH_REVISION, ResolvedConfig, plugin_version
-from vllm_steer.packs.pack import Calibration, SteeringPack, write_pack
+from vllm_steer.packs.pack import Calibration, PackContent, SteeringPack, write_pack
 
 HIDDEN = 16
 LAYERS = 4
@@ -96,15 +96,17 @@ def rewritten(
     """Writes a pack again, each direction's record with ``changes`` by its name."""
     return write_pack(
         path or pack.path,
-        name=name or pack.name,
-        model=pack.manifest.model,
-        directions=[
-            record.model_copy(update=changes.get(record.name, {}))
-            for record in pack.manifest.directions
-        ],
-        vectors=pack.vectors,
-        method=pack.manifest.method,
-        residual_norms={int(k): norm for k, norm in pack.manifest.residual_norms.items()},
+        PackContent(
+            name=name or pack.name,
+            model=pack.manifest.model,
+            directions=[
+                record.model_copy(update=changes.get(record.name, {}))
+                for record in pack.manifest.directions
+            ],
+            vectors=pack.vectors,
+            method=pack.manifest.method,
+            residual_norms={int(k): norm for k, norm in pack.manifest.residual_norms.items()},
+        ),
     )
 
 

@@ -16,12 +16,12 @@ from vllm.exceptions import VLLMValidationError
 
 from tests.unit.conftest import HIDDEN, LAYERS, make_pack
 from tests.unit.front_end import started
-from vllm_steer.engine.bank import SteeringBank
+from vllm_steer.engine.bank import BankShape, SteeringBank
 from vllm_steer.engine.blocks import hook_blocks, hook_finite
 from vllm_steer.engine.finite import limit_of
 from vllm_steer.engine.row_values import row_values
 from vllm_steer.errors import DoseError
-from vllm_steer.packs.pack import SteeringPack, write_pack
+from vllm_steer.packs.pack import PackContent, SteeringPack, write_pack
 from vllm_steer.packs.registry import PackRegistry
 from vllm_steer.plan.binding import bind
 from vllm_steer.plan.bounds import check_distance, farthest, layer_bound
@@ -106,7 +106,9 @@ def steered(segment: Segment, registry: PackRegistry, stream: torch.Tensor) -> t
 
 
 def new_bank(dtype: torch.dtype, layers: tuple[int, ...] = (1,)) -> SteeringBank:
-    return SteeringBank(layers, 2, HIDDEN, 64, dtype, torch.device("cpu"), rank=RANK)
+    return SteeringBank(
+        BankShape(tuple(layers), 2, HIDDEN, 64, rank=RANK), dtype, torch.device("cpu")
+    )
 
 
 @pytest.mark.parametrize(
@@ -233,12 +235,14 @@ def test_vectors_of_any_length_are_read_in_half_precision(
     sizes = {"long": 1e17, "short": 1e-17}
     scaled = write_pack(
         tmp_path / "q",
-        name="q",
-        model=pack.manifest.model,
-        directions=pack.manifest.directions,
-        vectors={name: pack.vectors[name] * np.float32(size) for name, size in sizes.items()},
-        method=pack.manifest.method,
-        residual_norms={int(k): v for k, v in pack.manifest.residual_norms.items()},
+        PackContent(
+            name="q",
+            model=pack.manifest.model,
+            directions=pack.manifest.directions,
+            vectors={name: pack.vectors[name] * np.float32(size) for name, size in sizes.items()},
+            method=pack.manifest.method,
+            residual_norms={int(k): v for k, v in pack.manifest.residual_norms.items()},
+        ),
     )
     found = PackRegistry([scaled])
     stream = torch.randn(8, HIDDEN)

@@ -135,11 +135,15 @@ def test_they_may_be_unknown_and_below_zero() -> None:
 
 
 def test_a_safe_scale_may_be_unknown_before_extraction() -> None:
+    from vllm_steer.offline.extract.data import PackTarget
     from vllm_steer.offline.extract.methods import METHODS
+    from vllm_steer.offline.models.prompts import Concept
 
     method = METHODS["attention_guided"]
     found = [
-        records_of("fears", [("spiders", "Fear them.")], [1], 2.0, safe, method)[0].safe_scale
+        records_of(
+            PackTarget("fears", "fears", 2.0, safe), [Concept("spiders", "Fear them.")], [1], method
+        )[0].safe_scale
         for safe in (None, 4, {"spiders": 3.0})
     ]
     assert found == [None, 4.0, 3.0]

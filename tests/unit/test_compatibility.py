@@ -1,17 +1,19 @@
-"""What cannot be steered correctly is refused at start, and the README's table says so."""
+"""What cannot be steered correctly is refused at start, and the documentation's table says so."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.compatibility import BLOCK, README, RESULTS, render
+from tests.compatibility import BLOCK, PAGE, RESULTS, render
 from vllm_steer.errors import CompatibilityError
 from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.serving.compatibility import refuse_unsupported
+from vllm_steer.serving.configure import resolve_config
 
 
 @pytest.fixture
@@ -111,7 +113,7 @@ def test_connectors_that_key_on_block_hashes_are_accepted(name: str, vllm_config
 
 
 def test_readme_is_fresh() -> None:
-    assert BLOCK.inside(README.read_text()) == render(), "run make compatibility"
+    assert BLOCK.inside(PAGE.read_text()) == render(), "run make compatibility"
 
 
 def test_every_feature_was_tested_and_passed() -> None:
@@ -121,3 +123,14 @@ def test_every_feature_was_tested_and_passed() -> None:
     for line in render().splitlines()[4:]:
         name = line.split(" | ")[0].removeprefix("| ")
         assert any(f'"{name}"' in source for source in sources), f"{RESULTS.name} knows {name!r}"
+
+
+def test_an_additional_config_that_is_an_object_is_left_alone() -> None:
+    """vLLM takes an object with ``compute_hash`` in the place of a dict."""
+
+    class Hashed:
+        def compute_hash(self) -> str:
+            return "hash"
+
+    given = SimpleNamespace(additional_config=Hashed())
+    assert resolve_config(lambda *_: given)(None) is given

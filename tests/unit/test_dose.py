@@ -188,16 +188,16 @@ def test_equal_content_is_measured_once(order: int, pack: SteeringPack, tmp_path
         ([{"scale": 4.0}], 1.0, 1.0),
     ],
 )
-def test_clamping(
+def test_scales_are_reduced(
     directions: list[dict[str, Any]], factor: float, expected: float, measured: PackRegistry
 ) -> None:
     admission = started(*measured.packs.values(), ops="affine")
     asked = [{"name": "a"} | direction for direction in directions]
     request = admission.parse({"steering": {"directions": asked}})
     assert request is not None
-    admission.policy = Policy(max_dose=1.5, dose_action="clamp")
+    admission.policy = Policy(max_dose=1.5, dose_action="reduce")
     receipt = admission.admit(Wanted(request), 10).receipt
-    assert receipt.clamped == pytest.approx(factor)
+    assert receipt.dose_factor == pytest.approx(factor)
     assert receipt.dose == pytest.approx(expected)
     assert relative_dose(receipt.plan, measured) == pytest.approx(receipt.dose)
     scales = sorted(t.scale for t in receipt.plan.segments[0].terms)
@@ -205,17 +205,17 @@ def test_clamping(
     admission.policy = Policy(max_dose=1.5)
     if factor < 1.0:
         with pytest.raises(
-            VLLMValidationError, match=f"dose of {1.5 / factor:.4g}, this server allows"
+            VLLMValidationError, match=f"dose is {1.5 / factor:.4g}, and this server allows"
         ):
             admission.admit(Wanted(request), 10)
 
 
 def test_forms_that_are_not_weakened_are_refused(measured: PackRegistry) -> None:
     admission = started(*measured.packs.values(), ops="affine")
-    admission.policy = Policy(max_dose=1.5, dose_action="clamp")
+    admission.policy = Policy(max_dose=1.5, dose_action="reduce")
     clamp = {"name": "a", "op": "clamp", "scale": 5.0}
     request = admission.parse({"steering": {"directions": [clamp]}})
     assert request is not None
-    with pytest.raises(VLLMValidationError, match="a dose of 2, .*nothing was lowered"):
+    with pytest.raises(VLLMValidationError, match="total dose is 2, .*could not be reduced"):
         admission.admit(Wanted(request), 10)
     assert scaled(plan(measured, clamp), 0.5) is None

@@ -1,4 +1,4 @@
-"""Packs made to hurt: each is refused with its reason, in bounded time and memory, and none runs code."""
+"""Malicious packs are rejected with the reason, in bounded time and memory, and none runs code."""
 
 from __future__ import annotations
 

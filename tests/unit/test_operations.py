@@ -13,7 +13,7 @@ from tests.unit.conftest import HIDDEN, resolved
 from vllm_steer.engine.row_values import BIAS, THRESHOLD, TURN, RowValues, row_values
 from vllm_steer.errors import PackError, RequestError
 from vllm_steer.operations import FormChoice, Gate
-from vllm_steer.packs.pack import DirectionRecord, SteeringPack, load_pack, write_pack
+from vllm_steer.packs.pack import DirectionRecord, PackContent, SteeringPack, load_pack, write_pack
 from vllm_steer.packs.registry import PackRegistry
 from vllm_steer.plan.binding import bind
 from vllm_steer.plan.capacity import check_capacity
@@ -112,11 +112,11 @@ def test_what_changes_nothing_is_left_out(registry: PackRegistry) -> None:
 @pytest.mark.parametrize(
     ("directions", "config", "message"),
     [
-        ([{"op": "ablate"}], {}, "start it with --steering-ops affine"),
+        ([{"op": "ablate"}], {}, "started with --steering-ops affine"),
         ([{"gate": {"direction": "q/b", "above": 0.0}}], {}, "--steering-ops affine"),
         ([{"restore_norm": True}], {}, "--steering-ops affine"),
-        ([{"op": "ablate"}] * 5, AFFINE, "meet at layer 0 have rank 5 .*room for 4"),
-        ([{"restore_norm": True}, {}], AFFINE, "restore_norm holds for all"),
+        ([{"op": "ablate"}] * 5, AFFINE, "meet at layer 0 have a total rank of 5, .*limit is 4"),
+        ([{"restore_norm": True}, {}], AFFINE, "set restore_norm for all"),
         ([{"op": "rotate", "plane": "b", "scale": 9.0}] * 2, AFFINE, None),
         ([{"op": "ablate"}, {}], AFFINE, None),
     ],
@@ -233,12 +233,14 @@ def pack_with(moods: SteeringPack, form: FormChoice) -> SteeringPack:
     records = [DirectionRecord(**(dict(first) | {"form": form})), *others]
     return write_pack(
         moods.path,
-        name=moods.name,
-        model=moods.manifest.model,
-        directions=records,
-        vectors=moods.vectors,
-        method=moods.manifest.method,
-        residual_norms={int(k): v for k, v in moods.manifest.residual_norms.items()},
+        PackContent(
+            name=moods.name,
+            model=moods.manifest.model,
+            directions=records,
+            vectors=moods.vectors,
+            method=moods.manifest.method,
+            residual_norms={int(k): v for k, v in moods.manifest.residual_norms.items()},
+        ),
     )
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.vllm_versions import patched_symbols
 from vllm_steer.errors import CompatibilityError
 from vllm_steer.plugin import register
 from vllm_steer.vllm_compat import patches
+from vllm_steer.vllm_compat.patched_symbols import patched_symbols, wrapped_methods
 
 
 @pytest.mark.parametrize("symbol", patched_symbols(), ids=lambda symbol: symbol.name)
@@ -18,6 +18,19 @@ def test_fits_and_is_patched_once(symbol: patches.VllmSymbol) -> None:
     register()
     assert getattr(holder, attribute) == patched
     assert getattr(patched, "__vllm_steer__", False)
+
+
+@pytest.mark.parametrize(
+    "patched",
+    [*patched_symbols(), *wrapped_methods()],
+    ids=lambda patched: getattr(patched, "name", "methods"),
+)
+def test_says_why_and_what_would_end_it(
+    patched: patches.PatchedSymbol | patches.WrappedMethods,
+) -> None:
+    for sentence in (patched.reason, patched.upstream):
+        assert len(sentence.split()) > 4
+        assert sentence.endswith(".")
 
 
 def test_a_missing_symbol_is_named() -> None:

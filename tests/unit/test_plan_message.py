@@ -43,7 +43,7 @@ def test_what_is_no_such_message_is_refused(change: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("value", ["text", [[0, None]], {"segments": []}, 1])
 def test_only_bytes_are_a_message(value: Any) -> None:
-    with pytest.raises(RequestError, match="in its place"):
+    with pytest.raises(RequestError, match="not bytes"):
         plan_of(SimpleNamespace(extra_args={PLAN_KEY: value}))
 
 

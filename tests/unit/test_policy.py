@@ -25,7 +25,7 @@ from vllm_steer.request.schema import SteeringRequest, parse
 from vllm_steer.serving.admission import Wanted
 from vllm_steer.serving.http_context import HttpContext, current_http_context
 from vllm_steer.serving.policy import Policy, load_policy
-from vllm_steer.serving.receipt import MAX_HEADER, Receipt
+from vllm_steer.serving.receipt import MAX_HEADER, LimitedPlan, Receipt
 
 KEY = "a" * 64
 
@@ -53,6 +53,7 @@ def test_keys_and_patterns() -> None:
         ('{"alias": {}}', "alias: Extra inputs"),
         ('{"aliases": {"a b": {"directions": [{"name": "x"}]}}}', "aliases.a b"),
         ('{"aliases": {"a": {"directions": []}}}', "aliases.a: needs directions that steer"),
+        ('{"dose_action": "clamp"}', "dose_action: Input should be 'reject' or 'reduce'"),
         ('{"max_dose": 0}', "max_dose: Input should be greater than 0"),
         ('{"keys": {"my-key": ["*"]}}', "keys.my-key"),
     ],
@@ -95,7 +96,7 @@ def test_count_of_steered_tokens(
     registry = PackRegistry([pack_at("p", {"a": [0]})])
     plan = plan_of(registry, directions=[{"name": "a"}], positions=positions)
     assert count_steered(plan, 15) == count
-    receipt = Receipt.of(plan, names_of(registry, ["a"]), 10, 2, 0.2, 1.0)
+    receipt = Receipt.of(LimitedPlan(plan, 0.2), names_of(registry, ["a"]), 10, 2)
     receipt.answered.update({0: 6, 1: 6})
     assert receipt.tokens_steered(0) == count
     assert receipt.tokens_steered() == 2 * count
@@ -105,7 +106,7 @@ def test_headers_stay_short(pack_at: Callable[..., SteeringPack]) -> None:
     names = [f"a rather long name of a direction {number}" for number in range(64)]
     registry = PackRegistry([pack_at("p", dict.fromkeys(names, [0]))])
     plan = plan_of(registry, directions=[{"name": name} for name in names])
-    header = Receipt.of(plan, names_of(registry, names), 10, 1, 1.0, 1.0).to_header()
+    header = Receipt.of(LimitedPlan(plan, 1.0), names_of(registry, names), 10).to_header()
     assert len(header) <= MAX_HEADER
     assert header.endswith(", ...")
     assert header.isascii()
@@ -192,7 +193,8 @@ def test_no_pack_comes_that_breaks_the_policy(
     )
     with manager_of(admission, fears.path.parent) as manager:
         with pytest.raises(
-            ConflictError, match="'more' would .* default.directions.0.name: .*more than one"
+            ConflictError,
+            match="'more' conflicts with the policy: default.directions.0.name: .*more than one",
         ):
             asyncio.run(manager.load(b'{"name": "more"}', None))
         assert list(store.registry.packs) == ["fears"]
@@ -225,6 +227,8 @@ def test_a_key_learns_nothing_of_what_it_may_not_use(
     admission.policy = Policy(keys={KEY: ["moods/*"]})
     for name in ("spiders", "spidres", "fears/spiders", "fears/spidres"):
         request = SteeringRequest.model_validate({"directions": [{"name": name}]})
-        with pytest.raises(VLLMValidationError, match=f"may not use {name!r}; ask") as caught:
+        with pytest.raises(
+            VLLMValidationError, match=f"not allowed to use {name!r}; ask"
+        ) as caught:
             admission.admit(Wanted(request), 10)
         assert "fears/" not in str(caught.value).replace(name, "")

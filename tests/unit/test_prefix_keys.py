@@ -25,8 +25,8 @@ class Counted(list[int]):
         return super().__getitem__(at)
 
 
-def request_of(tokens: Counted, until: StopTokens) -> Any:
-    segment = Segment(0, None, (Term("a" * 64, 1.0, (0,)),), until)
+def request_of(tokens: Counted, stop: StopTokens) -> Any:
+    segment = Segment(0, None, (Term("a" * 64, 1.0, (0,)),), stop)
     params = SimpleNamespace(extra_args={PLAN_KEY: encode_plan(SteeringPlan((segment,)))})
     return SimpleNamespace(sampling_params=params, all_token_ids=tokens)
 
@@ -36,15 +36,15 @@ def test_keys_tell_where_it_ended() -> None:
     rng = random.Random(0)
     for _ in range(200):
         origin = rng.randrange(40)
-        until, tokens = StopTokens(origin, (7, 9)), Counted()
-        request = request_of(tokens, until)
+        stop, tokens = StopTokens(origin, (7, 9)), Counted()
+        request = request_of(tokens, stop)
         # Blocks are hashed as they are filled, and an answer grows by some tokens at a time.
         done = 0
         for _ in range(12):
             tokens += [rng.randrange(40) for _ in range(rng.randrange(1, 40))]
             while done + BLOCK <= len(tokens):
-                stop = stop_position(until, list(tokens[: done + BLOCK]))
-                last = done + BLOCK if stop is None else min(done + BLOCK, stop + 1)
+                at = stop_position(stop, list(tokens[: done + BLOCK]))
+                last = done + BLOCK if at is None else min(done + BLOCK, at + 1)
                 found = extra_keys(request, done, done + BLOCK)
                 ends = [int(value.rpartition(":")[2]) for _, value in found]
                 assert ends == ([last - done] if last > done else [])

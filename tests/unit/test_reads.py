@@ -13,7 +13,7 @@ from torch import nn
 
 import vllm_steer
 from tests.unit.conftest import HIDDEN, LAYERS, resolved
-from vllm_steer.engine.bank import SteeringBank
+from vllm_steer.engine.bank import BankShape, SteeringBank
 from vllm_steer.engine.blocks import hook_blocks
 from vllm_steer.engine.compile_cache import hash_graph_alone
 from vllm_steer.engine.readers import ReaderBank
@@ -25,13 +25,13 @@ from vllm_steer.packs.registry import PackRegistry
 from vllm_steer.plan.binding import bind
 from vllm_steer.plan.dose import scaled
 from vllm_steer.plan.message import decode_plan, encode_plan
-from vllm_steer.plan.reads import Read, Stop, check_reads
+from vllm_steer.plan.reads import Read, StopRule, check_reads
 from vllm_steer.plan.resolve import resolve
 from vllm_steer.plan.scores import Scores, pack_scores, unpack_scores
 from vllm_steer.plan.steering_plan import SteeringPlan
 from vllm_steer.request.schema import parse
 from vllm_steer.serving.compatibility import refuse_unread
-from vllm_steer.serving.receipt import Receipt
+from vllm_steer.serving.receipt import LimitedPlan, Receipt
 
 PROMPT = 10
 NAN = float("nan")
@@ -66,7 +66,7 @@ def test_a_read_becomes_layers_and_positions(registry: PackRegistry) -> None:
     first, second = found.reads
     assert (first.name, first.layers, first.ranges) == ("fears/spiders", (1, 2, 3), ANSWER)
     assert (second.layers, second.after, second.ranges) == ((0, 2), True, ((2, 4), (20, 22)))
-    assert found.stops == (Stop(0, 1.5, 3, abort=False),)
+    assert found.rules == (StopRule(0, 1.5, 3, abort=False),)
     assert not found.segments
     assert found.digests == {first.digest, second.digest}
     assert decode_plan(encode_plan(found)) == found
@@ -160,7 +160,8 @@ def test_engines_whose_scores_would_be_lost_are_refused(
 def test_without_reads_the_graph_and_its_key_are_what_they_were() -> None:
     def names(reads: int) -> set[str]:
         block = nn.Module()
-        bank = SteeringBank([1], 3, HIDDEN, 8, torch.float32, torch.device("cpu"))
+        shape = BankShape((1,), 3, HIDDEN, 8)
+        bank = SteeringBank(shape, torch.float32, torch.device("cpu"))
         readers = reader_bank(reads) if reads else None
         hook_blocks([(1, block)], bank, readers)
         return {name for name, _ in block.named_buffers()}
@@ -271,9 +272,9 @@ def test_scores_wait_for_the_tokens_that_were_accepted() -> None:
 
 def test_a_rule_is_met_at_one_token_however_many_come_at_once() -> None:
     values = [0.0, 2.0, 2.0, 0.0, 2.0, 2.0, 2.0, 2.0]
-    stops = (Stop(0, 1.0, 3, abort=True), Stop(0, 5.0, 1, abort=False))
+    rules = (StopRule(0, 1.0, 3, abort=True), StopRule(0, 5.0, 1, abort=False))
     for size in (1, 2, 3, 8):
-        unsent, met = UnsentScores((read(),), stops), None
+        unsent, met = UnsentScores((read(),), rules), None
         for start in range(0, len(values), size):
             part = np.array(values[start : start + size], dtype=np.float32)
             unsent.chunks.append((np.arange(start, start + len(part)), part[None]))
@@ -282,7 +283,7 @@ def test_a_rule_is_met_at_one_token_however_many_come_at_once() -> None:
                 fired = unsent.fired(end) or unsent.fired(end)
                 met = met if met is not None or fired is None else (end - 1, fired)
             unsent.take(start + len(part))
-        assert met == (6, stops[0])
+        assert met == (6, rules[0])
 
 
 def test_scores_are_read_back_by_position() -> None:
@@ -340,6 +341,6 @@ def make_receipt(registry: PackRegistry) -> Callable[..., Receipt]:
         request = parse({"steering": fields})
         assert request is not None
         bound = bind(request, registry)
-        return Receipt.of(resolve(bound, PROMPT), bound.names, PROMPT, 2, 0.0, 1.0)
+        return Receipt.of(LimitedPlan(resolve(bound, PROMPT), 0.0), bound.names, PROMPT, 2)
 
     return make

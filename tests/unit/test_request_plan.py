@@ -94,9 +94,9 @@ def test_an_alias_steers_whatever_its_route_is(
 ) -> None:
     http_context.model, http_context.alias = "demo:x", SteeringRequest.model_validate(SPIDERS)
     assert steered(admission, SamplingParams()) == [fears.digests["spiders"]]
-    with pytest.raises(VLLMValidationError, match="does not generate; name the model alone"):
+    with pytest.raises(VLLMValidationError, match="does not generate text; use the model itself"):
         taken_in(admission, PoolingParams(task="embed"))
-    with pytest.raises(VLLMValidationError, match="is steered by its name; leave out 'steer'"):
+    with pytest.raises(VLLMValidationError, match="is an alias that steers; remove 'steer'"):
         taken_in(admission, SamplingParams(extra_args={"steer": ["spiders"]}))
 
 
@@ -124,7 +124,9 @@ def test_what_can_steer_no_token_is_refused(
     if fits:
         assert steered(admission, params)
     else:
-        with pytest.raises(VLLMValidationError, match="no token is steered: of a prompt of 3 tok"):
+        with pytest.raises(
+            VLLMValidationError, match="no token would be steered: the prompt has 3 tok"
+        ):
             steered(admission, params)
     admission.policy = Policy(default=SteeringRequest.model_validate(LATE))
     assert steered(admission, SamplingParams(max_tokens=max_tokens))

@@ -24,25 +24,25 @@ def sums(name: str, count: int) -> list[str]:
     return [f"{name} {number}" for number in range(count)]
 
 
-async def inside(gate: RowQueue, owner: str | None, name: str, count: int) -> Ticket:
+async def inside(queue: RowQueue, owner: str | None, name: str, count: int) -> Ticket:
     """Enters where there must be room."""
-    return await gate.enter(owner, sums(name, count), 0.01)
+    return await queue.enter(owner, sums(name, count), 0.01)
 
 
-async def refused(gate: RowQueue, owner: str | None, name: str, count: int) -> None:
+async def refused(queue: RowQueue, owner: str | None, name: str, count: int) -> None:
     with pytest.raises(TimeoutError):
-        await gate.enter(owner, sums(name, count), 0.01)
+        await queue.enter(owner, sums(name, count), 0.01)
 
 
 def test_one_key_in_its_order() -> None:
     async def check() -> None:
-        gate, order = RowQueue(4), []
+        queue, order = RowQueue(4), []
 
         async def one(number: int) -> None:
-            ticket = await gate.enter(None, [str(number)])
+            ticket = await queue.enter(None, [str(number)])
             order.append(number)
             await asyncio.sleep(0)
-            gate.leave(ticket)
+            queue.leave(ticket)
 
         await asyncio.gather(*map(one, range(20)))
         assert order == list(range(20))
@@ -52,19 +52,19 @@ def test_one_key_in_its_order() -> None:
 
 def test_a_short_request_does_not_wait_for_long_ones_nor_they_for_ever() -> None:
     async def check() -> None:
-        gate = RowQueue(ROOM)
-        first = await inside(gate, None, "long 0", 8)
-        await refused(gate, None, "long 1", 4)
-        shorts = [await inside(gate, None, f"short {number}", 1) for number in range(8)]
-        waiting = asyncio.ensure_future(gate.enter(None, sums("long 2", 8)))
+        queue = RowQueue(ROOM)
+        first = await inside(queue, None, "long 0", 8)
+        await refused(queue, None, "long 1", 4)
+        shorts = [await inside(queue, None, f"short {number}", 1) for number in range(8)]
+        waiting = asyncio.ensure_future(queue.enter(None, sums("long 2", 8)))
         await asyncio.sleep(0)
         # There is room for it when the other is gone, whatever else comes.
-        gate.leave(first)
+        queue.leave(first)
         assert (await waiting).inside
-        gate.leave(shorts.pop())
-        another = asyncio.ensure_future(gate.enter(None, sums("long 3", 8)))
+        queue.leave(shorts.pop())
+        another = asyncio.ensure_future(queue.enter(None, sums("long 3", 8)))
         await asyncio.sleep(0)
-        gate.leave(waiting.result())
+        queue.leave(waiting.result())
         assert (await another).inside
 
     run(check())
@@ -72,31 +72,31 @@ def test_a_short_request_does_not_wait_for_long_ones_nor_they_for_ever() -> None
 
 def test_what_needs_all_rows_is_let_in_before_what_came_later() -> None:
     async def check() -> None:
-        gate = RowQueue(ROOM)
-        short = await inside(gate, None, "short", 1)
-        whole = asyncio.ensure_future(gate.enter(None, sums("whole", ROOM)))
+        queue = RowQueue(ROOM)
+        short = await inside(queue, None, "short", 1)
+        whole = asyncio.ensure_future(queue.enter(None, sums("whole", ROOM)))
         await asyncio.sleep(0)
-        await refused(gate, None, "later", 1)
-        gate.leave(short)
-        gate.leave(await whole)
-        await inside(gate, None, "later", 1)
+        await refused(queue, None, "later", 1)
+        queue.leave(short)
+        queue.leave(await whole)
+        await inside(queue, None, "later", 1)
 
     run(check())
 
 
 def test_no_key_holds_all_rows_where_there_are_two() -> None:
     async def check() -> None:
-        gate = RowQueue(ROOM)
-        gate.leave(await inside(gate, "b", "x", 1))
+        queue = RowQueue(ROOM)
+        queue.leave(await inside(queue, "b", "x", 1))
         for number in range(12):
-            await inside(gate, "a", f"a{number}", 1)
-        await refused(gate, "a", "a12", 1)
-        waiting = [asyncio.ensure_future(gate.enter("a", [f"a{n}"])) for n in range(13, 16)]
+            await inside(queue, "a", f"a{number}", 1)
+        await refused(queue, "a", "a12", 1)
+        waiting = [asyncio.ensure_future(queue.enter("a", [f"a{n}"])) for n in range(13, 16)]
         await asyncio.sleep(0)
         # Nor does another wait behind it.
-        last = [await inside(gate, "b", f"b{number}", 1) for number in range(4)]
+        last = [await inside(queue, "b", f"b{number}", 1) for number in range(4)]
         for ticket in last:
-            gate.leave(ticket)
+            queue.leave(ticket)
         await asyncio.sleep(0)
         assert not any(one.done() for one in waiting)
         for one in waiting:
@@ -111,32 +111,32 @@ def test_a_key_that_waits_for_its_own_rows_stops_no_other(held: int, waits: int)
     """One long answer, and one more request that cannot be let in before it ends."""
 
     async def check() -> None:
-        gate = RowQueue(ROOM)
-        gate.leave(await inside(gate, "b", "x", 1))
-        long = await inside(gate, "a", "long", held)
-        waiting = asyncio.ensure_future(gate.enter("a", sums("more", waits)))
+        queue = RowQueue(ROOM)
+        queue.leave(await inside(queue, "b", "x", 1))
+        long = await inside(queue, "a", "long", held)
+        waiting = asyncio.ensure_future(queue.enter("a", sums("more", waits)))
         await asyncio.sleep(0)
         if waiting.done():
-            gate.leave(waiting.result())
+            queue.leave(waiting.result())
         for number in range(20):
-            gate.leave(await inside(gate, "b", f"short {number}", 1))
-        gate.leave(long)
-        gate.leave(await waiting)
+            queue.leave(await inside(queue, "b", f"short {number}", 1))
+        queue.leave(long)
+        queue.leave(await waiting)
 
     run(check())
 
 
 def test_what_needs_all_rows_stops_short_ones_only_while_it_waits_for_them() -> None:
     async def check() -> None:
-        gate = RowQueue(ROOM)
-        long = await inside(gate, None, "long", 8)
-        whole = asyncio.ensure_future(gate.enter(None, sums("whole", ROOM)))
+        queue = RowQueue(ROOM)
+        long = await inside(queue, None, "long", 8)
+        whole = asyncio.ensure_future(queue.enter(None, sums("whole", ROOM)))
         await asyncio.sleep(0)
-        short = await inside(gate, None, "short", 1)
-        gate.leave(long)
-        await refused(gate, None, "later", 1)
-        gate.leave(short)
-        gate.leave(await whole)
+        short = await inside(queue, None, "short", 1)
+        queue.leave(long)
+        await refused(queue, None, "later", 1)
+        queue.leave(short)
+        queue.leave(await whole)
 
     run(check())
 
@@ -146,19 +146,19 @@ def test_short_requests_of_a_key_leave_room_for_its_long_one(wanted: int) -> Non
     """They come without a pause, beside those of another key, and it is let in nevertheless."""
 
     async def check() -> None:
-        gate, done = RowQueue(ROOM), asyncio.Event()
+        queue, done = RowQueue(ROOM), asyncio.Event()
 
         async def shorts(owner: str, name: str) -> None:
             while not done.is_set():
-                ticket = await gate.enter(owner, [name])
+                ticket = await queue.enter(owner, [name])
                 for _ in range(3):
                     await asyncio.sleep(0)
-                gate.leave(ticket)
+                queue.leave(ticket)
 
         others = [asyncio.ensure_future(shorts("a", f"a{n}")) for n in range(9)]
         others += [asyncio.ensure_future(shorts("b", f"b{n}")) for n in range(3)]
         await asyncio.sleep(0)
-        gate.leave(await gate.enter("a", sums("long", wanted), 5.0))
+        queue.leave(await queue.enter("a", sums("long", wanted), 5.0))
         done.set()
         await asyncio.gather(*others)
 
@@ -167,36 +167,36 @@ def test_short_requests_of_a_key_leave_room_for_its_long_one(wanted: int) -> Non
 
 def test_equal_sums_share_a_row_and_leaving_twice_is_leaving_once() -> None:
     async def check() -> None:
-        gate = RowQueue(2)
-        tickets = [await gate.enter(None, ["same"], 0.01) for _ in range(5)]
-        other = await gate.enter(None, ["other"], 0.01)
+        queue = RowQueue(2)
+        tickets = [await queue.enter(None, ["same"], 0.01) for _ in range(5)]
+        other = await queue.enter(None, ["other"], 0.01)
         for ticket in tickets[1:]:
-            gate.leave(ticket)
-            gate.leave(ticket)
-        await refused(gate, None, "third", 1)
-        gate.leave(other)
-        await inside(gate, None, "third", 1)
-        await gate.enter(None, [], 0.01)
+            queue.leave(ticket)
+            queue.leave(ticket)
+        await refused(queue, None, "third", 1)
+        queue.leave(other)
+        await inside(queue, None, "third", 1)
+        await queue.enter(None, [], 0.01)
 
     run(check())
 
 
 def test_who_goes_away_leaves_the_line_and_its_rows() -> None:
     async def check() -> None:
-        gate = RowQueue(1)
-        first = await gate.enter(None, ["a"])
-        waiting = asyncio.ensure_future(gate.enter(None, ["b"]))
-        behind = asyncio.ensure_future(gate.enter(None, ["c"]))
+        queue = RowQueue(1)
+        first = await queue.enter(None, ["a"])
+        waiting = asyncio.ensure_future(queue.enter(None, ["b"]))
+        behind = asyncio.ensure_future(queue.enter(None, ["c"]))
         await asyncio.sleep(0)
         waiting.cancel()
         # Let in and cancelled in the same moment.
-        gate.leave(first)
+        queue.leave(first)
         behind.cancel()
         await asyncio.gather(waiting, behind, return_exceptions=True)
-        gate.leave(await gate.enter(None, ["d"], 0.01))
-        assert not gate._active
-        assert not gate._by_owner
-        assert not any(gate._lines.values())
+        queue.leave(await queue.enter(None, ["d"], 0.01))
+        assert not queue._active
+        assert not queue._by_owner
+        assert not any(queue._lines.values())
 
     run(check())
 
@@ -213,11 +213,11 @@ def test_never_more_than_fit_and_everybody_is_served(
 ) -> None:
     rng, served, held = random.Random(seed), [], dict[int, list[str]]()
 
-    async def one(gate: RowQueue, number: int) -> None:
+    async def one(queue: RowQueue, number: int) -> None:
         wanted = rng.sample(sums("s", 2 * room), rng.randint(1, room))
         for _ in range(rng.randrange(4)):
             await asyncio.sleep(0)
-        ticket = await gate.enter(rng.choice([None, "a", "b"][:owners]), wanted)
+        ticket = await queue.enter(rng.choice([None, "a", "b"][:owners]), wanted)
         held[number] = wanted
         assert len(set().union(*held.values())) <= room
         try:
@@ -225,12 +225,12 @@ def test_never_more_than_fit_and_everybody_is_served(
                 await asyncio.sleep(0)
         finally:
             del held[number]
-            gate.leave(ticket)
+            queue.leave(ticket)
         served.append(number)
 
     async def all_of_them() -> None:
-        gate = RowQueue(room)
-        tasks = [asyncio.ensure_future(one(gate, number)) for number in range(count)]
+        queue = RowQueue(room)
+        tasks = [asyncio.ensure_future(one(queue, number)) for number in range(count)]
         gone = rng.sample(tasks, count // 4)
         await asyncio.sleep(0)
         for task in gone:
@@ -238,7 +238,7 @@ def test_never_more_than_fit_and_everybody_is_served(
         results = await asyncio.gather(*tasks, return_exceptions=True)
         faults = [r for r in results if r and not isinstance(r, asyncio.CancelledError)]
         assert not faults
-        assert not gate._active
+        assert not queue._active
 
     run(all_of_them())
     assert len(served) >= count - count // 4

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tests.unit.conftest import resolved
-from vllm_steer.engine.bank import SteeringBank
+from vllm_steer.engine.bank import BankShape, SteeringBank
 from vllm_steer.engine.blocks import hook_blocks
 from vllm_steer.engine.row_values import row_values
 from vllm_steer.engine.token_rows import TokenRowMapper
@@ -66,7 +66,7 @@ def test_factors_do_not_depend_on_how_tokens_are_scheduled(
         "unsteered": (4, None),
     }
     planner = TokenRowMapper(8, 2, starts_are_exact=on_host)
-    bank = SteeringBank([0, 1], 8, 16, 64, torch.float32, torch.device("cpu"), rank=2)
+    bank = SteeringBank(BankShape((0, 1), 8, 16, 64, rank=2), torch.float32, torch.device("cpu"))
     for name, (prompt_len, schedule) in cases.items():
         if name != "unsteered":
             fields = {"schedule": schedule} if schedule else {}
@@ -139,7 +139,7 @@ def test_refused_schedules(fields: dict[str, Any], message: str, registry: PackR
 
 def test_the_additive_tier_has_one_strength(registry: PackRegistry) -> None:
     found = plan(registry, 5, directions=[{"name": "a"}], schedule=RAMP)
-    with pytest.raises(RequestError, match="one strength for all tokens.*--steering-ops affine"):
+    with pytest.raises(RequestError, match="schedules need .*--steering-ops affine"):
         check_capacity(found, resolved())
     check_capacity(found, resolved(ops="affine"))
 
@@ -191,12 +191,14 @@ def test_directions_that_meet_have_schedules_of_their_own(
 
 
 def new_bank() -> SteeringBank:
-    return SteeringBank([0, 1], 8, 16, 64, torch.float32, torch.device("cpu"), rank=4)
+    return SteeringBank(BankShape((0, 1), 8, 16, 64, rank=4), torch.float32, torch.device("cpu"))
 
 
 def test_schedules_of_their_own_take_rank(registry: PackRegistry) -> None:
     found = plan(registry, 5, directions=OF_THEIR_OWN)
-    with pytest.raises(RequestError, match="schedules of their own.* have rank 4 .*room for 2"):
+    with pytest.raises(
+        RequestError, match="schedules of their own.* total rank of 4, .*limit is 2"
+    ):
         check_capacity(found, resolved(ops="affine"))
     check_capacity(found, resolved(ops="affine", rank=4))
     again = plan(registry, 9, directions=OF_THEIR_OWN[::-1])

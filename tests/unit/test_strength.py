@@ -83,7 +83,7 @@ def test_strength_is_a_multiple_of_the_default_scale(registry: PackRegistry) -> 
 @pytest.mark.parametrize(
     ("direction", "fields", "message"),
     [
-        ({"name": "add", "strength": 1.0, "scale": 1.0}, {}, "0: scale and strength say the same"),
+        ({"name": "add", "strength": 1.0, "scale": 1.0}, {}, "0: give either scale or strength"),
         (
             {"name": "plain", "strength": 1.0},
             {},
@@ -160,9 +160,9 @@ def test_the_receipt_has_the_strength_where_there_is_one(pack: SteeringPack) -> 
 
 
 def test_the_receipt_has_the_strength_that_was_carried_out(pack: SteeringPack) -> None:
-    receipt = receipt_of(pack, {"name": "add", "strength": 4.0}, max_dose=1.0, dose_action="clamp")
+    receipt = receipt_of(pack, {"name": "add", "strength": 4.0}, max_dose=1.0, dose_action="reduce")
     (direction,) = receipt["directions"]
-    assert receipt["clamped_by"] == pytest.approx(1.0 / 2.5)
+    assert receipt["dose_factor"] == pytest.approx(1.0 / 2.5)
     assert direction["strength"] == pytest.approx(1.6)
     assert direction["scale"] == pytest.approx(-4.0)
 
@@ -206,7 +206,7 @@ def test_aliases_that_come_later_take_it(pack: SteeringPack) -> None:
         with pytest.raises(RequestError, match="strength: direction 'p/plain' is not calibrated"):
             asyncio.run(manager.set_alias("y", body % b"plain", None))
         both = b'{"directions": [{"name": "add", "strength": 2.0, "scale": 1.0}]}'
-        with pytest.raises(RequestError, match=r"directions.0: scale and strength say the same"):
+        with pytest.raises(RequestError, match=r"directions.0: give either scale or strength"):
             asyncio.run(manager.set_alias("z", both, None))
 
 

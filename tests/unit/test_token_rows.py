@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_steer.engine.bank import SteeringBank
+from vllm_steer.engine.bank import BankShape, SteeringBank
 from vllm_steer.engine.token_rows import TokenRowMapper, TokenRows
 from vllm_steer.plan.steering_plan import Segment, SteeringPlan, Term
 
@@ -33,7 +33,7 @@ def plan(planner: TokenRowMapper, spans: Sequence[Span]) -> TokenRows:
 
 
 def new_bank(num_tokens: int) -> SteeringBank:
-    return SteeringBank([0], 16, 4, num_tokens, torch.float32, torch.device("cpu"))
+    return SteeringBank(BankShape((0,), 16, 4, num_tokens), torch.float32, torch.device("cpu"))
 
 
 def rows_of(step: TokenRows, spans: Sequence[Span], bank: SteeringBank | None = None) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm_steer.plan.steering_plan import SteeringPlan
 from vllm_steer.serving.http_context import HttpContext
-from vllm_steer.serving.receipt import Receipt
+from vllm_steer.serving.receipt import LimitedPlan, Receipt
 from vllm_steer.serving.responses import Unavailable
 
 START = {"type": "http.response.start", "status": 200, "headers": []}
@@ -25,7 +25,7 @@ def sent(*steps: Any) -> list[Any]:
         got.append(message.get("status", message.get("body")))
 
     async def run() -> None:
-        receipt = Receipt.of(SteeringPlan(()), {}, 4, 1, 0.0, 1.0)
+        receipt = Receipt.of(LimitedPlan(SteeringPlan(()), 0.0), {}, 4)
         http_context = HttpContext("/v1/responses", receipts=[receipt])
         unavailable = Unavailable(send, http_context)
         for step in steps:

@@ -10,7 +10,7 @@ import pytest
 
 from vllm_steer.errors import EngineError
 from vllm_steer.verify.compare import Tolerance, between, to_reference, tolerance
-from vllm_steer.verify.process import Answer, EngineProcess
+from vllm_steer.verify.process import Answer, EngineProcess, ProcessOptions
 from vllm_steer.verify.report import Check, Report, judged, not_checked
 
 ALLOWED = Tolerance(largest=0.1, mean=0.05)
@@ -75,7 +75,10 @@ def test_what_was_left_out_stands_on_the_first_line() -> None:
 
 def test_the_death_of_an_engine_is_told_in_a_line() -> None:
     engine = EngineProcess(
-        "the engine", {}, {}, child="tests.verify.dying_child", path=[Path(__file__).parents[2]]
+        "the engine",
+        {},
+        {},
+        ProcessOptions("tests.verify.dying_child", [Path(__file__).parents[2]]),
     )
     try:
         with pytest.raises(EngineError, match=r"ended by SIGKILL.*MemoryError: no room$"):

@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.documents import block
 from tests.fuzz.builds import MUTATIONS, Mutation
-from tests.test_readme import block
 from vllm_steer.cli import main
 from vllm_steer.packs.pack import SteeringPack
 
@@ -53,9 +53,11 @@ def verify(
     package: Path = ROOT,
     env: dict[str, str] = FAST,
 ) -> Run:
-    """Runs the README's command with more options, and with the plugin found in ``package``."""
+    """Runs the documentation's command with more options, and with the plugin found in ``package``."""
     (out.parent / "packs").symlink_to(packs[0].path.parent)
-    program, *words = shlex.split(block("bash", "vllm-steer verify").replace("MODEL", str(model)))
+    program, *words = shlex.split(
+        block("docs/tutorials/operate.md", "bash", "vllm-steer verify").replace("MODEL", str(model))
+    )
     assert program == "vllm-steer"
     done = subprocess.run(
         [sys.executable, "-P", "-m", "vllm_steer.cli", *words]

@@ -64,7 +64,8 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "import",
         help="vector files to a pack",
         description="Writes a pack from GGUF control vectors, files of torch.save, safetensors, .npy or JSON. Layer N is "
-        "the output of decoder block N, counted from 0. VECTORS.md says which file becomes what.",
+        "the output of decoder block N, counted from 0. The documentation's reference of files that can be imported says "
+        "which file becomes what.",
     )
     into.add_argument(
         "files",
@@ -108,7 +109,12 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _import(args: argparse.Namespace) -> None:
-    from vllm_steer.offline.convert.packs import import_pack
+    from vllm_steer.offline.convert.packs import (
+        ImportTarget,
+        NormSource,
+        VectorSource,
+        import_pack,
+    )
     from vllm_steer.offline.models.chat import ChatFormat
 
     sources = []
@@ -116,17 +122,18 @@ def _import(args: argparse.Namespace) -> None:
         name, equals, file = item.partition("=")
         if not equals or not name or not file:
             raise ConversionError(f"{item!r} must be NAME=FILE, such as happy=happy.gguf")
-        sources.append((name, file))
+        sources.append(VectorSource(name, file))
     pack = import_pack(
         sources,
-        name=args.name,
-        model_path=args.model,
-        out_dir=args.out,
-        scale=args.scale,
-        safe_scale=abs(args.scale) if args.safe_scale is None else args.safe_scale,
+        ImportTarget(
+            args.name,
+            args.out,
+            args.scale,
+            abs(args.scale) if args.safe_scale is None else args.safe_scale,
+        ),
+        args.model,
         layers=args.layers,
-        residual_norms=args.residual_norms,
-        chat=ChatFormat(**given_chat(args)),
+        norms=NormSource(args.residual_norms, ChatFormat(**given_chat(args))),
         notice=_note,
     )
     sys.stdout.write(pack_summary(pack))

@@ -161,7 +161,7 @@ def json_object(text: str) -> dict[str, Any]:
 
 def _sweep(args: argparse.Namespace) -> None:
     with extras("offline"):
-        from vllm_steer.offline.evaluate.subjects import class_of, subject_of
+        from vllm_steer.offline.evaluate.subjects import Selection, class_of, subject_of
     from vllm_steer.offline.evaluate.generation import generating
     from vllm_steer.offline.evaluate.sweep import run_sweep
     from vllm_steer.offline.evaluate.tables import markdown, write_result
@@ -172,10 +172,7 @@ def _sweep(args: argparse.Namespace) -> None:
         subject_of(
             pack,
             _questions(args, args.concept_class or class_of(pack)),
-            args.concept_class,
-            args.scales,
-            concepts,
-            args.layers,
+            Selection(args.concept_class, args.scales, concepts, args.layers),
             prefixes[pack.name],
         )
         for pack, concepts in _concepts(args.concepts, packs)

@@ -6,10 +6,14 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vllm_steer.cli.evaluation import add_chat, add_engine, extras, given_chat
 from vllm_steer.errors import ExtractionError
 from vllm_steer.packs.summary import pack_summary
+
+if TYPE_CHECKING:
+    from vllm_steer.offline.models.prompts import AnswerPair, Concept
 
 
 def cores() -> int:
@@ -190,6 +194,7 @@ def _add_settings(extract: argparse.ArgumentParser) -> None:
 def _extract(args: argparse.Namespace) -> None:
     with extras("offline"):
         from vllm_steer.offline.extract import inputs
+        from vllm_steer.offline.extract.data import ComputeResources, ExtractionData, PackTarget
         from vllm_steer.offline.extract.pipeline import Shards, extract_pack
     from vllm_steer.offline.questions.everyday import everyday_questions
 
@@ -197,7 +202,8 @@ def _extract(args: argparse.Namespace) -> None:
     given |= given_chat(args)
     settings = inputs.read_settings(args.settings, given, pairs=args.pairs is not None)
     questions = everyday_questions(args.questions)
-    concepts, pairs = [], None
+    concepts: list[Concept] = []
+    pairs: dict[str, list[AnswerPair]] = {}
     if args.pairs is not None:
         pairs = inputs.answer_pairs(args.pairs)
     elif args.prompt is not None:
@@ -217,20 +223,15 @@ def _extract(args: argparse.Namespace) -> None:
     )
     pack = extract_pack(
         args.model,
-        args.name,
-        concepts,
-        positives,
-        negatives,
+        ExtractionData(concepts, positives, negatives, pairs=pairs, questions=questions),
         settings,
-        args.scale,
-        args.safe_scale,
-        args.out,
-        workers=args.workers,
-        device=args.device,
-        shards=Shards(args.shards, args.ray_address, args.gpus),
-        pairs=pairs,
-        questions=questions,
-        engine=args.engine,
+        PackTarget(args.name, args.out, args.scale, args.safe_scale),
+        ComputeResources(
+            workers=args.workers,
+            device=args.device,
+            shards=Shards(args.shards, args.ray_address, args.gpus),
+            engine=args.engine,
+        ),
     )
     if args.calibrate:
         from vllm_steer.offline.calibrate.run import CalibrationSettings, calibrate_pack

@@ -1,22 +1,26 @@
-"""Writes the reference of requests, flags and packs from the code that defines them.
+"""Writes the reference pages of the documentation from the code that they describe.
 
-``python -m vllm_steer.cli.reference_docs`` prints REFERENCE.md; a test fails when the file is stale.
+``python -m vllm_steer.cli.reference_docs docs/reference`` writes them; a test fails when one is stale.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import inspect
 import json
 import logging
-import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from vllm_steer import log
 from vllm_steer.cli import command_line
-from vllm_steer.errors import RequestError
+from vllm_steer.errors import RequestError, SteeringError
 from vllm_steer.fields import MAX_LAYERS, MAX_MAGNITUDE
 from vllm_steer.operations import OPS, FormChoice, Gate
 from vllm_steer.packs.calibration import Calibration, CalibrationPoint
@@ -30,6 +34,7 @@ from vllm_steer.packs.manifest import (
     Manifest,
     MethodRecord,
     ModelIdentity,
+    Prefix,
     TensorFile,
 )
 from vllm_steer.request.reads import ReadChoice, StopChoice
@@ -40,8 +45,19 @@ from vllm_steer.serving.packs_api import ROUTES
 from vllm_steer.serving.policy import Policy
 from vllm_steer.serving.receipt import HEADER, RECEIPT_FIELDS, SCORES_KEY
 from vllm_steer.serving.refusals import LINES, SECONDS
+from vllm_steer.vllm_compat.patched_symbols import patched_symbols, wrapped_methods
 from vllm_steer.vllm_compat.versions import OVERRIDE, OVERRIDE_MEANING, SUPPORTED
 
+SCHEMA_FILE = "steering-request.schema.json"
+_WRITTEN = "<!-- Written from the code by `python -m vllm_steer.cli.reference_docs docs/reference`; do not edit. -->"
+_REQUEST_MODELS = (
+    SteeringRequest,
+    DirectionChoice,
+    Gate,
+    ScheduleChoice,
+    ReadChoice,
+    StopChoice,
+)
 _LIMITS = {
     "bytes of the manifest": MAX_MANIFEST_BYTES,
     "values in the manifest": MAX_MANIFEST_VALUES,
@@ -53,50 +69,70 @@ _LIMITS = {
 }
 
 
-def render() -> str:
-    """Returns the text of REFERENCE.md."""
-    parts = [
-        "# Reference",
-        "Written from the code by `python -m vllm_steer.cli.reference_docs > REFERENCE.md`; do not edit.",
-        "## Flags of `vllm serve`",
+def render() -> dict[str, str]:
+    """Returns the text of every page that is written from the code, by the name of its file."""
+    pages = {
+        "flags": _flag_page(),
+        "requests": _request_page(),
+        "receipts": _receipt_page(),
+        "policy": _policy_page(),
+        "routes": _route_page(),
+        "metrics": _metric_page(),
+        "log": _log_page(),
+        "packs": _pack_page(),
+        "commands": ["# Command line", *_commands(command_line())],
+        "python": _python_page(),
+        "patches": _patch_page(),
+    }
+    texts = {f"{name}.md": _joined([page[0], _WRITTEN, *page[1:]]) for name, page in pages.items()}
+    return texts | {SCHEMA_FILE: _schema()}
+
+
+def _joined(parts: Iterable[str]) -> str:
+    return "\n\n".join(parts) + "\n"
+
+
+def _flag_page() -> list[str]:
+    return [
+        "# Server flags",
+        "Flags of `vllm serve`; `vllm serve --help=SteeringConfig` shows them too.",
         _flags(add_flags),
         'In `LLM(...)` the same stands in `additional_config={"steering": {"packs": [...], "rows": ...}}`.',
         "## Environment",
         f"Supported are vLLM {', '.join(SUPPORTED)}.",
         _table(("variable", "meaning"), [(f"`{OVERRIDE}`", OVERRIDE_MEANING)]),
-        "## Requests",
+    ]
+
+
+def _request_page() -> list[str]:
+    return [
+        "# Requests",
         "The field `steering` of `/v1/completions`, `/v1/chat/completions` and `/v1/responses`, as an "
         'object; `vllm_xargs.steering`, as its JSON text; `SamplingParams.extra_args["steering"]`, '
         'as either. `"steering": "none"` leaves out a server\'s default.',
-        *(
-            _model(model)
-            for model in (
-                SteeringRequest,
-                DirectionChoice,
-                Gate,
-                ScheduleChoice,
-                ReadChoice,
-                StopChoice,
-            )
-        ),
-        "### Forms",
+        f"[{SCHEMA_FILE}]({SCHEMA_FILE}) is its JSON schema.",
+        *(_model(model) for model in _REQUEST_MODELS),
+        "## Operations",
         "What a direction `a` does to the residual stream h of a token; `â` is `a` at length 1, ε the scale. All but "
         "`add` need a server started with `--steering-ops affine`. Directions that meet at a layer and position all "
         "read the stream as the block returned it, and their changes are summed.",
         _table(("op", "change"), ((f"`{op}`", text) for op, text in OPS.items())),
-        "### Flat form",
-        "In the place of `steering`, in `vllm_xargs`, in a request's body or in `extra_args`; `steer` has to be there.",
+        "## Flat form",
+        "In place of `steering`, in `vllm_xargs`, in a request's body or in `extra_args`; `steer` is required.",
         _table(("key", "meaning"), ((f"`{key}`", meaning) for key, meaning in FLAT_KEYS.items())),
-        "### Refusals",
-        "A request whose steering cannot be carried out is answered with HTTP 400 before the response starts. The "
-        "reason stands in metrics and log.",
+        "## Refusals",
+        "A request whose steering cannot be carried out is answered with HTTP 400 before the response starts. Metrics "
+        "and log name the reason.",
         _table(("reason", "meaning"), _reasons()),
-        "### JSON schema",
-        f"```json\n{json.dumps(SteeringRequest.model_json_schema(), indent=1, ensure_ascii=False)}\n```",
-        "## Receipts",
+    ]
+
+
+def _receipt_page() -> list[str]:
+    return [
+        "# Receipts",
         "A response to a steered request has `steering`, a list with a receipt for each prompt, and the header "
-        f"`{HEADER}` with names and scales. In a stream the chunk that ends an answer has the receipt, and with "
-        "`/v1/responses` the last event's response.",
+        f"`{HEADER}` with names and scales. In a stream the receipt is in the chunk that ends an answer; with "
+        "`/v1/responses` it is in the response of the last event.",
         _table(
             ("field", "meaning"), ((f"`{f}`", meaning) for f, meaning in RECEIPT_FIELDS.items())
         ),
@@ -104,46 +140,147 @@ def render() -> str:
         f"since the one before, in `{SCORES_KEY}`: for each answer its `index`, the absolute position `start` of the first "
         "token, the prompt's first being 0, and `scores`, a list for each read. In `LLM(...)` each `CompletionOutput` has "
         "them in `steering_scores`, and `vllm_steer.read(outputs)` gives them as an array.",
-        "## Policy",
+    ]
+
+
+def _policy_page() -> list[str]:
+    return [
+        "# Policy",
         "`--steering-policy FILE`, a JSON object. A request for the model `SERVED:ALIAS` is steered by the alias.",
         _model(Policy),
-        "## Routes",
+    ]
+
+
+def _route_page() -> list[str]:
+    return [
+        "# HTTP routes",
         _table(("route", "answer"), ((f"`{route}`", meaning) for route, meaning in ROUTES.items())),
-        "All but the first need `--steering-pack-roots` and answer 403 without it. Errors have the form of the OpenAI "
-        "API: 400 for what is malformed, unknown or cannot be served, 404 for a route that is none, 409 for what "
-        "cannot be done now.",
-        "## Metrics",
+        "Routes that change packs and aliases need `--steering-pack-roots`, those of vectors `--steering-upload-mib`; "
+        "they answer 403 without it. Errors have the form of the OpenAI API: 400 for what is malformed, unknown or "
+        "cannot be served, 404 for an unknown route, 409 for what cannot be done now.",
+    ]
+
+
+def _metric_page() -> list[str]:
+    return [
+        "# Metrics",
         "On `/metrics`; `vllm_steer/serving/grafana.json` is a Grafana dashboard of them.",
         _table(("metric", "type", "labels", "meaning"), _metrics()),
-        "## Log",
+    ]
+
+
+def _log_page() -> list[str]:
+    return [
+        "# Log",
         f"On the logger `{log.logger.name}`: a line is `Steering EVENT: ` and the fields as JSON, with blanks for the "
         "underscores of the event. The record has them as `record.steering`, with `event`, for a JSON formatter. `key` "
         f"is the beginning of the SHA-256 of the request's API key, {log.KEY_DIGITS} digits. Of one reason, at most "
         f"{LINES} refusals are written in {SECONDS:g} seconds.",
         _table(("event", "level", "written"), _events()),
-        "## Steering packs",
-        "`steering_config.json`; layer k is the output of decoder block k, counted from 0.",
-        *(
-            _model(model)
-            for model in (
-                Manifest,
-                ModelIdentity,
-                DirectionRecord,
-                FormChoice,
-                Calibration,
-                CalibrationPoint,
-                MethodRecord,
-                TensorFile,
-            )  # fmt: skip
-        ),
-        "### Limits",
-        "A pack beyond them is refused before its vectors are read. Refused too: keys given twice, NaN and "
-        "Inf, and files that are links out of the pack.",
-        _table(("of", "at most"), ((what, f"{limit:,}") for what, limit in _LIMITS.items())),
-        "## Commands of `vllm-steer`",
-        *_commands(command_line()),
     ]
-    return "\n\n".join(parts) + "\n"
+
+
+def _pack_page() -> list[str]:
+    models = (Manifest, ModelIdentity, DirectionRecord, Prefix, FormChoice, Calibration)
+    return [
+        "# Pack format",
+        "A pack is a directory with `steering_config.json`, the manifest, and `steering_vectors.safetensors`, a tensor "
+        "`[layers, hidden_size]` for each direction. Layer k is the output of decoder block k, counted from 0.",
+        *(_model(model) for model in (*models, CalibrationPoint, MethodRecord, TensorFile)),
+        "## Limits",
+        "A pack that exceeds them is rejected before its vectors are read. So are duplicate keys, NaN and Inf, and "
+        "files that are links out of the pack.",
+        _table(("of", "at most"), ((what, f"{limit:,}") for what, limit in _LIMITS.items())),
+    ]
+
+
+def _patch_page() -> list[str]:
+    return [
+        "# Patches of vLLM",
+        "vLLM serves unsteered requests as it does without the plugin. Each patched symbol is checked at start, and one "
+        "that is missing or has other parameters stops the start.",
+        _table(
+            ("symbol", "why no public hook serves", "what would make it unnecessary"), _patches()
+        ),
+    ]
+
+
+def _python_page() -> list[str]:
+    """What ``vllm_steer`` exports: functions, then classes, then errors."""
+    # What users import, looked at as they do; no module of the package imports its root.
+    package = importlib.import_module("vllm_steer")
+    public = [(name, getattr(package, name)) for name in package.__all__]
+    errors = [(n, o) for n, o in public if isinstance(o, type) and issubclass(o, SteeringError)]
+    models = [(n, o) for n, o in public if isinstance(o, type) and issubclass(o, BaseModel)]
+    rest = [(name, thing) for name, thing in public if (name, thing) not in errors + models]
+    return [
+        "# Python",
+        "What `import vllm_steer` offers; it imports neither torch nor vLLM.",
+        *(_described(name, thing) for name, thing in rest),
+        "## Models",
+        "Pydantic models of requests and packs.",
+        _table(("class", "fields"), ((f"`{n}`", _page_of(n)) for n, _ in models)),
+        "## Errors",
+        _table(("class", "raised when"), ((f"`{n}`", _summary(o)) for n, o in errors)),
+    ]
+
+
+def _page_of(model: str) -> str:
+    """A link to the section of a model."""
+    page = "requests" if model in {each.__name__ for each in _REQUEST_MODELS} else "packs"
+    return f"[{model}]({page}.md#{model.lower()})"
+
+
+def _described(name: str, thing: Any) -> str:
+    """A section: signature, docstring, and a class's own properties."""
+    lines = [f"## {name}", f"`{name}{_signature(thing)}`", *_sections(inspect.getdoc(thing) or "")]
+    if isinstance(thing, type):
+        own = [(n, p) for n, p in vars(thing).items() if isinstance(p, property | cached_property)]
+        if own:
+            rows = ((f"`{n}`", _markdown(_summary(p))) for n, p in own)
+            lines += ["**Properties**", _table(("property", "meaning"), rows)]
+    return "\n\n".join(lines)
+
+
+def _signature(thing: Any) -> str:
+    """A signature with the annotations as they are written."""
+    signature = inspect.signature(thing)
+    shown, named = [], False
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and not named:
+            shown.append("*")
+            named = True
+        default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+        shown.append(f"{parameter.name}: {parameter.annotation}{default}")
+    result = "" if isinstance(thing, type) else f" -> {signature.return_annotation}"
+    return f"({', '.join(shown)}){result}"
+
+
+def _summary(thing: Any) -> str:
+    return (inspect.getdoc(thing) or "").partition("\n")[0]
+
+
+def _sections(doc: str) -> Iterator[str]:
+    """A Google docstring as Markdown: paragraphs, its named sections as lists; an example is left out."""
+    for paragraph in doc.split("\n\n"):
+        head, _, body = paragraph.partition("\n")
+        if head == "Example:":
+            continue
+        if head.rstrip(":") not in ("Args", "Attributes", "Returns", "Raises"):
+            yield _markdown(" ".join(paragraph.split()))
+            continue
+        items: list[str] = []
+        for line in textwrap.dedent(body).splitlines():
+            if line.startswith(" "):
+                items[-1] += f" {line.strip()}"
+            else:
+                name, colon, meaning = line.partition(": ")
+                items.append(f"- `{name}`: {meaning}" if colon else f"- {line}")
+        yield f"**{head.rstrip(':')}**\n\n" + _markdown("\n".join(items))
+
+
+def _schema() -> str:
+    return json.dumps(SteeringRequest.model_json_schema(), indent=1, ensure_ascii=False) + "\n"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -174,6 +311,18 @@ def _events() -> list[Sequence[str]]:
     return [(f"`{e.name}`", logging.getLevelName(e.level), e.meaning) for e in events]
 
 
+def _patches() -> list[Sequence[str]]:
+    """A row for each reason, with all symbols that it stands for."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for patched in patched_symbols():
+        rows.setdefault((patched.reason, patched.upstream), []).append(patched.name)
+    for wrapped in wrapped_methods():
+        kind = wrapped.owners[0][1]
+        names = [f"{kind}.{method}" for method in wrapped.methods]
+        rows.setdefault((wrapped.reason, wrapped.upstream), []).extend(names)
+    return [(", ".join(f"`{name}`" for name in names), *why) for why, names in rows.items()]
+
+
 def _reasons() -> list[Sequence[str]]:
     kinds: list[type[RequestError]] = [RequestError, *RequestError.__subclasses__()]
     return [(f"`{kind.reason}`", (kind.__doc__ or "").partition("\n")[0]) for kind in kinds]
@@ -189,7 +338,9 @@ def _commands(parser: argparse.ArgumentParser) -> Iterator[str]:
         format_help = parser._get_formatter()._expand_help
         shown = [a for a in parser._actions if a.dest != "help"]
         rows = [(_argument(a), _markdown(format_help(a)) if a.help else "") for a in shown]
-        yield f"### {parser.prog}"
+        yield f"## {parser.prog}"
+        if parser.description:
+            yield _markdown(" ".join(parser.description.split()))
         yield _table(("argument", "meaning"), rows)
 
 
@@ -203,7 +354,7 @@ def _argument(action: argparse.Action) -> str:
     """How an argument is written, with its value or its choices."""
     named = action.choices or action.metavar or (None if action.nargs == 0 else action.dest.upper())
     value = (
-        named if named is None or isinstance(named, str) else "{" + ",".join(map(str, named)) + "}"
+        named if named is None or isinstance(named, str) else "{" + ", ".join(map(str, named)) + "}"
     )
     several = " ..." if action.nargs == "+" else ""
     return f"`{' '.join(filter(None, [*action.option_strings[:1], value]))}{several}`"
@@ -222,14 +373,14 @@ def _model(model: type[BaseModel]) -> str:
     ]
     summary = _markdown((model.__doc__ or "").strip().split("\n\n")[0])
     table = _table(("field", "type", "required", "meaning"), rows)
-    return f"### {model.__name__}\n\n{summary}\n\n{table}"
+    return f"## {model.__name__}\n\n{summary}\n\n{table}"
 
 
 def _type(field: dict[str, Any]) -> str:
     if "anyOf" in field:
         return " or ".join(_type(option) for option in field["anyOf"])
     if "$ref" in field:
-        return str(field["$ref"].rpartition("/")[2])
+        return _page_of(field["$ref"].rpartition("/")[2])
     if "const" in field:
         return f"`{field['const']}`"
     if "enum" in field:
@@ -257,5 +408,14 @@ def _markdown(text: str) -> str:
     return text.replace("``", "`").replace("|", "\\|")
 
 
+def main() -> None:
+    """Writes the pages into the directory that is named."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("directory", type=Path)
+    folder = parser.parse_args().directory
+    for name, text in render().items():
+        (folder / name).write_text(text)
+
+
 if __name__ == "__main__":
-    sys.stdout.write(render())
+    main()

@@ -15,7 +15,7 @@ from vllm_steer.cli.evaluation import json_object
 from vllm_steer.errors import ConfigError, SteeringError
 from vllm_steer.packs.pack import load_pack, resolve_pack
 from vllm_steer.verify.report import COULD_NOT_RUN, Report
-from vllm_steer.verify.run import Plan, verify
+from vllm_steer.verify.run import VerifyJob, verify
 
 _DESCRIPTION = """Starts the vLLM that is installed here, with steering and without, and checks that requests
 are steered as Hugging Face with forward hooks steers them, that requests of a batch do not touch each other, that
@@ -98,7 +98,7 @@ def _report(args: argparse.Namespace) -> Report:
 
     if args.quick and args.min_ratio is not None:
         raise ConfigError("--min-ratio needs the overhead, which --quick leaves out")
-    plan = Plan(
+    job = VerifyJob(
         model=args.model,
         packs=tuple(load_pack(resolve_pack(pack)) for pack in args.packs),
         texts=tuple(dict.fromkeys(line for lines in DEFAULTS.values() for line in lines)),
@@ -112,14 +112,14 @@ def _report(args: argparse.Namespace) -> Report:
     from vllm_steer.verify.oracle import scoring_process
 
     # No bar where nobody watches.
-    with tqdm(total=plan.steps, unit="step", leave=False, disable=None) as bar:
+    with tqdm(total=job.steps, unit="step", leave=False, disable=None) as bar:
 
         def step(name: str) -> None:
             bar.set_description_str(name, refresh=False)
             bar.update()
             bar.refresh()
 
-        return verify(plan, scoring_process, step)
+        return verify(job, scoring_process, step)
 
 
 def _engine(args: argparse.Namespace) -> dict[str, Any]:

@@ -2,12 +2,10 @@
 
 The factors f are each token's own, by the schedules of a request.
 It acts on the true residual stream, which a block returns in two parts where vLLM fuses the addition
-with the next norm. A self-test at start (``residual_test``) proves that the parts are read right.
+with the next norm. A self-test at start (``residual_selftest``) proves that the parts are read right.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +13,9 @@ from torch import nn
 from vllm_steer.engine.bank import SteeringBank
 from vllm_steer.engine.row_values import BIAS, MOST, THRESHOLD, TURN
 from vllm_steer.plan.capacity import PLANE_RANK
+
+# What a block returns: hidden states, alone or with the residual or None beside them.
+BlockOutput = torch.Tensor | tuple[torch.Tensor, *tuple[torch.Tensor | None, ...]]
 
 LEFT_BUFFER = "_steering_left"
 READERS_BUFFER = "_steering_readers"
@@ -52,14 +53,13 @@ def register(block: nn.Module, bank: SteeringBank, layer: int) -> None:
     block.register_buffer(FACTORS_BUFFER, bank.factors, persistent=False)
 
 
-def residual_of(block: nn.Module, output: Any) -> torch.Tensor | None:
+def residual_of(block: nn.Module, output: BlockOutput) -> torch.Tensor | None:
     """The part of the residual stream that a block returns beside its hidden states."""
     if not isinstance(output, tuple) or len(output) != 2 or output[1] is None:
         return None
     if type(block).__name__ in UNREAD_RESIDUALS:
         return None
-    residual: torch.Tensor = output[1]
-    return residual
+    return output[1]
 
 
 def factors_of(block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

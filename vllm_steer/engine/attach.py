@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import set_current_vllm_config
@@ -11,16 +11,22 @@ from vllm.config import set_current_vllm_config
 from vllm_steer import log
 from vllm_steer.config import ResolvedConfig, resolved_config
 from vllm_steer.engine import runner_v1, runner_v2
-from vllm_steer.engine.pack_updates import install_in_worker
 from vllm_steer.engine.residual_selftest import check_residuals
 from vllm_steer.engine.selftest import run_self_test
-from vllm_steer.engine.worker import WorkerSteering
+from vllm_steer.engine.worker import RunnerFacts, WorkerSteering
+from vllm_steer.vllm_compat import patched_symbols as symbols
 from vllm_steer.vllm_compat import patches
-from vllm_steer.vllm_compat.model_shape import model_shape
-from vllm_steer.vllm_compat.rpc import FACTS, TIMES
+from vllm_steer.vllm_compat.model_shape import model_shape, resolved_dtype
+from vllm_steer.vllm_compat.patches import override
+from vllm_steer.vllm_compat.rpc import FACTS, TIMES, WorkerFacts
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as V2Runner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as V1Runner
+    from vllm.v1.worker.gpu_worker import Worker
 
 
-def attach_to_worker(worker: Any) -> None:
+def attach_to_worker(worker: Worker) -> None:
     """Wraps the loading and warming up of one worker; nothing changes when steering is off.
 
     Args:
@@ -31,20 +37,19 @@ def attach_to_worker(worker: Any) -> None:
         return
     runner = worker.model_runner
     adapter = runner_v2 if worker.use_v2_model_runner else runner_v1
-    patches.check_methods(runner, patches.V2_RUNNER if adapter is runner_v2 else patches.V1_RUNNER)
-    patches.check_methods(worker, patches.WORKER)
+    patches.check_methods(runner, symbols.V2_RUNNER if adapter is runner_v2 else symbols.V1_RUNNER)
+    patches.check_methods(worker, symbols.WORKER)
     load_model, warm_up = runner.load_model, worker.compile_or_warm_up_model
     steering: WorkerSteering | None = None
     self_tested = False
 
-    def _load_model(*args: Any, **kwargs: Any) -> Any:
+    def _load_model(*args: Any, **kwargs: Any) -> None:
         nonlocal steering
-        result = load_model(*args, **kwargs)
+        load_model(*args, **kwargs)
         steering = _steer(runner, worker, config)
         adapter.attach(runner, steering)
-        return result
 
-    def _compile_or_warm_up_model(*args: Any, **kwargs: Any) -> Any:
+    def _compile_or_warm_up_model(*args: Any, **kwargs: Any) -> object:
         nonlocal self_tested
         if steering is None:
             raise RuntimeError("the model was warmed up before it was loaded")
@@ -64,30 +69,28 @@ def attach_to_worker(worker: Any) -> None:
         log.SELF_TEST_PASSED.write(layers=list(steering.layers))
         return result
 
-    install_in_worker(worker, config)
+    def _times() -> tuple[int, float, int]:
+        return steering.take_times() if steering is not None else (0, 0.0, 0)
 
-    def _times() -> tuple[int, float]:
-        return steering.take_times() if steering is not None else (0, 0.0)
-
-    def _facts() -> dict[str, Any]:
+    def _facts() -> WorkerFacts:
         layers = list(steering.layers) if steering is not None else []
         return {"layers": layers, "self_tested": self_tested}
 
-    setattr(worker, TIMES, _times)
-    setattr(worker, FACTS, _facts)
-    runner.load_model = _load_model
-    worker.compile_or_warm_up_model = _compile_or_warm_up_model
+    override(runner, load_model=_load_model)
+    override(worker, compile_or_warm_up_model=_compile_or_warm_up_model)
+    override(worker, **{TIMES: _times, FACTS: _facts})
 
 
-def _steer(runner: Any, worker: Any, config: ResolvedConfig) -> WorkerSteering:
+def _steer(runner: V1Runner | V2Runner, worker: Worker, config: ResolvedConfig) -> WorkerSteering:
+    if worker.device is None:
+        raise RuntimeError("the model was loaded before its device was initialised")
     shape = model_shape(runner.model_config)
-    return WorkerSteering(
-        config,
-        runner.get_model(),
+    facts = RunnerFacts(
         num_layers=shape["num_layers"],
         hidden_size=shape["hidden_size"],
         max_num_tokens=runner.max_num_tokens,
-        dtype=runner.model_config.dtype,
+        dtype=resolved_dtype(runner.model_config),
         device=worker.device,
         speculative=worker.vllm_config.speculative_config is not None,
     )
+    return WorkerSteering(config, runner.get_model(), facts)

@@ -7,8 +7,7 @@ and unsteered tokens read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -17,6 +16,25 @@ from vllm_steer.engine.finite import limit_of
 from vllm_steer.engine.row_values import RowValues
 from vllm_steer.engine.token_rows import TokenRows
 from vllm_steer.request.schedule import factors
+
+
+@dataclass(frozen=True)
+class BankShape:
+    """Sizes of a bank.
+
+    Attributes:
+        layers: Hooked layers.
+        num_rows: Rows, the zero row among them.
+        hidden_size: Width of the residual stream.
+        max_num_tokens: Most tokens of a step.
+        rank: Components of the affine form; 0 where rows are only added.
+    """
+
+    layers: tuple[int, ...]
+    num_rows: int
+    hidden_size: int
+    max_num_tokens: int
+    rank: int = 0
 
 
 class SteeringBank:
@@ -37,28 +55,17 @@ class SteeringBank:
         hidden_size: Width of the residual stream.
     """
 
-    def __init__(
-        self,
-        layers: Sequence[int],
-        num_rows: int,
-        hidden_size: int,
-        max_num_tokens: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        rank: int = 0,
-    ) -> None:
+    def __init__(self, shape: BankShape, dtype: torch.dtype, device: torch.device) -> None:
         """Allocates the bank.
 
         Args:
-            layers: Hooked layers.
-            num_rows: Rows, the zero row among them.
-            hidden_size: Width of the residual stream.
-            max_num_tokens: Most tokens that a step can hold.
+            shape: Its sizes.
             dtype: Model dtype.
             device: Device of the model.
-            rank: Components of the affine form; 0 where rows are only added.
         """
-        self.layers = tuple(layers)
+        num_rows, max_num_tokens = shape.num_rows, shape.max_num_tokens
+        rank, hidden_size = shape.rank, shape.hidden_size
+        self.layers = shape.layers
         self.index = {layer: position for position, layer in enumerate(self.layers)}
 
         def make(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -90,22 +97,25 @@ class SteeringBank:
         names = [field.name for field in fields(RowValues)]
         return {name: tensor for name in names if (tensor := getattr(self, name)).numel()}
 
-    def write_row(self, row: int, values: RowValues) -> None:
+    def write_row(self, row: int, values: RowValues) -> bool:
         """Replaces the values of a row at every layer, without waiting for the device.
 
         Args:
             row: Row to write, at least 1.
             values: Its values, of the bank's rank.
+
+        Returns:
+            Whether they were cut to what a stream of the model's dtype can take.
         """
         if not 0 < row < self.vectors.shape[1]:
             raise IndexError(f"row {row} is not one of 1 to {self.vectors.shape[1] - 1}")
         # What is carried out stays finite, whatever was asked for.
-        if self.rank:
-            limit = limit_of(self.vectors.dtype, len(self.layers))
-            values = values.within(limit / self.rank)
+        dtype = self.vectors.dtype
+        values, cut = values.within(limit_of(dtype, len(self.layers)))
         for name, tensor in self._tensors.items():
             value = torch.from_numpy(getattr(values, name)).to(tensor.dtype)
             tensor[:, row].copy_(self._upload(value))
+        return cut
 
     def apply(self, step: TokenRows, positions: torch.Tensor) -> None:
         """Gives each token of a step its row and factor; rows that are new must be written before.

@@ -9,12 +9,13 @@ into the block and fuses it with the norm that follows; no graph break and no op
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch import nn
 
 from vllm_steer.engine import affine, finite
+from vllm_steer.engine.affine import BlockOutput
 from vllm_steer.engine.bank import SteeringBank
 from vllm_steer.engine.readers import ReaderBank, has_readers, write_scores
 from vllm_steer.errors import CompatibilityError
@@ -96,7 +97,7 @@ def hook_finite(blocks: Iterable[nn.Module]) -> None:
         block.register_forward_hook(_keep_finite)
 
 
-def _add_steering(block: nn.Module, args: Any, output: Any) -> Any:
+def _add_steering(block: nn.Module, args: object, output: BlockOutput) -> BlockOutput:
     """Adds to the hidden states that a block returns, alone or with the residual beside them.
 
     The next norm reads hidden + residual, so the sum is steered either way; several architectures
@@ -113,7 +114,7 @@ def _add_steering(block: nn.Module, args: Any, output: Any) -> Any:
     return (steered, *output[1:]) if isinstance(output, tuple) else steered
 
 
-def _steer_affinely(block: nn.Module, args: Any, output: Any) -> Any:
+def _steer_affinely(block: nn.Module, args: object, output: BlockOutput) -> BlockOutput:
     """Applies the affine form of each token's row to the residual stream; hidden takes the change."""
     vectors = getattr(block, VECTORS_BUFFER)
     hidden = _hidden(block, output, vectors.shape[-1])
@@ -129,18 +130,18 @@ def _steer_affinely(block: nn.Module, args: Any, output: Any) -> Any:
     return (steered, *output[1:]) if isinstance(output, tuple) else steered
 
 
-def _stream(block: nn.Module, output: Any, hidden: torch.Tensor) -> torch.Tensor:
+def _stream(block: nn.Module, output: BlockOutput, hidden: torch.Tensor) -> torch.Tensor:
     """The residual stream after a block, in float32."""
     residual = affine.residual_of(block, output)
     return hidden.float() if residual is None else hidden.float() + residual.float()
 
 
-def _keep_finite(block: nn.Module, args: Any, output: Any) -> Any:
+def _keep_finite(block: nn.Module, args: object, output: BlockOutput) -> BlockOutput:
     """Makes the stream that a block returns finite: :func:`vllm_steer.engine.finite.keep_finite`."""
     return finite.keep_finite(output, affine.residual_of(block, output))
 
 
-def _hidden(block: nn.Module, output: Any, width: int) -> torch.Tensor:
+def _hidden(block: nn.Module, output: BlockOutput, width: int) -> torch.Tensor:
     """The hidden states that a block returns, ``[num_tokens, width]``, perhaps with a batch of one."""
     hidden = output[0] if isinstance(output, tuple) and len(output) <= 2 else output
     if not _is_one_stream(hidden, width):
@@ -148,11 +149,10 @@ def _hidden(block: nn.Module, output: Any, width: int) -> torch.Tensor:
             f"{type(block).__name__} does not return one vector of width {width} for each token, alone "
             f"or with a residual beside it; this model cannot be steered"
         )
-    found: torch.Tensor = hidden
-    return found
+    return hidden
 
 
-def _is_one_stream(hidden: Any, width: int) -> bool:
+def _is_one_stream(hidden: object, width: int) -> TypeGuard[torch.Tensor]:
     """Whether hidden states are ``[num_tokens, width]`` or, with a batch of one, ``[1, num_tokens, width]``.
 
     Several streams per token, ``[num_tokens, streams, width]``, would take the rows of other tokens.

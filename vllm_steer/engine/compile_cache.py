@@ -9,18 +9,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vllm_steer.config import CONFIG_KEY, GRAPH_FIELDS, READ_FIELDS
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 
 def hash_graph_alone(original: Callable[..., str]) -> Callable[..., str]:
     """Wraps ``VllmConfig.compute_hash`` to hash ``GRAPH_FIELDS`` of the steering configuration alone."""
 
-    def compute_hash(self: Any, *args: Any, **kwargs: Any) -> str:
+    def compute_hash(self: VllmConfig, *args: object, **kwargs: object) -> str:
         given = self.additional_config
-        steering = given.get(CONFIG_KEY) if isinstance(given, Mapping) else None
-        if not isinstance(steering, Mapping) or not steering.keys() >= set(GRAPH_FIELDS):
+        steering = given.get(CONFIG_KEY) if isinstance(given, dict) else None
+        if (
+            not isinstance(given, dict)
+            or not isinstance(steering, Mapping)
+            or not steering.keys() >= set(GRAPH_FIELDS)
+        ):
             # Off, or not resolved yet: all of it is hashed.
             return original(self, *args, **kwargs)
         fields = GRAPH_FIELDS + (READ_FIELDS if steering.get("reads") else ())

@@ -8,16 +8,19 @@ within the limits is not touched, bit for bit.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from vllm_steer.plan.bounds import farthest
 from vllm_steer.vllm_compat.model_shape import dtype_name
 
+if TYPE_CHECKING:
+    from vllm_steer.engine.affine import BlockOutput
+
 
 def limit_of(dtype: torch.dtype, layers: int) -> float:
-    """Returns the length that the components of a row may move the stream by at one layer.
+    """Returns the length that the vector of a row, and its components together, may move the stream by at one layer.
 
     Args:
         dtype: The model's dtype.
@@ -31,7 +34,7 @@ def overflows(dtype: torch.dtype) -> bool:
     return dtype == torch.float16
 
 
-def keep_finite(output: Any, residual: torch.Tensor | None) -> Any:
+def keep_finite(output: BlockOutput, residual: torch.Tensor | None) -> BlockOutput:
     """Returns what a block returns, with zeros where its stream is not finite in float16.
 
     Args:
@@ -46,4 +49,5 @@ def keep_finite(output: Any, residual: torch.Tensor | None) -> Any:
         return kept
     if residual is None:
         return (kept, *output[1:])
-    return (kept, torch.where(fits, residual, 0.0), *output[2:])
+    # What is beside hidden states is the residual only where there is nothing else.
+    return (kept, torch.where(fits, residual, 0.0))

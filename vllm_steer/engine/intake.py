@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from vllm_steer.config import ResolvedConfig, resolved_config
-from vllm_steer.engine.holds import HOLDS
+from vllm_steer.engine.content_pins import PINS
 from vllm_steer.engine.token_rows import NO_END
 from vllm_steer.errors import ConfigError, RequestError
 from vllm_steer.packs.store import PackStore, configured_store
@@ -21,20 +21,27 @@ from vllm_steer.plan.message import plan_of
 from vllm_steer.plan.reads import Read, check_reads
 from vllm_steer.plan.steering_plan import MAX_SEGMENTS, SteeringPlan, Term
 from vllm_steer.request.stop_tokens import MAX_TRIGGERS, StopTokens
+from vllm_steer.vllm_compat.attached import Attached
 from vllm_steer.vllm_compat.model_shape import dtype_name
 
-_CONFIG = "_vllm_steer_config"
-_STORE = "_vllm_steer_store"
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.core import EngineCore
+
+R = TypeVar("R")
+_CONFIG = Attached[ResolvedConfig | None]("config")
+_STORE = Attached[PackStore]("store")
 
 
-def read_packs(original: Callable[..., Any]) -> Callable[..., Any]:
+def read_packs(original: Callable[..., R]) -> Callable[..., R]:
     """Wraps ``EngineCore._initialize_kv_caches`` to read the packs at the start.
 
     The core may be a process of its own, and a pack on disk may be another one when the first
     request comes.
     """
 
-    def _initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
+    def _initialize_kv_caches(self: EngineCore, vllm_config: VllmConfig) -> R:
         if resolved_config(vllm_config.additional_config) is not None:
             core_store(self)
         return original(self, vllm_config)
@@ -42,51 +49,47 @@ def read_packs(original: Callable[..., Any]) -> Callable[..., Any]:
     return _initialize_kv_caches
 
 
-def check_intake(original: Callable[..., Any]) -> Callable[..., Any]:
+def check_intake(original: Callable[..., R]) -> Callable[..., R]:
     """Wraps ``EngineCore.preprocess_add_request``, whose errors fail the one request."""
 
-    def preprocess_add_request(self: Any, request: Any) -> Any:
+    def preprocess_add_request(self: EngineCore, request: EngineCoreRequest) -> R:
         plan = plan_of(request.sampling_params)
         if plan is None:
             return original(self, request)
         config = core_config(self)
         if config is None:
             raise RequestError("a steered request reached an engine without steering")
-        # Held before it is looked for, so that it cannot go in between.
-        HOLDS.hold(request.request_id, plan.digests)
+        # Pinned before it is looked for, so that it cannot go in between.
+        PINS.pin(request.request_id, plan.digests)
         try:
             dtype = dtype_name(self.vllm_config.model_config.dtype)
             check_plan(plan, config, core_store(self), dtype)
             return original(self, request)
         except BaseException:
-            HOLDS.release(request.request_id)
+            PINS.unpin(request.request_id)
             raise
 
     return preprocess_add_request
 
 
-def core_config(engine: Any) -> ResolvedConfig | None:
-    """The steering configuration of an ``EngineCore``, read once; None when steering is off."""
-    if not hasattr(engine, _CONFIG):
-        setattr(engine, _CONFIG, resolved_config(engine.vllm_config.additional_config))
-    config: ResolvedConfig | None = getattr(engine, _CONFIG)
-    return config
+def core_config(engine: EngineCore) -> ResolvedConfig | None:
+    """Returns the steering configuration of an engine core, read once; None when steering is off."""
+    return _CONFIG.get_or_make(
+        engine, lambda: resolved_config(engine.vllm_config.additional_config)
+    )
 
 
-def core_store(engine: Any) -> PackStore:
-    """The packs of an ``EngineCore`` with steering, which keeps them for as long as it lives.
+def core_store(engine: EngineCore) -> PackStore:
+    """Returns the packs of an engine core with steering, which keeps them as long as it runs.
 
     Raises:
         ConfigError: It was started without.
         PackError: The packs on disk are not those that it was configured with.
     """
-    if not hasattr(engine, _STORE):
-        config = core_config(engine)
-        if config is None:
-            raise ConfigError("this engine was started without steering")
-        setattr(engine, _STORE, configured_store(config))
-    store: PackStore = getattr(engine, _STORE)
-    return store
+    config = core_config(engine)
+    if config is None:
+        raise ConfigError("this engine was started without steering")
+    return _STORE.get_or_make(engine, lambda: configured_store(config))
 
 
 def check_plan(plan: SteeringPlan, config: ResolvedConfig, store: PackStore, dtype: str) -> None:
@@ -101,9 +104,9 @@ def check_plan(plan: SteeringPlan, config: ResolvedConfig, store: PackStore, dty
     Raises:
         RequestError: They cannot.
     """
-    if len({segment.until for segment in plan.segments}) > 1:
+    if len({segment.stop for segment in plan.segments}) > 1:
         raise RequestError("the steering plan's segments have different triggers")
-    _check_until(plan.until)
+    _check_stop(plan.stop)
     if len(plan.segments) > MAX_SEGMENTS:
         raise RequestError(f"the steering plan has more than {MAX_SEGMENTS} ranges")
     position = 0
@@ -128,7 +131,7 @@ def check_plan(plan: SteeringPlan, config: ResolvedConfig, store: PackStore, dty
                     )
     for read in plan.reads:
         _check_read(read, store)
-    for stop in plan.stops:
+    for stop in plan.rules:
         if not 0 <= stop.read < len(plan.reads) or stop.tokens < 1 or not math.isfinite(stop.above):
             raise RequestError(
                 "a rule of the steering plan by which a read ends the answer is none"
@@ -163,13 +166,13 @@ def _check_numbers(term: Term) -> None:
         raise RequestError("a number of the steering plan is not finite")
 
 
-def _check_until(until: StopTokens | None) -> None:
-    """Raises RequestError where a worker could not hold the triggers."""
-    if until is None:
+def _check_stop(stop: StopTokens | None) -> None:
+    """Raises RequestError where a worker could not take the triggers."""
+    if stop is None:
         return
-    numbers = (until.origin, *until.tokens)
+    numbers = (stop.origin, *stop.tokens)
     fit = all(isinstance(number, int) and 0 <= number < 2**31 for number in numbers)
-    if not fit or not 1 <= len(until.tokens) <= MAX_TRIGGERS:
+    if not fit or not 1 <= len(stop.tokens) <= MAX_TRIGGERS:
         raise RequestError(
             f"the steering plan's triggers must be 1 to {MAX_TRIGGERS} token ids and a position"
         )

@@ -1,77 +1,88 @@
-"""Loads and forgets packs in the processes of a running engine, on word from the front end.
+"""Loads and forgets packs in the processes of a running engine, when the front end asks.
 
-vLLM's engine core runs a method that the front end names, between two steps, and so does a worker
-that the core calls. A message from one front end is handled in the order of its requests, so a pack
-is there before the first request that needs it, and goes after the last. What takes long, the reading,
-is done beside the steps (``staging.py``).
+vLLM's engine core runs a method that the front end names, between two steps, and every worker a function that
+the core hands it, through vLLM's ``collective_rpc``. A message from one front end is handled in the order of its
+requests, so a pack is there before the first request that needs it, and goes after the last. What takes long, the
+reading, is done beside the steps (``staging.py``).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-from vllm_steer.config import ResolvedConfig
-from vllm_steer.engine.holds import HOLDS
+from vllm_steer.config import resolved_config
+from vllm_steer.engine.content_pins import PINS
 from vllm_steer.engine.intake import core_store
 from vllm_steer.engine.staging import drop_staged, stage, staged_pack
+from vllm_steer.errors import ConfigError
 from vllm_steer.packs.store import PackStore, configured_store
+from vllm_steer.vllm_compat.attached import Attached
 from vllm_steer.vllm_compat.rpc import FORGET, LOAD, STAGE
 
-_LET_GO = "_vllm_steer_let_go"
+if TYPE_CHECKING:
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+# Digests that the front end no longer needs and a request of the engine still did.
+_LET_GO = Attached[set[str]]("let_go")
 
 
-def install(engine_core: type) -> None:
-    """Gives ``EngineCore`` the three methods."""
-    setattr(engine_core, STAGE, _core_stage)
-    setattr(engine_core, LOAD, _core_load)
-    setattr(engine_core, FORGET, _core_forget)
+def install() -> None:
+    """Gives ``EngineCore`` the three methods, which the front end calls by name."""
+    from vllm.v1.engine.core import EngineCore
+
+    setattr(EngineCore, STAGE, _core_stage)
+    setattr(EngineCore, LOAD, _core_load)
+    setattr(EngineCore, FORGET, _core_forget)
 
 
-def install_in_worker(worker: Any, config: ResolvedConfig) -> None:
-    """Gives one worker the three methods."""
-
-    def load(path: str, sha256: str) -> None:
-        configured_store(config).add(staged_pack(path, sha256))
-        drop_staged()
-
-    def forget(digests: list[str], names: list[str]) -> None:
-        _forget(configured_store(config), set(digests), names)
-
-    setattr(worker, STAGE, stage)
-    setattr(worker, LOAD, load)
-    setattr(worker, FORGET, forget)
-
-
-def _core_stage(self: Any, path: str, sha256: str) -> bool:
+def _core_stage(self: EngineCore, path: str, sha256: str) -> bool:
     here = stage(path, sha256)
-    return all(self.model_executor.collective_rpc(STAGE, args=(path, sha256))) and here
+    return all(self.model_executor.collective_rpc(stage_in_worker, args=(path, sha256))) and here
 
 
-def _core_load(self: Any, path: str, sha256: str) -> None:
+def _core_load(self: EngineCore, path: str, sha256: str) -> None:
     pack = staged_pack(path, sha256)
-    self.model_executor.collective_rpc(LOAD, args=(path, sha256))
+    self.model_executor.collective_rpc(load_in_worker, args=(path, sha256))
     # Last, so that what a worker refuses is not kept here.
     core_store(self).add(pack)
-    _let_go(self).difference_update(pack.digests.values())
+    _LET_GO.get_or_make(self, set).difference_update(pack.digests.values())
     drop_staged()
 
 
-def _core_forget(self: Any, digests: list[str], names: list[str]) -> None:
+def _core_forget(self: EngineCore, digests: list[str], names: list[str]) -> None:
     """Content that a request here still needs is forgotten by a later call.
 
     Of several engines behind one front end each has requests of its own.
     """
-    store, let_go = core_store(self), _let_go(self)
+    store, let_go = core_store(self), _LET_GO.get_or_make(self, set)
     let_go.update(digests)
-    dropped = HOLDS.drop_unheld(let_go, lambda unheld: _forget(store, unheld, names))
+    dropped = PINS.drop_unpinned(let_go, lambda unpinned: _forget(store, unpinned, names))
     let_go -= dropped
-    self.model_executor.collective_rpc(FORGET, args=(sorted(dropped), names))
+    self.model_executor.collective_rpc(forget_in_worker, args=(sorted(dropped), names))
 
 
-def _let_go(engine: Any) -> set[str]:
-    """What the front end has let go of and a request of the engine still needed then."""
-    found: set[str] = engine.__dict__.setdefault(_LET_GO, set())
-    return found
+def stage_in_worker(worker: WorkerWrapperBase, path: str, sha256: str) -> bool:
+    """Begins to read a pack in a worker, and returns whether that is done."""
+    return stage(path, sha256)
+
+
+def load_in_worker(worker: WorkerWrapperBase, path: str, sha256: str) -> None:
+    """Lets a worker serve a pack."""
+    _worker_store(worker).add(staged_pack(path, sha256))
+    drop_staged()
+
+
+def forget_in_worker(worker: WorkerWrapperBase, digests: list[str], names: list[str]) -> None:
+    """Drops content, and the names of packs, in a worker."""
+    _forget(_worker_store(worker), set(digests), names)
+
+
+def _worker_store(worker: WorkerWrapperBase) -> PackStore:
+    config = resolved_config(worker.vllm_config.additional_config)
+    if config is None:
+        raise ConfigError("this worker was started without steering")
+    return configured_store(config)
 
 
 def _forget(store: PackStore, digests: set[str], names: list[str]) -> None:

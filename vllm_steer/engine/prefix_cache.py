@@ -9,13 +9,28 @@ it, and blocks before the first steered position stay shared with unsteered requ
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from vllm_steer.plan.message import plan_of
 from vllm_steer.request.stop_tokens import StopTokens
+from vllm_steer.vllm_compat.attached import Attached
 
-_SEEN = "_vllm_steer_seen"
-ExtraKeys = Callable[[Any, int, int], list[tuple[str, Any]]]
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+    # Name of what a key is of, and the value that is hashed; vLLM's own are bytes, others text.
+    ExtraKey = tuple[str, bytes | str]
+    ExtraKeys = Callable[[Request, int, int], list[ExtraKey]]
+
+
+class _Searched(NamedTuple):
+    """How far a request's tokens were searched for a trigger, and the position of the first, if any."""
+
+    end: int
+    found: int | None
+
+
+_SEARCHED = Attached[_Searched]("searched")
 
 
 def steered_extra_keys(original: ExtraKeys) -> ExtraKeys:
@@ -28,15 +43,15 @@ def steered_extra_keys(original: ExtraKeys) -> ExtraKeys:
         The function to put in its place.
     """
 
-    def extra_keys(request: Any, start: int, end: int) -> list[tuple[str, Any]]:
+    def extra_keys(request: Request, start: int, end: int) -> list[ExtraKey]:
         keys = original(request, start, end)
         plan = plan_of(request.sampling_params)
         for segment in plan.segments if plan is not None else ():
             first = max(segment.start, start)
             last = end if segment.end is None else min(segment.end, end)
-            if segment.until is not None:
-                stop = _first_trigger(request, segment.until, end)
-                last = last if stop is None else min(last, stop + 1)
+            if segment.stop is not None:
+                trigger = _first_trigger(request, segment.stop, end)
+                last = last if trigger is None else min(last, trigger + 1)
             if first < last:
                 # vLLM publishes key[1] of each tuple in its cache events, so it stays a string.
                 keys = [*keys, ("steering", f"{segment.key}:{first - start}:{last - start}")]
@@ -45,14 +60,14 @@ def steered_extra_keys(original: ExtraKeys) -> ExtraKeys:
     return extra_keys
 
 
-def _first_trigger(request: Any, until: StopTokens, end: int) -> int | None:
+def _first_trigger(request: Request, stop: StopTokens, end: int) -> int | None:
     """Position of the first trigger among a request's tokens before ``end``.
 
     It is asked for block after block of a request whose tokens grow at the end alone, so each is looked at once.
     """
-    seen, found = getattr(request, _SEEN, (until.origin, None))
+    seen, found = _SEARCHED.get(request) or _Searched(stop.origin, None)
     if found is None and seen < end:
         tokens = request.all_token_ids
-        found = next((at for at in range(seen, end) if tokens[at] in until.tokens), None)
-        setattr(request, _SEEN, (end, found))
+        found = next((at for at in range(seen, end) if tokens[at] in stop.tokens), None)
+        _SEARCHED.set(request, _Searched(end, found))
     return found if found is not None and found < end else None

@@ -18,9 +18,10 @@ from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from vllm_steer.engine.readers import ReaderBank
 from vllm_steer.engine.row_allocator import RowAllocator
-from vllm_steer.engine.unsent_scores import SCORES, StepScores
+from vllm_steer.engine.unsent_scores import STEP_SCORES, StepScores
 from vllm_steer.packs.registry import LoadedDirection
 from vllm_steer.plan.reads import Read, probes_of
+from vllm_steer.vllm_compat.patches import override
 
 # Used before the first request only, while no row is given away.
 PROBE_ROW = 1
@@ -67,7 +68,7 @@ class Reading:
         if not reads:
             return
         self._reads[request_id] = reads
-        self._allocator.hold(self._keys(request_id))
+        self._allocator.acquire(self._keys(request_id))
         self._columns = None
 
     def remove(self, request_id: str) -> None:
@@ -220,15 +221,15 @@ def carry_scores(runner: Any, reading: Reading) -> None:
 
             def _get_output() -> Any:
                 found = get_output()
-                setattr(found, SCORES, finish())
+                STEP_SCORES.set(found, finish())
                 return found
 
-            output.get_output = _get_output
+            override(output, get_output=_get_output)
         else:
-            setattr(output, SCORES, finish())
+            STEP_SCORES.set(output, finish())
         return output
 
-    runner.sample_tokens = _sample_tokens
+    override(runner, sample_tokens=_sample_tokens)
 
 
 def _scores_of(

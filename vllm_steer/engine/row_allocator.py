@@ -28,7 +28,7 @@ class RowAllocator:
         self._idle: dict[str, None] = {}
         self._free = list(range(num_rows - 1, ZERO_ROW, -1))
 
-    def hold(self, keys: Iterable[str]) -> None:
+    def acquire(self, keys: Iterable[str]) -> None:
         """Counts a request that may need the rows of ``keys``."""
         for key in keys:
             self._users[key] += 1
@@ -49,11 +49,11 @@ class RowAllocator:
         """Gives every key a row.
 
         Args:
-            keys: The keys; each is held.
+            keys: The keys; each is in use.
             needed: Returns all keys that the step needs, which keep their rows.
 
         Returns:
-            Rows that must be filled with their key, and the held keys that lost their row.
+            Rows that must be filled with their key, and the keys in use that lost their row.
 
         Raises:
             RuntimeError: The step needs more combinations than there are rows.
@@ -67,7 +67,7 @@ class RowAllocator:
             else:
                 victim = next(iter(self._idle), None)
                 if victim is None:
-                    victim = next((held for held in self._rows if held not in needed()), None)
+                    victim = next((used for used in self._rows if used not in needed()), None)
                     if victim is None:
                         raise RuntimeError(
                             f"{len(needed())} distinct steerings meet in one step, the bank has {len(self._rows)} "

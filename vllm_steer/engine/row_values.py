@@ -19,12 +19,16 @@ import numpy as np
 from vllm_steer.operations import PLANE_OPS
 from vllm_steer.packs.registry import LoadedDirection
 from vllm_steer.plan.capacity import PLANE_RANK
+from vllm_steer.plan.dose import MAX_RELATIVE_SCALE
 from vllm_steer.plan.row_layout import layout_of, planes_first
 from vllm_steer.plan.steering_plan import Segment, Term
 
 BIAS, TURN, THRESHOLD, MOST = range(4)
 # Below the zero that an absent probe reads, so that it always fires.
 ALWAYS = -1.0
+# What a reader of a request that was admitted cannot reach: what it reads can be squared in float32, however long the
+# stream is that the bounds allow.
+LONGEST_READER = 2.0 * MAX_RELATIVE_SCALE
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,17 +66,54 @@ class RowValues:
             make(),
         )
 
-    def within(self, limit: float) -> RowValues:
-        """Returns values whose components move a stream by no more than a length each.
+    def within(self, limit: float) -> tuple[RowValues, bool]:
+        """Returns values that are finite and move a stream by no more than two lengths, and whether that cut them.
 
         Args:
-            limit: The length.
+            limit: The length that the vector may have, and all components together may add.
+
+        Returns:
+            The values, and whether any of them was changed. What a component may add at most is a limit that the
+            graph keeps and no change.
         """
-        lengths = np.linalg.norm(self.left.astype(np.float64), axis=-1)
-        numbers = self.numbers.copy()
-        most = limit / np.maximum(lengths, np.finfo(np.float32).tiny)
-        numbers[:, MOST] = np.minimum(numbers[:, MOST], most)
-        return replace(self, numbers=numbers)
+        rank = self.left.shape[1]
+        # In float32, where too large a number is infinite, which the comparison finds as well.
+        fit = bool((_squares(self.vectors) <= limit**2).all())
+        if rank:
+            fit &= bool((_squares(self.readers) <= LONGEST_READER**2).all())
+            fit &= bool(np.isfinite(self.left).all() and np.isfinite(self.numbers).all())
+        found = self if fit else self._cut(limit)
+        if rank:
+            lengths = np.linalg.norm(found.left.astype(np.float64), axis=-1)
+            numbers = found.numbers.copy()
+            most = limit / rank / np.maximum(lengths, np.finfo(np.float32).tiny)
+            numbers[:, MOST] = np.minimum(numbers[:, MOST], most)
+            found = replace(found, numbers=numbers)
+        return found, not fit
+
+    def _cut(self, limit: float) -> RowValues:
+        """The values with nothing infinite, and vectors and readers no longer than they may be."""
+        return replace(
+            self,
+            vectors=_no_longer(self.vectors, limit),
+            left=_no_longer(self.left, limit),
+            readers=_no_longer(self.readers, LONGEST_READER),
+            numbers=np.nan_to_num(self.numbers, nan=0.0),
+        )
+
+
+def _squares(vectors: np.ndarray) -> np.ndarray:
+    """Squared lengths of float32 vectors along the last axis."""
+    found: np.ndarray = np.einsum("...h,...h->...", vectors, vectors)
+    return found
+
+
+def _no_longer(vectors: np.ndarray, limit: float) -> np.ndarray:
+    """Float32 vectors that are finite, shortened to a length; what is no number becomes 0."""
+    exact = np.nan_to_num(vectors, nan=0.0).astype(np.float64)
+    lengths = np.linalg.norm(exact, axis=-1, keepdims=True)
+    shortened: np.ndarray = exact * (limit / np.maximum(lengths, limit))
+    return shortened.astype(np.float32)
 
 
 def row_values(

@@ -6,20 +6,28 @@ process runs vLLM's code untouched.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import CUDAGraphMode
 
 from vllm_steer.engine.reading import carry_scores
 from vllm_steer.engine.worker import WorkerSteering
+from vllm_steer.vllm_compat.patches import override
+
+if TYPE_CHECKING:
+    import numpy as np
+    from vllm.sequence import IntermediateTensors
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 
-def attach(runner: Any, steering: WorkerSteering) -> None:
+def attach(runner: GPUModelRunner, steering: WorkerSteering) -> None:
     """Feeds the steering from a V1 runner.
 
     Args:
-        runner: The loaded ``GPUModelRunner``.
+        runner: The runner, its model loaded.
         steering: The worker's steering.
     """
     update_states, prepare_inputs, dummy_run = (
@@ -28,7 +36,7 @@ def attach(runner: Any, steering: WorkerSteering) -> None:
         runner._dummy_run,
     )
 
-    def _update_states(scheduler_output: Any) -> Any:
+    def _update_states(scheduler_output: SchedulerOutput) -> Callable[..., object] | None:
         result = update_states(scheduler_output)
         for request_id in scheduler_output.finished_req_ids:
             steering.remove_request(request_id)
@@ -37,7 +45,9 @@ def attach(runner: Any, steering: WorkerSteering) -> None:
             steering.add_request(request.req_id, request.sampling_params)
         return result
 
-    def _prepare_inputs(scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
+    def _prepare_inputs(
+        scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray
+    ) -> tuple[object, ...]:
         result = prepare_inputs(scheduler_output, num_scheduled_tokens)
         # Read here, after _update_states: rows of the batch were reordered and condensed by it.
         batch = runner.input_batch
@@ -50,18 +60,23 @@ def attach(runner: Any, steering: WorkerSteering) -> None:
         )
         return result
 
-    def _dummy_run(*args: Any, **kwargs: Any) -> Any:
+    def _dummy_run(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         steering.prepare_dummy_step()
         return dummy_run(*args, **kwargs)
 
-    runner._update_states = _update_states
-    runner._prepare_inputs = _prepare_inputs
-    runner._dummy_run = _dummy_run
+    override(
+        runner,
+        _update_states=_update_states,
+        _prepare_inputs=_prepare_inputs,
+        _dummy_run=_dummy_run,
+    )
     if steering.reading is not None:
         carry_scores(runner, steering.reading)
 
 
-def dummy_hidden_states(runner: Any, num_tokens: int, *, graphs: bool = True) -> torch.Tensor:
+def dummy_hidden_states(
+    runner: GPUModelRunner, num_tokens: int, *, graphs: bool = True
+) -> torch.Tensor:
     """Final hidden states ``[num_tokens, hidden_size]`` of a dummy run, for the self-tests.
 
     Args:
@@ -69,13 +84,13 @@ def dummy_hidden_states(runner: Any, num_tokens: int, *, graphs: bool = True) ->
         num_tokens: Tokens of the run.
         graphs: Whether CUDA graphs may be replayed; none may before they are captured.
     """
-    mode = {} if graphs else {"cudagraph_runtime_mode": CUDAGraphMode.NONE}
+    mode = None if graphs else CUDAGraphMode.NONE
     # With attention: without its metadata a backend may leave the output uninitialised.
-    hidden = runner._dummy_run(num_tokens, force_attention=True, **mode)[0]
+    hidden = runner._dummy_run(num_tokens, cudagraph_runtime_mode=mode, force_attention=True)[0]
     return stage_output(hidden)
 
 
-def stage_output(hidden: Any) -> torch.Tensor:
+def stage_output(hidden: torch.Tensor | IntermediateTensors) -> torch.Tensor:
     """What a pipeline stage hands on, as one tensor ``[num_tokens, hidden_size]``.
 
     Args:

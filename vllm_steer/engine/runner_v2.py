@@ -6,20 +6,26 @@ process runs vLLM's code untouched.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vllm_steer.engine.reading import carry_scores
 from vllm_steer.engine.worker import WorkerSteering
-from vllm_steer.vllm_compat.patches import V2_MODEL_STATE, check_methods
+from vllm_steer.vllm_compat.patched_symbols import V2_MODEL_STATE
+from vllm_steer.vllm_compat.patches import check_methods, override
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import NewRequestData
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 
-def attach(runner: Any, steering: WorkerSteering) -> None:
+def attach(runner: GPUModelRunner, steering: WorkerSteering) -> None:
     """Feeds the steering from a V2 runner.
 
     Args:
-        runner: The loaded ``vllm.v1.worker.gpu.model_runner.GPUModelRunner``.
+        runner: The runner, its model loaded.
         steering: The worker's steering.
     """
     state = runner.model_state
@@ -30,16 +36,16 @@ def attach(runner: Any, steering: WorkerSteering) -> None:
     # preprocess_state runs for real batches only, prepare_inputs for real and dummy ones after it.
     real_batch = False
 
-    def _add_request(req_index: int, new_req_data: Any) -> Any:
+    def _add_request(req_index: int, new_req_data: NewRequestData) -> None:
         tokens = new_req_data.prefill_token_ids or ()
         steering.add_request(new_req_data.req_id, new_req_data.sampling_params, tokens)
-        return add_request(req_index, new_req_data)
+        add_request(req_index, new_req_data)
 
-    def _remove_request(req_id: str) -> Any:
+    def _remove_request(req_id: str) -> None:
         steering.remove_request(req_id)
-        return remove_request(req_id)
+        remove_request(req_id)
 
-    def _preprocess_state(input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+    def _preprocess_state(input_batch: InputBatch, *args: Any, **kwargs: Any) -> None:
         nonlocal real_batch
         real_batch = True
         steering.prepare_step(
@@ -49,29 +55,34 @@ def attach(runner: Any, steering: WorkerSteering) -> None:
             input_batch.positions,
             input_batch.input_ids,
         )
-        return preprocess_state(input_batch, *args, **kwargs)
+        preprocess_state(input_batch, *args, **kwargs)
 
-    def _prepare_inputs(*args: Any, **kwargs: Any) -> Any:
+    def _prepare_inputs(*args: Any, **kwargs: Any) -> dict[str, Any]:
         nonlocal real_batch
         if not real_batch:
             steering.prepare_dummy_step()
         real_batch = False
         return prepare_inputs(*args, **kwargs)
 
-    def _prepare_dummy_inputs(*args: Any, **kwargs: Any) -> Any:
+    def _prepare_dummy_inputs(*args: Any, **kwargs: Any) -> dict[str, Any]:
         steering.prepare_dummy_step()
         return prepare_dummy_inputs(*args, **kwargs)
 
-    state.add_request = _add_request
-    state.remove_request = _remove_request
-    state.preprocess_state = _preprocess_state
-    state.prepare_inputs = _prepare_inputs
-    state.prepare_dummy_inputs = _prepare_dummy_inputs
+    override(
+        state,
+        add_request=_add_request,
+        remove_request=_remove_request,
+        preprocess_state=_preprocess_state,
+        prepare_inputs=_prepare_inputs,
+        prepare_dummy_inputs=_prepare_dummy_inputs,
+    )
     if steering.reading is not None:
         carry_scores(runner, steering.reading)
 
 
-def dummy_hidden_states(runner: Any, num_tokens: int, *, graphs: bool = True) -> torch.Tensor:
+def dummy_hidden_states(
+    runner: GPUModelRunner, num_tokens: int, *, graphs: bool = True
+) -> torch.Tensor:
     """Final hidden states ``[num_tokens, hidden_size]`` of a dummy run, for the self-tests.
 
     Args:

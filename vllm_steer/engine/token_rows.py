@@ -107,7 +107,7 @@ class TokenRowMapper:
         self._slots[request_id] = slot
         self._plans[request_id] = plan
         self._segments[request_id] = {segment.row_key: segment for segment in plan.segments}
-        self._allocator.hold(self._segments[request_id])
+        self._allocator.acquire(self._segments[request_id])
         self._rowless.add(request_id)
         self._batch = []
 

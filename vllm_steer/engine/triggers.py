@@ -39,21 +39,21 @@ class TriggerWatch:
         self._origins = self._full((_NO_SLOT + 1,), 0)
         self._triggers = self._full((_NO_SLOT + 1, MAX_TRIGGERS), _NO_TOKEN)
 
-    def add(self, request_id: str, until: StopTokens, tokens: Sequence[int]) -> None:
+    def add(self, request_id: str, stop: StopTokens, tokens: Sequence[int]) -> None:
         """Watches a request.
 
         Args:
             request_id: Its id.
-            until: Its triggers.
+            stop: Its triggers.
             tokens: Its tokens so far, which may hold answers from before it was preempted.
         """
         if not self._free:
             self._resize(2 * len(self._triggers))
         slot = self._slots[request_id] = self._free.pop()
-        padded = [*until.tokens, *[_NO_TOKEN] * (MAX_TRIGGERS - len(until.tokens))]
+        padded = [*stop.tokens, *[_NO_TOKEN] * (MAX_TRIGGERS - len(stop.tokens))]
         self._triggers[slot] = torch.tensor(padded)
-        self._origins[slot] = until.origin
-        ended = stop_position(until, tokens)
+        self._origins[slot] = stop.origin
+        ended = stop_position(stop, tokens)
         self._ends[slot] = _NEVER if ended is None else ended
         self._seen[slot] = _NEVER
 

@@ -11,21 +11,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from vllm.v1.request import RequestStatus
 
 from vllm_steer.plan.message import plan_of
-from vllm_steer.plan.reads import Read, Stop, stop_reason
+from vllm_steer.plan.reads import Read, StopRule, stop_reason
 from vllm_steer.plan.scores import CARRIER, pack_scores
+from vllm_steer.vllm_compat.attached import Attached
 
-# Where a ``ModelRunnerOutput`` has the scores of its step.
-SCORES = "_vllm_steer_scores"
-# Where a request of the scheduler has those that were not sent.
-_UNSENT = "_vllm_steer_unsent"
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.request import Request
+
+    Outputs = dict[int, EngineCoreOutputs]
+
 # Each reading request's positions, int64 ``[tokens]``, and scores, float32 ``[reads, tokens]``.
 StepScores = dict[str, tuple[np.ndarray, np.ndarray]]
+# Of the step that a ``ModelRunnerOutput`` is of.
+STEP_SCORES = Attached[StepScores]("scores")
 
 
 @dataclass(eq=False)
@@ -34,7 +42,7 @@ class UnsentScores:
 
     Attributes:
         reads: What it reads.
-        stops: By which of them its answer ends.
+        rules: By which of them its answer ends.
         start: Positions before it were sent.
         chunks: Positions and scores of the steps since, in their order.
         looked: Positions before it were looked at by the rules.
@@ -42,7 +50,7 @@ class UnsentScores:
     """
 
     reads: tuple[Read, ...]
-    stops: tuple[Stop, ...] = ()
+    rules: tuple[StopRule, ...] = ()
     start: int = 0
     chunks: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     looked: int = 0
@@ -63,7 +71,7 @@ class UnsentScores:
         self.start, self.chunks = end, []
         return None if np.isnan(scores).all() else (start, scores)
 
-    def fired(self, end: int) -> Stop | None:
+    def fired(self, end: int) -> StopRule | None:
         """Looks at the scores of all positions before one that were not looked at.
 
         Args:
@@ -76,14 +84,14 @@ class UnsentScores:
         self.looked = max(self.looked, end)
         if not scores.size:
             return None
-        above = [scores[stop.read] > stop.above for stop in self.stops]
+        above = [scores[stop.read] > stop.above for stop in self.rules]
         if not self.runs or not np.any(above):
-            self.runs = [0] * len(self.stops)
+            self.runs = [0] * len(self.rules)
         if not np.any(above):
             return None
         for met in zip(*above, strict=True):
             self.runs = [run + 1 if now else 0 for run, now in zip(self.runs, met, strict=True)]
-            for run, stop in zip(self.runs, self.stops, strict=True):
+            for run, stop in zip(self.runs, self.rules, strict=True):
                 if run >= stop.tokens:
                     return stop
         return None
@@ -97,11 +105,17 @@ class UnsentScores:
         return scores
 
 
-def send_scores(original: Callable[..., Any]) -> Callable[..., Any]:
+# Of a request of the scheduler.
+_UNSENT = Attached[UnsentScores]("unsent_scores")
+
+
+def send_scores(original: Callable[..., Outputs]) -> Callable[..., Outputs]:
     """Wraps ``Scheduler.update_from_output``, which makes the outputs of a step for the front end."""
 
-    def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any) -> Any:
-        found: StepScores | None = getattr(model_runner_output, SCORES, None)
+    def update_from_output(
+        self: Scheduler, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> Outputs:
+        found = STEP_SCORES.get(model_runner_output)
         if found is None:
             return original(self, scheduler_output, model_runner_output)
         # A request that ends in this step is forgotten meanwhile.
@@ -126,11 +140,11 @@ def send_scores(original: Callable[..., Any]) -> Callable[..., Any]:
 def stop_by_scores(original: Callable[..., bool]) -> Callable[..., bool]:
     """Wraps ``check_stop``, which the scheduler asks after each token that it adds to a request."""
 
-    def check_stop(request: Any, *args: Any, **kwargs: Any) -> bool:
+    def check_stop(request: Request, *args: Any, **kwargs: Any) -> bool:
         if original(request, *args, **kwargs):
             return True
-        unsent: UnsentScores | None = getattr(request, _UNSENT, None)
-        if unsent is None or not unsent.stops:
+        unsent = _UNSENT.get(request)
+        if unsent is None or not unsent.rules:
             return False
         stop = unsent.fired(request.num_tokens - 1)
         if stop is None:
@@ -144,12 +158,13 @@ def stop_by_scores(original: Callable[..., bool]) -> Callable[..., bool]:
     return check_stop
 
 
-def _unsent(request: Any) -> UnsentScores:
+def _unsent(request: Request) -> UnsentScores:
     """What a request of the scheduler has not sent, made with its first scores."""
-    if not hasattr(request, _UNSENT):
+
+    def make() -> UnsentScores:
         plan = plan_of(request.sampling_params)
         if plan is None:
             raise RuntimeError(f"request {request.request_id} has scores and reads nothing")
-        setattr(request, _UNSENT, UnsentScores(plan.reads, plan.stops))
-    found: UnsentScores = getattr(request, _UNSENT)
-    return found
+        return UnsentScores(plan.reads, plan.rules)
+
+    return _UNSENT.get_or_make(request, make)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 
 from vllm_steer import log
 from vllm_steer.config import ResolvedConfig
-from vllm_steer.engine.bank import SteeringBank
+from vllm_steer.engine.bank import BankShape, SteeringBank
 from vllm_steer.engine.blocks import find_blocks, hook_blocks, hook_finite
 from vllm_steer.engine.finite import overflows
 from vllm_steer.engine.readers import ReaderBank
@@ -28,8 +29,32 @@ from vllm_steer.packs.store import configured_store
 from vllm_steer.plan.message import plan_of
 from vllm_steer.plan.steering_plan import Segment
 
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
+
 # Used before the first request only, while no row is given away.
 PROBE_ROW = 1
+
+
+@dataclass(frozen=True)
+class RunnerFacts:
+    """What steering needs to know of a worker's model runner.
+
+    Attributes:
+        num_layers: Decoder blocks of the whole model.
+        hidden_size: Width of the residual stream.
+        max_num_tokens: Most tokens of a step, padding included.
+        dtype: Model dtype.
+        device: Device of the model.
+        speculative: Whether steps have drafts that may be rejected.
+    """
+
+    num_layers: int
+    hidden_size: int
+    max_num_tokens: int
+    dtype: torch.dtype
+    device: torch.device
+    speculative: bool
 
 
 class WorkerSteering:
@@ -42,62 +67,48 @@ class WorkerSteering:
         reading: What requests read of them; None where they may not.
     """
 
-    def __init__(
-        self,
-        config: ResolvedConfig,
-        model: nn.Module,
-        *,
-        num_layers: int,
-        hidden_size: int,
-        max_num_tokens: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        speculative: bool,
-    ) -> None:
+    def __init__(self, config: ResolvedConfig, model: nn.Module, runner: RunnerFacts) -> None:
         """Loads the packs, allocates the bank and hooks the blocks.
 
         Args:
             config: The engine's steering configuration.
             model: The model as loaded, before it is compiled or profiled.
-            num_layers: Decoder blocks of the whole model.
-            hidden_size: Width of the residual stream.
-            max_num_tokens: Most tokens that a step can hold, padding included.
-            dtype: Model dtype.
-            device: Device of the model.
-            speculative: Whether steps hold drafts that may be rejected.
+            runner: Its runner.
 
         Raises:
             PackError: The packs on disk are not those that the engine was configured with.
             CompatibilityError: The model's blocks cannot be found.
         """
         self._store = configured_store(config)
-        blocks = find_blocks(model, num_layers)
+        blocks = find_blocks(model, runner.num_layers)
         present = [(layer, blocks[layer]) for layer in config.layers if _is_present(blocks[layer])]
         self.blocks = tuple(present)
         self.layers = tuple(layer for layer, _ in present)
         self.bank = SteeringBank(
-            self.layers,
-            config.rows,
-            hidden_size,
-            max_num_tokens,
-            dtype,
-            device,
-            rank=config.rank if config.ops == "affine" else 0,
+            BankShape(
+                self.layers,
+                config.rows,
+                runner.hidden_size,
+                runner.max_num_tokens,
+                rank=config.rank if config.ops == "affine" else 0,
+            ),
+            runner.dtype,
+            runner.device,
         )
         self._planner = TokenRowMapper(
-            config.rows, self.bank.rank, starts_are_exact=not speculative
+            config.rows, self.bank.rank, starts_are_exact=not runner.speculative
         )
-        self._watch = TriggerWatch(device)
+        self._watch = TriggerWatch(runner.device)
         self._probing, self._probe_factor = False, 1.0
-        self._steps, self._seconds = 0, 0.0
+        self._steps, self._seconds, self._cut = 0, 0.0, 0
         readers = None
         if config.reads:
-            size = config.read_rows, config.reads, hidden_size, max_num_tokens
-            readers = ReaderBank(self.layers, *size, dtype, device)
+            size = config.read_rows, config.reads, runner.hidden_size, runner.max_num_tokens
+            readers = ReaderBank(self.layers, *size, runner.dtype, runner.device)
         self.reading = Reading(readers, self._store.by_digest) if readers is not None else None
         hook_blocks(present, self.bank, readers)
-        if overflows(dtype):
-            after = range(config.layers[0], num_layers)
+        if overflows(runner.dtype):
+            after = range(config.layers[0], runner.num_layers)
             hook_finite(blocks[layer] for layer in after if _is_present(blocks[layer]))
         log.WORKER_READY.write(
             layers=list(self.layers),
@@ -107,7 +118,7 @@ class WorkerSteering:
         )
 
     def add_request(
-        self, request_id: str, sampling_params: Any, tokens: Sequence[int] = ()
+        self, request_id: str, sampling_params: SamplingParams | None, tokens: Sequence[int] = ()
     ) -> None:
         """Takes a request in, steered or not.
 
@@ -120,8 +131,8 @@ class WorkerSteering:
         self.remove_request(request_id)
         if plan is not None:
             self._planner.add(request_id, plan)
-            if plan.until is not None:
-                self._watch.add(request_id, plan.until, tokens)
+            if plan.stop is not None:
+                self._watch.add(request_id, plan.stop, tokens)
             if self.reading is not None:
                 self.reading.add(request_id, plan.reads)
 
@@ -153,7 +164,9 @@ class WorkerSteering:
         started = time.perf_counter()
         step = self._planner.plan(request_ids, starts, lengths)
         for row, segment in step.new:
-            self.bank.write_row(row, self._values(segment))
+            if self.bank.write_row(row, self._values(segment)):
+                self._cut += 1
+                log.ROW_CUT.write(directions=[term.digest for term in segment.terms])
         self.bank.apply(step, positions)
         if self._watch.apply(request_ids, lengths, positions, tokens, self.bank.rows):
             self.bank.forget_known()
@@ -162,10 +175,10 @@ class WorkerSteering:
         self._steps += 1
         self._seconds += time.perf_counter() - started
 
-    def take_times(self) -> tuple[int, float]:
-        """Returns the steps planned since the last call and the seconds that it took."""
-        times = self._steps, self._seconds
-        self._steps, self._seconds = 0, 0.0
+    def take_times(self) -> tuple[int, float, int]:
+        """Returns what happened since the last call: steps planned, the seconds that it took, and rows cut."""
+        times = self._steps, self._seconds, self._cut
+        self._steps, self._seconds, self._cut = 0, 0.0, 0
         return times
 
     def prepare_dummy_step(self) -> None:

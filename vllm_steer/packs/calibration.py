@@ -1,4 +1,4 @@
-"""What was measured of a direction on the model that it is for: whether it steers, and how strongly it may.
+"""Calibration of a direction on its model: whether it steers, and how strong it may be.
 
 ``vllm-steer calibrate`` writes it into the manifest. Importing this module imports neither torch nor
 vllm.

@@ -129,16 +129,28 @@ def direction_digest(layers: Sequence[int], vector: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def write_pack(
-    path: str | os.PathLike[str],
-    *,
-    name: str,
-    model: ModelIdentity,
-    directions: Sequence[DirectionRecord],
-    vectors: Mapping[str, np.ndarray],
-    method: MethodRecord,
-    residual_norms: Mapping[int, float],
-) -> SteeringPack:
+@dataclass(frozen=True, eq=False)
+class PackContent:
+    """What a pack is written from.
+
+    Attributes:
+        name: Name of the pack.
+        model: The model that the directions belong to.
+        directions: Their records.
+        vectors: Direction name to array of shape ``[len(layers), hidden_size]``, written as float32.
+        method: How they were learned.
+        residual_norms: Median residual norm by layer.
+    """
+
+    name: str
+    model: ModelIdentity
+    directions: Sequence[DirectionRecord]
+    vectors: Mapping[str, np.ndarray]
+    method: MethodRecord
+    residual_norms: Mapping[int, float]
+
+
+def write_pack(path: str | os.PathLike[str], content: PackContent) -> SteeringPack:
     """Writes a pack and reads it back, so that what was written is known to load.
 
     The directory holds the old pack or the new one at every moment, also if this process is killed
@@ -146,31 +158,28 @@ def write_pack(
 
     Args:
         path: Directory of the pack; made if missing.
-        name: Name of the pack.
-        model: The model that the directions belong to.
-        directions: Their records.
-        vectors: Direction name to array of shape ``[len(layers), hidden_size]``.
-        method: How they were learned.
-        residual_norms: Median residual norm by layer.
+        content: What it is to have.
 
     Raises:
         PackError: Something does not fit together, or the directory cannot be written.
     """
-    root = Path(path)
-    arrays = {key: np.ascontiguousarray(value, dtype="<f4") for key, value in vectors.items()}
+    root, name = Path(path), content.name
+    arrays = {
+        key: np.ascontiguousarray(value, dtype="<f4") for key, value in content.vectors.items()
+    }
     data = save_safetensors(arrays)
     digest = hashlib.sha256(data).hexdigest()
     try:
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             name=name,
-            model=model,
+            model=content.model,
             layer_convention="block_output_0_based",
             hook_point="residual_stream_after_block",
-            directions=list(directions),
-            method=method,
+            directions=list(content.directions),
+            method=content.method,
             residual_norms={
-                str(layer): float(norm) for layer, norm in sorted(residual_norms.items())
+                str(layer): float(norm) for layer, norm in sorted(content.residual_norms.items())
             },
             tensors=TensorFile(file=VECTORS_FILE, sha256=digest, size=len(data)),
         )

@@ -72,14 +72,14 @@ class PackStore:
         packs = dict(self.registry.packs)
         old = packs.get(pack.name)
         packs[pack.name] = pack
-        self._http_context(packs, old)
+        self._swap(packs, old)
         return old
 
     def remove(self, name: str) -> SteeringPack:
         """Takes a pack's name away; its content is kept until :meth:`forget`."""
         packs = dict(self.registry.packs)
         old = packs.pop(name)
-        self._http_context(packs, old)
+        self._swap(packs, old)
         return old
 
     def forget(self, digests: set[str]) -> None:
@@ -88,7 +88,7 @@ class PackStore:
         kept = {digest: found for digest, found in now.retired.items() if digest not in digests}
         self._now = _Snapshot(now.registry, kept)
 
-    def _http_context(self, packs: dict[str, SteeringPack], old: SteeringPack | None) -> None:
+    def _swap(self, packs: dict[str, SteeringPack], old: SteeringPack | None) -> None:
         now, registry = self._now, PackRegistry(packs.values())
         retired = dict(now.retired)
         if old is not None:

@@ -1,4 +1,4 @@
-"""What an engine has room for: rows of the bank, forms, components of each row.
+"""Checks a plan against the engine's capacity: rows of the bank, operations, components of each row.
 
 Importing this module imports neither torch nor vllm.
 """
@@ -32,22 +32,21 @@ def check_capacity(plan: SteeringPlan, config: ResolvedConfig) -> None:
     count = len({segment.row_key for segment in different})
     if count > config.sums_per_request:
         raise RequestError(
-            f"{REQUEST_KEY}.directions: their sum takes {count} different values over the positions, the server has "
-            f"room for {config.sums_per_request} per request; ask for fewer ranges, or start the server with a higher "
-            f"--steering-rows"
+            f"{REQUEST_KEY}.directions: they need {count} rows, and a request may use {config.sums_per_request}; give fewer "
+            f"ranges of positions, or raise --steering-rows"
         )
     for segment in different:
         if segment.schedules != (None,) and config.ops == "additive":
             raise RequestError(
-                f"{REQUEST_KEY}.schedule: this server has one strength for all tokens; start it with --steering-ops affine"
+                f"{REQUEST_KEY}.schedule: schedules need a server started with --steering-ops affine"
             )
         if len(segment.schedules) > 1:
             rank = layout_of(segment, config.rank).rank
             if rank > config.rank:
                 raise RequestError(
-                    f"{REQUEST_KEY}.directions: with the schedules of their own, those that meet at a position have rank "
-                    f"{rank} together, the server has room for {config.rank}; give them one schedule, name fewer, or "
-                    f"start the server with a higher --steering-rank"
+                    f"{REQUEST_KEY}.directions: with schedules of their own, those that meet at one position have a total "
+                    f"rank of {rank}, and the limit is {config.rank}; give them one schedule, name fewer, or raise "
+                    f"--steering-rank"
                 )
         if all(term.form == ADDITION for term in segment.terms):
             continue
@@ -61,17 +60,15 @@ def _check_layer(terms: Sequence[Term], layer: int, config: ResolvedConfig) -> N
     if config.ops == "additive":
         if rank or any(term.form.restore_norm for term in terms):
             raise RequestError(
-                f"{REQUEST_KEY}.directions: this server adds directions and does nothing else; for op, gate and "
-                f"restore_norm start it with --steering-ops affine"
+                f"{REQUEST_KEY}.directions: op, gate and restore_norm need a server started with --steering-ops affine"
             )
         return
     if rank > config.rank:
         raise RequestError(
-            f"{REQUEST_KEY}.directions: those that meet at layer {layer} have rank {rank} together, the server has "
-            f"room for {config.rank}; name fewer, or start the server with a higher --steering-rank"
+            f"{REQUEST_KEY}.directions: those that meet at layer {layer} have a total rank of {rank}, and the limit is "
+            f"{config.rank}; name fewer, or raise --steering-rank"
         )
     if len({term.form.restore_norm for term in terms}) > 1:
         raise RequestError(
-            f"{REQUEST_KEY}.directions: restore_norm holds for all directions that meet at layer {layer} or for none; "
-            f"give it to each of them"
+            f"{REQUEST_KEY}.directions: set restore_norm for all directions that meet at layer {layer}, or for none"
         )

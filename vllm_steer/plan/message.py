@@ -7,14 +7,18 @@ value there, bytes in MessagePack. Importing this module imports neither torch n
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from vllm_steer.errors import RequestError
-from vllm_steer.plan.reads import Read, Stop
+from vllm_steer.plan.reads import Read, StopRule
 from vllm_steer.plan.steering_plan import Segment, SteeringPlan
 from vllm_steer.request.schema import PLAN_KEY
+
+if TYPE_CHECKING:
+    from vllm.pooling_params import PoolingParams
+    from vllm.sampling_params import SamplingParams
 
 VERSION = 2
 # Requests whose plans stay decoded; the scheduler reads one for every block of its prompt.
@@ -28,13 +32,13 @@ class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         version: :data:`VERSION` of the process that sent it.
         segments: Those of the plan.
         reads: Those of the plan.
-        stops: Those of the plan.
+        rules: Those of the plan.
     """
 
     version: int
     segments: tuple[Segment, ...]
     reads: tuple[Read, ...] = ()
-    stops: tuple[Stop, ...] = ()
+    rules: tuple[StopRule, ...] = ()
 
 
 _decoder = msgspec.msgpack.Decoder(_Message)
@@ -42,7 +46,7 @@ _decoder = msgspec.msgpack.Decoder(_Message)
 
 def encode_plan(plan: SteeringPlan) -> bytes:
     """Returns the message of a plan."""
-    return msgspec.msgpack.encode(_Message(VERSION, plan.segments, plan.reads, plan.stops))
+    return msgspec.msgpack.encode(_Message(VERSION, plan.segments, plan.reads, plan.rules))
 
 
 @lru_cache(maxsize=_DECODED)
@@ -61,10 +65,10 @@ def decode_plan(message: bytes) -> SteeringPlan:
             f"the steering plan has version {found.version}, this engine reads {VERSION}; run the same vllm-steer "
             f"in every process"
         )
-    return SteeringPlan(found.segments, found.reads, found.stops)
+    return SteeringPlan(found.segments, found.reads, found.rules)
 
 
-def plan_of(sampling_params: Any) -> SteeringPlan | None:
+def plan_of(sampling_params: SamplingParams | PoolingParams | None) -> SteeringPlan | None:
     """Returns the plan of an engine's request; None where it is not steered.
 
     Args:
@@ -77,5 +81,5 @@ def plan_of(sampling_params: Any) -> SteeringPlan | None:
     if message is None:
         return None
     if not isinstance(message, bytes):
-        raise RequestError(f"the steering plan is malformed: {type(message).__name__} in its place")
+        raise RequestError(f"the steering plan is malformed: {type(message).__name__}, not bytes")
     return decode_plan(message)

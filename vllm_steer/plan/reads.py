@@ -59,7 +59,7 @@ class Read:
 
 
 @dataclass(frozen=True)
-class Stop:
+class StopRule:
     """A rule by which a read ends the answer.
 
     Attributes:
@@ -118,14 +118,14 @@ def resolve_reads(
     return tuple(reads)
 
 
-def after_others(stops: Iterable[Stop], others: int) -> tuple[Stop, ...]:
+def after_others(rules: Iterable[StopRule], others: int) -> tuple[StopRule, ...]:
     """Returns rules of reads that come after some others."""
-    return tuple(replace(stop, read=stop.read + others) for stop in stops)
+    return tuple(replace(stop, read=stop.read + others) for stop in rules)
 
 
-def resolve_stops(
+def resolve_rules(
     request: SteeringRequest, reads: Sequence[Read], prompt_len: int
-) -> tuple[Stop, ...]:
+) -> tuple[StopRule, ...]:
     """Returns the rules by which reads end an answer.
 
     Args:
@@ -136,7 +136,7 @@ def resolve_stops(
     Raises:
         RequestError: A rule looks at tokens that the prefix cache may have, and so might miss them.
     """
-    stops = []
+    rules = []
     for field, rule in (("stop_when", request.stop_when), ("abort_when", request.abort_when)):
         if rule is None:
             continue
@@ -146,8 +146,8 @@ def resolve_stops(
                 f"{REQUEST_KEY}.{field}: read {rule.read} has positions in the prompt, which has no scores where the "
                 f"prefix cache has it; read 'generated' alone, or give \"recompute\": true"
             )
-        stops.append(Stop(rule.read, rule.above, rule.tokens, field == "abort_when"))
-    return tuple(stops)
+        rules.append(StopRule(rule.read, rule.above, rule.tokens, field == "abort_when"))
+    return tuple(rules)
 
 
 def check_reads(reads: Sequence[Read], config: ResolvedConfig) -> None:

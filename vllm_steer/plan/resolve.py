@@ -16,7 +16,7 @@ from vllm_steer.operations import LINEAR_OPS, PLANE_OPS, FormChoice
 from vllm_steer.packs.registry import LoadedDirection
 from vllm_steer.plan.binding import BoundChoice, BoundRequest
 from vllm_steer.plan.dose import check_scale
-from vllm_steer.plan.reads import resolve_reads, resolve_stops
+from vllm_steer.plan.reads import resolve_reads, resolve_rules
 from vllm_steer.plan.steering_plan import (
     MAX_PLAN_TERMS,
     MAX_SEGMENTS,
@@ -63,13 +63,13 @@ def resolve(bound: BoundRequest, prompt_len: int, max_len: int | None = None) ->
         if not _is_idle(term):
             spans.append((ranges, term))
     triggers = request.until_token_ids
-    until = StopTokens(prompt_len, tuple(triggers)) if triggers else None
+    stop = StopTokens(prompt_len, tuple(triggers)) if triggers else None
     reads = resolve_reads(bound.reads, prompt_len, max_len)
-    stops = resolve_stops(request, reads, prompt_len)
-    return SteeringPlan(tuple(_segments(spans, until)), reads, stops)
+    rules = resolve_rules(request, reads, prompt_len)
+    return SteeringPlan(tuple(_segments(spans, stop)), reads, rules)
 
 
-def _segments(spans: Sequence[_Span], until: StopTokens | None) -> list[Segment]:
+def _segments(spans: Sequence[_Span], stop: StopTokens | None) -> list[Segment]:
     """Cuts overlapping ranges into disjoint ones; neighbours with equal sums become one.
 
     Raises:
@@ -94,19 +94,19 @@ def _segments(spans: Sequence[_Span], until: StopTokens | None) -> list[Segment]
         size += len(here)
         if size > MAX_PLAN_TERMS:
             raise RequestError(
-                f"{REQUEST_KEY}.directions: more than {MAX_PLAN_TERMS} terms meet over the ranges of positions; name "
+                f"{REQUEST_KEY}.directions: the ranges of positions have more than {MAX_PLAN_TERMS} terms in total; name "
                 f"fewer directions, or give fewer ranges"
             )
         if not here:
             continue
-        segment = Segment(start, end, here, until)
+        segment = Segment(start, end, here, stop)
         if segments and segments[-1].end == start and segments[-1].key == segment.key:
-            segment = Segment(segments.pop().start, end, here, until)
+            segment = Segment(segments.pop().start, end, here, stop)
         segments.append(segment)
     if len(segments) > MAX_SEGMENTS:
         raise RequestError(
-            f"{REQUEST_KEY}.directions: their positions make {len(segments)} ranges that differ, at most {MAX_SEGMENTS} "
-            f"are taken; give fewer, or longer ones"
+            f"{REQUEST_KEY}.directions: their positions make {len(segments)} distinct ranges; the limit is "
+            f"{MAX_SEGMENTS}; give fewer or longer ranges"
         )
     return segments
 

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from vllm_steer.plan.reads import Read, Stop
+from vllm_steer.plan.reads import Read, StopRule
 
 # The key in ``EngineCoreOutput.kv_transfer_params``, the one field of vLLM's outputs that holds anything; the
 # front end takes it out before anybody looks.
@@ -54,13 +54,13 @@ class Scores:
     Attributes:
         reads: What was read.
         prompt_len: Tokens of the prompt.
-        stops: By which of them the answer ends.
+        rules: By which of them the answer ends.
         chunks: First position and scores, float32 ``[reads, tokens]``, of what has come, in order of position.
     """
 
     reads: tuple[Read, ...]
     prompt_len: int
-    stops: tuple[Stop, ...] = ()
+    rules: tuple[StopRule, ...] = ()
     chunks: list[tuple[int, np.ndarray]] = field(default_factory=list)
 
     @property

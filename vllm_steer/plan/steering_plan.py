@@ -13,14 +13,14 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from vllm_steer.operations import PLANE_OPS, Op
-from vllm_steer.plan.reads import Read, Stop, after_others
+from vllm_steer.plan.reads import Read, StopRule, after_others
 from vllm_steer.request.schedule import Schedule
 from vllm_steer.request.stop_tokens import StopTokens
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a term acts; :data:`ADDITION` unless told otherwise.
+    """How a term acts; :data:`ADDITION` by default.
 
     Attributes:
         op: The form, ``vllm_steer.operations.OPS``.
@@ -111,14 +111,14 @@ class Segment:
         start: First position.
         end: Position after the last one; None has no end.
         terms: The terms in canonical order, at least one.
-        until: Generated tokens after which the range ends early. It is no part of the identity:
+        stop: Generated tokens after which the range ends early. It is no part of the identity:
             two requests whose ranges end at the same position are equal there.
     """
 
     start: int
     end: int | None
     terms: tuple[Term, ...]
-    until: StopTokens | None = None
+    stop: StopTokens | None = None
 
     @cached_property
     def schedules(self) -> tuple[Schedule | None, ...]:
@@ -162,22 +162,22 @@ class SteeringPlan:
     Attributes:
         segments: Disjoint, ascending.
         reads: What is read, in the request's order; no part of any identity, since it changes nothing.
-        stops: By which of them the answer ends.
+        rules: By which of them the answer ends.
     """
 
     segments: tuple[Segment, ...]
     reads: tuple[Read, ...] = ()
-    stops: tuple[Stop, ...] = ()
+    rules: tuple[StopRule, ...] = ()
 
     @property
-    def until(self) -> StopTokens | None:
+    def stop(self) -> StopTokens | None:
         """The triggers, which all segments share."""
-        return self.segments[0].until if self.segments else None
+        return self.segments[0].stop if self.segments else None
 
     def watched(self, watch: SteeringPlan) -> SteeringPlan:
         """Returns the plan with what another reads after what it reads itself."""
-        stops = self.stops + after_others(watch.stops, len(self.reads))
-        return replace(self, reads=self.reads + watch.reads, stops=stops)
+        rules = self.rules + after_others(watch.rules, len(self.reads))
+        return replace(self, reads=self.reads + watch.reads, rules=rules)
 
     @cached_property
     def terms(self) -> tuple[Term, ...]:

@@ -1,4 +1,4 @@
-"""Token positions: what a request may choose, and the absolute ranges that it means.
+"""Token positions: what a request may choose, and the absolute ranges that result.
 
 Position 0 is the prompt's first token; the first generated token is at the prompt's length.
 Importing this module imports neither torch nor vllm.

@@ -77,9 +77,7 @@ class DirectionChoice(FormChoice):
     @model_validator(mode="after")
     def _says_it_once(self) -> DirectionChoice:
         if self.scale is not None and self.strength is not None:
-            raise PydanticCustomError(
-                "strength", "scale and strength say the same in two ways; give one of them"
-            )
+            raise PydanticCustomError("strength", "give either scale or strength, not both")
         return self
 
 
@@ -141,8 +139,8 @@ class SteeringRequest(_Strict):
         if count > MAX_REQUEST_RANGES:
             raise PydanticCustomError(
                 "ranges",
-                "the directions have {count} ranges of positions together, at most {most} are taken; give "
-                "fewer, or longer ones",
+                "the directions have {count} ranges of positions in total; the limit is {most}; give "
+                "fewer or longer ranges",
                 {"count": count, "most": MAX_REQUEST_RANGES},
             )
         return self
@@ -176,9 +174,7 @@ def parse(extra_args: Mapping[str, Any] | None) -> SteeringRequest | None:
     if extra_args.get(REQUEST_KEY) is None:
         return _parse_flat(extra_args) if flat else None
     if flat:
-        raise RequestError(
-            f"{REQUEST_KEY!r} and {flat[0]!r} are two forms of the same thing; send one of them"
-        )
+        raise RequestError(f"send either {REQUEST_KEY!r} or {flat[0]!r}, not both")
     value = extra_args[REQUEST_KEY]
     if value == NONE:
         return None
@@ -199,7 +195,7 @@ def parse(extra_args: Mapping[str, Any] | None) -> SteeringRequest | None:
 def _object_of(text: str) -> Any:
     if len(text) > _MOST_CHARACTERS:
         raise RequestError(
-            f"{REQUEST_KEY}: its JSON text has {len(text)} characters, at most {_MOST_CHARACTERS} are read"
+            f"{REQUEST_KEY}: its JSON text has {len(text)} characters; the limit is {_MOST_CHARACTERS}"
         )
     try:
         # Half of a pair of surrogates is no text, and so no JSON.
@@ -216,14 +212,14 @@ def _check_size(value: Any) -> None:
         if isinstance(each, dict):
             if len(each) > _MOST_KEYS:
                 raise RequestError(
-                    f"{REQUEST_KEY}: an object in it has {len(each)} keys, at most {_MOST_KEYS} are read"
+                    f"{REQUEST_KEY}: an object in it has {len(each)} keys; the limit is {_MOST_KEYS}"
                 )
             waiting += each.values()
         elif isinstance(each, list):
             left -= len(each)
             if left < 0:
                 raise RequestError(
-                    f"{REQUEST_KEY}: its lists have more than {_MOST_VALUES} entries together"
+                    f"{REQUEST_KEY}: its lists have more than {_MOST_VALUES} entries in total"
                 )
             waiting += each
 
@@ -278,7 +274,7 @@ def _parse_flat(extra_args: Mapping[str, Any]) -> SteeringRequest:
         items = [items]
     if isinstance(items, list) and len(items) > MAX_DIRECTIONS:
         raise RequestError(
-            f"steer: {len(items)} directions are given, at most {MAX_DIRECTIONS} are taken"
+            f"steer: {len(items)} directions are given; the limit is {MAX_DIRECTIONS}"
         )
     if not isinstance(items, list) or not items or not all(isinstance(item, str) for item in items):
         raise RequestError(

@@ -28,15 +28,15 @@ class StopTokens:
     tokens: tuple[int, ...]
 
 
-def stop_position(until: StopTokens | None, tokens: Sequence[int]) -> int | None:
+def stop_position(stop: StopTokens | None, tokens: Sequence[int]) -> int | None:
     """Returns the position of the first trigger, the last that is steered; None without one.
 
     Args:
-        until: The triggers.
+        stop: The triggers.
         tokens: All tokens of the request so far, from the prompt's first.
     """
-    if until is None:
+    if stop is None:
         return None
-    triggers = set(until.tokens)
-    generated = range(until.origin, len(tokens))
+    triggers = set(stop.tokens)
+    generated = range(stop.origin, len(tokens))
     return next((position for position in generated if tokens[position] in triggers), None)

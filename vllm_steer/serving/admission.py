@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_steer import log
 from vllm_steer.config import ResolvedConfig, resolved_config
@@ -39,9 +39,15 @@ from vllm_steer.request.schema import (
 from vllm_steer.serving import metrics
 from vllm_steer.serving.http_context import HttpContext, current_http_context
 from vllm_steer.serving.policy import Policy, load_policy
-from vllm_steer.serving.receipt import Receipt
+from vllm_steer.serving.receipt import LimitedPlan, Receipt
 from vllm_steer.serving.refusals import as_http_400
+from vllm_steer.vllm_compat.attached import Attached
 from vllm_steer.vllm_compat.model_shape import dtype_name, model_shape
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.input_processor import InputProcessor
 
 # Most directions that a line of the log names; a pack may have thousands.
 NAMED_DIRECTIONS = 5
@@ -80,7 +86,7 @@ class AdmittedPlan:
         plan = self.receipt.plan
         return encode_plan(plan) if plan.segments or plan.reads else None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> AdmittedPlan:
+    def __deepcopy__(self, memo: dict[int, object]) -> AdmittedPlan:
         """vLLM copies sampling parameters deeply; the receipt has to stay the one."""
         return self
 
@@ -88,7 +94,7 @@ class AdmittedPlan:
 class _Unsteered:
     """In the place of a plan: it was decided that a request is not steered. A client cannot send it."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Unsteered:
+    def __deepcopy__(self, memo: dict[int, object]) -> _Unsteered:
         return self
 
 
@@ -98,7 +104,7 @@ UNSTEERED = _Unsteered()
 class Admission:
     """Checks the steering of the requests of one engine."""
 
-    def __init__(self, vllm_config: Any) -> None:
+    def __init__(self, vllm_config: VllmConfig) -> None:
         """Loads the packs and the policy that the engine was started with.
 
         Args:
@@ -142,8 +148,8 @@ class Admission:
         others = [layer for layer in registry.layers if layer not in hooked]
         if others:
             raise PackError(
-                f"steering pack {pack.name!r} has vectors for layers {others}, this server can steer {hooked}; start it "
-                f"with --steering-layers that hold them"
+                f"steering pack {pack.name!r} has vectors for layers {others}, but this server steers only {hooked}; "
+                f"add them to --steering-layers and restart"
             )
 
     def unit_of(self, read: Read) -> float:
@@ -153,7 +159,7 @@ class Admission:
         norms = self.store.by_digest(read.digest).norms
         return sum(norms[layer] for layer in read.layers) / len(read.layers)
 
-    def hold(self, receipt: Receipt) -> None:
+    def pin(self, receipt: Receipt) -> None:
         """Counts a request in; the content that it uses stays loaded."""
         self.active.update(list(receipt.names))
         metrics.ACTIVE_DIRECTIONS.set(len(self.active))
@@ -171,10 +177,10 @@ class Admission:
                         self.store.by_digest(digest)
                 except PackError:
                     raise ConflictError(
-                        f"{REQUEST_KEY}.directions: {name!r} was unloaded before the request ran; ask again"
+                        f"{REQUEST_KEY}.directions: {name!r} was unloaded before the request ran; send it again"
                     ) from None
 
-    def release(self, receipt: Receipt) -> None:
+    def unpin(self, receipt: Receipt) -> None:
         """Counts it out again."""
         self.active.subtract(list(receipt.names))
         self.active += Counter()
@@ -190,7 +196,7 @@ class Admission:
             current_http_context.reset(token)
             http_context.ended = True
             for receipt in http_context.receipts:
-                self.release(receipt)
+                self.unpin(receipt)
 
     def default(self, extra_args: dict[str, Any]) -> SteeringRequest | None:
         """Returns the steering of a request that names none, None where it declines the default."""
@@ -204,7 +210,7 @@ class Admission:
         self,
         wanted: Wanted,
         prompt_len: int,
-        sampling_params: Any = None,
+        sampling_params: SamplingParams | None = None,
     ) -> AdmittedPlan:
         """Turns a request into a plan of absolute positions that the policy allows.
 
@@ -232,7 +238,8 @@ class Admission:
             bound = bind(wanted.request, registry, check)
             plan = resolve(bound, prompt_len, self._max_len)
             check_capacity(plan, self.config)
-            plan, dose, factor = self._limit_dose(plan, registry)
+            limited = self._limit_dose(plan, registry)
+            plan = limited.plan
             check_distance(plan, registry, self._dtype)
             if not wanted.is_default:
                 _check_reached(plan, prompt_len, sampling_params)
@@ -243,7 +250,8 @@ class Admission:
                 names = others.names | names
             check_reads(plan.reads, self.config)
         answers = getattr(sampling_params, "n", None) or 1
-        receipt = Receipt.of(plan, names, prompt_len, answers, dose, factor, strengths)
+        limited = limited._replace(plan=plan)
+        receipt = Receipt.of(limited, names, prompt_len, answers, strengths)
         receipt.own_reads, receipt.silent = 0 if alone else own, alone
         recompute = wanted.request.recompute or (watch is not None and watch.recompute)
         return AdmittedPlan(wanted, receipt, recompute)
@@ -272,28 +280,26 @@ class Admission:
     def _check_allowed(self, key_digest: str | None, field: str, name: str, full_name: str) -> None:
         if not self.policy.allows(key_digest, full_name):
             raise NotAllowedError(
-                f"{field}: this API key may not use {name!r}; ask the server's operator for it"
+                f"{field}: this API key is not allowed to use {name!r}; ask the server's operator for access"
             )
 
-    def _limit_dose(
-        self, plan: SteeringPlan, registry: PackRegistry
-    ) -> tuple[SteeringPlan, float, float]:
+    def _limit_dose(self, plan: SteeringPlan, registry: PackRegistry) -> LimitedPlan:
         dose, limit = relative_dose(plan, registry), self.policy.max_dose
         if limit is None or dose <= limit:
-            return plan, dose, 1.0
+            return LimitedPlan(plan, dose)
         if self.policy.dose_action == "reject":
             raise DoseError(
-                f"{REQUEST_KEY}.directions: together they have a dose of {dose:.4g}, this server allows {limit:g}; lower "
-                f"the scales by a factor of {limit / dose:.3g}"
+                f"{REQUEST_KEY}.directions: their total dose is {dose:.4g}, and this server allows at most {limit:g}; "
+                f"multiply the scales by {limit / dose:.3g}"
             )
         weaker = scaled(plan, limit / dose)
         if weaker is None:
             raise DoseError(
-                f"{REQUEST_KEY}.directions: together they have a dose of {dose:.4g}, this server allows {limit:g}; a lower "
-                f"scale does not weaken op clamp, rotate or angle, so nothing was lowered"
+                f"{REQUEST_KEY}.directions: their total dose is {dose:.4g}, and this server allows at most {limit:g}; "
+                f"the scales could not be reduced, since op clamp, rotate and angle do not get weaker that way"
             )
         # Rounding may leave it a little above.
-        return weaker, min(limit, relative_dose(weaker, registry)), limit / dose
+        return LimitedPlan(weaker, min(limit, relative_dose(weaker, registry)), limit / dose)
 
 
 def _key_digest() -> str | None:
@@ -302,7 +308,9 @@ def _key_digest() -> str | None:
     return http_context.key_digest if http_context is not None else None
 
 
-def _check_reached(plan: SteeringPlan, prompt_len: int, sampling_params: Any) -> None:
+def _check_reached(
+    plan: SteeringPlan, prompt_len: int, sampling_params: SamplingParams | None
+) -> None:
     """Raises RequestError where a plan steers no token that goes through the model, or a read finds none."""
     longest = getattr(sampling_params, "max_tokens", None)
     if longest is None:
@@ -317,9 +325,9 @@ def _check_reached(plan: SteeringPlan, prompt_len: int, sampling_params: Any) ->
             )
     if plan.segments and not count_steered(plan, tokens):
         raise RequestError(
-            f"{REQUEST_KEY}.positions: no token is steered: of a prompt of {prompt_len} tokens and an answer of at most "
-            f"{longest}, the model reads {tokens}, and all positions come later; steer 'all' or 'prompt', or let it "
-            f"answer more tokens"
+            f"{REQUEST_KEY}.positions: no token would be steered: the prompt has {prompt_len} tokens and the answer at "
+            f"most {longest}, so the model reads {tokens}, and all positions come later; steer 'all' or 'prompt', or "
+            f"raise max_tokens"
         )
 
 
@@ -341,22 +349,32 @@ def announce_pack(pack: SteeringPack) -> None:
         )
 
 
+_ADMISSION = Attached[Admission]("admission")
 _current: Admission | None = None
 
 
+def admission_of(processor: InputProcessor) -> Admission:
+    """Returns the admission of an engine, whose input processor has it."""
+    admission = _ADMISSION.get(processor)
+    if admission is None:
+        raise RuntimeError("the engine's input processor was made before vllm-steer was loaded")
+    return admission
+
+
 def current_admission() -> Admission | None:
-    """The admission of this process's engine; None before it has one."""
+    """Returns the admission of this process's engine; None before it has one."""
     return _current
 
 
 def remember_engine(original: Callable[..., None]) -> Callable[..., None]:
     """Wraps ``InputProcessor.__init__`` to give each engine's front end its admission."""
 
-    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self: InputProcessor, vllm_config: VllmConfig, *args: object, **kwargs: object
+    ) -> None:
         global _current
         original(self, vllm_config, *args, **kwargs)
-        self._vllm_steer_admission = Admission(vllm_config)
         # A server process has one engine; its HTTP models know of no engine and ask here.
-        _current = self._vllm_steer_admission
+        _current = _ADMISSION.set(self, Admission(vllm_config))
 
     return __init__

@@ -1,4 +1,4 @@
-"""Model names that stand for a steering, as they come and go while the server runs.
+"""Aliases: model names that stand for a steering, added and removed while the server runs.
 
 Importing this module imports neither torch nor vllm.
 """

@@ -1,4 +1,4 @@
-"""What the middleware shares: bodies are read whole, replayed, and answered as JSON."""
+"""ASGI helpers of the middleware: reading and replaying bodies, and JSON responses."""
 
 from __future__ import annotations
 

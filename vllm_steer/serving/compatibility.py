@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vllm import envs
 
 from vllm_steer.errors import CompatibilityError
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
 # Connectors that find keys and values by vLLM's block hashes, which hold the steering.
 HASHED_CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
 
 
-def refuse_unsupported(vllm_config: Any) -> None:
+def refuse_unsupported(vllm_config: VllmConfig) -> None:
     """Refuses an engine configuration that would steer wrongly or not at all.
 
     Args:
@@ -66,7 +69,7 @@ def refuse_unsupported(vllm_config: Any) -> None:
         raise CompatibilityError("steering cannot start: " + "; ".join(reasons))
 
 
-def refuse_unread(vllm_config: Any) -> None:
+def refuse_unread(vllm_config: VllmConfig) -> None:
     """Refuses an engine configuration whose scores could not come back, or not all of them.
 
     Args:
@@ -87,6 +90,6 @@ def refuse_unread(vllm_config: Any) -> None:
         raise CompatibilityError("steering cannot read: " + "; ".join(reasons))
 
 
-def _offloads_weights(vllm_config: Any) -> bool:
+def _offloads_weights(vllm_config: VllmConfig) -> bool:
     offload = getattr(vllm_config, "offload_config", None)
     return offload is not None and offload.uva.cpu_offload_gb > 0

@@ -1,10 +1,10 @@
-"""What a user configured, checked against the model and completed: ``additional_config["steering"]``."""
+"""Validates the user's configuration against the model and completes it: ``additional_config["steering"]``."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vllm.usage.usage_lib import UsageContext
 
@@ -24,6 +24,10 @@ from vllm_steer.packs.store import keep_store
 from vllm_steer.serving.compatibility import refuse_unread, refuse_unsupported
 from vllm_steer.serving.policy import load_policy
 from vllm_steer.vllm_compat.model_shape import model_shape
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
 
 # Of the largest, that fit into the total unless it is given.
 _UPLOADS = 8
@@ -48,13 +52,16 @@ def resolve_packs(sources: Iterable[str], field: str) -> list[str]:
     return paths
 
 
-def resolve_config(original: Callable[..., Any]) -> Callable[..., Any]:
+def resolve_config(original: Callable[..., VllmConfig]) -> Callable[..., VllmConfig]:
     """Wraps ``EngineArgs.create_engine_config`` to check the configuration against the model."""
 
-    def create_engine_config(self: Any, usage_context: Any = None, **kwargs: Any) -> Any:
+    def create_engine_config(
+        self: EngineArgs, usage_context: UsageContext | None = None, **kwargs: object
+    ) -> VllmConfig:
         vllm_config = original(self, usage_context, **kwargs)
-        value = (vllm_config.additional_config or {}).get(CONFIG_KEY)
-        if value is None:
+        given = vllm_config.additional_config
+        value = given.get(CONFIG_KEY) if isinstance(given, dict) else None
+        if not isinstance(given, dict) or value is None:
             return vllm_config
         refuse_unsupported(vllm_config)
         # Only the server of the OpenAI API lets requests wait for rows.
@@ -65,7 +72,7 @@ def resolve_config(original: Callable[..., Any]) -> Callable[..., Any]:
         resolved = _resolve(config, vllm_config, queued)
         # A new dict: the user's may serve for several engines.
         vllm_config.additional_config = {
-            **vllm_config.additional_config,
+            **given,
             CONFIG_KEY: resolved.model_dump(),
         }
         return vllm_config
@@ -73,7 +80,7 @@ def resolve_config(original: Callable[..., Any]) -> Callable[..., Any]:
     return create_engine_config
 
 
-def _resolve(config: SteeringConfig, vllm_config: Any, queued: bool) -> ResolvedConfig:
+def _resolve(config: SteeringConfig, vllm_config: VllmConfig, queued: bool) -> ResolvedConfig:
     packs = resolve_packs(config.packs, f"additional_config.{CONFIG_KEY}.packs")
     registry = PackRegistry.load(packs)
     shape = model_shape(vllm_config.model_config)

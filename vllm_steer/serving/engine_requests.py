@@ -1,4 +1,4 @@
-"""When the engine is done with a request, whoever reads its answer, or does not.
+"""Notices when the engine is done with a request, whether or not a client still reads its answer.
 
 A stream ends for its reader long after it ended in the engine. vLLM's output processor knows of each request that
 it was taken in, finished or aborted; a steered prompt is one such request for each of its answers.
@@ -10,7 +10,11 @@ import asyncio
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
 from vllm_steer.serving.scores import expect_scores
 
@@ -43,7 +47,9 @@ _running: dict[str, EnginePrompt] = {}
 def note_arrival(original: Callable[..., None]) -> Callable[..., None]:
     """Wraps ``OutputProcessor.add_request``."""
 
-    def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+    def add_request(
+        self: OutputProcessor, request: EngineCoreRequest, *args: object, **kwargs: object
+    ) -> None:
         original(self, request, *args, **kwargs)
         expect_scores(self, request)
         prompt = arriving.get()
@@ -57,7 +63,7 @@ def note_arrival(original: Callable[..., None]) -> Callable[..., None]:
 def note_finish(original: Callable[..., None]) -> Callable[..., None]:
     """Wraps ``OutputProcessor._finish_request``."""
 
-    def _finish_request(self: Any, req_state: Any) -> None:
+    def _finish_request(self: OutputProcessor, req_state: RequestState) -> None:
         original(self, req_state)
         _end(req_state.request_id)
 
@@ -67,7 +73,7 @@ def note_finish(original: Callable[..., None]) -> Callable[..., None]:
 def note_abort(original: Callable[..., list[str]]) -> Callable[..., list[str]]:
     """Wraps ``OutputProcessor.abort_requests``, which returns the ids of what it aborts."""
 
-    def abort_requests(self: Any, *args: Any, **kwargs: Any) -> list[str]:
+    def abort_requests(self: OutputProcessor, *args: object, **kwargs: object) -> list[str]:
         aborted = original(self, *args, **kwargs)
         for request_id in aborted:
             _end(request_id)

@@ -1,20 +1,26 @@
-"""``--enable-steering`` and its companions <-> ``additional_config["steering"]``."""
+"""The ``--enable-steering`` and ``--steering-*`` flags, moved into ``additional_config["steering"]``."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import TYPE_CHECKING, TypeVar, get_args
 
 from vllm_steer.config import CONFIG_KEY, SteeringConfig, parse_config
 from vllm_steer.errors import ConfigError
 from vllm_steer.serving.configure import resolve_packs
 
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import EngineArgs
 
-def add_flags(original: Callable[..., Any]) -> Callable[..., Any]:
+Parser = TypeVar("Parser", bound=argparse.ArgumentParser)
+R = TypeVar("R")
+
+
+def add_flags(original: Callable[[Parser], Parser]) -> Callable[[Parser], Parser]:
     """Wraps ``EngineArgs.add_cli_args`` so that every vLLM command has the steering flags."""
 
-    def add_cli_args(parser: Any) -> Any:
+    def add_cli_args(parser: Parser) -> Parser:
         parser = original(parser)
         group = parser.add_argument_group(
             title="SteeringConfig",
@@ -130,10 +136,10 @@ def add_flags(original: Callable[..., Any]) -> Callable[..., Any]:
     return add_cli_args
 
 
-def read_flags(original: Callable[..., Any]) -> Callable[..., Any]:
+def read_flags(original: Callable[..., R]) -> Callable[..., R]:
     """Wraps ``EngineArgs.from_cli_args`` to write the flags into ``additional_config``."""
 
-    def from_cli_args(cls: type, args: argparse.Namespace) -> Any:
+    def from_cli_args(cls: type[EngineArgs], args: argparse.Namespace) -> R:
         _move_flags(args)
         return original(cls, args)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, TypeVar, get_type_hints
 
 from vllm_steer.errors import UnsupportedError
 from vllm_steer.request.schema import WRAPPERS, first_steering_key, wrapped_steering
@@ -32,19 +32,23 @@ from vllm_steer.serving.asgi import (
 from vllm_steer.serving.middleware import SteeringMiddleware
 from vllm_steer.serving.refusals import count_refusal
 
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+R = TypeVar("R")
 _XARGS = "vllm_xargs"
 # What a body must hold to have a key that asks for steering; most need not be parsed for it.
 _MAY_ASK = re.compile(rb'"\s*(?:[sStT_]|[^\x00-\x7f])|vllm_xargs|extra_|_params|\\u|\x00')
 _PARAMS = "sampling_params"
 
 
-def add_guard(original: Callable[..., Any]) -> Callable[..., Any]:
+def add_guard(original: Callable[..., R]) -> Callable[..., R]:
     """Wraps ``register_vllm_serve_api_routers`` of the API server to put the guard in front.
 
     vLLM adds its own middleware later, so a request is authenticated before the guard reads it.
     """
 
-    def register_vllm_serve_api_routers(app: Any) -> Any:
+    def register_vllm_serve_api_routers(app: FastAPI) -> R:
         app.add_middleware(SteeringGuard)
         app.add_middleware(SteeringMiddleware)
         return original(app)
@@ -108,8 +112,8 @@ def _takes(scope: Message, field: str) -> bool:
 async def _refuse(scope: Message, send: Send, field: str) -> None:
     route = route_of(scope)
     error = UnsupportedError(
-        f"{route} does not take the field {field!r}, which would be ignored; steer on "
-        f"{', '.join(STEERED_ROUTES)}, or through vllm_xargs where the route has it"
+        f"{route} does not support the field {field!r} and would ignore it; use "
+        f"{', '.join(STEERED_ROUTES)}, or vllm_xargs where the route supports it"
     )
     count_refusal(error, route, key_digest(scope))
     await send_error(send, str(error), field)

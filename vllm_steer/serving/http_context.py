@@ -1,4 +1,4 @@
-"""What is known about one HTTP request while vLLM's own code handles it.
+"""The context of one HTTP request while vLLM handles it.
 
 The middleware makes a context, admission writes receipts into it, and the middleware
 puts them into the response. vLLM hands neither the headers nor the response to the code between,

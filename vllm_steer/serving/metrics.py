@@ -15,7 +15,7 @@ STEERED_TOKENS = Counter(
 )
 ACTIVE = Gauge(
     "steering:active_requests",
-    "Steered prompts being answered or waiting.",
+    "Steered prompts that are waiting or being answered.",
     multiprocess_mode="livesum",
 )
 WAITING = Gauge(
@@ -25,7 +25,7 @@ WAITING = Gauge(
 )
 ACTIVE_DIRECTIONS = Gauge(
     "steering:active_directions",
-    "Distinct directions that requests under way use; of several API servers, the sum.",
+    "Distinct directions that running requests use; summed over API servers.",
     multiprocess_mode="livesum",
 )
 DIRECTIONS = Gauge(
@@ -46,6 +46,10 @@ READ_SCORE = Histogram(
     buckets=(-0.5, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 2.0),
 )
 STOPPED = Counter("steering:stopped", "Answers that a probe ended.", ["action"])
+ROWS_CUT = Counter(
+    "steering:rows_cut",
+    "Sums of directions that went past every check and were cut in the engine. Not 0 is a fault of vllm-steer.",
+)
 PLANNING = Gauge(
     "steering:planning_seconds",
     "Mean time to plan one step's steering since the last scrape.",

@@ -1,4 +1,4 @@
-"""In front of the steered routes: model names that stand for a steering, and receipts.
+"""Middleware of the steered routes: aliases and receipts.
 
 A request for the model ``SERVED:ALIAS`` becomes one for ``SERVED`` with the alias's steering, for
 clients that can send nothing else. Responses to steered requests get ``steering``, a list with a
@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from vllm_steer.serving import metrics
+from vllm_steer.serving import metrics, misplaced
 from vllm_steer.serving.admission import Admission, current_admission
 from vllm_steer.serving.aliases import named_alias
 from vllm_steer.serving.asgi import (
@@ -37,6 +37,10 @@ from vllm_steer.serving.packs_api import PREFIX, answer
 from vllm_steer.serving.receipt import Receipt
 from vllm_steer.serving.responses import ModelList, Receipts, Stored, Unavailable
 from vllm_steer.vllm_compat.rpc import TIMES
+
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
 # How long a scrape waits for the workers.
 _SCRAPE_SECONDS = 2.0
@@ -78,8 +82,10 @@ class SteeringMiddleware:
         self, scope: Message, receive: Receive, send: Send, admission: Admission
     ) -> None:
         http_context = HttpContext(route_of(scope), key_digest(scope))
+        body, messages = await read_body(receive)
+        if await misplaced.refused(body, scope, send):
+            return
         if admission.policy.aliases:
-            body, messages = await read_body(receive)
             name = model_of(body) if _may_name(body, admission.policy.aliases) else None
             if name is not None:
                 named = named_alias(admission.policy, name)
@@ -88,7 +94,7 @@ class SteeringMiddleware:
                     body = with_model(body, named.served)
                     messages = [{"type": "http.request", "body": body}]
                     scope = {**scope, "headers": with_length(scope["headers"], len(body))}
-            receive = replay(messages, receive)
+        receive = replay(messages, receive)
         receipts = Receipts(send, http_context)
         await self._answered(http_context, scope, receive, receipts.send, admission)
         if receipts.answer_id is not None and http_context.route == _RESPONSES:
@@ -121,19 +127,20 @@ def _may_name(body: bytes, aliases: Iterable[str]) -> bool:
     return b"\\u" in body or b"\0" in body or any(f":{alias}".encode() in body for alias in aliases)
 
 
-async def _measure_planning(engine: Any) -> None:
+async def _measure_planning(engine: EngineClient) -> None:
     """Asks the workers how long planning took since the last scrape."""
     try:
         times = await asyncio.wait_for(engine.collective_rpc(TIMES), _SCRAPE_SECONDS)
     except (TimeoutError, EngineDeadError):
         # In a long step, or gone, which other metrics tell; the gauge keeps its last value.
         return
-    steps, seconds = (sum(values) for values in zip(*times, strict=True))
+    steps, seconds, cut = (sum(values) for values in zip(*times, strict=True))
+    metrics.ROWS_CUT.inc(cut)
     if steps:
         metrics.PLANNING.set(seconds / steps)
 
 
 def _serves(scope: Message, name: str) -> bool:
     """Whether a model is served under the very name."""
-    models: Any = getattr(scope["app"].state, "openai_serving_models", None)
-    return bool(models is not None and models.is_base_model(name))
+    models: OpenAIServingModels | None = getattr(scope["app"].state, "openai_serving_models", None)
+    return models is not None and models.is_base_model(name)

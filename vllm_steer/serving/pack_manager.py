@@ -1,4 +1,4 @@
-"""Packs, aliases and sent vectors that come and go while the server runs.
+"""Loads and unloads packs, aliases and uploaded vectors while the server runs.
 
 Off unless ``--steering-pack-roots`` names the directories that packs may be loaded from, or
 ``--steering-upload-mib`` lets clients send vectors: a request gives a name, never a path.
@@ -10,7 +10,7 @@ import asyncio
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, cast
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -26,6 +26,10 @@ from vllm_steer.serving.aliases import with_alias, without_alias
 from vllm_steer.serving.upload_registry import Upload, UploadRegistry
 from vllm_steer.serving.uploads import write_upload
 from vllm_steer.vllm_compat.rpc import FORGET, LOAD, STAGE
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core_client import AsyncMPClient
 
 # How long vectors whose time is over wait for the requests that use them.
 _RETRY_SECONDS = 1.0
@@ -52,7 +56,7 @@ class PackManager:
     """
 
     def __init__(
-        self, admission: Admission, store: PackStore, roots: list[str], engine: Any
+        self, admission: Admission, store: PackStore, roots: list[str], engine: AsyncLLM
     ) -> None:
         """Makes the manager.
 
@@ -60,12 +64,13 @@ class PackManager:
             admission: The server's admission.
             store: Its packs.
             roots: Directories that packs may be loaded from.
-            engine: Its ``AsyncLLM``.
+            engine: Its engine.
         """
         self._admission = admission
         self._store = store
         self._roots = [Path(root) for root in roots]
-        self._core = engine.engine_core
+        # The client of every server: vLLM runs its engine core in a process of its own there.
+        self._core = cast("AsyncMPClient", engine.engine_core)
         self._turn = asyncio.Lock()
         # Kept as long as the server runs, and removed with it.
         self._uploads = TemporaryDirectory(prefix="vllm-steer-")
@@ -89,7 +94,9 @@ class PackManager:
             raise RequestError(explain_faults(error, "body")) from error
         async with self._turn:
             if name in self._upload_registry:
-                raise ConflictError(f"{name!r} names vectors that a client sent; give another name")
+                raise ConflictError(
+                    f"{name!r} is the name of uploaded vectors; choose another name"
+                )
             path = self._find(name)
             try:
                 pack = await asyncio.to_thread(load_pack, path)
@@ -126,7 +133,7 @@ class PackManager:
             packs = self._store.registry.packs
             if name in packs and name not in self._upload_registry:
                 raise ConflictError(
-                    f"a steering pack {name!r} is loaded; give the vectors another name"
+                    f"{name!r} is the name of a loaded steering pack; choose another name"
                 )
             self._upload_registry.check_owner(name, key_digest, self._admission.policy)
             self._upload_registry.check_room(name, len(body))
@@ -153,7 +160,7 @@ class PackManager:
             ConflictError: They are in use, or an alias or the default needs them.
         """
         if name not in self._upload_registry:
-            raise RequestError(f"no vectors {name!r} were sent")
+            raise RequestError(f"there are no uploaded vectors {name!r}")
         await self.unload(name, key_digest)
 
     def _enter(self, name: str, seconds: float, owner: str | None, num_bytes: int) -> None:
@@ -193,7 +200,7 @@ class PackManager:
             self._admission.policy.check(PackRegistry(packs.values()))
         except RequestError as error:
             raise ConflictError(
-                f"steering pack {pack.name!r} would take a direction from the policy: {error}"
+                f"steering pack {pack.name!r} conflicts with the policy: {error}"
             ) from None
         sha256 = pack.manifest.tensors.sha256
         chosen = str(pack.path), sha256
@@ -252,7 +259,7 @@ class PackManager:
         await self._forget([name])
         metrics.DIRECTIONS.remove(name)
         if name in self._upload_registry:
-            self._upload_registry.strike(name)
+            self._upload_registry.remove(name)
             shutil.rmtree(pack.path)
         digest = pack.manifest.tensors.sha256
         log.PACK_UNLOADED.write(name=name, sha256=digest, key=log.short_key(key_digest))
@@ -284,7 +291,7 @@ class PackManager:
                 continue
             if not path.is_relative_to(root.resolve()):
                 raise PackError(
-                    f"steering pack {name!r} lies outside the roots that the server was given"
+                    f"steering pack {name!r} is outside the directories of --steering-pack-roots"
                 )
             return path
-        raise PackError(f"no directory {name!r} in the roots that the server was given")
+        raise PackError(f"no directory {name!r} in those of --steering-pack-roots")

@@ -1,4 +1,4 @@
-"""The routes under ``/v1/steering``: which packs there are, and changes while the server runs.
+"""The routes under ``/v1/steering``: listing packs, and changing them while the server runs.
 
 ``GET packs`` lists; ``POST packs`` and ``DELETE packs/NAME`` load and unload; ``PUT`` and ``DELETE`` of
 ``aliases/NAME`` change model names, of ``vectors/NAME`` what clients sent.
@@ -27,6 +27,7 @@ from vllm_steer.serving.pack_manager import PackManager
 from vllm_steer.serving.policy import Policy
 from vllm_steer.serving.refusals import log_refusal
 from vllm_steer.serving.uploads import expiry
+from vllm_steer.vllm_compat.attached import Attached
 
 PREFIX = "/v1/steering/"
 ROUTES = {
@@ -47,12 +48,12 @@ _REFUSED: dict[type, tuple[str, int]] = {
     ConflictError: ("conflict", 409),
     NotAllowedError: ("not_allowed", 403),
 }
-_MANAGER = "_vllm_steer_pack_manager"
+_MANAGER = Attached[PackManager]("pack_manager")
 _MAX_BODY = 2**20
 _FIXED = {
-    "packs": "packs of this server are fixed; start it with --steering-pack-roots DIR to change them",
-    "aliases": "aliases of this server are fixed; start it with --steering-pack-roots DIR to change them",
-    "vectors": "this server takes no vectors; start it with --steering-upload-mib N",
+    "packs": "packs cannot be changed on this server; start it with --steering-pack-roots DIR",
+    "aliases": "aliases cannot be changed on this server; start it with --steering-pack-roots DIR",
+    "vectors": "uploads are disabled on this server; start it with --steering-upload-mib N",
 }
 
 
@@ -128,10 +129,9 @@ def _manager(
 ) -> PackManager:
     """The server's pack manager."""
     state = scope["app"].state
-    if not hasattr(state, _MANAGER):
-        setattr(state, _MANAGER, PackManager(admission, store, roots, state.engine_client))
-    manager: PackManager = getattr(state, _MANAGER)
-    return manager
+    return _MANAGER.get_or_make(
+        state, lambda: PackManager(admission, store, roots, state.engine_client)
+    )
 
 
 def describe(registry: PackRegistry, policy: Policy, key_digest: str | None) -> dict[str, Any]:

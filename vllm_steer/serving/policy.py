@@ -1,4 +1,4 @@
-"""What a server allows beyond what requests ask for: aliases, a default, limits, who may use what.
+"""The server's policy: aliases, a default steering, a dose limit, and permissions by API key.
 
 The policy is one JSON file, given by ``--steering-policy``. Importing this module imports neither
 torch nor vllm.
@@ -46,7 +46,7 @@ class Policy(BaseModel):
             median norm of the residual stream, added up over its layers, at the largest factor of its
             schedule; near 1 real models lose their text. The doses of directions that meet are summed,
             and the position counts where that is largest.
-        dose_action: What happens to a request above it: ``reject`` answers 400, ``clamp`` lowers
+        dose_action: What happens to a request above it: ``reject`` answers 400, ``reduce`` lowers
             all its scales by one factor, which the receipt states.
         keys: Which directions an API key may use: the SHA-256 of the key in hexadecimal, or ``*``
             for all other keys and none, to patterns of ``pack/direction`` such as ``moods/*``.
@@ -64,7 +64,7 @@ class Policy(BaseModel):
     aliases: dict[AliasName, SteeringRequest] = Field(default_factory=dict)
     default: SteeringRequest | None = None
     max_dose: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    dose_action: Literal["reject", "clamp"] = "reject"
+    dose_action: Literal["reject", "reduce"] = "reject"
     keys: dict[KeyDigest, list[str]] | None = None
     watch: dict[KeyDigest, SteeringRequest] = Field(default_factory=dict)
     administrators: list[OneKeyDigest] | None = None
@@ -147,12 +147,13 @@ class Policy(BaseModel):
             return
         if self.administrators is not None or key_digest not in (self.keys or {}):
             raise NotAllowedError(
-                "this API key may not change what the server steers with; ask the server's operator for it"
+                "this API key is not allowed to change packs, aliases or uploads; ask the server's operator for access"
             )
         for direction in directions:
             if not self.allows(key_digest, direction):
                 raise NotAllowedError(
-                    f"this API key may not use {direction!r}, and so not change it; ask the server's operator for it"
+                    f"this API key is not allowed to use {direction!r}, so it cannot change it; ask the server's operator "
+                    f"for access"
                 )
 
     def sees(self, key_digest: str | None, direction: str) -> bool:

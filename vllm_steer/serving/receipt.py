@@ -1,4 +1,4 @@
-"""What was done to a request, for its response: directions, scales, layers, positions, digests.
+"""Receipts: the steering that was applied to a request, for its response.
 
 Importing this module imports neither torch nor vllm.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
@@ -28,10 +28,10 @@ RECEIPT_FIELDS = {
     "otherwise; the `op` with what belongs to it, where that is not addition; and the `schedule` if there is one.",
     "positions": "Ranges of absolute token positions, `start` to before `end` (null: to the end), each with the "
     "indices of the directions that are summed there.",
-    "dose": "Largest dose over the positions, after clamping: 1 is the largest at which text was found fluent, or, of "
+    "dose": "Largest dose over the positions, once it was limited: 1 is the largest at which text was found fluent, or, of "
     "directions that nobody calibrated, Σ&#124;ε&#124;·‖v‖ over their layers, each over the median norm of the residual "
     "stream there.",
-    "clamped_by": "Factor that the server multiplied all scales by; 1 when it kept them.",
+    "dose_factor": "Factor that the server multiplied all scales by; 1 when it kept them.",
     "tokens_steered": "Tokens that went through the model at steered positions, of prompt and answers; the last "
     "token of an answer does not.",
     "reads": "Where the request reads: the `name`, `layers`, content `digest` and `when` of each read, and in `answers` "
@@ -45,6 +45,20 @@ RECEIPT_FIELDS = {
 _DIGITS = 6
 
 
+class LimitedPlan(NamedTuple):
+    """A plan whose dose the server allows.
+
+    Attributes:
+        plan: The plan, its scales lowered where the policy says so.
+        dose: Its largest dose over the positions.
+        factor: What all scales were multiplied by; 1 when the request's own were kept.
+    """
+
+    plan: SteeringPlan
+    dose: float
+    factor: float = 1.0
+
+
 @dataclass(eq=False)
 class Receipt:
     """The steering of one prompt as it was carried out.
@@ -54,9 +68,9 @@ class Receipt:
         names: ``pack/direction`` by content digest, as loaded when the request came.
         prompt_len: Tokens of the prompt.
         num_choices: Answers to the prompt (``n``).
-        dose: Largest dose over the positions, after clamping.
-        clamped: Factor that all scales were multiplied by; 1 when the request's own were kept.
-        strengths: Scale over default scale, after clamping, of the terms that have a strength.
+        dose: Largest dose over the positions, once it was limited.
+        dose_factor: Factor that all scales were multiplied by; 1 when the request's own were kept.
+        strengths: Scale over default scale, once it was limited, of the terms that have a strength.
         answered: Tokens generated so far by index of the answer; filled while the engine runs.
         ended: Tokens of each answer up to its trigger, where it has met one.
         scores: What was read of each answer, by its index; filled while the engine runs.
@@ -69,7 +83,7 @@ class Receipt:
     prompt_len: int
     num_choices: int
     dose: float
-    clamped: float
+    dose_factor: float
     strengths: Mapping[Term, float] = field(default_factory=dict)
     answered: dict[int, int] = field(default_factory=dict)
     ended: dict[int, int] = field(default_factory=dict)
@@ -80,17 +94,16 @@ class Receipt:
     @classmethod
     def of(
         cls,
-        plan: SteeringPlan,
+        limited: LimitedPlan,
         names: Mapping[str, str],
         prompt_len: int,
-        num_choices: int,
-        dose: float,
-        clamped: float,
+        num_choices: int = 1,
         strengths: Mapping[Term, float] | None = None,
     ) -> Receipt:
         """Makes the receipt of a plan; ``names`` has those of its directions, by digest."""
+        plan, dose, factor = limited
         kept = {digest: name for digest, name in names.items() if digest in plan.digests}
-        made = cls(plan, kept, prompt_len, num_choices, dose, clamped, strengths or {})
+        made = cls(plan, kept, prompt_len, num_choices, dose, factor, strengths or {})
         made.own_reads = len(plan.reads)
         return made
 
@@ -103,7 +116,7 @@ class Receipt:
             before: How many it had before them.
         """
         self.answered[choice] = before + len(tokens)
-        triggers = self.plan.until.tokens if self.plan.until else ()
+        triggers = self.plan.stop.tokens if self.plan.stop else ()
         if choice not in self.ended and triggers:
             found = (number for number, token in enumerate(tokens) if token in triggers)
             if (first := next(found, None)) is not None:
@@ -152,7 +165,7 @@ class Receipt:
                 for segment in self.plan.segments
             ],
             "dose": round(self.dose, 6),
-            "clamped_by": self.clamped,
+            "dose_factor": self.dose_factor,
             "tokens_steered": self.tokens_steered(choice),
         } | ({"reads": self._reads(choice)} if self.own_reads else {})
 

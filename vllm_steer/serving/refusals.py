@@ -1,4 +1,4 @@
-"""Refused requests: the error that vLLM answers with HTTP 400, the metric, and lines in the log.
+"""Rejected requests: the error for HTTP 400, the metric and the log lines.
 
 A client that repeats a refused request must not fill the log: of each reason, a few lines are
 written in a minute and the others are counted in one line at its end.

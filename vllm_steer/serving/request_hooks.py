@@ -1,4 +1,4 @@
-"""Where vLLM's requests pass: their steering becomes a plan before a response starts.
+"""Hooks in vLLM's request path: steering becomes a plan before a response starts.
 
 Two steps. When an OpenAI-style request becomes sampling parameters, its steering is admitted, so that
 a mistake is answered before a response starts, streaming or not. When the engine's input is made, the
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm.sampling_params import SamplingParams
 
@@ -24,25 +24,47 @@ from vllm_steer.request.schema import (
 )
 from vllm_steer.serving.admission import (
     UNSTEERED,
-    Admission,
     AdmittedPlan,
     Wanted,
+    admission_of,
     current_admission,
 )
 from vllm_steer.serving.refusals import refusal
 from vllm_steer.serving.request_plan import admitted, beam_search, wanted_of
 
+if TYPE_CHECKING:
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+    from vllm.entrypoints.serve.engine.serving import BaseServing
+    from vllm.inputs import EngineInput, PromptType
+    from vllm.pooling_params import PoolingParams
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    BeamRequest = CompletionRequest | ChatCompletionRequest
+    OpenAIRequest = BeamRequest | ResponsesRequest
+
+R = TypeVar("R")
+
 # Set by vLLM's serving code just before it makes a request's sampling parameters.
 _prompt_len: ContextVar[int | None] = ContextVar("_prompt_len", default=None)
 
 
-def plan_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
+def plan_inputs(
+    original: Callable[..., EngineCoreRequest],
+) -> Callable[..., EngineCoreRequest]:
     """Wraps ``InputProcessor.process_inputs`` to put the plan into the engine's request."""
 
     def process_inputs(
-        self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        admission: Admission = self._vllm_steer_admission
+        self: InputProcessor,
+        request_id: str,
+        prompt: PromptType | EngineInput,
+        params: SamplingParams | PoolingParams,
+        *args: object,
+        **kwargs: object,
+    ) -> EngineCoreRequest:
+        admission = admission_of(self)
         extra_args = getattr(params, "extra_args", None) or {}
         plan = extra_args.get(PLAN_KEY)
         wanted: Wanted | None = None
@@ -53,30 +75,33 @@ def plan_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
         if wanted is not None and kwargs.get("resumable"):
             raise refusal(
                 UnsupportedError(
-                    "steering does not support resumable sessions, whose outputs become prompt; send the whole prompt"
+                    "steering does not support resumable sessions; send the whole prompt"
                 )
             )
         request = original(self, request_id, prompt, params, *args, **kwargs)
-        if wanted is not None or plan is UNSTEERED or REQUEST_KEY in extra_args:
-            embeds = request.prompt_embeds
-            prompt_len = len(request.prompt_token_ids) if embeds is None else embeds.shape[0]
+        found = request.sampling_params
+        steers = wanted is not None or plan is UNSTEERED or REQUEST_KEY in extra_args
+        # Of pooling, nothing can be steered, which was said above.
+        if found is not None and steers:
+            embeds, tokens = request.prompt_embeds, request.prompt_token_ids or ()
+            prompt_len = len(tokens) if embeds is None else embeds.shape[0]
             if wanted is not None and (plan is None or plan.receipt.prompt_len != prompt_len):
-                plan = admission.admit(wanted, prompt_len, params)
+                plan = admission.admit(wanted, prompt_len, found)
             # A new dict: vLLM's copies of the parameters share the caller's.
             message = plan.message if isinstance(plan, AdmittedPlan) else None
             kept = _without_steering(extra_args)
-            request.sampling_params.extra_args = kept | ({PLAN_KEY: message} if message else {})
+            found.extra_args = kept | ({PLAN_KEY: message} if message else {})
             if isinstance(plan, AdmittedPlan) and plan.recompute:
-                request.sampling_params.skip_reading_prefix_cache = True
+                found.skip_reading_prefix_cache = True
         return request
 
     return process_inputs
 
 
-def check_sampling(original: Callable[..., Any]) -> Callable[..., Any]:
+def check_sampling(original: Callable[..., SamplingParams]) -> Callable[..., SamplingParams]:
     """Wraps ``to_sampling_params`` of an OpenAI-style request model."""
 
-    def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def to_sampling_params(self: OpenAIRequest, *args: object, **kwargs: object) -> SamplingParams:
         params = original(self, *args, **kwargs)
         extra_args = dict(params.extra_args or {})
         extra_args = _with_top_level(extra_args, self)
@@ -90,7 +115,7 @@ def check_sampling(original: Callable[..., Any]) -> Callable[..., Any]:
                 # Routes that only render a prompt for another server.
                 raise refusal(
                     UnsupportedError(
-                        "this route does not generate and cannot be steered; send the steering to the route that does"
+                        "this route does not generate text; send the steering to the route that does"
                     )
                 )
         elif wanted is not None:
@@ -108,7 +133,7 @@ def check_sampling(original: Callable[..., Any]) -> Callable[..., Any]:
 def remember_prompt_len(original: Callable[..., int]) -> Callable[..., int]:
     """Wraps ``_extract_prompt_len``: the request's model does not know its prompt's length."""
 
-    def _extract_prompt_len(self: Any, prompt: Any) -> int:
+    def _extract_prompt_len(self: BaseServing, prompt: EngineInput) -> int:
         length = original(self, prompt)
         _prompt_len.set(length)
         return length
@@ -116,16 +141,16 @@ def remember_prompt_len(original: Callable[..., int]) -> Callable[..., int]:
     return _extract_prompt_len
 
 
-def refuse_beam_search(original: Callable[..., Any]) -> Callable[..., Any]:
+def refuse_beam_search(original: Callable[..., R]) -> Callable[..., R]:
     """Wraps ``to_beam_search_params``: vLLM's beam search drops a request's extra arguments."""
 
-    def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def to_beam_search_params(self: BeamRequest, *args: object, **kwargs: object) -> R:
         extra_args = _with_top_level(dict(self.vllm_xargs or {}), self)
         admission = current_admission()
         if admission is not None and wanted_of(admission, extra_args) is not None:
             raise refusal(
                 UnsupportedError(
-                    "steering does not support beam search; leave out use_beam_search or the steering"
+                    "steering does not support beam search; remove use_beam_search or the steering"
                 )
             )
         # What it generates with has no arguments of the request, so no default must be taken for it.
@@ -140,7 +165,7 @@ def _without_steering(extra_args: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in extra_args.items() if key not in own}
 
 
-def _with_top_level(extra_args: dict[str, Any], request: Any) -> dict[str, Any]:
+def _with_top_level(extra_args: dict[str, Any], request: OpenAIRequest) -> dict[str, Any]:
     """Adds the steering keys that stand beside ``model`` and ``prompt`` in the request's body."""
     unknown = request.model_extra or {}
     # As a dict: a body may have hundreds of thousands of such keys, each of which is looked for.
@@ -149,7 +174,7 @@ def _with_top_level(extra_args: dict[str, Any], request: Any) -> dict[str, Any]:
         if key not in own and wrapped_steering(value, text=key in WRAPPERS):
             raise refusal(
                 RequestError(
-                    f"{REQUEST_KEY}: stands in {key!r}, which this route does not know; send it beside 'model', or in "
+                    f"{REQUEST_KEY}: is inside {key!r}, which this route does not read; send it beside 'model', or in "
                     f"vllm_xargs"
                 )
             )
@@ -157,7 +182,7 @@ def _with_top_level(extra_args: dict[str, Any], request: Any) -> dict[str, Any]:
         value = unknown[key]
         if key in extra_args:
             raise refusal(
-                RequestError(f"{key!r} stands both in the request and in vllm_xargs; send it once")
+                RequestError(f"{key!r} is both in the request and in vllm_xargs; send it once")
             )
         extra_args[key] = value
     return extra_args

@@ -1,4 +1,4 @@
-"""What a request is to be steered by, and its plan: one function for every way in.
+"""The steering that a request asks for, and its plan: one function for every entry point.
 
 Chat, completions, responses, messages, batches, ``/invocations``, token-in routes, ``run-batch``, ``LLM`` and an embedded
 ``AsyncLLM`` end here: by their HTTP models where they have one, else where the engine takes them in.
@@ -7,13 +7,16 @@ Chat, completions, responses, messages, batches, ``/invocations``, token-in rout
 from __future__ import annotations
 
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_steer.errors import RequestError, UnsupportedError
 from vllm_steer.request.schema import SteeringRequest, first_steering_key
 from vllm_steer.serving.admission import Admission, AdmittedPlan, Wanted
 from vllm_steer.serving.http_context import HttpContext, current_http_context
 from vllm_steer.serving.refusals import refusal
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
 
 # Set while vLLM's beam search generates, step by step, for a request that wants no steering.
 beam_search: ContextVar[bool] = ContextVar("beam_search", default=False)
@@ -46,14 +49,14 @@ def wanted_of(
     if (key := first_steering_key(given)) is not None:
         raise refusal(
             RequestError(
-                f"model {http_context.model!r} is steered by its name; leave out {key!r} or the alias"
+                f"model {http_context.model!r} is an alias that steers; remove {key!r} or use the model itself"
             )
         )
     if not generates:
         raise refusal(
             UnsupportedError(
-                f"model {http_context.model!r} is steered by its name, and this route does not generate; "
-                "name the model alone"
+                f"model {http_context.model!r} is an alias that steers, but this route does not generate text; "
+                "use the model itself"
             )
         )
     return Wanted(http_context.alias)
@@ -77,7 +80,7 @@ def _asked(
 
 
 def admitted(
-    admission: Admission, wanted: Wanted, prompt_len: int, sampling_params: Any
+    admission: Admission, wanted: Wanted, prompt_len: int, sampling_params: SamplingParams
 ) -> AdmittedPlan:
     """Returns the plan of a prompt, and notes its receipt in the HTTP context if there is one.
 
@@ -94,5 +97,5 @@ def admitted(
     http_context = current_http_context.get()
     if http_context is not None and not http_context.ended:
         http_context.receipts.append(plan.receipt)
-        admission.hold(plan.receipt)
+        admission.pin(plan.receipt)
     return plan

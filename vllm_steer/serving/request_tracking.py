@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sized
 from contextlib import aclosing
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -16,7 +16,7 @@ from vllm_steer.errors import BusyError, UnsupportedError
 from vllm_steer.plan.scores import SCORES_ATTRIBUTE
 from vllm_steer.request.schema import PLAN_KEY, REQUEST_KEY
 from vllm_steer.serving import metrics
-from vllm_steer.serving.admission import UNSTEERED, Admission, AdmittedPlan
+from vllm_steer.serving.admission import UNSTEERED, Admission, AdmittedPlan, admission_of
 from vllm_steer.serving.engine_requests import EnginePrompt, arriving, forget
 from vllm_steer.serving.http_context import current_http_context
 from vllm_steer.serving.receipt import Receipt
@@ -24,34 +24,51 @@ from vllm_steer.serving.refusals import refusal
 from vllm_steer.serving.request_plan import admitted, wanted_of
 from vllm_steer.serving.row_queue import RowQueue, Ticket
 from vllm_steer.serving.scores import observe_scores
+from vllm_steer.vllm_compat.attached import Attached
 
-_ROW_QUEUE = "_vllm_steer_row_queue"
+if TYPE_CHECKING:
+    from vllm.inputs import EngineInput, PromptType
+    from vllm.outputs import RequestOutput
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    # What a request is made of: a prompt, or the tokens of one.
+    Prompt = PromptType | EngineInput
+    Outputs = AsyncGenerator[RequestOutput, None]
+
+_ROW_QUEUE = Attached[RowQueue]("row_queue")
 
 
-def follow(original: Callable[..., Any]) -> Callable[..., Any]:
+def follow(original: Callable[..., Outputs]) -> Callable[..., Outputs]:
     """Wraps ``AsyncLLM.generate``; an unsteered request gets vLLM's own generator."""
 
     def generate(
-        self: Any, prompt: Any, sampling_params: Any, request_id: str, **kwargs: Any
-    ) -> Any:
+        self: AsyncLLM,
+        prompt: Prompt,
+        sampling_params: SamplingParams,
+        request_id: str,
+        **kwargs: object,
+    ) -> Outputs:
         plan = _plan(self, prompt, sampling_params)
         outputs = original(self, prompt, sampling_params, request_id, **kwargs)
         if plan is None:
             return outputs
+        admission = admission_of(self.input_processor)
+        config = admission.config
+        if config is None:
+            raise RuntimeError("a request was admitted by an engine without steering")
         adds_up = sampling_params.output_kind == RequestOutputKind.DELTA
         entry = _entry(plan, request_id) if self.log_requests else None
-        admission = self.input_processor._vllm_steer_admission
-        queue, seconds = _row_queue_of(self, admission.config), admission.config.wait_seconds
+        queue, seconds = _row_queue_of(self, config), config.wait_seconds
         followed = _followed(outputs, plan, queue, seconds, adds_up, entry)
         if plan.receipt.plan.reads:
             followed = _measured(followed, plan.receipt, admission)
         # The HTTP request may end before the engine's request does.
-        return _held(followed, plan.receipt, admission)
+        return _pinned(followed, plan.receipt, admission)
 
     return generate
 
 
-def _plan(engine: Any, prompt: Any, sampling_params: Any) -> AdmittedPlan | None:
+def _plan(engine: AsyncLLM, prompt: Prompt, sampling_params: SamplingParams) -> AdmittedPlan | None:
     """The plan of a steered request, made here for routes that admission has not seen it on.
 
     Raises:
@@ -63,7 +80,7 @@ def _plan(engine: Any, prompt: Any, sampling_params: Any) -> AdmittedPlan | None
         return plan
     if plan is UNSTEERED:
         return None
-    admission: Admission = engine.input_processor._vllm_steer_admission
+    admission = admission_of(engine.input_processor)
     if admission.config is None or not admission.config.queued:
         # The engine's front end sees it next, and says that it cannot be steered or needs no row.
         return None
@@ -71,25 +88,20 @@ def _plan(engine: Any, prompt: Any, sampling_params: Any) -> AdmittedPlan | None
     if wanted is None:
         return None
     tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
-    if tokens is None:
+    if not isinstance(tokens, Sized):
         raise refusal(
-            UnsupportedError(
-                "this route takes prompts that cannot be steered; send the prompt as text or token ids"
-            )
+            UnsupportedError("prompts of this kind cannot be steered; send text or token ids")
         )
     plan = admitted(admission, wanted, len(tokens), sampling_params)
     sampling_params.extra_args = extra_args | {PLAN_KEY: plan}
     return plan
 
 
-def _row_queue_of(engine: Any, config: ResolvedConfig) -> RowQueue:
-    """The queue of an ``AsyncLLM``, made with its first steered request."""
-    if not hasattr(engine, _ROW_QUEUE):
-        # Where admission lets one request take all rows, the requests share them here.
-        sums = config.sums_per_request if config.queued else config.rows - 1
-        setattr(engine, _ROW_QUEUE, RowQueue(sums))
-    queue: RowQueue = getattr(engine, _ROW_QUEUE)
-    return queue
+def _row_queue_of(engine: AsyncLLM, config: ResolvedConfig) -> RowQueue:
+    """The queue of an engine, made with its first steered request."""
+    # Where admission lets one request take all rows, the requests share them here.
+    sums = config.sums_per_request if config.queued else config.rows - 1
+    return _ROW_QUEUE.get_or_make(engine, partial(RowQueue, sums))
 
 
 def _entry(plan: AdmittedPlan, request_id: str) -> dict[str, Any]:
@@ -101,14 +113,12 @@ def _entry(plan: AdmittedPlan, request_id: str) -> dict[str, Any]:
         "request_id": request_id,
         "directions": directions,
         "dose": shown["dose"],
-        "clamped_by": shown["clamped_by"],
+        "dose_factor": shown["dose_factor"],
         "key": log.short_key(http_context.key_digest) if http_context else None,
     }
 
 
-async def _measured(
-    outputs: AsyncGenerator[Any, None], receipt: Receipt, admission: Admission
-) -> AsyncGenerator[Any, None]:
+async def _measured(outputs: Outputs, receipt: Receipt, admission: Admission) -> Outputs:
     """Yields the outputs of a request that reads, and counts in its scores once it has ended."""
     units = [admission.unit_of(read) for read in receipt.plan.reads]
     try:
@@ -119,22 +129,20 @@ async def _measured(
         observe_scores(receipt.scores.values(), units)
 
 
-async def _held(
-    outputs: AsyncGenerator[Any, None], receipt: Receipt, admission: Admission
-) -> AsyncGenerator[Any, None]:
+async def _pinned(outputs: Outputs, receipt: Receipt, admission: Admission) -> Outputs:
     """Yields the outputs of a request and keeps the content that it uses loaded meanwhile.
 
     Raises:
         VLLMValidationError: It was unloaded since the request was admitted.
     """
-    admission.hold(receipt)
+    admission.pin(receipt)
     try:
         admission.check_content(receipt)
         async with aclosing(outputs):
             async for output in outputs:
                 yield output
     finally:
-        admission.release(receipt)
+        admission.unpin(receipt)
 
 
 async def _entered(queue: RowQueue, sums: set[str], seconds: float) -> Ticket:
@@ -150,8 +158,7 @@ async def _entered(queue: RowQueue, sums: set[str], seconds: float) -> Ticket:
         ticket = await queue.enter(owner, sums, None if patient else seconds)
     except TimeoutError:
         error = BusyError(
-            f"{REQUEST_KEY}: no row for it became free in {seconds:g} s; ask again later, or start the server with "
-            f"a higher --steering-rows"
+            f"{REQUEST_KEY}: no row became free within {seconds:g} s; retry later, or raise --steering-rows"
         )
         if http_context is not None:
             http_context.busy = str(error)
@@ -161,9 +168,7 @@ async def _entered(queue: RowQueue, sums: set[str], seconds: float) -> Ticket:
     return ticket
 
 
-async def _noted(
-    outputs: AsyncGenerator[Any, None], prompt: EnginePrompt
-) -> AsyncGenerator[Any, None]:
+async def _noted(outputs: Outputs, prompt: EnginePrompt) -> Outputs:
     """Yields the outputs of vLLM, which takes the request in before it has the first."""
     async with aclosing(outputs):
         token = arriving.set(prompt)
@@ -179,13 +184,13 @@ async def _noted(
 
 
 async def _followed(
-    outputs: AsyncGenerator[Any, None],
+    outputs: Outputs,
     plan: AdmittedPlan,
     queue: RowQueue,
     seconds: float,
     adds_up: bool,
     entry: dict[str, Any] | None,
-) -> AsyncGenerator[Any, None]:
+) -> Outputs:
     """Yields the outputs of one steered prompt.
 
     Args:

@@ -1,4 +1,4 @@
-"""What is done to responses on their way out: receipts, aliases in the list of models, and 503 for who waited too long."""
+"""Changes to responses: receipts, aliases in the list of models, and 503 for requests that waited too long."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""Lets steered requests wait for rows of the bank, fairly, and not for ever.
+"""A fair queue of steered requests for rows of the bank, without starvation.
 
-The sums of the requests that are let in never need more rows than there are. Who waits is let in so:
+Requests that are admitted never need more rows than there are. The queue admits so:
 
-- Requests of few sums and of many wait in lines of their own. Those of many, more than an eighth of the rows, hold
-  half of the rows together at most, or one of them alone as many as it needs; so a short request never waits for
-  many long ones. While one of many waits, those of few leave it its half, and what it needs beyond that once no
-  other of many is in; so it never waits for ever.
-- API keys take turns, and within a key first come is first served. As soon as there are two keys, none of them
-  holds more than three quarters of the rows, unless it is by one request alone. A request that waits for rows of its
-  own key is no reason for others to wait; its key's short requests leave it room.
+- Small requests and large ones, which need more than an eighth of the rows, wait in separate lines. Large requests
+  use at most half of the rows together, or one of them alone as many as it needs; so a small request never waits for
+  many large ones. While a large request waits, small ones leave its half free, and beyond that what it needs once no
+  other large request runs; so it is never starved.
+- API keys take turns, and the requests of one key are served in order. As soon as there are two keys, neither uses
+  more than three quarters of the rows, unless by one request alone. A request that waits for rows of its own key
+  blocks no other key; the small requests of its key leave rows free for it.
 
 Imports neither torch nor vllm.
 """
@@ -30,14 +30,14 @@ _KNOWN_OWNERS = 2
 
 @dataclass(eq=False)
 class Ticket:
-    """A request that was let in, or waits.
+    """A request in the queue, waiting or admitted.
 
     Attributes:
         owner: SHA-256 of its API key, None without one.
         sums: Keys of its sums.
-        many: Whether it stands in the line of those of many sums.
-        entered: Done when it was let in.
-        inside: Whether it holds its rows.
+        many: Whether it is a large request.
+        entered: Done when it is admitted.
+        inside: Whether it uses its rows.
     """
 
     owner: str | None

@@ -11,6 +11,10 @@ from vllm_steer.plan.message import plan_of
 from vllm_steer.plan.reads import stop_reason
 from vllm_steer.plan.scores import CARRIER, SCORES_ATTRIBUTE, Scores, unpack_scores
 from vllm_steer.serving import metrics
+from vllm_steer.vllm_compat.attached import Attached
+
+# Of a request of the output processor.
+_SCORES = Attached[Scores]("scores")
 
 # Directions that the metrics tell apart; clients may send ever new ones.
 _MOST_NAMES = 64
@@ -28,7 +32,7 @@ def expect_scores(processor: Any, request: Any) -> None:
     plan = plan_of(request.sampling_params)
     if plan is not None and plan.reads:
         state = processor.request_states[request.request_id]
-        setattr(state, SCORES_ATTRIBUTE, Scores(plan.reads, state.prompt_len, plan.stops))
+        _SCORES.set(state, Scores(plan.reads, state.prompt_len, plan.rules))
 
 
 def take_scores(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -46,8 +50,8 @@ def take_scores(original: Callable[..., Any]) -> Callable[..., Any]:
             output.kv_transfer_params = rest or None
             # One that was aborted meanwhile is gone.
             state = self.request_states.get(output.request_id)
-            if state is not None:
-                scores: Scores = getattr(state, SCORES_ATTRIBUTE)
+            scores = _SCORES.get(state)
+            if scores is not None:
                 scores.chunks.append((start, found))
         return original(self, engine_core_outputs, *args, **kwargs)
 
@@ -73,9 +77,9 @@ def observe_scores(answers: Iterable[Scores], units: Sequence[float]) -> None:
 
 def _count_stop(state: Any, output: Any) -> None:
     """Counts an answer that a probe ended."""
-    scores: Scores | None = getattr(state, SCORES_ATTRIBUTE, None)
+    scores = _SCORES.get(state)
     if scores is not None and output.stop_reason in {
-        stop_reason(scores.reads[stop.read], stop.above) for stop in scores.stops
+        stop_reason(scores.reads[stop.read], stop.above) for stop in scores.rules
     }:
         metrics.STOPPED.labels(str(output.finish_reason)).inc()
 
@@ -88,7 +92,7 @@ def hand_on_scores(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def _new_completion_output(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = original(self, *args, **kwargs)
-        scores = getattr(self, SCORES_ATTRIBUTE, None)
+        scores = _SCORES.get(self)
         if scores is not None:
             setattr(output, SCORES_ATTRIBUTE, scores)
         return output

@@ -1,4 +1,4 @@
-"""Who sent which vectors, how much they are, and until when they are served.
+"""Uploaded vectors: their owners, sizes and expiry times.
 
 Imports neither torch nor vllm.
 """
@@ -52,15 +52,14 @@ class UploadRegistry:
         others = [upload for known, upload in self._uploads.items() if known != name]
         if len(others) >= self._most:
             raise ConflictError(
-                f"{len(others)} uploads are served, the most that this server takes; drop one, wait until one ends, or "
-                f"start the server with a higher --steering-upload-count"
+                f"{len(others)} uploads are served, which is the limit; delete one, wait until one expires, or raise "
+                f"--steering-upload-count"
             )
         held = sum(upload.num_bytes for upload in others)
         if held + num_bytes > self._most_bytes:
             raise ConflictError(
-                f"uploads of {held} bytes are served, and these {num_bytes} would make them more than "
-                f"{self._most_bytes}; drop one, wait until one ends, or start the server with a higher "
-                f"--steering-upload-total-mib"
+                f"the uploads that are served have {held} bytes, and {num_bytes} more would exceed the limit of "
+                f"{self._most_bytes}; delete one, wait until one expires, or raise --steering-upload-total-mib"
             )
 
     def check_owner(self, name: str, key_digest: str | None, policy: Policy) -> None:
@@ -72,16 +71,14 @@ class UploadRegistry:
         upload = self._uploads.get(name)
         if upload is None or upload.owner == key_digest or policy.administers(key_digest):
             return
-        raise NotAllowedError(
-            f"the vectors {name!r} were sent with another API key; give another name"
-        )
+        raise NotAllowedError(f"{name!r} was uploaded with another API key; choose another name")
 
     def enter(self, name: str, upload: Upload) -> None:
         """Notes an upload; that with its name ends no more by itself."""
-        self.strike(name)
+        self.remove(name)
         self._uploads[name] = upload
 
-    def strike(self, name: str) -> None:
+    def remove(self, name: str) -> None:
         """Forgets an upload, if there is one of that name."""
         upload = self._uploads.pop(name, None)
         if upload is not None:

@@ -1,4 +1,4 @@
-"""Vectors that a trusted client sends and that are served for a time: ``PUT /v1/steering/vectors/NAME``.
+"""Vectors that a trusted client uploads for a limited time: ``PUT /v1/steering/vectors/NAME``.
 
 Off unless ``--steering-upload-mib`` says how large a body may be. What arrives is a safetensors file;
 it becomes a pack in a directory of the server's own, checked and loaded like any other.
@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from vllm_steer.errors import PackError, RequestError
 from vllm_steer.fields import LayerIndex
 from vllm_steer.packs.manifest import DirectionRecord, MethodRecord
-from vllm_steer.packs.pack import SteeringPack, write_pack
+from vllm_steer.packs.pack import PackContent, SteeringPack, write_pack
 from vllm_steer.packs.strict_json import parse_json
 from vllm_steer.packs.tensor_file import MAX_HEADER_BYTES, MAX_HEADER_VALUES, read_tensors
 
@@ -47,7 +47,7 @@ def write_upload(
     packs = list(registry_packs)
     if not packs:
         raise RequestError(
-            "body: vectors take model and residual norms from a pack, and none is loaded; load one first"
+            "body: uploads take their model and residual norms from a loaded pack; load one first"
         )
     model = packs[0].manifest.model
     names, layers = _header(body)
@@ -57,14 +57,16 @@ def write_upload(
         vectors, digest = read_tensors(io.BytesIO(body), len(body), shapes)
         return write_pack(
             root,
-            name=name,
-            model=model,
-            directions=[_record(direction, layers) for direction in names],
-            vectors=vectors,
-            method=MethodRecord(
-                name="uploaded", settings={}, libraries={}, seed=0, data_sha256=digest
+            PackContent(
+                name=name,
+                model=model,
+                directions=[_record(direction, layers) for direction in names],
+                vectors=vectors,
+                method=MethodRecord(
+                    name="uploaded", settings={}, libraries={}, seed=0, data_sha256=digest
+                ),
+                residual_norms=norms,
             ),
-            residual_norms=norms,
         )
     except (ValueError, PackError) as error:
         # Where the server keeps it is nothing for the client.

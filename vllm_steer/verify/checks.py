@@ -73,19 +73,19 @@ def check_parity(
             f"most steerings move log-probabilities by less than {DISCERNIBLE * allowed.largest:.2g}, too little "
             f"to be told from none; give a pack of larger default scales, or --dtype float32"
         )
-    told = (
+    summary = (
         f"{len(cases)} requests of one batch, {TOKENS} tokens each, against Hugging Face in {dtype} with hooks, "
         f"on the tokens that the engine gave: {_agreement(total, allowed)}. Without steering they would differ "
         f"by {effect.largest:.2g}, in the mean {effect.mean:.2g}."
     )
     if dtype == "float32" and not total.gaps:
-        told += " Greedy tokens are equal."
+        summary += " Greedy tokens are equal."
     if dtype != "float32":
-        told += " Smaller faults than that show with --dtype float32 alone."
+        summary += " Smaller faults than that show with --dtype float32 alone."
     if weak:
-        told += f" Too weak to be told from unsteered: {', '.join(weak)}."
+        summary += f" Too weak to be told from unsteered: {', '.join(weak)}."
     figures = _figures(total, allowed) | {"effect": effect.largest, "too_weak": weak}
-    return judged(PARITY, faults, told, figures)
+    return judged(PARITY, faults, summary, figures)
 
 
 def alone(
@@ -118,13 +118,13 @@ def check_isolation(
 ) -> Check:
     """Judges what :func:`alone` and :func:`without_plugin` found."""
     one, other = joined(singles.values()), joined(unsteered.values())
-    told = (
+    summary = (
         f"{len(singles)} requests of a mixed batch get what they get alone: {_agreement(one, allowed)}. Its "
         f"{len(unsteered)} unsteered ones get what plain vLLM gives: {_agreement(other, allowed)}."
     )
     faults = _faults(singles | unsteered, allowed)
     figures = {"alone": _figures(one, allowed), "plain": _figures(other, allowed)}
-    return judged(ISOLATION, faults, told, figures)
+    return judged(ISOLATION, faults, summary, figures)
 
 
 def check_cache(
@@ -160,17 +160,17 @@ def check_cache(
         found[pair.name] = between(answer, computed)
     total = joined(found.values())
     hits = [cached[pair.name] for pair in pairs if pair.shared]
-    told = (
+    summary = (
         f"{len(pairs)} pairs of requests of one prompt of {len(prompt)} tokens: those of other steering find 0 "
         f"cached tokens, those of equal steering of the prompt {min(hits)}. Their answers are those without the "
         f"cache: {_agreement(total, allowed)}."
     )
     if faults:
-        told = f"{len(pairs)} pairs of requests of one prompt of {len(prompt)} tokens."
+        summary = f"{len(pairs)} pairs of requests of one prompt of {len(prompt)} tokens."
     return judged(
         CACHE,
         faults + _faults(found, allowed),
-        told,
+        summary,
         _figures(total, allowed) | {"cached_tokens": cached},
     )
 

@@ -9,15 +9,19 @@ import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_steer.config import CONFIG_KEY
 from vllm_steer.verify.engine_loop import answer_commands
-from vllm_steer.verify.process import ROOM
+from vllm_steer.verify.process import ROOM, ExtraArgs
 from vllm_steer.vllm_compat import versions
 from vllm_steer.vllm_compat.memory import memory_settings
 from vllm_steer.vllm_compat.model_shape import dtype_name
 from vllm_steer.vllm_compat.rpc import FACTS
+
+if TYPE_CHECKING:
+    from vllm import LLM, SamplingParams
+    from vllm.inputs import TokensPrompt
 
 # From linux/prctl.h: the signal to get when the parent ends.
 PR_SET_PDEATHSIG = 1
@@ -39,7 +43,7 @@ def serve(
     connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
     arguments = connection.recv()
 
-    def start() -> Any:
+    def start() -> LLM:
         prepare(arguments)
         from vllm import LLM
 
@@ -48,7 +52,7 @@ def serve(
     answer_commands(connection, start, commands)
 
 
-def greedy(count: int, extra_args: Any, **fields: Any) -> Any:
+def greedy(count: int, extra_args: ExtraArgs, **fields: Any) -> SamplingParams:
     """``SamplingParams`` of ``count`` greedy tokens, whatever they are."""
     from vllm import SamplingParams
 
@@ -62,7 +66,7 @@ def greedy(count: int, extra_args: Any, **fields: Any) -> Any:
     )
 
 
-def describe(llm: Any) -> dict[str, Any]:
+def describe(llm: LLM) -> dict[str, Any]:
     """What an engine runs with."""
     import torch
     from vllm.platforms import current_platform
@@ -92,8 +96,10 @@ def package_versions(names: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def _run(llm: Any, prompts: list[list[int]], extra: list[Any], count: int) -> tuple[Any, ...]:
-    requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+def _run(
+    llm: LLM, prompts: list[list[int]], extra: list[ExtraArgs], count: int
+) -> tuple[float, float, int, int]:
+    requests: list[TokensPrompt] = [{"prompt_token_ids": prompt} for prompt in prompts]
     params = [greedy(count, arguments) for arguments in extra]
     started, cpu = time.perf_counter(), time.process_time()
     outputs = llm.generate(requests, params, use_tqdm=False)
@@ -106,42 +112,43 @@ def _run(llm: Any, prompts: list[list[int]], extra: list[Any], count: int) -> tu
 
 
 def _generate(
-    llm: Any, prompts: list[list[int]], extra: list[Any], count: int, top: int
-) -> list[tuple[Any, ...]]:
-    requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+    llm: LLM, prompts: list[list[int]], extra: list[ExtraArgs], count: int, top: int
+) -> list[tuple[list[int], list[dict[int, float]], int]]:
+    requests: list[TokensPrompt] = [{"prompt_token_ids": prompt} for prompt in prompts]
     params = [greedy(count, arguments, logprobs=top) for arguments in extra]
     return [
         (
             list(output.outputs[0].token_ids),
             [
                 {token: entry.logprob for token, entry in row.items()}
-                for row in output.outputs[0].logprobs
+                for row in output.outputs[0].logprobs or ()
             ],
-            output.num_cached_tokens,
+            output.num_cached_tokens or 0,
         )
         for output in llm.generate(requests, params, use_tqdm=False)
     ]
 
 
-def _encode(llm: Any, texts: list[str]) -> list[list[int]]:
+def _encode(llm: LLM, texts: list[str]) -> list[list[int]]:
     tokenizer = llm.get_tokenizer()
     if getattr(tokenizer, "chat_template", None) is None:
         return [list(tokenizer.encode(text)) for text in texts]
     return [
-        list(
-            tokenizer.apply_chat_template(
+        [
+            int(token)
+            for token in tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
             )
-        )
+        ]
         for text in texts
     ]
 
 
-def _forget_prefixes(llm: Any) -> bool:
+def _forget_prefixes(llm: LLM) -> bool:
     return bool(llm.reset_prefix_cache())
 
 
-def _describe_steering(llm: Any) -> dict[str, Any]:
+def _describe_steering(llm: LLM) -> dict[str, Any]:
     """Adds what concerns steering: how this vLLM is checked, and what the workers say."""
     config = llm.llm_engine.vllm_config
     found = describe(llm) | {
@@ -151,7 +158,8 @@ def _describe_steering(llm: Any) -> dict[str, Any]:
         "block_size": config.cache_config.block_size,
         "max_model_len": config.model_config.max_model_len,
     }
-    if CONFIG_KEY in (config.additional_config or {}):
+    given = config.additional_config
+    if isinstance(given, dict) and CONFIG_KEY in given:
         facts = llm.collective_rpc(FACTS)
         found["layers"] = sorted({layer for one in facts for layer in one["layers"]})
         found["self_tested"] = all(one["self_tested"] for one in facts)

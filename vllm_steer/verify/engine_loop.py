@@ -9,14 +9,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_steer.vllm_compat.root_cause import cause_of
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 
 def answer_commands(
     connection: Connection[Any, Any],
-    start: Callable[[], Any],
+    start: Callable[[], LLM],
     commands: Mapping[str, Callable[..., Any]],
 ) -> None:
     """Serves one engine until it is told to ``stop`` or the other process is gone.

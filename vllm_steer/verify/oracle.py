@@ -1,4 +1,4 @@
-"""The plain form that the engine is held against: Hugging Face with forward hooks.
+"""The reference implementation: Hugging Face with forward hooks.
 
 No cache, no batch, no compilation: every token is computed anew from the whole sequence, and the
 output of each block is changed at the positions asked for. A prompt, its steering and tokens

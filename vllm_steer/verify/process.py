@@ -67,6 +67,27 @@ class Answer:
     cached: int
 
 
+@dataclass(frozen=True)
+class ProcessOptions:
+    """How the process of an engine runs.
+
+    Attributes:
+        child: Module that it runs.
+        path: Folders that only this engine imports from.
+        pausing: Whether it is stopped by a signal while it waits, since some of its threads poll and would disturb
+            others that are timed.
+        timeout: Longest time of a start or an answer, in seconds.
+    """
+
+    child: str = "vllm_steer.verify.engine_child"
+    path: Sequence[Path] = ()
+    pausing: bool = False
+    timeout: float = TIMEOUT
+
+
+_DEFAULT = ProcessOptions()
+
+
 class EngineProcess:
     """A running engine."""
 
@@ -75,11 +96,7 @@ class EngineProcess:
         name: str,
         arguments: Mapping[str, Any],
         environment: Mapping[str, str],
-        *,
-        child: str = "vllm_steer.verify.engine_child",
-        path: Sequence[Path] = (),
-        pausing: bool = False,
-        timeout: float = TIMEOUT,
+        options: ProcessOptions = _DEFAULT,
     ) -> None:
         """Starts an engine and waits until it is ready.
 
@@ -87,23 +104,19 @@ class EngineProcess:
             name: Name in messages.
             arguments: Arguments of ``LLM``, and ``ROOM``.
             environment: Environment variables that differ from this process's.
-            child: Module that the process runs.
-            path: Folders that only this engine imports from.
-            pausing: Whether the process is stopped by a signal while it waits, since some of its
-                threads poll and would disturb others that are timed.
-            timeout: Longest time of a start or an answer, in seconds.
+            options: How the process runs.
 
         Raises:
             EngineError: The engine does not start.
         """
         self.name = name
-        self._pausing, self._timeout = pausing, timeout
+        self._pausing, self._timeout = options.pausing, options.timeout
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._connection, end = Pipe()
-        paths = [*map(str, path), os.environ.get("PYTHONPATH", "")]
+        paths = [*map(str, options.path), os.environ.get("PYTHONPATH", "")]
         self._process = subprocess.Popen(
             # -P: a folder of the same name in the working directory is not what is installed.
-            [sys.executable, "-P", "-m", child, str(end.fileno())],
+            [sys.executable, "-P", "-m", options.child, str(end.fileno())],
             env=os.environ
             | {"VLLM_LOGGING_LEVEL": "WARNING", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
             | dict(environment),

@@ -1,4 +1,4 @@
-"""What was found: one page, the same as data, and the exit status."""
+"""The report: a page of text, the same as data, and the exit status."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Check:
     Attributes:
         name: Name of the check.
         status: ``measured`` is a figure that nothing was demanded of.
-        told: What was seen, in a sentence or two.
+        summary: What was seen, in a sentence or two.
         figures: The same as data.
     """
 
     name: str
     status: Status
-    told: str
+    summary: str
     figures: Mapping[str, Any]
 
 
@@ -77,25 +77,28 @@ class Report:
         for check in self.checks:
             head = f"{check.name:<16} {check.status:<12} "
             lines += textwrap.wrap(
-                head + check.told, _WIDTH, subsequent_indent=" " * _INDENT, break_on_hyphens=False
+                head + check.summary,
+                _WIDTH,
+                subsequent_indent=" " * _INDENT,
+                break_on_hyphens=False,
             )
         return "\n".join(lines) + "\n"
 
 
-def judged(name: str, faults: Sequence[str], told: str, figures: Mapping[str, Any]) -> Check:
+def judged(name: str, faults: Sequence[str], summary: str, figures: Mapping[str, Any]) -> Check:
     """A check that passed if nothing was wrong.
 
     Args:
         name: Name of the check.
         faults: What was wrong.
-        told: What was seen.
+        summary: What was seen.
         figures: The same as data.
     """
     figures = {**figures, "faults": list(faults)}
     if not faults:
-        return Check(name, "passed", told, figures)
+        return Check(name, "passed", summary, figures)
     more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-    return Check(name, "failed", f"{'; '.join(faults[:_SHOWN])}{more}. {told}", figures)
+    return Check(name, "failed", f"{'; '.join(faults[:_SHOWN])}{more}. {summary}", figures)
 
 
 def failed(name: str, reason: str) -> Check:

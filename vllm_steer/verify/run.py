@@ -1,4 +1,4 @@
-"""The run: which engines start when, and what each of them is asked."""
+"""Runs the verification: starts the engines and sends each its requests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from vllm_steer.verify.checks import (
     without_plugin,
 )
 from vllm_steer.verify.compare import Difference, tolerance
-from vllm_steer.verify.process import PLUGINS, ROOM, Answer, EngineProcess
+from vllm_steer.verify.process import PLUGINS, ROOM, Answer, EngineProcess, ProcessOptions
 from vllm_steer.verify.report import Check, Report, failed, judged, not_checked
 
 START = "start"
@@ -46,7 +46,7 @@ Reference = Callable[[str, Sequence[SteeringPack], str], AbstractContextManager[
 
 
 @dataclass(frozen=True)
-class Plan:
+class VerifyJob:
     """What to verify.
 
     Attributes:
@@ -102,11 +102,11 @@ class _Seen:
     checks: dict[str, Check]
 
 
-def verify(plan: Plan, reference: Reference, step: Step) -> Report:
+def verify(job: VerifyJob, reference: Reference, step: Step) -> Report:
     """Runs all checks.
 
     Args:
-        plan: What to verify.
+        job: What to verify.
         reference: The model that answers are held against.
         step: Told what is done next.
 
@@ -119,28 +119,28 @@ def verify(plan: Plan, reference: Reference, step: Step) -> Report:
             f"{PLUGINS} is {named!r}; without {PLUGIN} in it vLLM leaves steering out"
         )
     about = {
-        "model": plan.model,
-        "packs": [f"{pack.name} ({pack.origin})" for pack in plan.packs],
+        "model": job.model,
+        "packs": [f"{pack.name} ({pack.origin})" for pack in job.packs],
     }
     try:
-        with _engine(plan, True, step) as engine:
-            seen = _ask_steered(plan, engine, step)
+        with _engine(job, True, step) as engine:
+            seen = _ask_steered(job, engine, step)
     except EngineError as error:
-        return _not_started(plan, about, str(error), step)
+        return _not_started(job, about, str(error), step)
     checks = seen.checks
     if seen.answers:
-        checks[ISOLATION] = checks.get(ISOLATION) or _isolation(plan, seen, step)
-        checks[PARITY] = _parity(plan, seen, reference, step)
-    checks[speed.OVERHEAD] = _overhead(plan, seen, step)
+        checks[ISOLATION] = checks.get(ISOLATION) or _isolation(job, seen, step)
+        checks[PARITY] = _parity(job, seen, reference, step)
+    checks[speed.OVERHEAD] = _overhead(job, seen, step)
     order = (START, PARITY, ISOLATION, CACHE, speed.OVERHEAD)
     return Report(about | _shown(seen.facts), [checks[name] for name in order])
 
 
-def _ask_steered(plan: Plan, engine: EngineProcess, step: Step) -> _Seen:
-    """Everything that is asked of the engine with steering, in one life of it."""
+def _ask_steered(job: VerifyJob, engine: EngineProcess, step: Step) -> _Seen:
+    """Everything that is asked of the engine with steering, while it runs."""
     facts = engine.describe()
-    encoded = engine.encode(plan.texts)
-    cases = mixed_batch(Directions.of(plan.packs), encoded[:REQUESTS])
+    encoded = engine.encode(job.texts)
+    cases = mixed_batch(Directions.of(job.packs), encoded[:REQUESTS])
     checks = {START: _start(facts)}
     answers: list[Answer] = []
     singles: dict[str, Difference] = {}
@@ -156,7 +156,7 @@ def _ask_steered(plan: Plan, engine: EngineProcess, step: Step) -> _Seen:
         checks[CACHE] = not_checked(CACHE, "vLLM runs this model without a prefix cache")
         return _Seen(facts, cases, answers, singles, checks)
     prompt = long_prompt(encoded, facts["block_size"], facts["max_model_len"] - 2 * REQUESTS)
-    pairs = cache_pairs(Directions.of(plan.packs))
+    pairs = cache_pairs(Directions.of(job.packs))
     checks[CACHE] = _guarded(CACHE, lambda: check_cache(engine, pairs, prompt, allowed, step))
     return _Seen(facts, cases, answers, singles, checks)
 
@@ -167,16 +167,16 @@ def _start(facts: dict[str, Any]) -> Check:
         faults.append("the self-test did not run")
     if not facts.get("layers"):
         faults.append("no layer is hooked")
-    told = (
+    summary = (
         f"vLLM {facts['vllm']} is {facts['support']}; it has every patched symbol with the known parameters; the "
         f"self-test saw each hooked layer change the output."
     )
-    return judged(START, faults, told, {"support": facts["support"]})
+    return judged(START, faults, summary, {"support": facts["support"]})
 
 
-def _isolation(plan: Plan, seen: _Seen, step: Step) -> Check:
+def _isolation(job: VerifyJob, seen: _Seen, step: Step) -> Check:
     def check() -> Check:
-        with _engine(plan, False, step) as plain:
+        with _engine(job, False, step) as plain:
             unsteered = without_plugin(plain, seen.cases, seen.answers, step)
         allowed = tolerance(seen.facts["dtype"], seen.facts["device"])
         return check_isolation(seen.singles, unsteered, allowed)
@@ -184,51 +184,51 @@ def _isolation(plan: Plan, seen: _Seen, step: Step) -> Check:
     return _guarded(ISOLATION, check)
 
 
-def _parity(plan: Plan, seen: _Seen, reference: Reference, step: Step) -> Check:
-    if not plan.parity:
+def _parity(job: VerifyJob, seen: _Seen, reference: Reference, step: Step) -> Check:
+    if not job.parity:
         return not_checked(PARITY, "left out by --no-parity: nothing was held against Hugging Face")
     dtype = seen.facts["dtype"]
 
     def check() -> Check:
         step("loading the Hugging Face model")
-        with reference(plan.model, plan.packs, dtype) as score:
+        with reference(job.model, job.packs, dtype) as score:
             allowed = tolerance(dtype, seen.facts["device"])
             return check_parity(seen.cases, seen.answers, score, allowed, dtype, step)
 
     return _guarded(PARITY, check)
 
 
-def _overhead(plan: Plan, seen: _Seen, step: Step) -> Check:
-    if not plan.overhead:
+def _overhead(job: VerifyJob, seen: _Seen, step: Step) -> Check:
+    if not job.overhead:
         return not_checked(speed.OVERHEAD, "left out by --quick")
     fields: dict[str, Any] = {"enable_prefix_caching": False}
-    if seen.facts["device"] != "cpu" or _SHARE in plan.engine:
+    if seen.facts["device"] != "cpu" or _SHARE in job.engine:
         # Both engines live at once.
-        fields[_SHARE] = plan.engine.get(_SHARE, _MEMORY) / 2
+        fields[_SHARE] = job.engine.get(_SHARE, _MEMORY) / 2
     vocabulary = sorted({token for case in seen.cases for token in case.prompt})
 
     def check() -> Check:
         with ExitStack() as stack:
             try:
                 plain, ours = (
-                    stack.enter_context(_engine(plan, steered, step, pausing=True, **fields))
+                    stack.enter_context(_engine(job, steered, step, pausing=True, **fields))
                     for steered in (False, True)
                 )
             except EngineError as error:
-                if plan.least_ratio is not None:
+                if job.least_ratio is not None:
                     raise
                 return not_checked(speed.OVERHEAD, f"two engines do not start at once: {error}")
             return speed.check_overhead(
-                plain, ours, Directions.of(plan.packs), vocabulary, plan.least_ratio, step
+                plain, ours, Directions.of(job.packs), vocabulary, job.least_ratio, step
             )
 
     return _guarded(speed.OVERHEAD, check)
 
 
-def _not_started(plan: Plan, about: dict[str, Any], reason: str, step: Step) -> Report:
+def _not_started(job: VerifyJob, about: dict[str, Any], reason: str, step: Step) -> Report:
     """Whether steering is to blame, or plain vLLM does not start either."""
     try:
-        with _engine(plan, False, step) as plain:
+        with _engine(job, False, step) as plain:
             facts = plain.describe()
     except EngineError as error:
         return Report(about, [], f"plain vLLM does not start here either: {error}")
@@ -247,7 +247,7 @@ def _guarded(name: str, check: Callable[[], Check]) -> Check:
 
 @contextmanager
 def _engine(
-    plan: Plan, steered: bool, step: Step, *, pausing: bool = False, **more: Any
+    job: VerifyJob, steered: bool, step: Step, *, pausing: bool = False, **more: Any
 ) -> Iterator[EngineProcess]:
     name = "vLLM with steering" if steered else "plain vLLM"
     step(f"starting {name}")
@@ -255,8 +255,8 @@ def _engine(
     if pausing:
         # One process for front end and engine, so that all of it stops while the other is timed.
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    arguments = plan.arguments(steered, **more)
-    engine = EngineProcess(name, arguments, environment, pausing=pausing)
+    arguments = job.arguments(steered, **more)
+    engine = EngineProcess(name, arguments, environment, ProcessOptions(pausing=pausing))
     try:
         yield engine
     finally:

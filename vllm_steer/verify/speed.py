@@ -51,7 +51,7 @@ def check_overhead(
     speeds = [{arm: timing.speed for arm, timing in one.items()} for one in times]
     ratios = {arm: ratio_to([PLAIN], arm, speeds) for arm in (IDLE, STEERED)}
     medians = {arm: statistics.median(one[arm] for one in speeds) for arm in ARMS}
-    told = (
+    summary = (
         f"tokens a second, {REQUESTS} requests of {PROMPT} + {ANSWER} tokens, median of {ROUNDS} interleaved "
         f"rounds: {medians[PLAIN]:.0f} plain; {medians[IDLE]:.0f} with the plugin idle, ratio {_shown(ratios[IDLE])}; "
         f"{medians[STEERED]:.0f} all steered, ratio {_shown(ratios[STEERED])}. In brackets 95 % intervals of these "
@@ -64,13 +64,13 @@ def check_overhead(
         "least_ratio": least,
     }
     if least is None:
-        return Check(OVERHEAD, "measured", told, figures)
+        return Check(OVERHEAD, "measured", summary, figures)
     faults = [
         f"ratio of {arm} {ratio.median:.3f} is below --min-ratio {least:g}"
         for arm, ratio in ratios.items()
         if not ratio.median >= least
     ]
-    return judged(OVERHEAD, faults, told, figures)
+    return judged(OVERHEAD, faults, summary, figures)
 
 
 def steps() -> int:

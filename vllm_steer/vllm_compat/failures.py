@@ -1,4 +1,4 @@
-"""Lets the front end of an engine say why the engine's processes ended.
+"""Reports to an engine's front end why the engine's processes failed.
 
 A process that fails adds a line to a file that the front end named in an environment variable, which
 all processes of the engine inherit; there is no file until something fails. The first line is the
@@ -20,10 +20,21 @@ from contextlib import contextmanager, suppress
 from itertools import chain
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
+from vllm_steer.vllm_compat import patched_symbols as symbols
 from vllm_steer.vllm_compat import patches
-from vllm_steer.vllm_compat.root_cause import MARK, told
+from vllm_steer.vllm_compat.root_cause import MARK, describe
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
+    from vllm.v1.engine.core import EngineCoreProc
+    from vllm.v1.engine.exceptions import EngineDeadError
+    from vllm.v1.engine.utils import CoreEngineProcManager
+    from vllm.v1.executor.multiproc_executor import UnreadyWorkerProcHandle, WorkerProc
+
+R = TypeVar("R")
 
 # Not VLLM_..., which vLLM would warn of.
 VARIABLE = "_VLLM_STEER_FAILURES"
@@ -32,15 +43,15 @@ _WARNINGS = "PYTHONWARNINGS"
 _REAPED = 5.0
 
 # File of failures to the processes that may write to it, for each engine that this process started.
-_started: dict[str, Callable[[], Iterable[Any]]] = {}
+_started: dict[str, Callable[[], Iterable[BaseProcess]]] = {}
 # Processes of the workers that this process, an engine core, has started.
-_workers: list[Any] = []
+_workers: list[BaseProcess] = []
 
 
-def name_file(original: Callable[..., Any]) -> Callable[..., Any]:
+def name_file(original: Callable[..., None]) -> Callable[..., None]:
     """Wraps ``CoreEngineProcManager.__init__``, which starts the engine cores."""
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: CoreEngineProcManager, *args: object, **kwargs: object) -> None:
         file = f"vllm-steer-{secrets.token_hex(8)}.failures"
         path = os.environ[VARIABLE] = str(Path(tempfile.gettempdir(), file))
         known = weakref.ref(self)
@@ -52,10 +63,10 @@ def name_file(original: Callable[..., Any]) -> Callable[..., Any]:
     return __init__
 
 
-def explain_start(original: Callable[..., Any]) -> Callable[..., Any]:
+def explain_start(original: Callable[..., R]) -> Callable[..., R]:
     """Wraps ``wait_for_engine_startup`` to end its error with the root cause."""
 
-    def wait_for_engine_startup(*args: Any, **kwargs: Any) -> Any:
+    def wait_for_engine_startup(*args: object, **kwargs: object) -> R:
         try:
             return original(*args, **kwargs)
         except RuntimeError as error:
@@ -66,10 +77,10 @@ def explain_start(original: Callable[..., Any]) -> Callable[..., Any]:
     return wait_for_engine_startup
 
 
-def explain_death(original: Callable[..., Any]) -> Callable[..., Any]:
+def explain_death(original: Callable[..., None]) -> Callable[..., None]:
     """Wraps ``EngineDeadError.__init__`` to note the root cause."""
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: EngineDeadError, *args: object, **kwargs: object) -> None:
         original(self, *args, **kwargs)
         if found := cause():
             self.add_note(f"{MARK}{found}")
@@ -77,47 +88,49 @@ def explain_death(original: Callable[..., Any]) -> Callable[..., Any]:
     return __init__
 
 
-def watch_workers(original: Callable[..., Any]) -> Callable[..., Any]:
+def watch_workers(original: Callable[..., R]) -> Callable[..., R]:
     """Wraps ``WorkerProc.wait_for_ready`` to know the workers: one that is killed reports nothing."""
 
-    def wait_for_ready(unready_proc_handles: Any, *args: Any, **kwargs: Any) -> Any:
+    def wait_for_ready(
+        unready_proc_handles: list[UnreadyWorkerProcHandle], *args: object, **kwargs: object
+    ) -> R:
         _workers[:] = [handle.proc for handle in unready_proc_handles]
         return original(unready_proc_handles, *args, **kwargs)
 
     return wait_for_ready
 
 
-def report_worker(original: Callable[..., Any]) -> Callable[..., Any]:
+def report_worker(original: Callable[..., None]) -> Callable[..., None]:
     """Wraps ``WorkerProc.__init__``; what it raises goes no further than the worker's log."""
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: WorkerProc, *args: object, **kwargs: object) -> None:
         with reported():
             original(self, *args, **kwargs)
 
     return __init__
 
 
-def run_engine_core(*args: Any, **kwargs: Any) -> Any:
+def run_engine_core(*args: object, **kwargs: object) -> object:
     """Runs ``EngineCoreProc.run_engine_core``, in the process that it is for."""
     with reported():
-        return patches.original(patches.RUN_ENGINE_CORE)(*args, **kwargs)
+        return patches.original(symbols.RUN_ENGINE_CORE)(*args, **kwargs)
 
 
-def report_death(original: Callable[..., Any]) -> Callable[..., Any]:
+def report_death(original: Callable[..., None]) -> Callable[..., None]:
     """Wraps ``EngineCoreProc._send_engine_dead``: the front end looks for a cause when it hears."""
 
-    def _send_engine_dead(self: Any) -> Any:
+    def _send_engine_dead(self: EngineCoreProc) -> None:
         if (error := sys.exc_info()[1]) is not None:
             _report(error)
-        return original(self)
+        original(self)
 
     return _send_engine_dead
 
 
-def worker_main(*args: Any, **kwargs: Any) -> Any:
+def worker_main(*args: object, **kwargs: object) -> object:
     """Runs ``WorkerProc.worker_main``, in the process that it is for, before vLLM loads the plugin there."""
-    patches.patch(patches.WORKER_PROC_INIT, report_worker)
-    return patches.original(patches.WORKER_MAIN)(*args, **kwargs)
+    patches.patch(symbols.WORKER_PROC_INIT, report_worker)
+    return patches.original(symbols.WORKER_MAIN)(*args, **kwargs)
 
 
 @contextmanager
@@ -151,7 +164,7 @@ def _report(error: BaseException) -> None:
     Once: by the next time the front end may have removed the file.
     """
     path = os.environ.pop(VARIABLE, "")
-    lines = filter(None, (_killed(_workers), told(error)))
+    lines = filter(None, (_killed(_workers), describe(error)))
     # Whatever goes wrong with the report, the error itself is still raised and logged.
     with suppress(OSError):
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
@@ -160,11 +173,13 @@ def _report(error: BaseException) -> None:
             file.writelines(f"{line}\n" for line in lines)
 
 
-def _killed(processes: Iterable[Any]) -> str | None:
+def _killed(processes: Iterable[BaseProcess]) -> str | None:
     """The first of the processes that was ended by a signal other than vLLM's own, in words."""
-    ended = {process.sentinel: process for process in processes}
-    for sentinel in wait(list(ended), timeout=0):
-        process = ended[sentinel]
+    watched = list(processes)
+    ended = wait([process.sentinel for process in watched], timeout=0)
+    for process in watched:
+        if process.sentinel not in ended:
+            continue
         process.join(_REAPED)
         status = process.exitcode or 0
         if status < 0 and -status != signal.SIGTERM:

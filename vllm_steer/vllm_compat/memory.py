@@ -1,4 +1,4 @@
-"""Settings of memory for an engine on a machine that others use as well.
+"""Memory settings for an engine on a shared machine.
 
 vLLM wants 92 % of a machine's memory and does not start where that is not free. On a CPU the memory
 is everyone's; an accelerator's is mostly the engine's alone, and keeps vLLM's default.
@@ -9,15 +9,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from vllm_steer.vllm_compat.model_shape import resolved_dtype
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
 
 # Of the memory that is free, which weights and activations need as well.
 _SHARE = 4
 # For a model whose cache is not measured in tokens alone; what vLLM once took by default.
 _UNKNOWN = 4 << 30
-# Requests at once, unless told: what vLLM runs on a CPU.
+# Requests at once, by default: what vLLM runs on a CPU.
 _SEQUENCES = 256
-# vLLM's blocks of tokens on a CPU, unless told. A sequence ends within one; one more stays empty.
+# vLLM's blocks of tokens on a CPU by default. A sequence ends within one; one more stays empty.
 _BLOCK = 128
 _CGROUPS = Path("/sys/fs/cgroup")
 _SIZED = ("kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override")
@@ -52,7 +57,7 @@ def memory_settings(options: Mapping[str, Any], room: int | None = None) -> dict
     return chosen
 
 
-def _cache_bytes(model: Any, options: Mapping[str, Any], length: int) -> int:
+def _cache_bytes(model: ModelConfig, options: Mapping[str, Any], length: int) -> int:
     workers = int(options.get("tensor_parallel_size") or 1)
     workers *= int(options.get("pipeline_parallel_size") or 1)
     share = available_bytes() // _SHARE // workers
@@ -64,14 +69,14 @@ def _cache_bytes(model: Any, options: Mapping[str, Any], length: int) -> int:
     return max(request, min(request * sequences, share))
 
 
-def _token_bytes(model: Any) -> int | None:
+def _token_bytes(model: ModelConfig) -> int | None:
     """Bytes of keys and values of one token; None where layers keep states of another kind."""
     if model.is_hybrid or model.is_attention_free:
         return None
     # Multi-head latent attention keeps one vector for keys and values.
     vectors = 1 if model.use_mla else 2 * model.get_total_num_kv_heads()
-    found: int = vectors * model.get_head_size() * model.get_total_num_hidden_layers()
-    return found * model.dtype.itemsize or None
+    found = vectors * model.get_head_size() * model.get_total_num_hidden_layers()
+    return found * resolved_dtype(model).itemsize or None
 
 
 def available_bytes() -> int:

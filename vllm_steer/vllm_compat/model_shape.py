@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from vllm_steer.errors import CompatibilityError
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import ModelConfig
+
+
+class ModelShape(TypedDict):
+    """What a pack must agree with.
+
+    Attributes:
+        model_types: Hugging Face's names of the architecture; of a model that sees images, also of the
+            language model in it.
+        hidden_size: Width of the residual stream.
+        num_layers: Decoder blocks.
+    """
+
+    model_types: tuple[str, ...]
+    hidden_size: int
+    num_layers: int
 
 
 def dtype_name(dtype: object) -> str:
@@ -12,7 +31,12 @@ def dtype_name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def model_shape(model_config: Any) -> dict[str, Any]:
+def resolved_dtype(model_config: ModelConfig) -> torch.dtype:
+    """Returns the dtype of a model; vLLM has put it in the place of its name when the configuration is complete."""
+    return cast("torch.dtype", model_config.dtype)
+
+
+def model_shape(model_config: ModelConfig) -> ModelShape:
     """Returns model types, hidden size and number of layers, to compare with what packs record.
 
     A model that sees images has the type of the language model in it, too, so that a pack of either serves both.
@@ -24,7 +48,7 @@ def model_shape(model_config: Any) -> dict[str, Any]:
         CompatibilityError: The model does not say.
     """
     types = (model_config.hf_text_config.model_type, model_config.hf_config.model_type)
-    shape = {
+    shape: ModelShape = {
         "model_types": tuple(dict.fromkeys(types)),
         "hidden_size": model_config.get_hidden_size(),
         "num_layers": model_config.get_total_num_hidden_layers(),

@@ -1,4 +1,4 @@
-"""What ended an engine, as one line: read from an exception, or from the log of another process.
+"""The root cause of an engine's failure, in one line, from an exception or another process's log.
 
 vLLM starts its engine in processes of their own. What fails there is logged there; the front end
 knows that something failed, not what. Importing this module imports neither torch nor vllm.
@@ -29,11 +29,13 @@ _LONGEST = 2000
 def cause_of(error: BaseException) -> str:
     """Returns the root cause of an error, or the error itself where it names no other."""
     notes = getattr(error, "__notes__", ())
-    return next((found for text in (*notes, str(error)) if (found := _marked(text))), told(error))
+    return next(
+        (found for text in (*notes, str(error)) if (found := _marked(text))), describe(error)
+    )
 
 
-def told(error: BaseException) -> str:
-    """Returns type and text of an error; what a worker told its engine, without the engine's words."""
+def describe(error: BaseException) -> str:
+    """Returns type and text of an error; of what a worker reported, without its engine's words."""
     text = explain_faults(error, "engine") if isinstance(error, ValidationError) else str(error)
     line = f"{type(error).__name__}: {_one_line(text)}" if text else type(error).__name__
     return _FROM_WORKER.sub(r"\1", line)

@@ -17,7 +17,7 @@ from vllm_steer.errors import CompatibilityError
 TESTS_RUN = "tests run"
 SYMBOLS_READ = "static symbol check"
 
-# Release to how it is checked; README.md shows the same table.
+# Release to how it is checked; docs/install.md shows the same table.
 CHECKED = {
     "0.26.0": TESTS_RUN,
     "0.30.0": SYMBOLS_READ,
