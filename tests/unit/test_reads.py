@@ -187,6 +187,48 @@ def reader_bank(reads: int, rows: int = 5) -> ReaderBank:
     return ReaderBank(range(LAYERS), *size, torch.float32, torch.device("cpu"))
 
 
+class Block(nn.Module):
+    """Returns what it is given."""
+
+    def forward(self, output: Any) -> Any:
+        return output
+
+
+@pytest.mark.parametrize("form", ["alone", "with a residual", "with a batch of one"])
+def test_a_block_writes_scores_before_and_after_its_change(form: str) -> None:
+    torch.manual_seed(0)
+    block, readers = Block(), reader_bank(2)
+    bank = SteeringBank(BankShape((1,), 3, HIDDEN, 8), torch.float32, torch.device("cpu"))
+    hook_blocks([(1, block)], bank, readers)
+    bank.vectors[0, 2] = change = torch.randn(HIDDEN)
+    bank.set_rows(np.array([0, 2, 2], dtype=np.int32))
+    probe = torch.randn(HIDDEN)
+    vectors = np.zeros((LAYERS, HIDDEN), dtype=np.float32)
+    vectors[1] = probe.numpy()
+    readers.write_row(3, vectors, after=False)
+    readers.write_row(4, vectors, after=True)
+    readers.set_rows(np.array([[3, 4], [3, 4], [0, 4]], dtype=np.int32))
+    hidden, residual = torch.randn(3, HIDDEN), torch.randn(3, HIDDEN)
+    readers.scores.fill_(NAN)
+    returned = block(
+        {
+            "alone": hidden,
+            "with a residual": (hidden, residual),
+            "with a batch of one": hidden[None],
+        }[form]
+    )
+    stream = hidden + residual if form == "with a residual" else hidden
+    before = stream @ probe
+    after = before + (change @ probe) * torch.tensor([0.0, 1.0, 1.0])
+    expected = torch.stack([before * torch.tensor([1.0, 1.0, 0.0]), after], 1)
+    torch.testing.assert_close(readers.scores[1, :3], expected)
+    # Other layers and tokens are not written.
+    assert readers.scores[[0, 2, 3]].isnan().all()
+    assert readers.scores[1, 3:].isnan().all()
+    moved = (returned[0] if form != "alone" else returned).reshape(3, HIDDEN)
+    torch.testing.assert_close(moved[1], hidden[1] + change)
+
+
 def test_scores_of_a_step_go_to_their_requests(registry: PackRegistry) -> None:
     bank = reader_bank(2)
     reading = Reading(bank, registry.by_digest)
