@@ -4,9 +4,9 @@
 
 Each world is one engine with a small key-value cache, so that requests are preempted, and a small
 token budget, so that prompts are chunked; prefix cache, asynchronous scheduling and the number of
-running requests are drawn from the world's seed. Steered and unsteered requests arrive, share
-prefixes, and are aborted at random. Every token of every answer is then held against Hugging Face
-with forward hooks, which sees the whole sequence at once, without cache, batch or schedule.
+running requests are drawn from the world's seed. Steered and unsteered requests arrive, some of which read
+directions, share prefixes, and are aborted at random. Every token of every answer, and every score, is then held
+against Hugging Face with forward hooks, which sees the whole sequence at once, without cache, batch or schedule.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from tests.engine_process import pretend_triton_backend
@@ -30,12 +33,15 @@ from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.offline.demo.corpus import user_text
 from vllm_steer.offline.questions.statements import statements
 from vllm_steer.packs.pack import load_pack
+from vllm_steer.plan.scores import SCORES_ATTRIBUTE
 from vllm_steer.verify.oracle import Reference
 
 TOLERANCE = 1e-4
 WORLD_REQUESTS = 125
 CONTEXT = 256
 DIRECTIONS = 6
+READS = 3
+BLOCK = 32
 TOP = 5
 
 
@@ -54,11 +60,12 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Answer:
-    """Token ids and, for each, the engine's log-probabilities by token id."""
+    """Token ids and, for each, the engine's log-probabilities by token id; scores ``[reads, prompt and answer]``."""
 
     tokens: list[int]
     logprobs: list[dict[int, float]]
     prompt_logprobs: list[dict[int, float]] | None
+    scores: NDArray[np.float32] | None
 
 
 @dataclass(frozen=True)
@@ -71,10 +78,12 @@ class Report:
         requests: Requests sent.
         answers: Answers compared; aborted requests have none.
         tokens: Tokens compared.
+        scores: Scores compared.
         mismatches: What differed, in words.
         worst: Largest difference of a log-probability.
+        worst_score: Largest difference of a score.
         aborted: Requests aborted.
-        refused: Requests refused, as they would have steered no token; each was expected.
+        refused: Requests refused, as they would have steered or read no token; each was expected.
         preemptions: Requests that the scheduler preempted.
         cached_tokens: Prompt tokens found in the prefix cache.
     """
@@ -84,8 +93,10 @@ class Report:
     requests: int
     answers: int
     tokens: int
+    scores: int
     mismatches: list[str]
     worst: float
+    worst_score: float
     aborted: int
     refused: int
     preemptions: int
@@ -127,13 +138,37 @@ def draw_request(rng: random.Random, bases: list[list[int]], layers: int) -> Wan
     sampled = rng.random() < 0.3
     return Wanted(
         prompt,
-        draw_steering(rng, len(prompt), layers) if rng.random() < 0.7 else None,
+        draw_request_steering(rng, len(prompt), layers),
         max_tokens=rng.randint(1, 40),
         samples=rng.choice([1, 1, 2]) if sampled else 1,
         temperature=1.0 if sampled else 0.0,
         prompt_logprobs=rng.random() < 0.1,
         abort_after=rng.randint(0, 25) if rng.random() < 0.15 else None,
     )
+
+
+def draw_request_steering(
+    rng: random.Random, prompt_len: int, layers: int
+) -> dict[str, Any] | None:
+    """What a request steers and reads: both, one of them, or neither."""
+    steering = draw_steering(rng, prompt_len, layers) if rng.random() < 0.7 else {}
+    if rng.random() < 0.5:
+        steering |= draw_reads(rng, prompt_len, layers)
+    return steering or None
+
+
+def draw_reads(rng: random.Random, prompt_len: int, layers: int) -> dict[str, Any]:
+    """One to three reads, each with layers and positions of its own."""
+    reads = [
+        {
+            "name": f"fuzz/d{number}",
+            "layers": sorted(rng.sample(range(layers), rng.choice([1, 2, layers]))),
+            "at": draw_positions(rng, prompt_len),
+            "when": rng.choice(["before", "after"]),
+        }
+        for number in rng.sample(range(DIRECTIONS), rng.randint(1, READS))
+    ]
+    return {"read": reads, "recompute": rng.random() < 0.3}
 
 
 def draw_steering(rng: random.Random, prompt_len: int, layers: int) -> dict[str, Any]:
@@ -164,11 +199,13 @@ def draw_positions(rng: random.Random, prompt_len: int) -> str | list[list[int |
 
 def draw_sibling(rng: random.Random, request: Wanted) -> Wanted:
     """The same prompt and vectors at other positions: nothing else tells their blocks apart."""
+    steering = request.steering or {}
     directions = [
         choice | {"positions": draw_positions(rng, len(request.prompt))}
-        for choice in (request.steering or {"directions": []})["directions"]
+        for choice in steering.get("directions", ())
     ]
-    return replace(request, steering={"directions": directions} if directions else None)
+    own = {"directions": directions} if directions else {}
+    return replace(request, steering=(steering | own) or None)
 
 
 def run_world(seed: int, count: int, pack: Path, runner: str) -> Report:
@@ -189,12 +226,13 @@ def run_world(seed: int, count: int, pack: Path, runner: str) -> Report:
             dtype="float32",
             max_model_len=CONTEXT,
             kv_cache_memory_bytes=2**28,
-            block_size=32,
+            block_size=BLOCK,
             enforce_eager=True,
             disable_log_stats=False,
             additional_config={
                 "steering": {
                     "packs": [str(pack)],
+                    "reads": READS,
                     "rows": 12 * engine_settings["max_num_seqs"] + 1,
                 }
             },
@@ -214,9 +252,13 @@ def run_world(seed: int, count: int, pack: Path, runner: str) -> Report:
     answers = _drive(engine, wanted, idle, rng)
     plain = Reference(model, [loaded])
     mismatches, worst, tokens = [], 0.0, 0
+    scores, worst_score = 0, 0.0
     for index, answer in answers:
         fault, difference = compare(wanted[index], answer, plain)
         worst, tokens = max(worst, difference), tokens + len(answer.tokens)
+        score_fault, score_difference, compared = compare_scores(wanted[index], answer, plain)
+        worst_score, scores = max(worst_score, score_difference), scores + compared
+        fault = fault or score_fault
         if fault:
             mismatches.append(f"seed {seed}, request {index}: {fault}; {wanted[index].steering}")
     metrics = {metric.name: getattr(metric, "value", 0) for metric in engine.get_metrics()}
@@ -226,8 +268,10 @@ def run_world(seed: int, count: int, pack: Path, runner: str) -> Report:
         count,
         len(answers),
         tokens,
+        scores,
         mismatches,
         worst,
+        worst_score,
         sum(want.abort_after is not None for want in wanted),
         len(idle),
         int(metrics["vllm:num_preemptions"]),
@@ -248,16 +292,19 @@ def _prompt(tokenizer: Any, number: int) -> list[int]:
 
 
 def reaches(want: Wanted) -> bool:
-    """Whether a steered request steers a token that the model reads, which is all but an answer's last."""
+    """Whether a request steers a token that goes through the model, all but an answer's last, and each read has one."""
     prompt_len = len(want.prompt)
     starts = {"all": 0, "prompt": 0, "generated": prompt_len, "last_prompt": prompt_len - 1}
-    firsts = [
-        starts[choice["positions"]]
-        if isinstance(choice["positions"], str)
-        else min(start + prompt_len if start < 0 else start for start, _ in choice["positions"])
-        for choice in (want.steering or {"directions": []})["directions"]
-    ]
-    return not firsts or min(firsts) < prompt_len + want.max_tokens - 1
+
+    def first(chosen: str | list[list[int]]) -> int:
+        if isinstance(chosen, str):
+            return starts[chosen]
+        return min(start + prompt_len if start < 0 else start for start, _ in chosen)
+
+    steering, tokens = want.steering or {}, prompt_len + want.max_tokens - 1
+    firsts = [first(choice["positions"]) for choice in steering.get("directions", ())]
+    reads = [first(choice["at"]) for choice in steering.get("read", ())]
+    return (not firsts or min(firsts) < tokens) and all(start < tokens for start in reads)
 
 
 def _drive(
@@ -290,11 +337,11 @@ def _drive(
             try:
                 engine.add_request(str(index), {"prompt_token_ids": want.prompt}, params)
             except VLLMValidationError as error:
-                if index in idle and "no token would be steered" in str(error):
+                if index in idle and re.search("no token (would be|is) (steered|read)", str(error)):
                     continue
                 raise
             if index in idle:
-                raise RuntimeError(f"request {index} steers no token and was taken")
+                raise RuntimeError(f"request {index} steers or reads no token and was taken")
             if want.abort_after is not None:
                 aborts.setdefault(steps + want.abort_after, []).append(str(index))
         engine.abort_request(aborts.pop(steps, []))
@@ -317,10 +364,13 @@ def _answer(output: Any, sample: Any) -> Answer:
         return {token: entry.logprob for token, entry in row.items()}
 
     prompt = output.prompt_logprobs
+    found = getattr(sample, SCORES_ATTRIBUTE, None)
+    length = len(output.prompt_token_ids) + len(sample.token_ids)
     return Answer(
         list(sample.token_ids),
         [plain(row) for row in sample.logprobs],
         None if prompt is None else [plain(row) for row in prompt[1:]],
+        None if found is None else found.to_numpy(length),
     )
 
 
@@ -344,6 +394,28 @@ def compare(want: Wanted, answer: Answer, plain: Reference) -> tuple[str, float]
             if row[token] < row.max() - TOLERANCE:
                 return f"token {number} is {token}, not {row.argmax()}", float(worst)
     return "", float(worst)
+
+
+def compare_scores(want: Wanted, answer: Answer, plain: Reference) -> tuple[str, float, int]:
+    """Returns what differs, in words or empty, the largest difference of a score, and how many were compared."""
+    steering = want.steering or {}
+    if "read" not in steering or answer.scores is None:
+        wrong = ("read" in steering) != (answer.scores is not None)
+        return ("there are scores, or none, against what was asked" if wrong else ""), 0.0, 0
+    expected = plain.read(want.prompt, answer.tokens, steering)
+    # The last token went through no model.
+    expected[:, -1] = np.nan
+    given, wanted = np.isfinite(answer.scores), np.isfinite(expected)
+    if (given & ~wanted).any():
+        return "there are scores where nothing was to be read", 0.0, 0
+    # What the prefix cache had is whole blocks at the beginning of the prompt.
+    missing = np.flatnonzero((wanted & ~given).any(0))
+    cached = 0 if not len(missing) else -(-(int(missing[-1]) + 1) // BLOCK) * BLOCK
+    if cached and (steering["recompute"] or cached >= len(want.prompt) or given[:, :cached].any()):
+        return f"scores are missing at {missing.tolist()}", 0.0, 0
+    worst = float(np.abs(answer.scores - expected)[given].max(initial=0.0))
+    fault = "" if worst < TOLERANCE else f"scores differ by {worst:.3g}"
+    return fault, worst, int(given.sum())
 
 
 def main() -> None:
@@ -375,8 +447,10 @@ def main() -> None:
         "requests": sum(report.requests for report in reports),
         "answers": sum(report.answers for report in reports),
         "tokens": sum(report.tokens for report in reports),
+        "scores": sum(report.scores for report in reports),
         "mismatches": len(mismatches),
         "worst_logprob_difference": max(report.worst for report in reports),
+        "worst_score_difference": max(report.worst_score for report in reports),
         "preemptions": sum(report.preemptions for report in reports),
         "cached_tokens": sum(report.cached_tokens for report in reports),
         "aborted": sum(report.aborted for report in reports),

@@ -56,15 +56,17 @@ def from_schema(schema: Mapping[str, Any], names: Sequence[str]) -> st.SearchStr
     kind = schema["type"]
     if kind == "object":
         fields = {
-            key: st.sampled_from(names) if key in _NAMES else from_schema(value, names)
+            key: st.sampled_from(names)
+            if key in _NAMES and _is_text(value)
+            else from_schema(value, names)
             for key, value in schema["properties"].items()
         }
         needed = {key: fields.pop(key) for key in schema.get("required", ())}
         return st.fixed_dictionaries(needed, optional=fields)
     if kind == "array":
-        most = min(schema["maxItems"], schema["minItems"] + 3)
+        least = schema.get("minItems", 0)
         inner = from_schema(schema["items"], names)
-        return st.lists(inner, min_size=schema["minItems"], max_size=most)
+        return st.lists(inner, min_size=least, max_size=min(schema["maxItems"], least + 3))
     if kind == "integer":
         return st.integers(schema.get("minimum", -8), 8)
     return {
@@ -73,6 +75,11 @@ def from_schema(schema: Mapping[str, Any], names: Sequence[str]) -> st.SearchStr
         "boolean": st.booleans(),
         "null": st.none(),
     }[kind]
+
+
+def _is_text(schema: Mapping[str, Any]) -> bool:
+    """Whether a part of the schema is text, or text or null."""
+    return any(one.get("type") == "string" for one in schema.get("anyOf", [schema]))
 
 
 @st.composite

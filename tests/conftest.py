@@ -27,6 +27,8 @@ from vllm_steer.verify.oracle import Reference
 # Enough to learn real directions in seconds; how well they steer is measured in benchmarks/.
 FEW = FULL_METHOD.model_copy(update={"positive_count": 40, "negative_count": 40})
 PLAIN = {"VLLM_PLUGINS": ""}
+# Probes that a request of an engine kind with ``reads`` may read.
+READS = 3
 # Each holds one to two gigabytes.
 MOST_ENGINES = 6
 V2 = {
@@ -179,6 +181,8 @@ def engine_arguments(model: Path, packs: list[SteeringPack], kind: str) -> dict[
         steering: dict[str, Any] = {"packs": [str(pack.path) for pack in packs], "rows": 65}
         if "affine" in words:
             steering["ops"] = "affine"
+        if "reads" in words:
+            steering["reads"] = READS
         arguments["additional_config"] = {"steering": steering}
     return arguments
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from vllm_steer.plan.scores import SCORES_ATTRIBUTE
 from vllm_steer.verify.engine_loop import answer_commands
 
 START_TIMEOUT = 600
@@ -42,6 +43,8 @@ class Output:
         cached: Prompt tokens found in the prefix cache.
         prompt_logprobs: ``[prompt tokens - 1, vocabulary]``, float64, when they were asked for.
         text: The generated text, where a regex was asked for.
+        scores: ``[reads, prompt and answer]``, float32, where a request read something.
+        reasons: Why the answer ended: ``finish_reason`` and ``stop_reason``.
     """
 
     tokens: list[int]
@@ -49,6 +52,8 @@ class Output:
     cached: int
     prompt_logprobs: np.ndarray | None
     text: str
+    scores: np.ndarray | None
+    reasons: tuple[Any, Any]
 
 
 class EngineProcess:
@@ -280,12 +285,16 @@ def _output(output: Any, sample: Any) -> Output:
         return np.array([[row[token].logprob for token in range(len(row))] for row in positions])
 
     prompt = output.prompt_logprobs
+    scores = getattr(sample, SCORES_ATTRIBUTE, None)
+    length = len(output.prompt_token_ids) + len(sample.token_ids)
     return Output(
         list(sample.token_ids),
         rows(sample.logprobs),
         output.num_cached_tokens,
         None if prompt is None else rows(prompt[1:]),
         sample.text,
+        None if scores is None else scores.to_numpy(length),
+        (sample.finish_reason, sample.stop_reason),
     )
 
 

@@ -45,6 +45,7 @@ USED = (
     VllmSymbol(
         "vllm.v1.engine.core_client", "AsyncMPClient.call_utility_async", ("self", "method")
     ),
+    VllmSymbol("vllm.v1.outputs", "AsyncModelRunnerOutput.get_output", ("self",)),
 )
 
 # What is patched, and modules of which at least one must call it: a patch that nobody calls is silent.
@@ -89,6 +90,14 @@ CALLS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "register_vllm_serve_api_routers",
         (f"{OPENAI}.api_server", "vllm.entrypoints.launchers.api_server.routers"),
     ),
+    ("update_from_output", ("vllm.v1.engine.core",)),
+    ("check_stop", ("vllm.v1.core.sched.scheduler",)),
+    ("process_outputs", ("vllm.v1.engine.async_llm",)),
+    ("process_outputs", ("vllm.v1.engine.llm_engine",)),
+    ("_new_completion_output", ("vllm.v1.engine.output_processor",)),
+    ("sample_tokens", (f"{WORKER}.gpu_worker",)),
+    ("get_output", (MULTIPROC,)),
+    ("get_output", ("vllm.v1.executor.uniproc_executor",)),
     ("_update_states", (f"{WORKER}.gpu_model_runner",)),
     ("_prepare_inputs", (f"{WORKER}.gpu_model_runner",)),
     ("add_request", (f"{WORKER}.gpu.model_runner",)),
@@ -121,7 +130,7 @@ FIELDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "ParallelConfig",
         (
             "prefill_context_parallel_size", "enable_dbo", "use_ubatching",
-            "use_sequence_parallel_moe", "_api_process_count",
+            "use_sequence_parallel_moe", "_api_process_count", "pipeline_parallel_size",
         ),
     ),
     ("vllm.config", "CacheConfig", ("kv_sharing_fast_prefill",)),
@@ -129,7 +138,7 @@ FIELDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.config", "OffloadConfig", ("uva",)),
     ("vllm.config.offload", "UVAOffloadConfig", ("cpu_offload_gb",)),
     ("vllm.config", "KVTransferConfig", ("kv_connector",)),
-    ("vllm.config", "SchedulerConfig", ("max_num_seqs",)),
+    ("vllm.config", "SchedulerConfig", ("max_num_seqs", "scheduler_cls")),
     (
         "vllm.config",
         "ModelConfig",
@@ -139,7 +148,11 @@ FIELDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
             "is_hybrid", "is_attention_free",
         ),
     ),
-    ("vllm.sampling_params", "SamplingParams", ("extra_args", "output_kind", "n")),
+    (
+        "vllm.sampling_params",
+        "SamplingParams",
+        ("extra_args", "output_kind", "n", "skip_reading_prefix_cache"),
+    ),
     (f"{OPENAI}.completion.protocol", "CompletionRequest", ("vllm_xargs",)),
     (f"{OPENAI}.chat_completion.protocol", "ChatCompletionRequest", ("vllm_xargs",)),
     (f"{OPENAI}.responses.protocol", "ResponsesRequest", ("vllm_xargs",)),
@@ -151,7 +164,20 @@ FIELDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vllm.v1.engine.async_llm", "AsyncLLM", ("log_requests",)),
     ("vllm.v1.engine.core", "EngineCore", ("vllm_config", "model_executor")),
     ("vllm.v1.engine.core_client", "SyncMPClient", ("ctx", "output_queue_thread")),
-    ("vllm.v1.request", "Request", ("sampling_params", "all_token_ids")),
+    (
+        "vllm.v1.request",
+        "Request",
+        ("request_id", "sampling_params", "all_token_ids", "num_tokens", "status", "stop_reason"),
+    ),
+    (
+        "vllm.v1.engine",
+        "EngineCoreOutput",
+        ("request_id", "kv_transfer_params", "finish_reason", "stop_reason"),
+    ),
+    ("vllm.v1.engine", "EngineCoreOutputs", ("outputs",)),
+    ("vllm.v1.core.sched.scheduler", "Scheduler", ("requests",)),
+    ("vllm.v1.engine.output_processor", "OutputProcessor", ("request_states",)),
+    ("vllm.v1.engine.output_processor", "RequestState", ("prompt_len",)),
     (
         "vllm.v1.core.sched.output",
         "SchedulerOutput",

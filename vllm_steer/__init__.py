@@ -17,6 +17,8 @@ from vllm_steer.errors import (
 from vllm_steer.packs.calibration import Calibration, CalibrationPoint
 from vllm_steer.packs.manifest import DirectionRecord, Manifest, MethodRecord, ModelIdentity
 from vllm_steer.packs.pack import SteeringPack, load_pack, write_pack
+from vllm_steer.plan.scores import Scores, read
+from vllm_steer.request.reads import ReadChoice
 from vllm_steer.request.schema import DirectionChoice, SteeringRequest
 
 __all__ = [
@@ -33,11 +35,14 @@ __all__ = [
     "MethodRecord",
     "ModelIdentity",
     "PackError",
+    "ReadChoice",
     "RequestError",
+    "Scores",
     "SteeringError",
     "SteeringPack",
     "SteeringRequest",
     "load_pack",
+    "read",
     "steer",
     "write_pack",
 ]

@@ -21,6 +21,8 @@ CONFIG_KEY = "steering"
 GRAPH_REVISION = 5
 # What of the resolved configuration shapes the traced graph or the memory that a worker takes.
 GRAPH_FIELDS = ("rows", "layers", "ops", "rank", "version", "graph_revision")
+# The same where requests may read; without that the graph is the one that it would be without these.
+READ_FIELDS = ("reads", "read_rows")
 
 
 class SteeringConfig(BaseModel):
@@ -44,6 +46,7 @@ class SteeringConfig(BaseModel):
         upload_count: Most of them at once.
         rank: ``affine``: components of U·(V·h + b) that a request can use at one layer and
             position; even, since a plane takes two.
+        reads: Probes that a request can read; 0 leaves reading out of the graph.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -59,6 +62,7 @@ class SteeringConfig(BaseModel):
     upload_total_mib: Annotated[int, Field(ge=1, le=2**20)] | None = None
     upload_count: Annotated[int, Field(ge=1, le=2**16)] = 64
     rank: Annotated[int, Field(ge=2, le=64, multiple_of=2)] = 2
+    reads: Annotated[int, Field(ge=0, le=16)] = 0
 
 
 class ResolvedConfig(SteeringConfig):
@@ -70,6 +74,7 @@ class ResolvedConfig(SteeringConfig):
         sums_per_request: Distinct sums of directions that one request may need.
         queued: Whether the front end lets requests wait for rows. Otherwise the rows suffice for any
             ``max_num_seqs`` requests.
+        read_rows: Rows of readers, one of zeros among them; enough for any ``max_num_seqs`` requests.
         layers: Layers that are hooked, which must hold those of every pack.
         digests: Digest of each pack's tensor file, so that no process steers with other vectors.
         version: Version of vllm-steer.
@@ -79,6 +84,7 @@ class ResolvedConfig(SteeringConfig):
     rows: Annotated[int, Field(ge=2)]
     sums_per_request: Annotated[int, Field(ge=1)]
     queued: bool
+    read_rows: Annotated[int, Field(ge=1)] = 1
     layers: Annotated[list[LayerIndex], Field(min_length=1)]
     digests: list[str]
     version: str

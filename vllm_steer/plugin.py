@@ -38,7 +38,7 @@ def register() -> None:
             "steering; unset it or uninstall vllm-steer"
         )
     versions.check()
-    from vllm_steer.engine import compile_cache, content_pins, intake, pack_updates
+    from vllm_steer.engine import compile_cache, content_pins, intake, pack_updates, unsent_scores
     from vllm_steer.engine.prefix_cache import steered_extra_keys
     from vllm_steer.serving import (
         admission,
@@ -49,6 +49,7 @@ def register() -> None:
         guard,
         request_hooks,
         request_tracking,
+        scores,
     )
     from vllm_steer.vllm_compat import failures
 
@@ -66,6 +67,8 @@ def register() -> None:
     patches.patch(symbols.GENERATE, request_tracking.follow)
     patches.patch(symbols.CREATE_CHAT_COMPLETION, batch_requests.follow_chat)
     patches.patch(symbols.OUTPUT_ADD_REQUEST, engine_requests.note_arrival)
+    patches.patch(symbols.PROCESS_OUTPUTS, scores.take_scores)
+    patches.patch(symbols.NEW_COMPLETION_OUTPUT, scores.hand_on_scores)
     patches.patch(symbols.OUTPUT_FINISH_REQUEST, engine_requests.note_finish)
     patches.patch(symbols.OUTPUT_ABORT_REQUESTS, engine_requests.note_abort)
     patches.patch(symbols.SERVE_ROUTERS, guard.add_guard)
@@ -73,6 +76,8 @@ def register() -> None:
     patches.patch(symbols.INITIALIZE_KV_CACHES, intake.read_packs)
     patches.patch(symbols.PREPROCESS_ADD_REQUEST, intake.check_intake)
     patches.patch(symbols.FREE_REQUEST, content_pins.unpin_freed)
+    patches.patch(symbols.UPDATE_FROM_OUTPUT, unsent_scores.send_scores)
+    patches.patch(symbols.CHECK_STOP, unsent_scores.stop_by_scores)
     pack_updates.install()
     patches.patch(symbols.INIT_DEVICE, _attach)
     patches.patch(symbols.START_ENGINE_CORES, failures.name_file)

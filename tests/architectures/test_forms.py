@@ -1,4 +1,4 @@
-"""The affine form reads the true residual stream on every family, or the engine does not start."""
+"""The affine form and scores read the true residual stream on every family, or the engine does not start."""
 
 from __future__ import annotations
 
@@ -25,11 +25,16 @@ CASES: list[dict[str, Any] | None] = [
     {"directions": [{"name": SECOND, "op": "clamp", "scale": 4.0}]},
     {"directions": [{"name": FIRST, "scale": 6.0, "restore_norm": True}]},
 ]
+READS: list[dict[str, Any]] = [
+    {"name": FIRST, "at": "all"},
+    {"name": SECOND, "at": "all", "layers": [0]},
+    {"name": SECOND, "at": "all", "when": "after"},
+]
 
 
 def arguments(root: Path) -> dict[str, Any]:
     given = engine_arguments(root, "eager")
-    given["additional_config"]["steering"]["ops"] = "affine"
+    given["additional_config"]["steering"] |= {"ops": "affine", "reads": 3}
     return given
 
 
@@ -57,6 +62,32 @@ def test_forms_equal_hooks(family: Family, tmp_path: Path) -> None:
         if steering is not None:
             plain = reference.generate(prompt, None, TOKENS)
             assert np.abs(plain.logprobs - expected.logprobs).max() > 100 * TOLERANCE, steering
+
+
+@pytest.mark.parametrize("ops", ["additive", "affine"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, id=name, marks=[pytest.mark.slow] * (name not in QUICK))
+        for name, family in FAMILIES.items()
+    ],
+)
+def test_scores_equal_hooks(family: Family, ops: str, tmp_path: Path) -> None:
+    pack = write_checkpoint(family, tmp_path)
+    steerings = [{"read": READS}, {"directions": [{"name": FIRST, "scale": 6.0}], "read": READS}]
+    generator = np.random.default_rng(4)
+    prompts = [generator.integers(3, VOCABULARY, 20 + 6 * n).tolist() for n in range(2)]
+    reference, given = Reference(tmp_path, [pack]), arguments(tmp_path)
+    given["additional_config"]["steering"]["ops"] = ops
+    engine = EngineProcess(given | family.engine, forked=True)
+    try:
+        outputs = engine.generate(prompts, steerings, TOKENS)
+    finally:
+        engine.close()
+    for prompt, steering, output in zip(prompts, steerings, outputs, strict=True):
+        expected = reference.read(prompt, output.tokens, steering)[:, :-1]
+        assert output.scores is not None
+        assert np.abs(output.scores[:, :-1] - expected).max() < TOLERANCE, steering
 
 
 def _read_every_residual() -> None:

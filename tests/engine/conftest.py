@@ -12,6 +12,7 @@ ORDER = (
     "test_start.py",
     "test_parallel.py",
     "test_parity.py",
+    "test_reads.py",
     "test_isolation.py",
     "test_prefix_cache.py",
     "test_stop_tokens.py",

@@ -12,6 +12,7 @@ import pytest
 
 from tests.conftest import engine_arguments
 from tests.engine.cases import CASES
+from tests.engine.test_reads import READ_CASES, assert_scores_equal_hooks
 from tests.engine_process import EngineProcess
 from tests.random_pack import write_variant
 from tests.reference import assert_equals_hooks
@@ -93,3 +94,28 @@ def test_a_cached_unsteered_graph_is_not_reused(
         assert_equals_hooks(hooks, prompts, CASES.values(), outputs, TOKENS)
         compiled.append(sorted((tmp_path / "torch_compile_cache").iterdir()))
     assert compiled[0] == compiled[1]
+
+
+def test_reads_in_piecewise_graphs_that_are_found_again(
+    model: Path,
+    packs: list[SteeringPack],
+    prompts: list[list[int]],
+    reference: Reference,
+    tmp_path: Path,
+) -> None:
+    """The graph writes scores into a buffer of its module, which a cached graph has to find again."""
+    env = {"VLLM_CACHE_ROOT": str(tmp_path), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    compilation = {"mode": 3, "pass_config": {"fuse_norm_quant": False, "fuse_act_quant": False}}
+    arguments = engine_arguments(model, packs, "reads-compiled")
+    steerings = list(READ_CASES.values())
+    given, keys = prompts[: len(steerings)], set()
+    for _ in range(2):
+        engine = EngineProcess(
+            arguments | {"compilation_config": compilation}, env, [compile_as_on_a_gpu]
+        )
+        outputs = engine.generate(given, steerings, TOKENS)
+        keys.add(engine.config_hash())
+        engine.close()
+        assert_equals_hooks(reference, given, steerings, outputs, TOKENS)
+        assert_scores_equal_hooks(reference, given, steerings, outputs)
+    assert len(keys) == 1

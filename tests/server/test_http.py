@@ -174,7 +174,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"vllm_xargs": {"steer": ["fears/spiders:3"], "steer_positions": ["4"]}},
         'a list of "start:end"',
     ),
-    ({"steering": {"directions": []}}, "at least 1 item"),
+    ({"steering": {"directions": []}}, "needs directions that steer"),
     ({"steering": "spiders"}, "steering: Invalid JSON"),
     ({"steering": [1]}, "steering must be an object such as"),
     ({"steerring": STEERING}, "unknown steering argument 'steerring'; did you mean 'steering'?"),

@@ -52,7 +52,7 @@ def test_keys_and_patterns() -> None:
         ("[]", "policy: Input should be an object"),
         ('{"alias": {}}', "alias: Extra inputs"),
         ('{"aliases": {"a b": {"directions": [{"name": "x"}]}}}', "aliases.a b"),
-        ('{"aliases": {"a": {"directions": []}}}', "aliases.a.directions: List should have"),
+        ('{"aliases": {"a": {"directions": []}}}', "aliases.a: needs directions that steer"),
         ('{"dose_action": "clamp"}', "dose_action: Input should be 'reject' or 'reduce'"),
         ('{"max_dose": 0}', "max_dose: Input should be greater than 0"),
         ('{"keys": {"my-key": ["*"]}}', "keys.my-key"),

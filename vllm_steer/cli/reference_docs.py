@@ -37,19 +37,27 @@ from vllm_steer.packs.manifest import (
     Prefix,
     TensorFile,
 )
+from vllm_steer.request.reads import ReadChoice, StopChoice
 from vllm_steer.request.schedule import ScheduleChoice
 from vllm_steer.request.schema import FLAT_KEYS, DirectionChoice, SteeringRequest
 from vllm_steer.serving.flags import add_flags
 from vllm_steer.serving.packs_api import ROUTES
 from vllm_steer.serving.policy import Policy
-from vllm_steer.serving.receipt import HEADER, RECEIPT_FIELDS
+from vllm_steer.serving.receipt import HEADER, RECEIPT_FIELDS, SCORES_KEY
 from vllm_steer.serving.refusals import LINES, SECONDS
 from vllm_steer.vllm_compat.patched_symbols import patched_symbols, wrapped_methods
 from vllm_steer.vllm_compat.versions import OVERRIDE, OVERRIDE_MEANING, SUPPORTED
 
 SCHEMA_FILE = "steering-request.schema.json"
 _WRITTEN = "<!-- Written from the code by `python -m vllm_steer.cli.reference_docs docs/reference`; do not edit. -->"
-_REQUEST_MODELS = (SteeringRequest, DirectionChoice, Gate, ScheduleChoice)
+_REQUEST_MODELS = (
+    SteeringRequest,
+    DirectionChoice,
+    Gate,
+    ScheduleChoice,
+    ReadChoice,
+    StopChoice,
+)
 _LIMITS = {
     "bytes of the manifest": MAX_MANIFEST_BYTES,
     "values in the manifest": MAX_MANIFEST_VALUES,
@@ -128,6 +136,10 @@ def _receipt_page() -> list[str]:
         _table(
             ("field", "meaning"), ((f"`{f}`", meaning) for f, meaning in RECEIPT_FIELDS.items())
         ),
+        f"Where the request reads, each chunk of `/v1/completions` and `/v1/chat/completions` has the scores that have come "
+        f"since the one before, in `{SCORES_KEY}`: for each answer its `index`, the absolute position `start` of the first "
+        "token, the prompt's first being 0, and `scores`, a list for each read. In `LLM(...)` each `CompletionOutput` has "
+        "them in `steering_scores`, and `vllm_steer.read(outputs)` gives them as an array.",
     ]
 
 

@@ -58,7 +58,7 @@ def attach_to_worker(worker: Worker) -> None:
             hidden: torch.Tensor = adapter.dummy_hidden_states(runner, num_tokens, graphs=graphs)
             return hidden
 
-        if steering.bank.rank:
+        if steering.bank.rank or steering.reading is not None:
             # Before graphs are captured, which would be replayed in place of the Python code.
             with set_current_vllm_config(worker.vllm_config):
                 check_residuals(steering, runner.get_model(), partial(forward, graphs=False))

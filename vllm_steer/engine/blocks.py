@@ -17,6 +17,7 @@ from torch import nn
 from vllm_steer.engine import affine, finite
 from vllm_steer.engine.affine import BlockOutput
 from vllm_steer.engine.bank import SteeringBank
+from vllm_steer.engine.readers import ReaderBank, has_readers, write_scores
 from vllm_steer.errors import CompatibilityError
 
 ROWS_BUFFER = "_steering_rows"
@@ -66,18 +67,23 @@ def find_blocks(model: nn.Module, num_layers: int) -> list[nn.Module]:
     return blocks
 
 
-def hook_blocks(blocks: Iterable[tuple[int, nn.Module]], bank: SteeringBank) -> None:
+def hook_blocks(
+    blocks: Iterable[tuple[int, nn.Module]], bank: SteeringBank, readers: ReaderBank | None = None
+) -> None:
     """Makes each block add its row of the bank to the residual stream, for every token.
 
     Args:
         blocks: Pairs of layer index and block.
         bank: The vectors and the row of each token.
+        readers: What requests may read there; None leaves reading out of the graph.
     """
     for layer, block in blocks:
         block.register_buffer(ROWS_BUFFER, bank.rows, persistent=False)
         block.register_buffer(VECTORS_BUFFER, bank.vectors[bank.index[layer]], persistent=False)
         if bank.rank:
             affine.register(block, bank, layer)
+        if readers is not None:
+            readers.register(block, layer)
         block.register_forward_hook(_steer_affinely if bank.rank else _add_steering)
 
 
@@ -102,6 +108,8 @@ def _add_steering(block: nn.Module, args: object, output: BlockOutput) -> BlockO
     vectors = getattr(block, VECTORS_BUFFER)
     hidden = _hidden(block, output, vectors.shape[-1])
     rows = getattr(block, ROWS_BUFFER)[: hidden.shape[-2]]
+    if has_readers(block):
+        write_scores(block, _stream(block, output, hidden), vectors[rows].float())
     steered = (hidden.float() + vectors[rows].float()).to(hidden.dtype)
     return (steered, *output[1:]) if isinstance(output, tuple) else steered
 
@@ -111,14 +119,21 @@ def _steer_affinely(block: nn.Module, args: object, output: BlockOutput) -> Bloc
     vectors = getattr(block, VECTORS_BUFFER)
     hidden = _hidden(block, output, vectors.shape[-1])
     rows = getattr(block, ROWS_BUFFER)[: hidden.shape[-2]]
-    residual = affine.residual_of(block, output)
-    stream = hidden.float() if residual is None else hidden.float() + residual.float()
+    stream = _stream(block, output, hidden)
     factors = affine.factors_of(block, hidden)
     change = factors[:, :1] * vectors[rows].float()
     change = change + affine.affine_change(block, stream, rows, factors[:, 1:])
     change = affine.restored(block, stream, change, rows)
+    if has_readers(block):
+        write_scores(block, stream, change)
     steered = (hidden.float() + change).to(hidden.dtype)
     return (steered, *output[1:]) if isinstance(output, tuple) else steered
+
+
+def _stream(block: nn.Module, output: BlockOutput, hidden: torch.Tensor) -> torch.Tensor:
+    """The residual stream after a block, in float32."""
+    residual = affine.residual_of(block, output)
+    return hidden.float() if residual is None else hidden.float() + residual.float()
 
 
 def _keep_finite(block: nn.Module, args: object, output: BlockOutput) -> BlockOutput:

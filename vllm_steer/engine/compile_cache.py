@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from vllm_steer.config import CONFIG_KEY, GRAPH_FIELDS
+from vllm_steer.config import CONFIG_KEY, GRAPH_FIELDS, READ_FIELDS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -30,10 +30,11 @@ def hash_graph_alone(original: Callable[..., str]) -> Callable[..., str]:
         ):
             # Off, or not resolved yet: all of it is hashed.
             return original(self, *args, **kwargs)
+        fields = GRAPH_FIELDS + (READ_FIELDS if steering.get("reads") else ())
         hashed = copy.copy(self)
         hashed.additional_config = {
             **given,
-            CONFIG_KEY: {field: steering[field] for field in GRAPH_FIELDS},
+            CONFIG_KEY: {field: steering[field] for field in fields},
         }
         return original(hashed, *args, **kwargs)
 

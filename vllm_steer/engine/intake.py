@@ -18,6 +18,7 @@ from vllm_steer.packs.store import PackStore, configured_store
 from vllm_steer.plan.bounds import check_distance
 from vllm_steer.plan.capacity import check_capacity
 from vllm_steer.plan.message import plan_of
+from vllm_steer.plan.reads import Read, check_reads
 from vllm_steer.plan.steering_plan import MAX_SEGMENTS, SteeringPlan, Term
 from vllm_steer.request.stop_tokens import MAX_TRIGGERS, StopTokens
 from vllm_steer.vllm_compat.attached import Attached
@@ -128,9 +129,29 @@ def check_plan(plan: SteeringPlan, config: ResolvedConfig, store: PackStore, dty
                     raise RequestError(
                         f"the steering plan names layers {term.layers}; the direction has {known}"
                     )
+    for read in plan.reads:
+        _check_read(read, store)
+    for stop in plan.rules:
+        if not 0 <= stop.read < len(plan.reads) or stop.tokens < 1 or not math.isfinite(stop.above):
+            raise RequestError(
+                "a rule of the steering plan by which a read ends the answer is none"
+            )
+    check_reads(plan.reads, config)
     check_capacity(plan, config)
     # The additive form has no second bound in the graph: what is written to its rows must be within the first.
     check_distance(plan, store, dtype)
+
+
+def _check_read(read: Read, store: PackStore) -> None:
+    """Raises RequestError where a worker could not carry out a read."""
+    known = store.by_digest(read.digest).record.layers
+    if not read.layers or not set(read.layers) <= set(known):
+        raise RequestError(
+            f"the steering plan reads layers {read.layers}; the direction has {known}"
+        )
+    for start, end in read.ranges:
+        if not 0 <= start < NO_END or not start < (NO_END if end is None else end) <= NO_END:
+            raise RequestError("a range that the steering plan reads is empty or has no place")
 
 
 def _check_numbers(term: Term) -> None:

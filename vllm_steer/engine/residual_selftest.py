@@ -1,4 +1,4 @@
-"""The second self-test of the affine form: the parts of the residual stream are read right.
+"""The second self-test, of all that reads the residual stream: its parts are read right.
 
 A block may return its output in two parts, or a second tensor that nobody reads. The stream is their
 sum exactly if what is moved from one part to the other changes nothing, and hidden alone exactly if
@@ -33,7 +33,7 @@ def check_residuals(
     """Proves that the residual stream is what ``residual_of`` takes it for.
 
     Args:
-        steering: The worker's steering, of the affine form.
+        steering: The worker's steering, of the affine form or with reads.
         model: The worker's model.
         forward: Runs it on that many dummy tokens and returns its final hidden states.
 
@@ -55,7 +55,8 @@ def check_residuals(
             if unmoved > _ROUNDING * moved:
                 raise CompatibilityError(
                     f"the steering self-test cannot tell the residual stream after layer {layer} from what "
-                    f"{type(block).__name__} returns; --steering-ops affine does not fit this model, additive may"
+                    f"{type(block).__name__} returns; --steering-ops affine and --steering-reads do not fit this model, "
+                    f"additive steering may"
                 )
 
 
@@ -89,7 +90,7 @@ class _Probe:
         if self.has_second is None:
             raise CompatibilityError(
                 f"the steering self-test could not run {type(self._block).__name__} uncompiled, so it cannot prove "
-                f"what its residual stream is; start without --steering-ops affine"
+                f"what its residual stream is; start without --steering-ops affine and --steering-reads"
             )
         return found
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.config import CUDAGraphMode
 
+from vllm_steer.engine.reading import carry_scores
 from vllm_steer.engine.worker import WorkerSteering
 from vllm_steer.vllm_compat.patches import override
 
@@ -69,6 +70,8 @@ def attach(runner: GPUModelRunner, steering: WorkerSteering) -> None:
         _prepare_inputs=_prepare_inputs,
         _dummy_run=_dummy_run,
     )
+    if steering.reading is not None:
+        carry_scores(runner, steering.reading)
 
 
 def dummy_hidden_states(

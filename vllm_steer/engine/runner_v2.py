@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_steer.engine.reading import carry_scores
 from vllm_steer.engine.worker import WorkerSteering
 from vllm_steer.vllm_compat.patched_symbols import V2_MODEL_STATE
 from vllm_steer.vllm_compat.patches import check_methods, override
@@ -75,6 +76,8 @@ def attach(runner: GPUModelRunner, steering: WorkerSteering) -> None:
         prepare_inputs=_prepare_inputs,
         prepare_dummy_inputs=_prepare_dummy_inputs,
     )
+    if steering.reading is not None:
+        carry_scores(runner, steering.reading)
 
 
 def dummy_hidden_states(

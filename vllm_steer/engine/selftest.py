@@ -4,7 +4,7 @@ A model may return a residual that nobody reads, a compiler may fold a buffer in
 cached graph may lack the addition: each would serve unsteered text without an error. So before
 the engine takes requests, each hooked layer gets a non-zero row once and the final hidden states
 must differ, by the very graph that will serve. Where it serves the affine form, so must each of
-the form's tensors.
+the form's tensors. Where requests may read, the scores that a layer writes must show what is added to it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from vllm_steer.engine.reading import Reading
 from vllm_steer.engine.row_values import ALWAYS, BIAS, THRESHOLD
 from vllm_steer.engine.worker import WorkerSteering
 from vllm_steer.errors import CompatibilityError
 
 NUM_TOKENS = 8
+# Of the length that is added; half precision rounds both vectors.
+_READ_TOLERANCE = 0.02
 
 
 def run_self_test(steering: WorkerSteering, forward: Callable[[int], torch.Tensor]) -> None:
@@ -50,6 +53,8 @@ def run_self_test(steering: WorkerSteering, forward: Callable[[int], torch.Tenso
         )
         with steering.probing(values):
             steered = _hidden(forward, num_tokens)
+            if steering.reading is not None:
+                _test_reads(steering, steering.reading, forward, layer, direction)
         _must_differ(steered, plain, layer, "added a vector")
         if steering.bank.rank:
             _test_forms(steering, forward, layer, plain, generator)
@@ -101,6 +106,31 @@ def _test_forms(
     _must_differ(hidden(), changed, layer, "restored a length")
     values.restore[at], values.numbers[at, THRESHOLD] = 0.0, -ALWAYS
     _must_equal(hidden(), before, layer, "closed a gate")
+
+
+def _test_reads(
+    steering: WorkerSteering,
+    reading: Reading,
+    forward: Callable[[int], torch.Tensor],
+    layer: int,
+    direction: np.ndarray,
+) -> None:
+    """Proves that scores reach their buffer at one layer, where a vector along ``direction`` is added."""
+    unit, norm = direction / np.linalg.norm(direction), steering.residual_norm(layer)
+    num_tokens, found = min(NUM_TOKENS, steering.bank.rows.shape[0]), []
+    for after in (False, True):
+        with reading.probing(layer, unit.astype(np.float32), after=after) as scores:
+            scores.fill_(math.nan)
+            forward(num_tokens)
+            found.append(scores[:num_tokens].clone())
+    before, changed = found
+    wrong = ((changed - before - norm).abs() > _READ_TOLERANCE * norm) | changed.isnan()
+    if wrong.any():
+        raise CompatibilityError(
+            f"the steering self-test added a vector of length {norm:.3g} after layer {layer} and read it along that "
+            f"vector: scores of {int(wrong.any(dim=-1).sum())} of {num_tokens} tokens do not show it, so the engine does "
+            f"not start; leave out --steering-reads"
+        )
 
 
 def _must_differ(found: torch.Tensor, other: torch.Tensor, layer: int, done: str) -> None:

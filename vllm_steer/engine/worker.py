@@ -20,6 +20,8 @@ from vllm_steer.config import ResolvedConfig
 from vllm_steer.engine.bank import BankShape, SteeringBank
 from vllm_steer.engine.blocks import find_blocks, hook_blocks, hook_finite
 from vllm_steer.engine.finite import overflows
+from vllm_steer.engine.readers import ReaderBank
+from vllm_steer.engine.reading import Reading
 from vllm_steer.engine.row_values import RowValues, row_values
 from vllm_steer.engine.token_rows import TokenRowMapper
 from vllm_steer.engine.triggers import TriggerWatch
@@ -62,6 +64,7 @@ class WorkerSteering:
         bank: The device tensors.
         layers: Layers hooked in this worker.
         blocks: Each of them with its block.
+        reading: What requests read of them; None where they may not.
     """
 
     def __init__(self, config: ResolvedConfig, model: nn.Module, runner: RunnerFacts) -> None:
@@ -98,7 +101,12 @@ class WorkerSteering:
         self._watch = TriggerWatch(runner.device)
         self._probing, self._probe_factor = False, 1.0
         self._steps, self._seconds, self._cut = 0, 0.0, 0
-        hook_blocks(present, self.bank)
+        readers = None
+        if config.reads:
+            size = config.read_rows, config.reads, runner.hidden_size, runner.max_num_tokens
+            readers = ReaderBank(self.layers, *size, runner.dtype, runner.device)
+        self.reading = Reading(readers, self._store.by_digest) if readers is not None else None
+        hook_blocks(present, self.bank, readers)
         if overflows(runner.dtype):
             after = range(config.layers[0], runner.num_layers)
             hook_finite(blocks[layer] for layer in after if _is_present(blocks[layer]))
@@ -106,7 +114,7 @@ class WorkerSteering:
             layers=list(self.layers),
             ops=config.ops,
             rows=config.rows,
-            bank_bytes=self.bank.num_bytes,
+            bank_bytes=self.bank.num_bytes + (readers.num_bytes if readers is not None else 0),
         )
 
     def add_request(
@@ -125,11 +133,15 @@ class WorkerSteering:
             self._planner.add(request_id, plan)
             if plan.stop is not None:
                 self._watch.add(request_id, plan.stop, tokens)
+            if self.reading is not None:
+                self.reading.add(request_id, plan.reads)
 
     def remove_request(self, request_id: str) -> None:
         """Forgets a request."""
         self._planner.remove(request_id)
         self._watch.remove(request_id)
+        if self.reading is not None:
+            self.reading.remove(request_id)
 
     def prepare_step(
         self,
@@ -158,6 +170,8 @@ class WorkerSteering:
         self.bank.apply(step, positions)
         if self._watch.apply(request_ids, lengths, positions, tokens, self.bank.rows):
             self.bank.forget_known()
+        if self.reading is not None:
+            self.reading.prepare_step(request_ids, lengths, positions)
         self._steps += 1
         self._seconds += time.perf_counter() - started
 
@@ -169,6 +183,8 @@ class WorkerSteering:
 
     def prepare_dummy_step(self) -> None:
         """Makes a profile, warm-up, capture or padding run unsteered, unless the self-test probes."""
+        if self.reading is not None:
+            self.reading.prepare_dummy_step()
         if self._probing:
             count = len(self.bank.rows)
             shape = 1 + self.bank.rank, count

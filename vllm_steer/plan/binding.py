@@ -13,6 +13,7 @@ from functools import partial
 from vllm_steer.errors import UnknownDirectionError
 from vllm_steer.operations import FormChoice
 from vllm_steer.packs.registry import LoadedDirection, PackRegistry
+from vllm_steer.request.reads import ReadChoice
 from vllm_steer.request.schema import REQUEST_KEY, DirectionChoice, SteeringRequest
 
 # Gets a field, the name that stands in it and the full name of the direction; raises where it may not be used.
@@ -44,23 +45,41 @@ class BoundChoice:
 
 
 @dataclass(frozen=True, eq=False)
+class BoundRead:
+    """One read of a request, with the content that its name means.
+
+    Attributes:
+        where: The field that it stands in, for messages.
+        choice: What was asked for.
+        direction: The direction.
+    """
+
+    where: str
+    choice: ReadChoice
+    direction: LoadedDirection
+
+
+@dataclass(frozen=True, eq=False)
 class BoundRequest:
     """A request whose names are content.
 
     Attributes:
         request: The request.
         choices: Its directions.
+        reads: What it reads.
         registry: The packs that its names were looked up in.
     """
 
     request: SteeringRequest
     choices: tuple[BoundChoice, ...]
+    reads: tuple[BoundRead, ...]
     registry: PackRegistry
 
     @property
     def directions(self) -> list[LoadedDirection]:
         """All directions that it needs."""
-        return [direction for choice in self.choices for direction in choice.directions]
+        steering = [direction for choice in self.choices for direction in choice.directions]
+        return steering + [read.direction for read in self.reads]
 
     @property
     def names(self) -> dict[str, str]:
@@ -103,7 +122,12 @@ def bind(
             for part, name in form.partners().items()
         }
         choices.append(BoundChoice(field, choice, form, direction, partners))
-    return BoundRequest(request, tuple(choices), registry)
+    reads = []
+    for index, read in enumerate(request.read):
+        field = f"{where}.read.{index}"
+        found = _find(f"{field}.name", read.name, registry.find, check)
+        reads.append(BoundRead(field, read, found))
+    return BoundRequest(request, tuple(choices), tuple(reads), registry)
 
 
 def _find(

@@ -67,15 +67,14 @@ def scaled(plan: SteeringPlan, factor: float) -> SteeringPlan | None:
     """
     if any(term.form.op not in LINEAR_OPS for term in plan.terms):
         return None
-    return SteeringPlan(
-        tuple(
-            replace(
-                segment,
-                terms=tuple(replace(term, scale=term.scale * factor) for term in segment.terms),
-            )
-            for segment in plan.segments
+    weaker = [
+        replace(
+            segment,
+            terms=tuple(replace(term, scale=term.scale * factor) for term in segment.terms),
         )
-    )
+        for segment in plan.segments
+    ]
+    return replace(plan, segments=tuple(weaker))
 
 
 def check_scale(field: str, term: Term, direction: LoadedDirection, registry: PackRegistry) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from vllm_steer.errors import RequestError
+from vllm_steer.plan.reads import Read, StopRule
 from vllm_steer.plan.steering_plan import Segment, SteeringPlan
 from vllm_steer.request.schema import PLAN_KEY
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from vllm.pooling_params import PoolingParams
     from vllm.sampling_params import SamplingParams
 
-VERSION = 1
+VERSION = 2
 # Requests whose plans stay decoded; the scheduler reads one for every block of its prompt.
 _DECODED = 1024
 
@@ -30,10 +31,14 @@ class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         version: :data:`VERSION` of the process that sent it.
         segments: Those of the plan.
+        reads: Those of the plan.
+        rules: Those of the plan.
     """
 
     version: int
     segments: tuple[Segment, ...]
+    reads: tuple[Read, ...] = ()
+    rules: tuple[StopRule, ...] = ()
 
 
 _decoder = msgspec.msgpack.Decoder(_Message)
@@ -41,7 +46,7 @@ _decoder = msgspec.msgpack.Decoder(_Message)
 
 def encode_plan(plan: SteeringPlan) -> bytes:
     """Returns the message of a plan."""
-    return msgspec.msgpack.encode(_Message(VERSION, plan.segments))
+    return msgspec.msgpack.encode(_Message(VERSION, plan.segments, plan.reads, plan.rules))
 
 
 @lru_cache(maxsize=_DECODED)
@@ -60,7 +65,7 @@ def decode_plan(message: bytes) -> SteeringPlan:
             f"the steering plan has version {found.version}, this engine reads {VERSION}; run the same vllm-steer "
             f"in every process"
         )
-    return SteeringPlan(found.segments)
+    return SteeringPlan(found.segments, found.reads, found.rules)
 
 
 def plan_of(sampling_params: SamplingParams | PoolingParams | None) -> SteeringPlan | None:

@@ -16,6 +16,7 @@ from vllm_steer.operations import LINEAR_OPS, PLANE_OPS, FormChoice
 from vllm_steer.packs.registry import LoadedDirection
 from vllm_steer.plan.binding import BoundChoice, BoundRequest
 from vllm_steer.plan.dose import check_scale
+from vllm_steer.plan.reads import resolve_reads, resolve_rules
 from vllm_steer.plan.steering_plan import (
     MAX_PLAN_TERMS,
     MAX_SEGMENTS,
@@ -63,7 +64,9 @@ def resolve(bound: BoundRequest, prompt_len: int, max_len: int | None = None) ->
             spans.append((ranges, term))
     triggers = request.until_token_ids
     stop = StopTokens(prompt_len, tuple(triggers)) if triggers else None
-    return SteeringPlan(tuple(_segments(spans, stop)))
+    reads = resolve_reads(bound.reads, prompt_len, max_len)
+    rules = resolve_rules(request, reads, prompt_len)
+    return SteeringPlan(tuple(_segments(spans, stop)), reads, rules)
 
 
 def _segments(spans: Sequence[_Span], stop: StopTokens | None) -> list[Segment]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
 from vllm_steer.operations import PLANE_OPS, Op
+from vllm_steer.plan.reads import Read, StopRule, after_others
 from vllm_steer.request.schedule import Schedule
 from vllm_steer.request.stop_tokens import StopTokens
 
@@ -156,14 +157,27 @@ def _row_key(terms: tuple[Term, ...]) -> str:
 
 @dataclass(frozen=True)
 class SteeringPlan:
-    """The steering of one request by absolute position: disjoint segments, ascending."""
+    """The steering of one request by absolute position, and what is read of it.
+
+    Attributes:
+        segments: Disjoint, ascending.
+        reads: What is read, in the request's order; no part of any identity, since it changes nothing.
+        rules: By which of them the answer ends.
+    """
 
     segments: tuple[Segment, ...]
+    reads: tuple[Read, ...] = ()
+    rules: tuple[StopRule, ...] = ()
 
     @property
     def stop(self) -> StopTokens | None:
         """The triggers, which all segments share."""
         return self.segments[0].stop if self.segments else None
+
+    def watched(self, watch: SteeringPlan) -> SteeringPlan:
+        """Returns the plan with what another reads after what it reads itself."""
+        rules = self.rules + after_others(watch.rules, len(self.reads))
+        return replace(self, reads=self.reads + watch.reads, rules=rules)
 
     @cached_property
     def terms(self) -> tuple[Term, ...]:
@@ -174,7 +188,8 @@ class SteeringPlan:
     @cached_property
     def digests(self) -> frozenset[str]:
         """All contents that it needs."""
-        return frozenset(digest for term in self.terms for digest in term.digests)
+        steering = {digest for term in self.terms for digest in term.digests}
+        return frozenset(steering | {read.digest for read in self.reads})
 
 
 def count_steered(plan: SteeringPlan, num_tokens: int) -> int:

@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import PydanticCustomError, from_json
 
 from vllm_steer.errors import RequestError, choices
-from vllm_steer.fields import LayerIndex
 from vllm_steer.operations import FormChoice, Gate
 from vllm_steer.request.positions import Positions, parse_slice
+from vllm_steer.request.reads import MAX_READS, Layers, ReadChoice, StopChoice
 from vllm_steer.request.schedule import ScheduleChoice
 from vllm_steer.request.stop_tokens import TokenIds
 
@@ -47,7 +47,6 @@ WRAPPERS = ("extra_body", "extra_args")
 NONE = "none"
 
 Scale = Annotated[float, Field(allow_inf_nan=False)]
-Layers = Annotated[list[LayerIndex], Field(min_length=1, max_length=4096)]
 
 
 class _Strict(BaseModel):
@@ -94,18 +93,48 @@ class SteeringRequest(_Strict):
             prompt's end. ``{"generated": [start, end]}`` counts from the first generated token.
         schedule: Strength over the generated tokens, for the directions that name none.
         until_token_ids: Steering ends after the first generated token with one of these ids.
+        read: Directions whose scores are returned, with or without some that steer. Needs a server
+            started with ``--steering-reads``.
+        recompute: Whether the prompt is computed anew where the prefix cache has it, so that all of its
+            tokens have scores.
+        stop_when: Ends the answer where a probe fires, with ``finish_reason`` ``stop``: the token that fired is read
+            when the one after it is drawn, which is the last of the answer.
+        abort_when: The same with ``finish_reason`` ``abort``.
     """
 
-    directions: Annotated[list[DirectionChoice], Field(min_length=1, max_length=MAX_DIRECTIONS)]
+    directions: Annotated[list[DirectionChoice], Field(max_length=MAX_DIRECTIONS)] = []
     layers: Layers | None = None
     positions: Positions | None = None
     schedule: ScheduleChoice | None = None
     until_token_ids: TokenIds | None = None
+    read: Annotated[list[ReadChoice], Field(max_length=MAX_READS)] = []
+    recompute: bool = False
+    stop_when: StopChoice | None = None
+    abort_when: StopChoice | None = None
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> SteeringRequest:
+        if not self.directions and not self.read:
+            raise PydanticCustomError(
+                "empty", "needs directions that steer, or some to read; give 'directions' or 'read'"
+            )
+        if self.recompute and not self.read:
+            raise PydanticCustomError("recompute", "recompute belongs to read, which is not there")
+        for field in ("stop_when", "abort_when"):
+            rule: StopChoice | None = getattr(self, field)
+            if rule is not None and rule.read >= len(self.read):
+                raise PydanticCustomError(
+                    "rule",
+                    "{field}.read: {read} is the index of no read; there are {count}",
+                    {"field": field, "read": rule.read, "count": len(self.read)},
+                )
+        return self
 
     @model_validator(mode="after")
     def _has_few_ranges(self) -> SteeringRequest:
         """Each range costs time at admission and in every step, so their number is looked at first."""
         chosen = [choice.positions or self.positions for choice in self.directions]
+        chosen += [choice.at for choice in self.read]
         count = sum(len(each) if isinstance(each, tuple) else 1 for each in chosen)
         if count > MAX_REQUEST_RANGES:
             raise PydanticCustomError(
@@ -296,9 +325,16 @@ def _explain(error: ValidationError) -> str:
                 model = Gate if "gate" in fault["loc"] else DirectionChoice
             if "schedule" in fault["loc"]:
                 model = ScheduleChoice
-            faults.append(
-                f"{where}: unknown key; {choices(str(fault['loc'][-1]), model.model_fields)}"
-            )
+            if "read" in fault["loc"][:1]:
+                model = ReadChoice
+            elif {"stop_when", "abort_when"} & set(fault["loc"][:1]):
+                model = StopChoice
+            faults.append(f"{where}: unknown key; {choices(str(fault['loc'][-1]), _names(model))}")
         else:
             faults.append(f"{where}: {fault['msg']}")
     return "; ".join(faults)
+
+
+def _names(model: type[BaseModel]) -> list[str]:
+    """The fields of a model as a request writes them."""
+    return [field.alias or name for name, field in model.model_fields.items()]

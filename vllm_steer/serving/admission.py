@@ -26,6 +26,7 @@ from vllm_steer.plan.bounds import check_distance
 from vllm_steer.plan.capacity import check_capacity
 from vllm_steer.plan.dose import relative_dose, scaled
 from vllm_steer.plan.message import encode_plan
+from vllm_steer.plan.reads import Read, check_reads
 from vllm_steer.plan.resolve import resolve
 from vllm_steer.plan.steering_plan import SteeringPlan, count_steered
 from vllm_steer.plan.strength import strengths_of
@@ -72,16 +73,18 @@ class AdmittedPlan:
     Attributes:
         wanted: What it was made from.
         receipt: What was decided, for the response; it has the plan.
+        recompute: Whether the prefix cache is left out for the prompt.
     """
 
     wanted: Wanted
     receipt: Receipt
+    recompute: bool = False
 
     @property
     def message(self) -> bytes | None:
-        """The plan as it travels to the engine; None where it changes nothing."""
+        """The plan as it travels to the engine; None where it changes and reads nothing."""
         plan = self.receipt.plan
-        return encode_plan(plan) if plan.segments else None
+        return encode_plan(plan) if plan.segments or plan.reads else None
 
     def __deepcopy__(self, memo: dict[int, object]) -> AdmittedPlan:
         """vLLM copies sampling parameters deeply; the receipt has to stay the one."""
@@ -149,6 +152,13 @@ class Admission:
                 f"add them to --steering-layers and restart"
             )
 
+    def unit_of(self, read: Read) -> float:
+        """Returns the median norm of the residual stream that a read looks at, the mean over its layers."""
+        if self.store is None:
+            raise RequestError("an engine without steering reads nothing")
+        norms = self.store.by_digest(read.digest).norms
+        return sum(norms[layer] for layer in read.layers) / len(read.layers)
+
     def pin(self, receipt: Receipt) -> None:
         """Counts a request in; the content that it uses stays loaded."""
         self.active.update(list(receipt.names))
@@ -192,6 +202,10 @@ class Admission:
         """Returns the steering of a request that names none, None where it declines the default."""
         return None if extra_args.get(REQUEST_KEY) == NONE else self.policy.default
 
+    def watch(self) -> SteeringRequest | None:
+        """Returns what the operator reads of the request that is being handled."""
+        return self.policy.watch_of(_key_digest())
+
     def admit(
         self,
         wanted: Wanted,
@@ -216,9 +230,12 @@ class Admission:
                 raise RequestError(
                     "this engine was started without steering; start it with --enable-steering --steering-packs DIR"
                 )
-            registry, http_context = self.store.registry, current_http_context.get()
-            key_digest = http_context.key_digest if http_context is not None else None
-            bound = bind(wanted.request, registry, partial(self._check_allowed, key_digest))
+            registry, key_digest = self.store.registry, _key_digest()
+            watch = self.watch()
+            # What the operator reads is not the client's to be allowed.
+            alone = wanted.request is watch
+            check = None if alone else partial(self._check_allowed, key_digest)
+            bound = bind(wanted.request, registry, check)
             plan = resolve(bound, prompt_len, self._max_len)
             check_capacity(plan, self.config)
             limited = self._limit_dose(plan, registry)
@@ -226,10 +243,18 @@ class Admission:
             check_distance(plan, registry, self._dtype)
             if not wanted.is_default:
                 _check_reached(plan, prompt_len, sampling_params)
-            strengths = strengths_of(bound, plan)
+            strengths, names, own = strengths_of(bound, plan), bound.names, len(plan.reads)
+            if watch is not None and not alone:
+                others = bind(watch, registry, where="watch")
+                plan = plan.watched(resolve(others, prompt_len, self._max_len))
+                names = others.names | names
+            check_reads(plan.reads, self.config)
         answers = getattr(sampling_params, "n", None) or 1
-        receipt = Receipt.of(limited, bound.names, prompt_len, answers, strengths)
-        return AdmittedPlan(wanted, receipt)
+        limited = limited._replace(plan=plan)
+        receipt = Receipt.of(limited, names, prompt_len, answers, strengths)
+        receipt.own_reads, receipt.silent = 0 if alone else own, alone
+        recompute = wanted.request.recompute or (watch is not None and watch.recompute)
+        return AdmittedPlan(wanted, receipt, recompute)
 
     def _announce(self, config: ResolvedConfig, registry: PackRegistry) -> None:
         """Says in metrics and log what requests can use."""
@@ -246,6 +271,7 @@ class Admission:
                 "max_dose": policy.max_dose,
                 "dose_action": policy.dose_action,
                 "keys": None if policy.keys is None else len(policy.keys),
+                "watch": len(policy.watch),
             },
         )
         for pack in packs.values():
@@ -276,16 +302,28 @@ class Admission:
         return LimitedPlan(weaker, min(limit, relative_dose(weaker, registry)), limit / dose)
 
 
+def _key_digest() -> str | None:
+    """SHA-256 of the API key of the request that is being handled; None without one."""
+    http_context = current_http_context.get()
+    return http_context.key_digest if http_context is not None else None
+
+
 def _check_reached(
     plan: SteeringPlan, prompt_len: int, sampling_params: SamplingParams | None
 ) -> None:
-    """Raises RequestError where a plan steers no token that goes through the model."""
+    """Raises RequestError where a plan steers no token that goes through the model, or a read finds none."""
     longest = getattr(sampling_params, "max_tokens", None)
-    if longest is None or not plan.segments:
+    if longest is None:
         return
-    # The last token of an answer is never read.
+    # The last token of an answer goes through no model.
     tokens = prompt_len + max(0, longest - 1)
-    if not count_steered(plan, tokens):
+    for number, read in enumerate(plan.reads):
+        if all(start >= tokens for start, _ in read.ranges):
+            raise RequestError(
+                f"{REQUEST_KEY}.read.{number}.at: no token is read: of a prompt of {prompt_len} tokens and an answer of at "
+                f"most {longest}, {tokens} go through the model, and all positions come later; let it answer more tokens"
+            )
+    if plan.segments and not count_steered(plan, tokens):
         raise RequestError(
             f"{REQUEST_KEY}.positions: no token would be steered: the prompt has {prompt_len} tokens and the answer at "
             f"most {longest}, so the model reads {tokens}, and all positions come later; steer 'all' or 'prompt', or "

@@ -39,9 +39,10 @@ def follow_chat(original: Callable[..., Awaitable[R]]) -> Callable[..., Awaitabl
             request = request.model_copy(update={"model": named.served})
         with admission.answering(http_context):
             answer = await original(self, request, *args, **kwargs)
-        if http_context.receipts and hasattr(answer, "choices"):
+        shown = http_context.shown_receipts
+        if shown and hasattr(answer, "choices"):
             # vLLM's answers keep fields that they do not know.
-            setattr(answer, REQUEST_KEY, [receipt.to_json() for receipt in http_context.receipts])
+            setattr(answer, REQUEST_KEY, [receipt.to_json() for receipt in shown])
         return answer
 
     return create_chat_completion

@@ -69,6 +69,27 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         raise CompatibilityError("steering cannot start: " + "; ".join(reasons))
 
 
+def refuse_unread(vllm_config: VllmConfig) -> None:
+    """Refuses an engine configuration whose scores could not come back, or not all of them.
+
+    Args:
+        vllm_config: The complete ``VllmConfig`` of an engine that is to read.
+
+    Raises:
+        CompatibilityError: Names every unsupported feature and what to do instead.
+    """
+    reasons = []
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        reasons.append(
+            "only the last pipeline stage answers the scheduler, so scores of the others' layers would be lost; leave "
+            "out --pipeline-parallel-size, tensor parallelism is supported"
+        )
+    if vllm_config.scheduler_config.scheduler_cls is not None:
+        reasons.append("a scheduler of its own may leave scores behind; leave out --scheduler-cls")
+    if reasons:
+        raise CompatibilityError("steering cannot read: " + "; ".join(reasons))
+
+
 def _offloads_weights(vllm_config: VllmConfig) -> bool:
     offload = getattr(vllm_config, "offload_config", None)
     return offload is not None and offload.uva.cpu_offload_gb > 0

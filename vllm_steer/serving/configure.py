@@ -21,7 +21,7 @@ from vllm_steer.errors import ConfigError, PackError, RequestError
 from vllm_steer.packs.hub import hub_snapshot, resolve_pack
 from vllm_steer.packs.registry import PackRegistry
 from vllm_steer.packs.store import keep_store
-from vllm_steer.serving.compatibility import refuse_unsupported
+from vllm_steer.serving.compatibility import refuse_unread, refuse_unsupported
 from vllm_steer.serving.policy import load_policy
 from vllm_steer.vllm_compat.model_shape import model_shape
 
@@ -66,7 +66,10 @@ def resolve_config(original: Callable[..., VllmConfig]) -> Callable[..., VllmCon
         refuse_unsupported(vllm_config)
         # Only the server of the OpenAI API lets requests wait for rows.
         queued = usage_context == UsageContext.OPENAI_API_SERVER
-        resolved = _resolve(parse_config(value), vllm_config, queued)
+        config = parse_config(value)
+        if config.reads:
+            refuse_unread(vllm_config)
+        resolved = _resolve(config, vllm_config, queued)
         # A new dict: the user's may serve for several engines.
         vllm_config.additional_config = {
             **given,
@@ -107,6 +110,8 @@ def _resolve(config: SteeringConfig, vllm_config: VllmConfig, queued: bool) -> R
         upload_count=config.upload_count,
         sums_per_request=sums,
         queued=queued,
+        reads=config.reads,
+        read_rows=config.reads * max_num_seqs + 1,
         layers=_layers(config, registry, shape["num_layers"]),
         ops=config.ops,
         rank=config.rank,
@@ -126,7 +131,14 @@ def _policy_path(config: SteeringConfig, registry: PackRegistry) -> str | None:
         return None
     path = os.path.abspath(os.path.expanduser(config.policy))
     try:
-        load_policy(path).check(registry)
+        policy = load_policy(path)
+        policy.check(registry)
+        for field, request in policy.steerings().items():
+            count = len({(read.name, read.when) for read in request.read})
+            if count > config.reads:
+                raise ConfigError(
+                    f"--steering-policy: {path}: {field} reads {count} probes; start with --steering-reads {count} at least"
+                )
     except RequestError as error:
         raise ConfigError(f"--steering-policy: {path}: {error}") from None
     return path

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
+from vllm_steer.serving.scores import expect_scores
+
 # An abort is sent at once after vLLM has noted it, and must reach the engine before who comes next does.
 _AFTER_ABORT_SECONDS = 0.01
 
@@ -49,6 +51,7 @@ def note_arrival(original: Callable[..., None]) -> Callable[..., None]:
         self: OutputProcessor, request: EngineCoreRequest, *args: object, **kwargs: object
     ) -> None:
         original(self, request, *args, **kwargs)
+        expect_scores(self, request)
         prompt = arriving.get()
         if prompt is not None:
             prompt.running.add(request.request_id)

@@ -29,6 +29,7 @@ def add_flags(original: Callable[[Parser], Parser]) -> Callable[[Parser], Parser
             "--enable-steering, --steering-packs PACK ..., --steering-rows N, --steering-wait-seconds N, "
             "--steering-layers N ..., "
             "--steering-policy FILE, --steering-pack-roots DIR ..., --steering-ops {additive,affine}, --steering-rank N, "
+            "--steering-reads N, "
             "--steering-upload-mib N, --steering-upload-total-mib N, --steering-upload-count N.",
         )
         group.add_argument(
@@ -114,6 +115,15 @@ def add_flags(original: Callable[[Parser], Parser]) -> Callable[[Parser], Parser
             default=None,
             help="With --steering-ops affine: components that a request may use at one layer and position; even. "
             "Default: 2.",
+        )
+        group.add_argument(
+            "--steering-reads",
+            type=int,
+            metavar="N",
+            default=None,
+            help="Let requests read how much of a direction the residual stream carries, token by token: up to N "
+            "different directions a request, 16 at most. Takes memory for N * max_num_seqs vectors at every hooked layer. "
+            "Default: 0, which reads nothing and costs nothing.",
         )
         group.add_argument(
             "--steering-policy",

@@ -44,6 +44,11 @@ class HttpContext:
     receipts: list[Receipt] = field(default_factory=list)
     asked: tuple[Mapping[str, Any], SteeringRequest | None] | None = None
 
+    @property
+    def shown_receipts(self) -> list[Receipt]:
+        """The receipts that the response has: all, or none where the operator alone reads."""
+        return [] if all(receipt.silent for receipt in self.receipts) else self.receipts
+
     def receipt_of(self, index: int) -> tuple[Receipt, int] | None:
         """Returns the receipt of the answer with an index, and its index among its prompt's.
 

@@ -39,6 +39,13 @@ DOSE = Histogram(
     "Dose of steered prompts: 1 is the largest at which text was found fluent.",
     buckets=(0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0),
 )
+READ_SCORE = Histogram(
+    "steering:read_score",
+    "Largest score of an answer's tokens, over the median norm of the residual stream at the layers that are read.",
+    ["direction"],
+    buckets=(-0.5, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 2.0),
+)
+STOPPED = Counter("steering:stopped", "Answers that a probe ended.", ["action"])
 ROWS_CUT = Counter(
     "steering:rows_cut",
     "Sums of directions that went past every check and were cut in the engine. Not 0 is a fault of vllm-steer.",

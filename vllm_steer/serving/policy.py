@@ -11,7 +11,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from vllm_steer.errors import (
     ConfigError,
@@ -50,6 +51,9 @@ class Policy(BaseModel):
         keys: Which directions an API key may use: the SHA-256 of the key in hexadecimal, or ``*``
             for all other keys and none, to patterns of ``pack/direction`` such as ``moods/*``.
             Without it everybody may use everything.
+        watch: What is read of every request of an API key, whatever it asks for, as ``keys`` names it: ``read`` with
+            ``stop_when`` or ``abort_when``, so that a probe ends an answer without its client's doing. Clients see
+            no scores of it. It counts among the ``--steering-reads`` probes of each request.
         administrators: SHA-256 of each API key that may change packs, aliases and the uploads of all,
             and sees them all. Without it the keys that ``keys`` names may, each as far as it may use
             the directions, and its own uploads; without either, everybody.
@@ -62,11 +66,24 @@ class Policy(BaseModel):
     max_dose: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     dose_action: Literal["reject", "reduce"] = "reject"
     keys: dict[KeyDigest, list[str]] | None = None
+    watch: dict[KeyDigest, SteeringRequest] = Field(default_factory=dict)
     administrators: list[OneKeyDigest] | None = None
+
+    @model_validator(mode="after")
+    def _watch_only_reads(self) -> Policy:
+        for key, request in self.watch.items():
+            if request.directions:
+                raise PydanticCustomError(
+                    "watch",
+                    "watch.{key}: directions are what a request asks for or the default has; a watch reads",
+                    {"key": key},
+                )
+        return self
 
     def steerings(self) -> dict[str, SteeringRequest]:
         """Returns every steering that the policy holds, by the field that it stands in."""
         found = {f"aliases.{name}": request for name, request in self.aliases.items()}
+        found |= {f"watch.{key}": request for key, request in self.watch.items()}
         return found if self.default is None else found | {"default": self.default}
 
     def check(self, registry: PackRegistry) -> None:
@@ -89,6 +106,14 @@ class Policy(BaseModel):
             for field, request in self.steerings().items()
             if pack in {direction.pack.name for direction in bind(request, registry).directions}
         ]
+
+    def watch_of(self, key_digest: str | None) -> SteeringRequest | None:
+        """What is read of every request of a key.
+
+        Args:
+            key_digest: SHA-256 of the request's API key, in hexadecimal; None without a key.
+        """
+        return self.watch.get(key_digest or ANY_KEY, self.watch.get(ANY_KEY))
 
     def allows(self, key_digest: str | None, direction: str) -> bool:
         """Whether a request may use a direction.
@@ -149,7 +174,8 @@ def named_directions(request: SteeringRequest, registry: PackRegistry) -> list[s
     try:
         return [direction.full_name for direction in bind(request, registry).directions]
     except UnknownDirectionError:
-        return [n for c in request.directions for n in (c.name, *c.partners().values())]
+        steering = [n for c in request.directions for n in (c.name, *c.partners().values())]
+        return steering + [read.name for read in request.read]
 
 
 def load_policy(path: str) -> Policy:

@@ -5,16 +5,23 @@ Importing this module imports neither torch nor vllm.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+import numpy as np
+
+from vllm_steer.plan.reads import Read
+from vllm_steer.plan.scores import Scores
 from vllm_steer.plan.steering_plan import ADDITION, SteeringPlan, Term, count_steered
 
 HEADER = "x-steering"
 # Proxies refuse long headers; the body has everything.
 MAX_HEADER = 2048
+# In a chunk of a stream.
+SCORES_KEY = "steering_scores"
 RECEIPT_FIELDS = {
     "directions": "Each direction's `name`, `scale`, `layers` and content `digest`, as carried out; the `strength`, "
     "`scale` over the default scale, of a calibrated direction in its own form on its default layers, and none "
@@ -27,7 +34,15 @@ RECEIPT_FIELDS = {
     "dose_factor": "Factor that the server multiplied all scales by; 1 when it kept them.",
     "tokens_steered": "Tokens that went through the model at steered positions, of prompt and answers; the last "
     "token of an answer does not.",
+    "reads": "Where the request reads: the `name`, `layers`, content `digest` and `when` of each read, and in `answers` "
+    "the scores of each answer to the prompt by its `index`, one for each token, in `prompt` and `generated`, each there "
+    "where the read has positions in it. A score is the projection on the direction at length 1, mean over the layers; "
+    "null where the model did not read the token, which is so for the last of an answer and for those of a prompt that "
+    "the prefix cache had, where the read does not cover it, or where the stream is not finite. Beside them the `mean` "
+    "and `max` of an answer's scores, and `share_above`, that of its scores that are greater than the read's `above`.",
 }
+# Digits that scores are rounded to, below what float32 tells apart.
+_DIGITS = 6
 
 
 class LimitedPlan(NamedTuple):
@@ -58,6 +73,9 @@ class Receipt:
         strengths: Scale over default scale, once it was limited, of the terms that have a strength.
         answered: Tokens generated so far by index of the answer; filled while the engine runs.
         ended: Tokens of each answer up to its trigger, where it has met one.
+        scores: What was read of each answer, by its index; filled while the engine runs.
+        own_reads: How many of the plan's reads, the first, are the request's; the others are the operator's.
+        silent: Whether the operator alone reads, and the request asked for nothing.
     """
 
     plan: SteeringPlan
@@ -69,6 +87,9 @@ class Receipt:
     strengths: Mapping[Term, float] = field(default_factory=dict)
     answered: dict[int, int] = field(default_factory=dict)
     ended: dict[int, int] = field(default_factory=dict)
+    scores: dict[int, Scores] = field(default_factory=dict)
+    own_reads: int = 0
+    silent: bool = False
 
     @classmethod
     def of(
@@ -82,7 +103,9 @@ class Receipt:
         """Makes the receipt of a plan; ``names`` has those of its directions, by digest."""
         plan, dose, factor = limited
         kept = {digest: name for digest, name in names.items() if digest in plan.digests}
-        return cls(plan, kept, prompt_len, num_choices, dose, factor, strengths or {})
+        made = cls(plan, kept, prompt_len, num_choices, dose, factor, strengths or {})
+        made.own_reads = len(plan.reads)
+        return made
 
     def count(self, choice: int, tokens: Sequence[int], before: int) -> None:
         """Counts tokens of an answer.
@@ -144,7 +167,7 @@ class Receipt:
             "dose": round(self.dose, 6),
             "dose_factor": self.dose_factor,
             "tokens_steered": self.tokens_steered(choice),
-        }
+        } | ({"reads": self._reads(choice)} if self.own_reads else {})
 
     def to_header(self) -> str:
         """Returns the directions and scales for a header, which goes out before any token."""
@@ -156,6 +179,43 @@ class Receipt:
             parts.pop()
             shown = ", ".join([*parts, "..."])
         return shown
+
+    def _reads(self, choice: int | None) -> list[dict[str, Any]]:
+        """What was read, and the scores of one answer or of all."""
+        indices = sorted(self.scores) if choice is None else [choice]
+        arrays = {
+            index: self.scores[index].to_numpy(self.prompt_len + self.answered.get(index, 0))
+            for index in indices
+            if index in self.scores
+        }
+        return [
+            {
+                "name": read.name,
+                "layers": list(read.layers),
+                "digest": read.digest,
+                "when": "after" if read.after else "before",
+                "answers": [
+                    {"index": index} | self._answer(read, scores[number])
+                    for index, scores in arrays.items()
+                ],
+            }
+            for number, read in enumerate(self.plan.reads[: self.own_reads])
+        ]
+
+    def _answer(self, read: Read, scores: np.ndarray) -> dict[str, Any]:
+        """The scores of one read and answer, float32 ``[tokens]`` with those of the prompt."""
+        parts = {"prompt": scores[: self.prompt_len], "generated": scores[self.prompt_len :]}
+        covered = {
+            "prompt": any(start < self.prompt_len for start, _ in read.ranges),
+            "generated": any(end is None or end > self.prompt_len for _, end in read.ranges),
+        }
+        answered = parts["generated"][np.isfinite(parts["generated"])]
+        summary = {"mean": answered.mean(), "max": answered.max()} if len(answered) else {}
+        if summary and read.above is not None:
+            summary["share_above"] = (answered > read.above).mean()
+        return {part: shown_scores(found) for part, found in parts.items() if covered[part]} | {
+            name: round(float(value), _DIGITS) for name, value in summary.items()
+        }
 
     def _strength(self, term: Term) -> dict[str, float]:
         """The strength of a term that has one, rounded like the dose."""
@@ -176,3 +236,8 @@ class Receipt:
             gate = {"direction": self.names[form.gate], "digest": form.gate}
             found["gate"] = gate | {"above": form.threshold}
         return found | {"restore_norm": form.restore_norm}
+
+
+def shown_scores(scores: np.ndarray) -> list[float | None]:
+    """Scores ``[tokens]`` as JSON has them: null for what is none."""
+    return [round(s, _DIGITS) if math.isfinite(s) else None for s in scores.tolist()]

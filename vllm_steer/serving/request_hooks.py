@@ -91,6 +91,8 @@ def plan_inputs(
             message = plan.message if isinstance(plan, AdmittedPlan) else None
             kept = _without_steering(extra_args)
             found.extra_args = kept | ({PLAN_KEY: message} if message else {})
+            if isinstance(plan, AdmittedPlan) and plan.recompute:
+                found.skip_reading_prefix_cache = True
         return request
 
     return process_inputs

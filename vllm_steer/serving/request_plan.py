@@ -25,7 +25,8 @@ beam_search: ContextVar[bool] = ContextVar("beam_search", default=False)
 def wanted_of(
     admission: Admission, extra_args: dict[str, Any], *, generates: bool = True
 ) -> Wanted | None:
-    """Returns what a request is to be steered by: its model's name, what it asks for, or the default.
+    """Returns what a request is to be steered by: its model's name, what it asks for, or the default;
+    where the operator reads it, at least that.
 
     Args:
         admission: Of its engine.
@@ -40,10 +41,10 @@ def wanted_of(
         asked = _asked(admission, extra_args, http_context)
         if asked is not None:
             return Wanted(asked)
-        default = admission.default(extra_args)
-        if default is None or not generates or beam_search.get():
+        if not generates or beam_search.get():
             return None
-        return Wanted(default, is_default=True)
+        default = admission.default(extra_args) or admission.watch()
+        return None if default is None else Wanted(default, is_default=True)
     given = {key: value for key, value in extra_args.items() if value is not None}
     if (key := first_steering_key(given)) is not None:
         raise refusal(

@@ -13,6 +13,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm_steer import log
 from vllm_steer.config import ResolvedConfig
 from vllm_steer.errors import BusyError, UnsupportedError
+from vllm_steer.plan.scores import SCORES_ATTRIBUTE
 from vllm_steer.request.schema import PLAN_KEY, REQUEST_KEY
 from vllm_steer.serving import metrics
 from vllm_steer.serving.admission import UNSTEERED, Admission, AdmittedPlan, admission_of
@@ -22,6 +23,7 @@ from vllm_steer.serving.receipt import Receipt
 from vllm_steer.serving.refusals import refusal
 from vllm_steer.serving.request_plan import admitted, wanted_of
 from vllm_steer.serving.row_queue import RowQueue, Ticket
+from vllm_steer.serving.scores import observe_scores
 from vllm_steer.vllm_compat.attached import Attached
 
 if TYPE_CHECKING:
@@ -58,6 +60,8 @@ def follow(original: Callable[..., Outputs]) -> Callable[..., Outputs]:
         entry = _entry(plan, request_id) if self.log_requests else None
         queue, seconds = _row_queue_of(self, config), config.wait_seconds
         followed = _followed(outputs, plan, queue, seconds, adds_up, entry)
+        if plan.receipt.plan.reads:
+            followed = _measured(followed, plan.receipt, admission)
         # The HTTP request may end before the engine's request does.
         return _pinned(followed, plan.receipt, admission)
 
@@ -112,6 +116,17 @@ def _entry(plan: AdmittedPlan, request_id: str) -> dict[str, Any]:
         "dose_factor": shown["dose_factor"],
         "key": log.short_key(http_context.key_digest) if http_context else None,
     }
+
+
+async def _measured(outputs: Outputs, receipt: Receipt, admission: Admission) -> Outputs:
+    """Yields the outputs of a request that reads, and counts in its scores once it has ended."""
+    units = [admission.unit_of(read) for read in receipt.plan.reads]
+    try:
+        async with aclosing(outputs):
+            async for output in outputs:
+                yield output
+    finally:
+        observe_scores(receipt.scores.values(), units)
 
 
 async def _pinned(outputs: Outputs, receipt: Receipt, admission: Admission) -> Outputs:
@@ -191,7 +206,8 @@ async def _followed(
     answered = receipt.answered
     outcome, reason = "error", None
     metrics.ACTIVE.inc()
-    metrics.DOSE.observe(receipt.dose)
+    if receipt.plan.segments or not receipt.plan.reads:
+        metrics.DOSE.observe(receipt.dose)
     try:
         with metrics.WAITING.track_inprogress():
             ticket = await _entered(queue, sums, seconds)
@@ -204,6 +220,8 @@ async def _followed(
                     for answer in output.outputs:
                         before = answered.get(answer.index, 0) if adds_up else 0
                         receipt.count(answer.index, answer.token_ids, before)
+                        if (scores := getattr(answer, SCORES_ATTRIBUTE, None)) is not None:
+                            receipt.scores[answer.index] = scores
                     yield output
             outcome = "finished"
         finally:

@@ -10,13 +10,15 @@ from vllm_steer.request.schema import REQUEST_KEY
 from vllm_steer.serving.admission import Admission
 from vllm_steer.serving.asgi import Message, Send, parse_object, send_error, with_length
 from vllm_steer.serving.http_context import HttpContext
-from vllm_steer.serving.receipt import HEADER, Receipt
+from vllm_steer.serving.receipt import HEADER, SCORES_KEY, Receipt, shown_scores
 
 _JSON = b"application/json"
 _MESSAGE_END = "message_stop"
 _END = re.compile(
     rb'"finish_reason":\s*"|"type":\s*"(response\.(completed|incomplete)|message_stop)"'
 )
+# Of the chunks that scores go with.
+_CHOICES = b'"choices"'
 # When a client that was not let in should come again.
 _RETRY_SECONDS = 5
 
@@ -137,13 +139,15 @@ class Receipts(_Buffered):
         super().__init__(send)
         self._http_context = http_context
         self._kind: bytes | None = None
+        # The position that the next scores of each answer in a stream are of.
+        self._sent: dict[int, int] = {}
         self.answer_id: str | None = None
 
     async def send(self, message: Message) -> None:
         """Takes the place of ``send``."""
         if message["type"] == "http.response.start":
             self._kind = None
-            if self._http_context.receipts and message["status"] == 200:
+            if self._http_context.shown_receipts and message["status"] == 200:
                 self._kind = _kind_of(message)
                 summary = ", ".join(r.to_header() for r in self._http_context.receipts[:1])
                 message["headers"] = [
@@ -162,7 +166,10 @@ class Receipts(_Buffered):
         if not message.get("more_body"):
             events, rest = [*events, rest], b""
         self._body = rest
-        stamped = [self._stamp(event) if _END.search(event) else event for event in events]
+        reads = any(receipt.own_reads for receipt in self._http_context.receipts)
+        stamped = [
+            self._stamp(e) if _END.search(e) or (reads and _CHOICES in e) else e for e in events
+        ]
         end = b"\n\n" if message.get("more_body") else b""
         await self._send({**message, "body": b"\n\n".join(stamped) + (end if stamped else b"")})
 
@@ -177,10 +184,31 @@ class Receipts(_Buffered):
             self.answer_id = chunk["response"].get("id")
             chunk["response"][REQUEST_KEY] = [r.to_json() for r in self._http_context.receipts]
         else:
-            ended = [c["index"] for c in chunk.get("choices", ()) if c.get("finish_reason")]
+            choices = chunk.get("choices", ())
+            ended = [c["index"] for c in choices if c.get("finish_reason")]
             found = [self._http_context.receipt_of(index) for index in ended]
-            chunk[REQUEST_KEY] = [pair[0].to_json(pair[1]) for pair in found if pair is not None]
+            if ended:
+                chunk[REQUEST_KEY] = [
+                    pair[0].to_json(pair[1]) for pair in found if pair is not None
+                ]
+            if scores := self._new_scores([c["index"] for c in choices]):
+                chunk[SCORES_KEY] = scores
         return before + marker + json.dumps(chunk).encode()
+
+    def _new_scores(self, indices: list[int]) -> list[dict[str, Any]]:
+        """The scores that have come for some answers since the chunks before."""
+        new = []
+        for index in indices:
+            found = self._http_context.receipt_of(index)
+            if found is None or not found[0].own_reads:
+                continue
+            scores, start = found[0].scores.get(found[1]), self._sent.get(index, 0)
+            if scores is None or scores.end <= start:
+                continue
+            self._sent[index] = scores.end
+            rows = [shown_scores(row) for row in scores.since(start)[: found[0].own_reads]]
+            new.append({"index": index, "start": start, "scores": rows})
+        return new
 
     def _complete(self, body: bytes) -> bytes:
         fields = parse_object(body)

@@ -66,6 +66,8 @@ class Reference:
         self._answers: dict[str, Answer] = {}
         # Those that the model is reading.
         self._tokens: list[int] = []
+        # The residual stream before and after the change, by layer, while it is looked at.
+        self._seen: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def generate(
         self, prompt: Sequence[int], steering: dict[str, Any] | None, count: int
@@ -84,6 +86,44 @@ class Reference:
         self._tokens = [*prompt, *tokens]
         with self._steered(steering, len(prompt)):
             return self._logprobs([*prompt, *tokens]).numpy()
+
+    @torch.no_grad()
+    def read(
+        self, prompt: Sequence[int], tokens: Sequence[int], steering: dict[str, Any]
+    ) -> NDArray[np.float32]:
+        """Scores ``[reads, prompt + tokens]`` of what a steering reads; NaN where it reads nothing."""
+        self._tokens = [*prompt, *tokens]
+        seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._seen = seen
+        try:
+            with self._steered(steering, len(prompt)):
+                self._logprobs(self._tokens)
+        finally:
+            self._seen = None
+        position = torch.arange(len(self._tokens))
+        return np.stack(
+            [self._scores(each, seen, position, len(prompt)) for each in steering["read"]]
+        )
+
+    def _scores(
+        self,
+        choice: dict[str, Any],
+        seen: dict[int, tuple[torch.Tensor, torch.Tensor]],
+        position: torch.Tensor,
+        prompt_len: int,
+    ) -> NDArray[np.float32]:
+        """Scores of one read, ``[tokens]``: mean over its layers of the projection on the unit vector."""
+        pack, _, name = choice["name"].partition("/")
+        record = self._packs[pack].directions[name]
+        found = []
+        for layer in choice.get("layers") or record.default_layers or record.layers:
+            before, after = seen[layer]
+            stream = after if choice.get("when") == "after" else before
+            _, vector = self._vector(choice["name"], layer, stream)
+            found.append((stream.double() @ (vector.double() / vector.double().norm())).cpu())
+        scores = torch.stack(found).mean(0)
+        scores[~steered_positions(choice.get("at", "generated"), position, prompt_len)] = np.nan
+        return scores.float().numpy()
 
     @torch.no_grad()
     def _generate(
@@ -121,6 +161,8 @@ class Reference:
             hidden = output[0] if isinstance(output, tuple) else output
             stream = hidden[0].float()
             changed = self._changed(stream, layer, steering or {}, prompt_len)
+            if self._seen is not None:
+                self._seen[layer] = stream, changed
             steered = changed.to(hidden.dtype)[None]
             return (steered, *output[1:]) if isinstance(output, tuple) else steered
 

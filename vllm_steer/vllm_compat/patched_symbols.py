@@ -153,6 +153,24 @@ OUTPUT_ABORT_REQUESTS = PatchedSymbol(
     reason=_OUTPUT_REASON,
     upstream=_OUTPUT_UPSTREAM,
 )
+_SCORES_REASON = "No output of the engine has a place for values of a plugin, nor hands any on with a request's answers."
+_SCORES_UPSTREAM = (
+    "A field for values of plugins in EngineCoreOutput, handed on in CompletionOutput."
+)
+PROCESS_OUTPUTS = PatchedSymbol(
+    "vllm.v1.engine.output_processor",
+    "OutputProcessor.process_outputs",
+    ("self", "engine_core_outputs"),
+    reason=_SCORES_REASON,
+    upstream=_SCORES_UPSTREAM,
+)
+NEW_COMPLETION_OUTPUT = PatchedSymbol(
+    "vllm.v1.engine.output_processor",
+    "RequestState._new_completion_output",
+    ("self", "token_ids", "finish_reason", "stop_reason"),
+    reason=_SCORES_REASON,
+    upstream=_SCORES_UPSTREAM,
+)
 # Called while the server's application is put together, with it at hand.
 SERVE_ROUTERS = PatchedSymbol(
     "vllm.entrypoints.serve",
@@ -178,6 +196,21 @@ FREE_REQUEST = PatchedSymbol(
     reason="Only a KV connector is told when a request leaves the scheduler, and every engine would need one of ours beside "
     "the user's own.",
     upstream="Callbacks of the scheduler for requests that leave it.",
+)
+UPDATE_FROM_OUTPUT = PatchedSymbol(
+    "vllm.v1.core.sched.scheduler",
+    "Scheduler.update_from_output",
+    ("self", "scheduler_output", "model_runner_output"),
+    reason="Scores of a step belong to the tokens that the scheduler accepts, which it tells nobody else.",
+    upstream="A field for values of plugins in ModelRunnerOutput, by token, which the scheduler cuts as it does "
+    "log-probabilities.",
+)
+CHECK_STOP = PatchedSymbol(
+    "vllm.v1.core.sched.scheduler",
+    "check_stop",
+    ("request", "max_model_len"),
+    reason="An abort from outside comes steps later, and says neither why nor at which token.",
+    upstream="Stop conditions that plugins register, asked for each token that is accepted.",
 )
 # Called at the start, after the plugins are loaded.
 INITIALIZE_KV_CACHES = PatchedSymbol(
@@ -281,6 +314,7 @@ V1_RUNNER = WrappedMethods(
         "_update_states": ("scheduler_output",),
         "_prepare_inputs": ("scheduler_output", "num_scheduled_tokens"),
         "_dummy_run": ("num_tokens",),
+        "sample_tokens": ("grammar_output",),
     },
     (
         ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner"),
@@ -291,7 +325,7 @@ V1_RUNNER = WrappedMethods(
     upstream="None to be expected: this runner is deprecated in favour of Model Runner V2.",
 )
 V2_RUNNER = WrappedMethods(
-    {"load_model": (), "_dummy_run": ("num_tokens",)},
+    {"load_model": (), "_dummy_run": ("num_tokens",), "sample_tokens": ("grammar_output",)},
     (
         ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner"),
         ("vllm.v1.worker.cpu.model_runner", "CPUModelRunner"),

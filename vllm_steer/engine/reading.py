@@ -1,0 +1,270 @@
+"""The reads of one worker: which rows a step's tokens read with, and the scores on their way to the scheduler.
+
+Scores are copied to the host behind the step that computes them, with the absolute positions of its tokens,
+which under speculative decoding the device alone knows. They travel with the step's output, so what the scheduler
+does with its tokens it can do with their scores: wait, drop what was rejected, begin again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.outputs import AsyncModelRunnerOutput
+
+from vllm_steer.engine.readers import ReaderBank
+from vllm_steer.engine.row_allocator import RowAllocator
+from vllm_steer.engine.unsent_scores import STEP_SCORES, StepScores
+from vllm_steer.packs.registry import LoadedDirection
+from vllm_steer.plan.reads import Read, probes_of
+from vllm_steer.vllm_compat.patches import override
+
+# Used before the first request only, while no row is given away.
+PROBE_ROW = 1
+
+
+@dataclass(frozen=True, eq=False)
+class _ReadStep:
+    """A step whose tokens some request reads.
+
+    Attributes:
+        tokens: Tokens of the step.
+        places: Each reading request's id, its first token in the step, and the token after its last.
+        positions: Absolute position of each token, on its way to the host.
+    """
+
+    tokens: int
+    places: list[tuple[str, int, int]]
+    positions: torch.Tensor
+
+
+class Reading:
+    """Everything that one worker needs to read."""
+
+    def __init__(self, bank: ReaderBank, find: Callable[[str], LoadedDirection]) -> None:
+        """Takes up reading.
+
+        Args:
+            bank: The device tensors.
+            find: Direction by content digest.
+        """
+        self.bank = bank
+        self._find = find
+        self._allocator = RowAllocator(len(bank.after))
+        self._reads: dict[str, tuple[Read, ...]] = {}
+        # The batch of the last step and the readers of its requests, until a request comes or goes.
+        self._batch: list[str] = []
+        self._columns: np.ndarray | None = None
+        self._step: _ReadStep | None = None
+        self._probing = False
+
+    def add(self, request_id: str, reads: tuple[Read, ...]) -> None:
+        """Takes a request in; one that is known already gets the new reads."""
+        self.remove(request_id)
+        if not reads:
+            return
+        self._reads[request_id] = reads
+        self._allocator.acquire(self._keys(request_id))
+        self._columns = None
+
+    def remove(self, request_id: str) -> None:
+        """Forgets a request; unknown ones are ignored."""
+        if request_id in self._reads:
+            self._allocator.release(self._keys(request_id))
+            del self._reads[request_id]
+            self._columns = None
+
+    def prepare_step(
+        self, request_ids: Sequence[str], lengths: np.ndarray, positions: torch.Tensor
+    ) -> None:
+        """Gives each token of a step the rows of its readers, before the model runs.
+
+        Args:
+            request_ids: The step's requests, in the order of their tokens in the batch.
+            lengths: int ``[num_requests or more]``, each one's number of tokens.
+            positions: Absolute position of each token on the device; may be longer than the step.
+        """
+        self._step = None
+        if not self._reads:
+            self.bank.clear_rows()
+            return
+        # vLLM changes its list in place, so a copy is compared.
+        if self._columns is None or request_ids != self._batch:
+            self._batch = list(request_ids)
+            self._columns = self._rows_of_batch()
+        if not self._columns.any():
+            self.bank.clear_rows()
+            return
+        lengths = lengths[: len(self._batch)]
+        self.bank.set_rows(np.repeat(self._columns, lengths, axis=0))
+        ends = np.cumsum(lengths)
+        places = [
+            (request_id, int(end - length), int(end))
+            for request_id, length, end in zip(self._batch, lengths, ends, strict=True)
+            if request_id in self._reads
+        ]
+        tokens = int(ends[-1])
+        self._step = _ReadStep(tokens, places, _to_host(positions[:tokens]))
+
+    def prepare_dummy_step(self) -> None:
+        """Makes a profile, warm-up, capture or padding run read nothing, unless the self-test probes."""
+        self._step = None
+        if self._probing:
+            self.bank.set_rows(np.full(self.bank.rows.shape, PROBE_ROW, dtype=np.int32))
+        else:
+            self.bank.clear_rows()
+
+    @contextmanager
+    def probing(self, layer: int, vector: np.ndarray, *, after: bool) -> Iterator[torch.Tensor]:
+        """Within it, every token of a dummy run is read at one layer.
+
+        Args:
+            layer: The layer.
+            vector: Float32 ``[hidden_size]``, what it is read with.
+            after: Whether after the change.
+
+        Yields:
+            Float32 ``[max_num_tokens, reads]``, where the scores will be.
+        """
+        at, vectors = self.bank.layers.index(layer), np.zeros(self._shape, dtype=np.float32)
+        vectors[at] = vector
+        self._probing = True
+        self.bank.write_row(PROBE_ROW, vectors, after)
+        try:
+            yield self.bank.scores[at]
+        finally:
+            self._probing = False
+            self.bank.write_row(PROBE_ROW, np.zeros(self._shape, dtype=np.float32), False)
+            self.bank.clear_rows()
+
+    def collect(self) -> Callable[[], StepScores] | None:
+        """Starts the copy of a step's scores to the host, after its model ran.
+
+        Returns:
+            What waits for the copy and gives the scores of each reading request; None where the step has none.
+        """
+        step, self._step = self._step, None
+        if step is None:
+            return None
+        scores = _to_host(self.bank.scores[:, : step.tokens])
+        copied = _recorded(self.bank.scores.device)
+        # A request may be gone, or read something else, when the copy has come.
+        reads = {request_id: self._reads[request_id] for request_id, _, _ in step.places}
+        layers = {layer: at for at, layer in enumerate(self.bank.layers)}
+
+        def finish() -> StepScores:
+            if copied is not None:
+                copied.synchronize()
+            found, at = scores.numpy(), step.positions.numpy()
+            return {
+                request_id: (
+                    at[start:end].astype(np.int64),
+                    _scores_of(reads[request_id], found[:, start:end], at[start:end], layers),
+                )
+                for request_id, start, end in step.places
+            }
+
+        return finish
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        """Of a row's vectors: layers and width."""
+        return len(self.bank.layers), self.bank.probes.shape[-1]
+
+    def _keys(self, request_id: str) -> list[str]:
+        return [f"{digest}:{int(after)}" for digest, after in probes_of(self._reads[request_id])]
+
+    def _rows_of_batch(self) -> np.ndarray:
+        """int32 ``[num_requests, reads]``, the readers of each request of the batch; all get a row."""
+        columns = np.zeros((len(self._batch), self.bank.rows.shape[1]), dtype=np.int32)
+        keys = {r: self._keys(r) for r in self._batch if r in self._reads}
+        needed = {key for own in keys.values() for key in own}
+        new, _ = self._allocator.assign(sorted(needed), lambda: needed)
+        for row, key in new:
+            digest, _, after = key.partition(":")
+            self._write(row, digest, bool(int(after)))
+        for number, request_id in enumerate(self._batch):
+            for slot, key in enumerate(keys.get(request_id, ())):
+                columns[number, slot] = self._allocator.row(key)
+        return columns
+
+    def _write(self, row: int, digest: str, after: bool) -> None:
+        direction = self._find(digest)
+        vectors = np.zeros(self._shape, dtype=np.float32)
+        for at, layer in enumerate(self.bank.layers):
+            if layer in direction.rows:
+                vectors[at] = direction.at(layer).astype(np.float64) / direction.lengths[layer]
+        self.bank.write_row(row, vectors, after)
+
+
+def carry_scores(runner: Any, reading: Reading) -> None:
+    """Makes a model runner's outputs carry the scores of their steps.
+
+    Args:
+        runner: A model runner of vLLM, whose ``sample_tokens`` is called after each step of the model.
+        reading: The worker's reads.
+    """
+    sample_tokens = runner.sample_tokens
+
+    def _sample_tokens(*args: Any, **kwargs: Any) -> Any:
+        # Begun before the tokens are drawn, which takes the device longer than the copy.
+        finish = reading.collect()
+        output = sample_tokens(*args, **kwargs)
+        if finish is None:
+            return output
+        if isinstance(output, AsyncModelRunnerOutput):
+            get_output = output.get_output
+
+            def _get_output() -> Any:
+                found = get_output()
+                STEP_SCORES.set(found, finish())
+                return found
+
+            override(output, get_output=_get_output)
+        else:
+            STEP_SCORES.set(output, finish())
+        return output
+
+    override(runner, sample_tokens=_sample_tokens)
+
+
+def _scores_of(
+    reads: Sequence[Read], found: np.ndarray, positions: np.ndarray, layers: dict[int, int]
+) -> np.ndarray:
+    """The scores of one request's tokens: mean over layers, NaN where a read does not cover them.
+
+    Args:
+        reads: Its reads.
+        found: Float32 ``[layers, tokens, readers]``.
+        positions: int ``[tokens]``, absolute.
+        layers: Layer to its place in ``found``.
+
+    Returns:
+        Float32 ``[reads, tokens]``.
+    """
+    probes = probes_of(reads)
+    scores = np.empty((len(reads), len(positions)), dtype=np.float32)
+    for number, read in enumerate(reads):
+        places = [layers[layer] for layer in read.layers]
+        mean = found[places, :, probes.index(read.probe)].mean(0, dtype=np.float64)
+        scores[number] = np.where(read.covers(positions), mean, np.nan)
+    return scores
+
+
+def _to_host(values: torch.Tensor) -> torch.Tensor:
+    """A copy on the host; from CUDA without waiting, so that :func:`_recorded` has to be waited for."""
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+    return host.copy_(values, non_blocking=values.is_cuda)
+
+
+def _recorded(device: torch.device) -> torch.Event | None:
+    """An event after all that was sent to the device; None where copies have waited for it."""
+    if device.type != "cuda":
+        return None
+    event = torch.Event(device)
+    event.record()
+    return event

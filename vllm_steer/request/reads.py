@@ -1,0 +1,58 @@
+"""What a request reads of the residual stream: scores of directions, per token.
+
+A score is the projection of the stream on the direction at length 1. Importing this module imports
+neither torch nor vllm.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from vllm_steer.fields import LayerIndex
+from vllm_steer.request.positions import Positions
+
+# Of a request; those of one direction that look at the same moment take one probe.
+MAX_READS = 64
+
+Score = Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]
+Layers = Annotated[list[LayerIndex], Field(min_length=1, max_length=4096)]
+
+
+class ReadChoice(BaseModel):
+    """A direction that a request reads.
+
+    Attributes:
+        name: ``pack/direction``, or ``direction`` where only one loaded pack has it.
+        layers: Layers to read, 0-based block outputs; the score is the mean over them. None takes the
+            default layers of the direction.
+        at: Token positions to read, with the choices of ``positions``.
+        when: ``before`` reads what the block returns, ``after`` what it is once the request's own
+            directions have changed it at that layer.
+        above: The receipt says which share of an answer's scores is greater.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: Annotated[str, Field(min_length=1, max_length=300)]
+    layers: Layers | None = None
+    at: Positions = "generated"
+    when: Literal["before", "after"] = "before"
+    above: Score | None = None
+
+
+class StopChoice(BaseModel):
+    """When a probe ends an answer.
+
+    Attributes:
+        read: Index of the read in ``read``.
+        above: Its score has to be greater.
+        for: Tokens in a row that it has to be so for.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    read: Annotated[int, Field(ge=0, lt=MAX_READS)]
+    above: Score
+    tokens: Annotated[int, Field(ge=1, le=1024, alias="for")] = 1

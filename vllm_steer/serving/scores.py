@@ -1,0 +1,100 @@
+"""Scores in the front end: taken out of the engine's outputs, and handed on with the answers that they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from vllm_steer.plan.message import plan_of
+from vllm_steer.plan.reads import stop_reason
+from vllm_steer.plan.scores import CARRIER, SCORES_ATTRIBUTE, Scores, unpack_scores
+from vllm_steer.serving import metrics
+from vllm_steer.vllm_compat.attached import Attached
+
+# Of a request of the output processor.
+_SCORES = Attached[Scores]("scores")
+
+# Directions that the metrics tell apart; clients may send ever new ones.
+_MOST_NAMES = 64
+_OTHERS = "others"
+_named: set[str] = set()
+
+
+def expect_scores(processor: Any, request: Any) -> None:
+    """Makes place for the scores of a request that vLLM's output processor has taken in.
+
+    Args:
+        processor: The ``OutputProcessor``.
+        request: The ``EngineCoreRequest``.
+    """
+    plan = plan_of(request.sampling_params)
+    if plan is not None and plan.reads:
+        state = processor.request_states[request.request_id]
+        _SCORES.set(state, Scores(plan.reads, state.prompt_len, plan.rules))
+
+
+def take_scores(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``OutputProcessor.process_outputs`` to take the scores out of what comes from the engine."""
+
+    def process_outputs(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        for output in engine_core_outputs:
+            if output.finish_reason is not None:
+                _count_stop(self.request_states.get(output.request_id), output)
+            carried = output.kv_transfer_params
+            if not carried or CARRIER not in carried:
+                continue
+            start, found = unpack_scores(carried[CARRIER])
+            rest = {key: value for key, value in carried.items() if key != CARRIER}
+            output.kv_transfer_params = rest or None
+            # One that was aborted meanwhile is gone.
+            state = self.request_states.get(output.request_id)
+            scores = _SCORES.get(state)
+            if scores is not None:
+                scores.chunks.append((start, found))
+        return original(self, engine_core_outputs, *args, **kwargs)
+
+    return process_outputs
+
+
+def observe_scores(answers: Iterable[Scores], units: Sequence[float]) -> None:
+    """Puts the largest score of each answer and read into the metrics.
+
+    Args:
+        answers: The scores of the answers to a prompt.
+        units: What each read is measured in.
+    """
+    for scores in answers:
+        found = scores.since(scores.prompt_len)
+        for read, row, unit in zip(scores.reads, found, units, strict=True):
+            finite = row[np.isfinite(row)]
+            if len(finite):
+                label = read.name if read.name in _named or len(_named) < _MOST_NAMES else _OTHERS
+                _named.add(label)
+                metrics.READ_SCORE.labels(label).observe(float(finite.max()) / unit)
+
+
+def _count_stop(state: Any, output: Any) -> None:
+    """Counts an answer that a probe ended."""
+    scores = _SCORES.get(state)
+    if scores is not None and output.stop_reason in {
+        stop_reason(scores.reads[stop.read], stop.above) for stop in scores.rules
+    }:
+        metrics.STOPPED.labels(str(output.finish_reason)).inc()
+
+
+def hand_on_scores(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps ``RequestState._new_completion_output`` to give each ``CompletionOutput`` the scores of its answer.
+
+    Outputs of one answer share them, so that vLLM may merge outputs as it likes.
+    """
+
+    def _new_completion_output(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        scores = _SCORES.get(self)
+        if scores is not None:
+            setattr(output, SCORES_ATTRIBUTE, scores)
+        return output
+
+    return _new_completion_output
