@@ -115,8 +115,8 @@ def break_layer_2() -> None:
 
     hook_blocks = worker.hook_blocks
 
-    def without(pairs: Any, bank: Any) -> None:
-        hook_blocks([pair for pair in pairs if pair[0] != 2], bank)
+    def without(pairs: Any, *banks: Any) -> None:
+        hook_blocks([pair for pair in pairs if pair[0] != 2], *banks)
 
     worker.hook_blocks = without
 
