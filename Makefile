@@ -52,7 +52,7 @@ test: setup
 test-engine: setup
 	$(BIN)/python -m pytest $(addprefix --ignore=,$(CORE)) -m '(engine or server) and not slow'
 
-## test-all: both, as CI runs them
+## test-all: both
 test-all: test test-engine
 
 ## test-slow: the long tests
