@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 import vllm_steer
 from tests.unit.conftest import HIDDEN, LAYERS, resolved
+from vllm_steer.config import SteeringConfig
 from vllm_steer.engine.bank import BankShape, SteeringBank
 from vllm_steer.engine.blocks import hook_blocks
 from vllm_steer.engine.compile_cache import hash_graph_alone
 from vllm_steer.engine.readers import ReaderBank
 from vllm_steer.engine.reading import Reading
 from vllm_steer.engine.unsent_scores import UnsentScores
-from vllm_steer.errors import CompatibilityError, RequestError, UnknownDirectionError
+from vllm_steer.errors import CompatibilityError, ConfigError, RequestError, UnknownDirectionError
 from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.packs.registry import PackRegistry
 from vllm_steer.plan.binding import bind
@@ -31,6 +35,8 @@ from vllm_steer.plan.scores import Scores, pack_scores, unpack_scores
 from vllm_steer.plan.steering_plan import SteeringPlan
 from vllm_steer.request.schema import parse
 from vllm_steer.serving.compatibility import refuse_unread
+from vllm_steer.serving.configure import _policy_path
+from vllm_steer.serving.policy import Policy
 from vllm_steer.serving.receipt import LimitedPlan, Receipt
 
 PROMPT = 10
@@ -155,6 +161,39 @@ def test_engines_whose_scores_would_be_lost_are_refused(
     )
     with pytest.raises(CompatibilityError, match=message):
         refuse_unread(config)
+
+
+@pytest.mark.parametrize(
+    ("read", "reads", "message"),
+    [
+        ({"name": "spiders"}, 0, r"watch\.\* reads 1 probes; start with --steering-reads 1"),
+        ({"name": "spiders", "layers": [0]}, 1, r"watch\.\*\.read\.0\.layers: .* no vector"),
+        ({"name": "snakes"}, 1, r"watch\.\*\.read\.0\.name"),
+        ({"name": "spiders", "at": "all"}, 1, '"recompute": true'),
+        ({"name": "spiders", "at": [[-7, None]]}, 1, '"recompute": true'),
+    ],
+)
+def test_a_watch_that_would_refuse_every_request_stops_the_start(
+    read: dict[str, Any], reads: int, message: str, registry: PackRegistry, tmp_path: Path
+) -> None:
+    watch = {"read": [read], "abort_when": {"read": 0, "above": 1.0}}
+    policy = tmp_path / "policy.json"
+    policy.write_text(json.dumps({"watch": {"*": watch}}))
+    config = SteeringConfig(packs=["fears"], policy=str(policy), reads=reads)
+    with pytest.raises(ConfigError, match=message):
+        _policy_path(config, registry)
+
+
+def test_a_watch_is_read_after_what_a_request_reads(registry: PackRegistry) -> None:
+    own = plan(
+        registry, read=[{"name": "spiders"}] * 2, stop_when={"read": 1, "above": 2.0, "for": 2}
+    )
+    watch = plan(registry, read=[{"name": "New York"}], abort_when={"read": 0, "above": 3.0})
+    both = own.watched(watch)
+    assert both.reads == own.reads + watch.reads
+    assert both.rules == (StopRule(1, 2.0, 2, abort=False), StopRule(2, 3.0, 1, abort=True))
+    with pytest.raises(ValidationError, match="a watch reads"):
+        Policy.model_validate({"watch": {"*": {"directions": [{"name": "spiders"}]}}})
 
 
 def test_without_reads_the_graph_and_its_key_are_what_they_were() -> None:

@@ -21,6 +21,8 @@ from vllm_steer.errors import ConfigError, PackError, RequestError
 from vllm_steer.packs.hub import hub_snapshot, resolve_pack
 from vllm_steer.packs.registry import PackRegistry
 from vllm_steer.packs.store import keep_store
+from vllm_steer.plan.binding import bind
+from vllm_steer.plan.resolve import resolve
 from vllm_steer.serving.compatibility import refuse_unread, refuse_unsupported
 from vllm_steer.serving.policy import load_policy
 from vllm_steer.vllm_compat.model_shape import model_shape
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
+# Tokens of a prompt that has whatever position a policy may name.
+_LONG_PROMPT = 2**30
 # Of the largest, that fit into the total unless it is given.
 _UPLOADS = 8
 
@@ -126,7 +130,10 @@ def _resolve(config: SteeringConfig, vllm_config: VllmConfig, queued: bool) -> R
 
 
 def _policy_path(config: SteeringConfig, registry: PackRegistry) -> str | None:
-    """Absolute path of the policy, whose names must all exist, and be calibrated for a strength."""
+    """Absolute path of the policy, whose names must all exist, and be calibrated for a strength.
+
+    What it reads of every request must be there too, since all of them would be refused otherwise.
+    """
     if config.policy is None:
         return None
     path = os.path.abspath(os.path.expanduser(config.policy))
@@ -139,6 +146,8 @@ def _policy_path(config: SteeringConfig, registry: PackRegistry) -> str | None:
                 raise ConfigError(
                     f"--steering-policy: {path}: {field} reads {count} probes; start with --steering-reads {count} at least"
                 )
+        for key, request in policy.watch.items():
+            resolve(bind(request, registry, where=f"watch.{key}"), _LONG_PROMPT)
     except RequestError as error:
         raise ConfigError(f"--steering-policy: {path}: {error}") from None
     return path
