@@ -6,30 +6,24 @@ its kind, or excused with a reason; one that nobody covers fails. ``python -m te
 
 from __future__ import annotations
 
-import html.parser
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tomllib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
-import nbformat
 import numpy as np
 import pytest
 import torch
-from nbclient import NotebookClient
 from pydantic import TypeAdapter
 
-from benchmarks.pictures import stale
-from tests.documents import PAGES, README, ROOT, Fence, block, fence, fences
+from tests.documents import ROOT, Fence, block, fence, fences
 from tests.shell_commands import check
 from vllm_steer.offline.convert.gguf_file import write_gguf
 from vllm_steer.offline.demo.gold import gold_questions
@@ -41,7 +35,6 @@ from vllm_steer.request.schema import SteeringRequest
 from vllm_steer.serving.policy import Policy
 
 BIN = Path(sys.executable).parent
-LINES = 150
 # Blocks that a test runs, by what ``fence`` finds them by.
 RUN: list[Fence] = []
 # Blocks that tests in other modules run, and the module.
@@ -332,18 +325,6 @@ def test_the_first_tutorial(code: str, smollm2: Path, tmp_path: Path) -> None:
     assert answers[1]["steering"][0]["tokens_steered"] > 0
 
 
-@pytest.mark.engine
-def test_the_notebook_runs(smollm2: Path, tmp_path: Path) -> None:
-    notebook = nbformat.read(ROOT / "docs" / "tutorials" / "steering.ipynb", 4)
-    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": tmp_path}})
-    client.execute()
-    shown = ["".join(o.get("text", "") for o in c.get("outputs", ())) for c in notebook.cells]
-    (strengths,) = (text for text in shown if text.startswith("0.0: "))
-    answers = re.findall(r"^[\d.]+: (.*)", strengths, re.MULTILINE)
-    assert len(answers) == len(set(answers)) == 4
-    assert "Sherlock Holmes" in shown[-1], "the message says what would have been right"
-
-
 @pytest.mark.parametrize("each", fences(), ids=str)
 def test_every_block_is_covered(each: Fence) -> None:
     assert how(each)
@@ -370,56 +351,6 @@ def test_a_block_that_nobody_covers_is_noticed() -> None:
 def test_blocks_that_run_elsewhere_are_named_there(place: tuple[str, str, str]) -> None:
     source = (ROOT / ELSEWHERE[place]).read_text()
     assert Path(place[0]).name in source or "FINDINGS" in source
-
-
-def test_the_readme_is_short() -> None:
-    assert len(README.read_text().splitlines()) <= LINES
-
-
-def test_files_that_are_named_exist() -> None:
-    """Links of the README, and paths of the repository that pages name as code."""
-    for target in re.findall(r"\]\(([^)#]+)", README.read_text()):
-        assert target.startswith("http") or (ROOT / target).exists(), target
-    for page in PAGES:
-        for path in re.findall(
-            r"`((?:tests|offline|vllm_steer|benchmarks)/[\w./-]+)`", page.read_text()
-        ):
-            assert (ROOT / path).exists(), f"{page.name}: {path}"
-
-
-def test_pictures_show_what_was_measured() -> None:
-    assert list(stale()) == [], "run python -m benchmarks.pictures"
-
-
-@dataclass
-class _Loads(html.parser.HTMLParser):
-    """Everything that a page of the site loads by itself."""
-
-    def __post_init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = dict(attrs)
-        if tag in ("script", "img", "iframe", "source", "video"):
-            self.found.append(values.get("src") or "")
-        if tag == "link" and values.get("rel") not in ("canonical", "next", "prev"):
-            self.found.append(values.get("href") or "")
-
-
-def test_the_site_is_built_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
-    """Every link and anchor is checked by the strict build."""
-    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
-    run(build, ROOT, NO_MKDOCS_2_WARNING="1")
-    pages = list(tmp_path.rglob("*.html"))
-    assert len(pages) > len(list((ROOT / "docs").rglob("*.md")))
-    for page in pages:
-        loads = _Loads()
-        loads.feed(page.read_text())
-        assert loads.found, page
-        assert [u for u in loads.found if u.startswith(("http", "//"))] == [], page
-    for sheet in tmp_path.rglob("*.css"):
-        assert not re.search(r"(@import|url\()[\s\"']*(https?:)?//", sheet.read_text()), sheet
 
 
 if __name__ == "__main__":

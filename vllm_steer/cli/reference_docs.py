@@ -7,12 +7,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import inspect
 import json
 import logging
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +17,19 @@ from pydantic import BaseModel
 
 from vllm_steer import log
 from vllm_steer.cli import command_line
+from vllm_steer.cli.reference_markdown import (
+    REQUEST_MODELS,
+    argument,
+    described,
+    markdown,
+    model_link,
+    model_section,
+    summary,
+    table,
+)
 from vllm_steer.errors import RequestError, SteeringError
 from vllm_steer.fields import MAX_LAYERS, MAX_MAGNITUDE
-from vllm_steer.operations import OPS, FormChoice, Gate
+from vllm_steer.operations import OPS, FormChoice
 from vllm_steer.packs.calibration import Calibration, CalibrationPoint
 from vllm_steer.packs.manifest import (
     MAX_DIRECTIONS,
@@ -37,9 +44,7 @@ from vllm_steer.packs.manifest import (
     Prefix,
     TensorFile,
 )
-from vllm_steer.request.reads import ReadChoice, StopChoice
-from vllm_steer.request.schedule import ScheduleChoice
-from vllm_steer.request.schema import FLAT_KEYS, DirectionChoice, SteeringRequest
+from vllm_steer.request.schema import FLAT_KEYS, SteeringRequest
 from vllm_steer.serving.flags import add_flags
 from vllm_steer.serving.packs_api import ROUTES
 from vllm_steer.serving.policy import Policy
@@ -50,14 +55,6 @@ from vllm_steer.vllm_compat.versions import OVERRIDE, OVERRIDE_MEANING, SUPPORTE
 
 SCHEMA_FILE = "steering-request.schema.json"
 _WRITTEN = "<!-- Written from the code by `python -m vllm_steer.cli.reference_docs docs/reference`; do not edit. -->"
-_REQUEST_MODELS = (
-    SteeringRequest,
-    DirectionChoice,
-    Gate,
-    ScheduleChoice,
-    ReadChoice,
-    StopChoice,
-)
 _LIMITS = {
     "bytes of the manifest": MAX_MANIFEST_BYTES,
     "values in the manifest": MAX_MANIFEST_VALUES,
@@ -100,7 +97,7 @@ def _flag_page() -> list[str]:
         'In `LLM(...)` the same stands in `additional_config={"steering": {"packs": [...], "rows": ...}}`.',
         "## Environment",
         f"Supported are vLLM {', '.join(SUPPORTED)}.",
-        _table(("variable", "meaning"), [(f"`{OVERRIDE}`", OVERRIDE_MEANING)]),
+        table(("variable", "meaning"), [(f"`{OVERRIDE}`", OVERRIDE_MEANING)]),
     ]
 
 
@@ -111,19 +108,19 @@ def _request_page() -> list[str]:
         'object; `vllm_xargs.steering`, as its JSON text; `SamplingParams.extra_args["steering"]`, '
         'as either. `"steering": "none"` leaves out a server\'s default.',
         f"[{SCHEMA_FILE}]({SCHEMA_FILE}) is its JSON schema.",
-        *(_model(model) for model in _REQUEST_MODELS),
+        *(model_section(model) for model in REQUEST_MODELS),
         "## Operations",
         "What a direction `a` does to the residual stream h of a token; `â` is `a` at length 1, ε the scale. All but "
         "`add` need a server started with `--steering-ops affine`. Directions that meet at a layer and position all "
         "read the stream as the block returned it, and their changes are summed.",
-        _table(("op", "change"), ((f"`{op}`", text) for op, text in OPS.items())),
+        table(("op", "change"), ((f"`{op}`", text) for op, text in OPS.items())),
         "## Flat form",
         "In place of `steering`, in `vllm_xargs`, in a request's body or in `extra_args`; `steer` is required.",
-        _table(("key", "meaning"), ((f"`{key}`", meaning) for key, meaning in FLAT_KEYS.items())),
+        table(("key", "meaning"), ((f"`{key}`", meaning) for key, meaning in FLAT_KEYS.items())),
         "## Refusals",
         "A request whose steering cannot be carried out is answered with HTTP 400 before the response starts. Metrics "
         "and log name the reason.",
-        _table(("reason", "meaning"), _reasons()),
+        table(("reason", "meaning"), _reasons()),
     ]
 
 
@@ -133,9 +130,7 @@ def _receipt_page() -> list[str]:
         "A response to a steered request has `steering`, a list with a receipt for each prompt, and the header "
         f"`{HEADER}` with names and scales. In a stream the receipt is in the chunk that ends an answer; with "
         "`/v1/responses` it is in the response of the last event.",
-        _table(
-            ("field", "meaning"), ((f"`{f}`", meaning) for f, meaning in RECEIPT_FIELDS.items())
-        ),
+        table(("field", "meaning"), ((f"`{f}`", meaning) for f, meaning in RECEIPT_FIELDS.items())),
         f"Where the request reads, each chunk of `/v1/completions` and `/v1/chat/completions` has the scores that have come "
         f"since the one before, in `{SCORES_KEY}`: for each answer its `index`, the absolute position `start` of the first "
         "token, the prompt's first being 0, and `scores`, a list for each read. In `LLM(...)` each `CompletionOutput` has "
@@ -147,14 +142,14 @@ def _policy_page() -> list[str]:
     return [
         "# Policy",
         "`--steering-policy FILE`, a JSON object. A request for the model `SERVED:ALIAS` is steered by the alias.",
-        _model(Policy),
+        model_section(Policy),
     ]
 
 
 def _route_page() -> list[str]:
     return [
         "# HTTP routes",
-        _table(("route", "answer"), ((f"`{route}`", meaning) for route, meaning in ROUTES.items())),
+        table(("route", "answer"), ((f"`{route}`", meaning) for route, meaning in ROUTES.items())),
         "Routes that change packs and aliases need `--steering-pack-roots`, those of vectors `--steering-upload-mib`; "
         "they answer 403 without it. Errors have the form of the OpenAI API: 400 for what is malformed, unknown or "
         "cannot be served, 404 for an unknown route, 409 for what cannot be done now.",
@@ -165,7 +160,7 @@ def _metric_page() -> list[str]:
     return [
         "# Metrics",
         "On `/metrics`; `vllm_steer/serving/grafana.json` is a Grafana dashboard of them.",
-        _table(("metric", "type", "labels", "meaning"), _metrics()),
+        table(("metric", "type", "labels", "meaning"), _metrics()),
     ]
 
 
@@ -176,7 +171,7 @@ def _log_page() -> list[str]:
         "underscores of the event. The record has them as `record.steering`, with `event`, for a JSON formatter. `key` "
         f"is the beginning of the SHA-256 of the request's API key, {log.KEY_DIGITS} digits. Of one reason, at most "
         f"{LINES} refusals are written in {SECONDS:g} seconds.",
-        _table(("event", "level", "written"), _events()),
+        table(("event", "level", "written"), _events()),
     ]
 
 
@@ -186,11 +181,11 @@ def _pack_page() -> list[str]:
         "# Pack format",
         "A pack is a directory with `steering_config.json`, the manifest, and `steering_vectors.safetensors`, a tensor "
         "`[layers, hidden_size]` for each direction. Layer k is the output of decoder block k, counted from 0.",
-        *(_model(model) for model in (*models, CalibrationPoint, MethodRecord, TensorFile)),
+        *(model_section(model) for model in (*models, CalibrationPoint, MethodRecord, TensorFile)),
         "## Limits",
         "A pack that exceeds them is rejected before its vectors are read. So are duplicate keys, NaN and Inf, and "
         "files that are links out of the pack.",
-        _table(("of", "at most"), ((what, f"{limit:,}") for what, limit in _LIMITS.items())),
+        table(("of", "at most"), ((what, f"{limit:,}") for what, limit in _LIMITS.items())),
     ]
 
 
@@ -199,7 +194,7 @@ def _patch_page() -> list[str]:
         "# Patches of vLLM",
         "vLLM serves unsteered requests as it does without the plugin. Each patched symbol is checked at start, and one "
         "that is missing or has other parameters stops the start.",
-        _table(
+        table(
             ("symbol", "why no public hook serves", "what would make it unnecessary"), _patches()
         ),
     ]
@@ -216,76 +211,17 @@ def _python_page() -> list[str]:
     return [
         "# Python",
         "What `import vllm_steer` offers; it imports neither torch nor vLLM.",
-        *(_described(name, thing) for name, thing in rest),
+        *(described(name, thing) for name, thing in rest),
         "## Models",
         "Pydantic models of requests and packs.",
-        _table(("class", "fields"), ((f"`{n}`", _page_of(n)) for n, _ in models)),
+        table(("class", "fields"), ((f"`{n}`", model_link(n)) for n, _ in models)),
         "## Errors",
-        _table(("class", "raised when"), ((f"`{n}`", _summary(o)) for n, o in errors)),
+        table(("class", "raised when"), ((f"`{n}`", summary(o)) for n, o in errors)),
     ]
-
-
-def _page_of(model: str) -> str:
-    """A link to the section of a model."""
-    page = "requests" if model in {each.__name__ for each in _REQUEST_MODELS} else "packs"
-    return f"[{model}]({page}.md#{model.lower()})"
-
-
-def _described(name: str, thing: Any) -> str:
-    """A section: signature, docstring, and a class's own properties."""
-    lines = [f"## {name}", f"`{name}{_signature(thing)}`", *_sections(inspect.getdoc(thing) or "")]
-    if isinstance(thing, type):
-        own = [(n, p) for n, p in vars(thing).items() if isinstance(p, property | cached_property)]
-        if own:
-            rows = ((f"`{n}`", _markdown(_summary(p))) for n, p in own)
-            lines += ["**Properties**", _table(("property", "meaning"), rows)]
-    return "\n\n".join(lines)
-
-
-def _signature(thing: Any) -> str:
-    """A signature with the annotations as they are written."""
-    signature = inspect.signature(thing)
-    shown, named = [], False
-    for parameter in signature.parameters.values():
-        if parameter.kind is parameter.KEYWORD_ONLY and not named:
-            shown.append("*")
-            named = True
-        default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
-        shown.append(f"{parameter.name}: {parameter.annotation}{default}")
-    result = "" if isinstance(thing, type) else f" -> {signature.return_annotation}"
-    return f"({', '.join(shown)}){result}"
-
-
-def _summary(thing: Any) -> str:
-    return (inspect.getdoc(thing) or "").partition("\n")[0]
-
-
-def _sections(doc: str) -> Iterator[str]:
-    """A Google docstring as Markdown: paragraphs, its named sections as lists; an example is left out."""
-    for paragraph in doc.split("\n\n"):
-        head, _, body = paragraph.partition("\n")
-        if head == "Example:":
-            continue
-        if head.rstrip(":") not in ("Args", "Attributes", "Returns", "Raises"):
-            yield _markdown(" ".join(paragraph.split()))
-            continue
-        items: list[str] = []
-        for line in textwrap.dedent(body).splitlines():
-            if line.startswith(" "):
-                items[-1] += f" {line.strip()}"
-            else:
-                name, colon, meaning = line.partition(": ")
-                items.append(f"- `{name}`: {meaning}" if colon else f"- {line}")
-        yield f"**{head.rstrip(':')}**\n\n" + _markdown("\n".join(items))
 
 
 def _schema() -> str:
     return json.dumps(SteeringRequest.model_json_schema(), indent=1, ensure_ascii=False) + "\n"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    first, *others = (f"| {' | '.join(line)} |" for line in [head, *rows])
-    return "\n".join([first, f"|{'---|' * len(head)}", *others])
 
 
 def _metrics() -> list[Sequence[str]]:
@@ -300,7 +236,7 @@ def _metrics() -> list[Sequence[str]]:
             f"`{family.name}{'_total' if family.type == 'counter' else ''}`",
             family.type,
             ", ".join(f"`{label}`" for label in metric._labelnames),
-            _markdown(family.documentation),
+            markdown(family.documentation),
         )
         for family, metric in families
     ]
@@ -337,75 +273,17 @@ def _commands(parser: argparse.ArgumentParser) -> Iterator[str]:
     if not inner:
         format_help = parser._get_formatter()._expand_help
         shown = [a for a in parser._actions if a.dest != "help"]
-        rows = [(_argument(a), _markdown(format_help(a)) if a.help else "") for a in shown]
+        rows = [(argument(a), markdown(format_help(a)) if a.help else "") for a in shown]
         yield f"## {parser.prog}"
         if parser.description:
-            yield _markdown(" ".join(parser.description.split()))
-        yield _table(("argument", "meaning"), rows)
+            yield markdown(" ".join(parser.description.split()))
+        yield table(("argument", "meaning"), rows)
 
 
 def _flags(add: Callable[..., Any]) -> str:
     parser = argparse.ArgumentParser(add_help=False)
     add(lambda parser: parser)(parser)
-    return _table(("flag", "meaning"), ((_argument(a), a.help or "") for a in parser._actions))
-
-
-def _argument(action: argparse.Action) -> str:
-    """How an argument is written, with its value or its choices."""
-    named = action.choices or action.metavar or (None if action.nargs == 0 else action.dest.upper())
-    value = (
-        named if named is None or isinstance(named, str) else "{" + ", ".join(map(str, named)) + "}"
-    )
-    several = " ..." if action.nargs == "+" else ""
-    return f"`{' '.join(filter(None, [*action.option_strings[:1], value]))}{several}`"
-
-
-def _model(model: type[BaseModel]) -> str:
-    schema = model.model_json_schema()
-    meanings: dict[str, str] = {}
-    for owner in reversed(model.__mro__):
-        if issubclass(owner, BaseModel):
-            meanings |= _meanings(owner.__doc__ or "")
-    required = schema.get("required", [])
-    rows = [
-        (f"`{name}`", _type(field), "yes" if name in required else "no", meanings.get(name, ""))
-        for name, field in schema["properties"].items()
-    ]
-    summary = _markdown((model.__doc__ or "").strip().split("\n\n")[0])
-    table = _table(("field", "type", "required", "meaning"), rows)
-    return f"## {model.__name__}\n\n{summary}\n\n{table}"
-
-
-def _type(field: dict[str, Any]) -> str:
-    if "anyOf" in field:
-        return " or ".join(_type(option) for option in field["anyOf"])
-    if "$ref" in field:
-        return _page_of(field["$ref"].rpartition("/")[2])
-    if "const" in field:
-        return f"`{field['const']}`"
-    if "enum" in field:
-        return " or ".join(f"`{value}`" for value in field["enum"])
-    if field.get("type") == "array":
-        return f"list of {_type(field['items'])}"
-    return str(field.get("type", "any"))
-
-
-def _meanings(doc: str) -> dict[str, str]:
-    """Field to meaning, from the ``Attributes`` section of a docstring."""
-    meanings: dict[str, str] = {}
-    name = ""
-    for line in doc.partition("Attributes:")[2].splitlines():
-        text = line.strip()
-        if line.startswith(" " * 12):
-            meanings[name] += f" {_markdown(text)}"
-        elif text:
-            name, _, meaning = text.partition(": ")
-            meanings[name] = _markdown(meaning)
-    return meanings
-
-
-def _markdown(text: str) -> str:
-    return text.replace("``", "`").replace("|", "\\|")
+    return table(("flag", "meaning"), ((argument(a), a.help or "") for a in parser._actions))
 
 
 def main() -> None:

@@ -48,15 +48,15 @@ class Policy(BaseModel):
             and the position counts where that is largest.
         dose_action: What happens to a request above it: ``reject`` answers 400, ``reduce`` lowers
             all its scales by one factor, which the receipt states.
-        keys: Which directions an API key may use: the SHA-256 of the key in hexadecimal, or ``*``
-            for all other keys and none, to patterns of ``pack/direction`` such as ``moods/*``.
-            Without it everybody may use everything.
+        keys: Which directions an API key may use. It maps the SHA-256 of the key in hexadecimal, or
+            ``*`` for all other keys and for requests without one, to patterns of ``pack/direction``
+            such as ``moods/*``. Without it, everybody may use everything.
         watch: What is read of every request of an API key, whatever it asks for, as ``keys`` names it: ``read`` with
             ``stop_when`` or ``abort_when``, so that a probe ends an answer without its client's doing. Clients see
             no scores of it. It counts among the ``--steering-reads`` probes of each request.
-        administrators: SHA-256 of each API key that may change packs, aliases and the uploads of all,
-            and sees them all. Without it the keys that ``keys`` names may, each as far as it may use
-            the directions, and its own uploads; without either, everybody.
+        administrators: SHA-256 of each API key that may see and change all packs, aliases and uploads.
+            Without it, the keys that ``keys`` names may change their own uploads, and packs and aliases
+            as far as they may use the directions; without either, everybody may.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
