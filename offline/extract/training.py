@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from vllm_steer.errors import ExtractionError
 from vllm_steer.offline.extract.answers import Example
+from vllm_steer.offline.measures.shares import closed
 from vllm_steer.offline.models.likelihood import AnswerModel, padded
 
 Floats = NDArray[np.float32]
@@ -169,7 +170,7 @@ class _Training:
         for concept in list(self._active):
             steered = self._total(self._lessons[concept].stopping, vectors[[concept]])
             plain, prefixed = self._ends[concept]
-            gap = gap_closed(plain, prefixed, steered)
+            gap = closed(np.array([steered - plain]), np.array([prefixed - plain]))
             _check_finite(gap)
             best = self._best[concept]
             if best is None or gap > best.gap_closed:
@@ -197,17 +198,6 @@ class _Training:
         prompts = [(e.prefixed if prefixed else e.plain).token_ids for e in examples]
         batch = padded(prompts, [e.answer for e in examples], self._answers.model.device)
         return self._answers.log_likelihoods(batch, change)
-
-
-def gap_closed(plain: float, prefixed: float, steered: float) -> float:
-    """Returns the share of the gap that steering closes: 0 for none, 1 for what the prefix does.
-
-    Args:
-        plain: Log-likelihood of the prefixed model's answers after the plain prompt.
-        prefixed: The same after the prefixed prompt; never less for greedy answers that differ.
-        steered: The same after the plain prompt with steering.
-    """
-    return (steered - plain) / max(prefixed - plain, 1e-9)
 
 
 def _check_finite(loss: float) -> None:

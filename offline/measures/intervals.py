@@ -50,14 +50,15 @@ def ratio_interval(parts: Doubles, wholes: Doubles) -> tuple[float, float] | Non
 
     Args:
         parts: ``[pairs]``, float64.
-        wholes: ``[pairs]``, float64; their sum is taken to be above 0.
+        wholes: ``[pairs]``, float64.
 
     Returns:
-        Its ends; None with fewer than three pairs, or where all have the same ratio.
+        Its ends; None with fewer than three pairs, where all have the same ratio, or where the wholes do
+        not sum to more than 0, so that there is no ratio.
     """
-    if len(parts) < _FEWEST:
+    whole = float(wholes.sum())
+    if len(parts) < _FEWEST or whole <= _TINY:
         return None
-    whole = max(float(wholes.sum()), _TINY)
     ratio = float(parts.sum()) / whole
     return _around(ratio, (parts - ratio * wholes) * len(wholes) / whole)
 

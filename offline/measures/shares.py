@@ -13,9 +13,12 @@ _TINY = 1e-9
 def closed(raised: Doubles, gap: Doubles) -> float:
     """Returns the share of a gap that is closed, in summed log-likelihood: 0 is no effect, 1 the prefix's.
 
+    Of a gap that is none, where the prefix makes its answers no likelier, nothing is closed: 0.
+
     Args:
         raised: ``[questions]``; by how much steering raises the log-likelihood of the prefixed model's
             answer after the plain prompt.
         gap: ``[questions]``; by how much the prefix does.
     """
-    return float(raised.sum() / max(gap.sum(), _TINY))
+    whole = float(gap.sum())
+    return float(raised.sum()) / whole if whole > _TINY else 0.0

@@ -139,8 +139,11 @@ def test_the_gap_closed_is_a_share_of_the_whole() -> None:
     assert given.closed(given.prefixed) == 1.0
     assert given.closed(np.array([-6.0, -2.0, -8.0])) == pytest.approx(4 / 14.1)
     assert given.closed(given.plain - 1) < 0
-    # Nothing to close.
-    assert gap([-3.0], [-3.0]).closed(np.array([-3.0])) == 0.0
+    # Where there is nothing to close, or less than nothing by rounding, nothing is closed, whatever became likelier.
+    for prefixed in (-3.0, -3.001):
+        nothing = gap([-3.0] * 3, [prefixed] * 3)
+        assert nothing.closed(np.array([-1.0, -2.0, -2.0])) == 0.0
+        assert nothing.interval(np.array([-1.0, -2.0, -2.0])) is None
     assert [e.answer for e in given.some(2).examples] == [(0,), (1,)]
     assert [e.answer for e in given.rest(2).examples] == [(2,)]
     assert given.rest(2).closed(np.array([-5.0])) == pytest.approx(0.5)

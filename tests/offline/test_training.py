@@ -21,7 +21,6 @@ from vllm_steer.offline.extract.training import (
     Trained,
     TrainingOptions,
     _draw,
-    gap_closed,
     train,
 )
 from vllm_steer.offline.models.likelihood import AnswerModel, padded
@@ -191,7 +190,7 @@ def test_the_penalty_shortens_vectors(tiny, lessons, norms) -> None:
 def scripted(monkeypatch) -> list[float]:
     """What the looks of a training see in place of the gap closed, in turn."""
     gaps: list[float] = []
-    monkeypatch.setattr(vllm_steer.offline.extract.training, "gap_closed", lambda *_: gaps.pop(0))
+    monkeypatch.setattr(vllm_steer.offline.extract.training, "closed", lambda *_: gaps.pop(0))
     return gaps
 
 
@@ -242,15 +241,6 @@ def test_a_loss_that_is_not_finite_is_refused(tiny, lessons, norms, options) -> 
         ExtractionError, match="loss of training is not finite; .* smaller train_rate"
     ):
         train(tiny, lessons, 1e6 * norms, replace(FEW, **options))
-
-
-def test_the_gap_is_between_plain_and_prefixed() -> None:
-    assert [gap_closed(-9.0, -5.0, steered) for steered in (-9.0, -5.0, -7.0, -11.0)] == [
-        0,
-        1,
-        0.5,
-        -0.5,
-    ]
 
 
 def test_prompts_differ_in_the_prefix_alone(chatml) -> None:
