@@ -164,7 +164,8 @@ def load_model(
         model_path: Checkpoint directory or Hugging Face model id.
         dtype: Name of the dtype to run in, such as ``float32``.
         device: Device of the model; None for CUDA where there is one, else CPU.
-        attention: Implementation of attention; None for the library's own choice.
+        attention: Implementation of attention; None for the library's own choice among those that compute
+            what the model was trained with.
 
     Raises:
         ExtractionError: There is no such model, or it cannot be loaded.
@@ -186,7 +187,7 @@ def load_model(
         loaded: Any = _loader(config).from_pretrained(
             model_path,
             dtype=getattr(torch, dtype),
-            attn_implementation=attention,
+            attn_implementation=attention or _faithful(config),
             output_loading_info=True,
             # Refused below, by their names.
             ignore_mismatched_sizes=True,
@@ -197,6 +198,14 @@ def load_model(
         raise _unreadable(model_path, _quantisation(config), error) from error
     _check_loaded(model, report, model_path)
     return model.to(device).eval()  # type: ignore[arg-type]  # untyped decorator
+
+
+def _faithful(config: PreTrainedConfig) -> str | None:
+    """Eager attention where the library's own choice would compute something else, else None.
+
+    Torch's fused kernel has no place for a cap on attention logits (Gemma 2), and the library leaves the cap out.
+    """
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
 def _loader(config: PreTrainedConfig) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Gemma2Config, Gemma2ForCausalLM
 from vllm.engine.arg_utils import EngineArgs
 
 import vllm_steer.offline.engine.llm
@@ -42,6 +43,25 @@ def test_a_cpu_takes_bfloat16_where_it_is_made_for_it(
     assert chosen_dtype("float16", "cpu") == "float16"
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert chosen_dtype("auto", "cpu") == "float32"
+
+
+def test_attention_that_hands_out_no_weights_computes_the_same(tmp_path: Path) -> None:
+    """Gemma 2 caps attention logits, which torch's fused kernel cannot."""
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    size = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
+    # So low that every logit is near it.
+    capped = {"attn_logit_softcapping": 0.5, "query_pre_attn_scalar": 1}
+    torch.manual_seed(0)
+    config = Gemma2Config(**shape, **size, **capped, initializer_range=0.5)
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    token_ids = torch.arange(3, 23)[None]
+    with torch.inference_mode():
+        eager, own, fused = (
+            load_model(tmp_path, "float32", "cpu", attention)(token_ids).logits
+            for attention in ("eager", None, "sdpa")
+        )
+    assert torch.allclose(own, eager, atol=1e-4)
+    assert not torch.allclose(fused, eager, atol=1e-2)
 
 
 def changed(path: Path, tensors: dict[str, torch.Tensor | None], **config: Any) -> Path:
