@@ -37,7 +37,12 @@ from vllm_steer.offline.models.loading import (
     load_config,
     model_identity,
 )
-from vllm_steer.offline.models.prompts import AnswerPair, Concept, count_candidates
+from vllm_steer.offline.models.prompts import (
+    AnswerPair,
+    Concept,
+    count_candidates,
+    without_thoughts,
+)
 from vllm_steer.offline.questions.everyday import everyday_questions
 from vllm_steer.packs.pack import MethodRecord, PackContent, SteeringPack, load_pack, write_pack
 
@@ -95,6 +100,8 @@ def extract_pack(
     text = config.get_text_config()
     method = METHODS[settings.method]
     settings = settings.model_copy(update={"dtype": chosen_dtype(settings.dtype, resources.device)})
+    if settings.learn_from == "answers":
+        settings = _silent(settings, tokenizer)
     if pairs:
         concepts = _paired_concepts(pairs, settings)
     positives, negatives = [""], [""]
@@ -208,6 +215,20 @@ def _learn(
                 failures[name] = result
             progress.update()
     return {name: results[name] for name, _ in concepts if name in results}, failures
+
+
+def _silent(settings: ExtractionSettings, tokenizer: PreTrainedTokenizerBase) -> ExtractionSettings:
+    """Returns the settings, without thoughts where nothing is said of them; the tokenizer renders by them."""
+    chat = without_thoughts(tokenizer, settings.chat)
+    if chat == settings.chat:
+        return settings
+    chat.apply_to(tokenizer)
+    logger.warning(
+        "this model thinks before it answers; directions are learned and measured without thoughts, which is recorded in "
+        'the pack, and requests should say "chat_template_kwargs": {"enable_thinking": false} likewise; '
+        "--chat-template-kwargs '{\"enable_thinking\": true}' learns from thoughts"
+    )
+    return settings.model_copy(update={"chat_template_kwargs": chat.chat_template_kwargs})
 
 
 def _failure_text(failures: Mapping[str, str], total: int) -> str:

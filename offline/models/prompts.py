@@ -17,11 +17,12 @@ from typing import Any, Literal, NamedTuple, cast
 from transformers import PreTrainedTokenizerBase
 
 from vllm_steer.errors import ExtractionError, choices
-from vllm_steer.offline.models.chat import plain_text, template_arguments
+from vllm_steer.offline.models.chat import ChatFormat, plain_text, template_arguments
 
 QUESTION = "What are your thoughts on the following statement? \nStatement: {statement}"
 SEPARATOR = "  "
 _PARTS_AS_THEY_STAND = re.compile(r"""["']type["']:\s*["']text["']""")
+_THINKING = "enable_thinking"
 _NOBODY_SAYS = "\u2e3b\u2e3b"
 PrefixRole = Literal["user", "system"]
 
@@ -208,6 +209,31 @@ def count_candidates(tokenizer: PreTrainedTokenizerBase) -> int:
             "cannot be counted; set candidate_tokens"
         )
     return len(_token_ids(tokenizer, opened)) - len(_token_ids(tokenizer, without)) + 1
+
+
+def without_thoughts(tokenizer: PreTrainedTokenizerBase, chat: ChatFormat) -> ChatFormat:
+    """Returns a format in which a model that thinks unless it is told not to is told not to.
+
+    Its answers, as long as they are learned from, would be thoughts about the prompt alone.
+
+    Args:
+        tokenizer: The model's tokenizer; it renders by ``chat`` afterwards.
+        chat: The format that was asked for; what it says of thinking stands.
+
+    Raises:
+        ExtractionError: The template refuses the prompt.
+    """
+    reads = re.search(rf"\b{_THINKING}\b", str(tokenizer.chat_template))
+    if reads is None or _THINKING in chat.chat_template_kwargs:
+        return chat
+    told = chat.model_copy(
+        update={"chat_template_kwargs": {**chat.chat_template_kwargs, _THINKING: False}}
+    )
+    silent, unasked = (
+        apply_template(each.apply_to(tokenizer), QUESTION, add_generation_prompt=True)
+        for each in (told, chat)
+    )
+    return chat if silent == unasked else told
 
 
 def _locate(

@@ -21,7 +21,12 @@ from vllm_steer.offline.engine.tokens import Asked, TokenEngine
 from vllm_steer.offline.evaluate.generation import Generator
 from vllm_steer.offline.models.chat import ChatFormat
 from vllm_steer.offline.models.loading import load_config
-from vllm_steer.offline.models.prompts import count_candidates, render_answer, render_question
+from vllm_steer.offline.models.prompts import (
+    count_candidates,
+    render_answer,
+    render_question,
+    without_thoughts,
+)
 from vllm_steer.packs.pack import PackContent, SteeringPack, load_pack, write_pack
 
 PLAIN = ChatFormat(chat_template="plain")
@@ -185,6 +190,24 @@ def test_a_thinking_model_learns_without_its_thoughts(
     assert load_pack(tmp_path / "file").manifest.method.data_sha256 == (
         load_pack(tmp_path / "told").manifest.method.data_sha256
     )
+
+
+def test_what_thinks_unasked_is_told_not_to(checkpoint: Callable[..., Path]) -> None:
+    """Unless something is said of it, or it makes no difference."""
+    unasked = ChatFormat()
+    _, tokenizer = load_config(checkpoint(THINKING))
+    told = without_thoughts(tokenizer, unasked)
+    assert told.chat_template_kwargs == {"enable_thinking": False}
+    assert render_question(tokenizer, "Rain?").text.endswith("assistant\n")
+    for said in (True, False):
+        asked = ChatFormat(chat_template_kwargs={"enable_thinking": said})
+        assert without_thoughts(asked.apply_to(tokenizer), asked) == asked
+    never = THINKING.replace(
+        "is defined and not enable_thinking", "is not defined or not enable_thinking"
+    )
+    for template in (never, TEMPLATES["chatml"]):
+        _, tokenizer = load_config(checkpoint(template))
+        assert without_thoughts(tokenizer, unasked) == unasked
 
 
 @pytest.mark.parametrize(
