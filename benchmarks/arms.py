@@ -17,6 +17,10 @@ PLAIN = "plain"
 CONTROL = "control"
 PLUGIN = "plugin"
 AFFINE = "affine"
+READS = "reads"
+# Probes of each request that reads, and the layers of each where it is not one.
+PROBES = 4
+READ_LAYERS = 8
 DIRECTIONS = 8
 # Directions that one request of the distinct arm combines.
 COMBINED = 3
@@ -103,6 +107,19 @@ def rotated_distinct(count: int, rng: random.Random) -> list[ExtraArgs]:
     return asked
 
 
+def reading(layers: int) -> Steering:
+    """Every request reads :data:`PROBES` directions of each generated token, at the first layers."""
+
+    def steering(count: int, rng: random.Random) -> list[ExtraArgs]:
+        reads = [
+            {"name": f"{PACK_NAME}/d{d}", "layers": list(range(layers)), "at": "generated"}
+            for d in range(PROBES)
+        ]
+        return [{"steering": {"read": reads}}] * count
+
+    return steering
+
+
 def strongly_steered(count: int, rng: random.Random) -> list[ExtraArgs]:
     """By a vector that no answer can ignore, to see that steering happens at all."""
     return [_ask([(0, STRONG)])] * count
@@ -116,12 +133,38 @@ PLUGIN_ARMS = (
 )
 
 
-# An engine started with --steering-ops affine.
-AFFINE_ARMS = (
-    Arm("affine_idle", AFFINE, unsteered),
-    Arm("affine_add_distinct", AFFINE, steered_distinct),
-    Arm("affine_rank2_distinct", AFFINE, rotated_distinct),
-)
+@dataclass(frozen=True)
+class Variant:
+    """A second plugin, started another way.
+
+    Attributes:
+        steering: Its settings beside the packs.
+        arms: Its arms.
+    """
+
+    steering: dict[str, Any]
+    arms: tuple[Arm, ...]
+
+
+VARIANTS = (AFFINE, READS)
+
+
+def variant(name: str, layers: int) -> Variant:
+    """Returns one of :data:`VARIANTS` for a model of ``layers`` layers."""
+    if name == AFFINE:
+        affine = (
+            Arm("affine_idle", AFFINE, unsteered),
+            Arm("affine_add_distinct", AFFINE, steered_distinct),
+            Arm("affine_rank2_distinct", AFFINE, rotated_distinct),
+        )
+        return Variant({"ops": "affine"}, affine)
+    reads = (
+        Arm("reads_idle", READS, unsteered),
+        Arm("reads_add_distinct", READS, steered_distinct),
+        Arm("reads_one_layer", READS, reading(1)),
+        Arm("reads_eight_layers", READS, reading(min(READ_LAYERS, layers))),
+    )
+    return Variant({"reads": PROBES}, reads)
 
 
 def workloads(requests: int, scale: float = 1.0) -> tuple[Workload, Workload]:

@@ -166,7 +166,7 @@ def fleet(
     requests: int,
     control: bool,
     rivals: bool,
-    affine: bool = False,
+    variants: Sequence[str] = (),
     seed: int = 0,
 ) -> Iterator[Fleet]:
     """Starts the engines, checks that those which should do steer, and ends them.
@@ -179,7 +179,7 @@ def fleet(
         requests: Most requests of a batch.
         control: Whether to start a second plain engine.
         rivals: Whether to install and start rivals.
-        affine: Whether to start the plugin a second time, with all forms compiled.
+        variants: Keys of :data:`benchmarks.arms.VARIANTS` to start as well.
         seed: Seed of the order in which engines start.
 
     Raises:
@@ -187,6 +187,7 @@ def fleet(
     """
     steering = engine_arguments(model, folder, settings, requests)
     arguments = {key: value for key, value in steering.items() if key != STEERING_ARGUMENT}
+    also = {name: arms.variant(name, model.identity.num_layers) for name in variants}
     notes: dict[str, str] = {}
     found: list[Rival] = []
     if rivals:
@@ -197,7 +198,10 @@ def fleet(
             )
         except RuntimeError as error:
             notes["hotwire"] = f"not run: {error}"
-    with ExitStack() as stack, tqdm(total=2 + control + affine + len(found), desc="engines") as bar:
+    with (
+        ExitStack() as stack,
+        tqdm(total=2 + control + len(variants) + len(found), desc="engines") as bar,
+    ):
         engines: dict[str, Engine] = {}
 
         def start(
@@ -213,9 +217,12 @@ def fleet(
         own = {arms.PLAIN: (arguments, NO_PLUGIN), arms.PLUGIN: (steering, PLUGIN_ENVIRONMENT)}
         if control:
             own[arms.CONTROL] = (arguments, NO_PLUGIN)
-        if affine:
-            given = {"steering": steering[STEERING_ARGUMENT]["steering"] | {"ops": "affine"}}
-            own[arms.AFFINE] = ({**steering, STEERING_ARGUMENT: given}, PLUGIN_ENVIRONMENT)
+        for name in also:
+            given = steering[STEERING_ARGUMENT]["steering"] | also[name].steering
+            own[name] = (
+                {**steering, STEERING_ARGUMENT: {"steering": given}},
+                PLUGIN_ENVIRONMENT,
+            )
         # In an order of its own each time: the engine that starts first is not quite like the others.
         for name in random.Random(seed).sample(list(own), len(own)):
             start(name, *own[name])
@@ -225,8 +232,8 @@ def fleet(
         checks, measured = {arms.PLUGIN: verdict.told}, [PLAIN_ARM, *arms.PLUGIN_ARMS]
         if control:
             measured.append(CONTROL_ARM)
-        if affine:
-            measured += arms.AFFINE_ARMS
+        for name in also:
+            measured += also[name].arms
         for rival in found:
             try:
                 engine = start(rival.name, arguments, rival.environment, [rival.path])

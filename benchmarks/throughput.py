@@ -70,7 +70,9 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=1, help="starts of all engines")
     parser.add_argument("--workloads", nargs="+", choices=arms.WORKLOADS, default=arms.WORKLOADS)
     parser.add_argument("--no-rivals", action="store_true", help="the plugin and plain vLLM alone")
-    parser.add_argument("--affine", action="store_true", help="with all affine forms compiled too")
+    parser.add_argument(
+        "--also", nargs="+", choices=arms.VARIANTS, default=(), help="plugins started another way"
+    )
     parser.add_argument("--no-control", action="store_true", help="no second plain engine")
     args = parser.parse_args()
     about = report.environment()
@@ -90,7 +92,7 @@ def main() -> None:
             requests=args.requests,
             control=not args.no_control,
             rivals=not args.no_rivals,
-            affine=args.affine,
+            variants=args.also,
             seed=args.seed + number,
         ) as running:
             for workload in chosen:
