@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -292,22 +293,18 @@ def test_scores_of_a_step_go_to_their_requests(registry: PackRegistry) -> None:
     # What happens before the copy has come does not change it.
     reading.remove("a")
     found = finish()
-    assert set(found) == {"a", "b"}
+    assert found.request_ids == ["a", "b"]
 
     def along(direction: Any, layer: int, tokens: slice) -> np.ndarray:
         unit = direction.at(layer) / np.linalg.norm(direction.at(layer))
         return stream[tokens].numpy() @ unit
 
-    at, scores = found["a"]
-    assert at.tolist() == [9, 10]
+    # The prompt's last token is covered by no read of the first request.
+    assert (found.starts, found.counts) == ([10, 0], [1, 3])
     mean = (along(spiders, 1, slice(0, 2)) + along(spiders, 3, slice(0, 2))) / 2
-    assert np.allclose(scores, [[NAN, mean[1]]], equal_nan=True, atol=1e-6)
-    at, scores = found["b"]
-    assert at.tolist() == [0, 1, 2]
-    assert np.allclose(scores[0], along(york, 2, slice(3, 6)), atol=1e-6)
-    expected = along(spiders, 2, slice(3, 6))
-    expected[2] = NAN
-    assert np.allclose(scores[1], expected, equal_nan=True, atol=1e-6)
+    assert np.allclose(found.values[0, 0], mean[1], atol=1e-6)
+    expected = [along(york, 2, slice(3, 6)), along(spiders, 2, slice(3, 6))]
+    assert np.allclose(found.values[1:], np.transpose(expected), atol=1e-6)
     # Only New York is read after the change.
     assert bank.after[rows[3]].tolist() == [1.0, 0.0]
     assert reading.collect() is None
@@ -325,30 +322,38 @@ def test_rows_go_to_the_requests_of_a_step_however_many_wait(registry: PackRegis
         assert np.allclose(bank.probes[2, int(bank.rows[0, 0])], unit, atol=1e-6)
 
 
-def chunk(*positions: int, score: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    at = np.array(positions)
-    return at, (at + score)[None].astype(np.float32)
+def chunk(start: int, end: int, score: float = 0.0) -> tuple[int, np.ndarray]:
+    return start, (np.arange(start, end)[:, None] + score).astype(np.float32)
 
 
 def test_scores_wait_for_the_tokens_that_were_accepted() -> None:
     unsent = UnsentScores((read(),))
     # A prompt in two parts, the first of them twice, after a preemption.
-    unsent.chunks += [chunk(0, 1, score=0.5), chunk(0, 1), chunk(2)]
+    unsent.chunks += [chunk(0, 2, 0.5), chunk(0, 2), chunk(2, 3)]
     start, scores = unsent.take(3) or (None, None)
-    assert start == 0
     assert scores is not None
-    assert scores.tolist() == [[0.0, 1.0, 2.0]]
+    assert (start, scores.tolist()) == (0, [[0.0], [1.0], [2.0]])
     # Three drafts, of which one was accepted; the others are computed anew.
-    unsent.chunks += [chunk(3, 4, 5, 6, score=0.5)]
+    unsent.chunks += [chunk(3, 7, 0.5)]
     start, scores = unsent.take(5) or (None, None)
     assert scores is not None
-    assert (start, scores.tolist()) == (3, [[3.5, 4.5]])
+    assert (start, scores.tolist()) == (3, [[3.5], [4.5]])
     # What was sent is not sent again.
-    unsent.chunks += [chunk(0, 1, 2, 3, 4, 5)]
+    unsent.chunks += [chunk(0, 6)]
     start, scores = unsent.take(6) or (None, None)
     assert scores is not None
     assert (start, scores.tolist()) == (5, [[5.0]])
     assert unsent.take(6) is None
+    # One token, as in most steps; and what lies between two chunks was not computed.
+    unsent.chunks += [chunk(6, 7)]
+    start, scores = unsent.take(7) or (None, None)
+    assert scores is not None
+    assert (start, scores.tolist()) == (6, [[6.0]])
+    unsent.chunks += [chunk(7, 8), chunk(9, 10)]
+    start, scores = unsent.take(10) or (None, None)
+    assert scores is not None
+    assert start == 7
+    assert np.array_equal(scores[:, 0], [7.0, NAN, 9.0], equal_nan=True)
 
 
 def test_a_rule_is_met_at_one_token_however_many_come_at_once() -> None:
@@ -356,28 +361,42 @@ def test_a_rule_is_met_at_one_token_however_many_come_at_once() -> None:
     rules = (StopRule(0, 1.0, 3, abort=True), StopRule(0, 5.0, 1, abort=False))
     for size in (1, 2, 3, 8):
         unsent, met = UnsentScores((read(),), rules), None
-        for start in range(0, len(values), size):
-            part = np.array(values[start : start + size], dtype=np.float32)
-            unsent.chunks.append((np.arange(start, start + len(part)), part[None]))
+        for start in range(10, 10 + len(values), size):
+            part = np.array(values[start - 10 : start - 10 + size], dtype=np.float32)
+            unsent.chunks.append((start, part[:, None]))
             for end in range(start + 1, start + len(part) + 1):
                 # Asked again without a new token, as after a step without one, nothing is counted twice.
                 fired = unsent.fired(end) or unsent.fired(end)
                 met = met if met is not None or fired is None else (end - 1, fired)
             unsent.take(start + len(part))
-        assert met == (6, rules[0])
+        assert met == (16, rules[0])
+
+
+def test_tokens_that_a_read_does_not_cover_do_not_meet_its_rule() -> None:
+    rules = (StopRule(0, 1.0, 2, abort=True),)
+    unsent = UnsentScores((replace(read(), ranges=((4, 5), (6, None))),), rules)
+    unsent.chunks.append((3, np.full((4, 1), 9.0, dtype=np.float32)))
+    assert unsent.fired(7) is None
+    unsent.chunks.append((7, np.full((1, 1), 9.0, dtype=np.float32)))
+    assert unsent.fired(8) == rules[0]
 
 
 def test_scores_are_read_back_by_position() -> None:
-    scores = Scores((read(), read("New York")), prompt_len=3)
-    for start, found in ((1, [[1, 2], [3, 4]]), (3, [[5], [6]])):
-        message = pack_scores(start, np.array(found, dtype=np.float32))
-        scores.chunks.append(unpack_scores(message))
-    assert np.array_equal(
-        scores.to_numpy(5), [[NAN, 1, 2, 5, NAN], [NAN, 3, 4, 6, NAN]], equal_nan=True
-    )
+    covered = replace(read("New York"), ranges=((0, 3), (4, None)))
+    scores = Scores((replace(read(), ranges=((0, None),)), covered), prompt_len=3)
+    other = np.full((1, 1), 9.0, dtype=np.float32)
+    for start, found in ((1, [[1, 3], [2, 4]]), (3, [[5, 6]]), (4, [[7, 8]])):
+        taken = [("other", 0, other), ("own", start, np.array(found, dtype=np.float32))]
+        for request_id, at, values in unpack_scores(pack_scores(taken)):
+            if request_id == "own":
+                scores.add(at, values)
+            else:
+                assert (at, values[:, :1].tolist()) == (0, [[9.0]])
+    expected = [[NAN, 1, 2, 5, 7, NAN], [NAN, 3, 4, NAN, 8, NAN]]
+    assert np.array_equal(scores.to_numpy(6), expected, equal_nan=True)
     assert scores.to_numpy(2).shape == (2, 2)
-    assert scores.since(2).tolist() == [[2, 5], [4, 6]]
-    assert scores.since(4).shape == (2, 0)
+    assert np.array_equal(scores.since(2), [[2, 5, 7], [4, NAN, 8]], equal_nan=True)
+    assert scores.since(5).shape == (2, 0)
     answer = SimpleNamespace(token_ids=[7, 8], steering_scores=scores)
     shorter = SimpleNamespace(token_ids=[7], steering_scores=scores)
     outputs = [SimpleNamespace(outputs=[answer, shorter], request_id="0")]
@@ -400,7 +419,8 @@ def test_the_receipt_has_scores_of_each_answer(
     values = np.array([[NAN] * 10 + [1.0, 4.0], [NAN] * 8 + [0.25, 0.5, np.inf, NAN]])
     for index, tokens in ((0, 3), (1, 1)):
         receipt.count(index, [5] * tokens, 0)
-        scores = Scores(receipt.plan.reads, PROMPT, (), [(0, values.astype(np.float32))])
+        scores = Scores(receipt.plan.reads, PROMPT)
+        scores.add(0, values.T.astype(np.float32))
         receipt.scores[index] = scores
     first, second = receipt.to_json()["reads"]
     assert (first["name"], first["layers"], first["when"]) == ("fears/spiders", [1, 2, 3], "before")

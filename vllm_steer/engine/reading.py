@@ -18,7 +18,8 @@ from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from vllm_steer.engine.readers import ReaderBank
 from vllm_steer.engine.row_allocator import RowAllocator
-from vllm_steer.engine.unsent_scores import STEP_SCORES, StepScores
+from vllm_steer.engine.step_scores import ReadBatch, StepScores
+from vllm_steer.engine.unsent_scores import STEP_SCORES
 from vllm_steer.packs.registry import LoadedDirection
 from vllm_steer.plan.reads import Read, probes_of
 from vllm_steer.vllm_compat.patches import override
@@ -28,17 +29,38 @@ PROBE_ROW = 1
 
 
 @dataclass(frozen=True, eq=False)
+class _Batch:
+    """The requests of a step and their readers, until a request comes or goes.
+
+    Attributes:
+        request_ids: All of them, in the order of their tokens.
+        columns: int32 ``[requests, reads]``, the rows of each one's readers.
+        reading: int ``[R]``, places of the requests that read among all.
+        reads: What they read; None where none does.
+    """
+
+    request_ids: list[str]
+    columns: np.ndarray
+    reading: np.ndarray
+    reads: ReadBatch | None
+
+
+@dataclass(frozen=True, eq=False)
 class _ReadStep:
     """A step whose tokens some request reads.
 
     Attributes:
+        reads: The requests that read.
+        begins: int ``[R]``, the first token of each in the step.
+        lengths: int ``[R]``, its number of tokens.
         tokens: Tokens of the step.
-        places: Each reading request's id, its first token in the step, and the token after its last.
-        positions: Absolute position of each token, on its way to the host.
+        positions: Absolute position of each, on its way to the host.
     """
 
+    reads: ReadBatch
+    begins: np.ndarray
+    lengths: np.ndarray
     tokens: int
-    places: list[tuple[str, int, int]]
     positions: torch.Tensor
 
 
@@ -56,9 +78,7 @@ class Reading:
         self._find = find
         self._allocator = RowAllocator(len(bank.after))
         self._reads: dict[str, tuple[Read, ...]] = {}
-        # The batch of the last step and the readers of its requests, until a request comes or goes.
-        self._batch: list[str] = []
-        self._columns: np.ndarray | None = None
+        self._batch: _Batch | None = None
         self._step: _ReadStep | None = None
         self._probing = False
 
@@ -69,14 +89,14 @@ class Reading:
             return
         self._reads[request_id] = reads
         self._allocator.acquire(self._keys(request_id))
-        self._columns = None
+        self._batch = None
 
     def remove(self, request_id: str) -> None:
         """Forgets a request; unknown ones are ignored."""
         if request_id in self._reads:
             self._allocator.release(self._keys(request_id))
             del self._reads[request_id]
-            self._columns = None
+            self._batch = None
 
     def prepare_step(
         self, request_ids: Sequence[str], lengths: np.ndarray, positions: torch.Tensor
@@ -92,23 +112,18 @@ class Reading:
         if not self._reads:
             self.bank.clear_rows()
             return
-        # vLLM changes its list in place, so a copy is compared.
-        if self._columns is None or request_ids != self._batch:
-            self._batch = list(request_ids)
-            self._columns = self._rows_of_batch()
-        if not self._columns.any():
+        if self._batch is None or request_ids != self._batch.request_ids:
+            self._batch = self._batch_of(request_ids)
+        batch = self._batch
+        if batch.reads is None:
             self.bank.clear_rows()
             return
-        lengths = lengths[: len(self._batch)]
-        self.bank.set_rows(np.repeat(self._columns, lengths, axis=0))
+        lengths = lengths[: len(batch.request_ids)]
         ends = np.cumsum(lengths)
-        places = [
-            (request_id, int(end - length), int(end))
-            for request_id, length, end in zip(self._batch, lengths, ends, strict=True)
-            if request_id in self._reads
-        ]
-        tokens = int(ends[-1])
-        self._step = _ReadStep(tokens, places, _to_host(positions[:tokens]))
+        self.bank.set_rows(np.repeat(batch.columns, lengths, axis=0))
+        own, tokens = lengths[batch.reading], int(ends[-1])
+        begins = ends[batch.reading] - own
+        self._step = _ReadStep(batch.reads, begins, own, tokens, _to_host(positions[:tokens]))
 
     def prepare_dummy_step(self) -> None:
         """Makes a profile, warm-up, capture or padding run read nothing, unless the self-test probes."""
@@ -152,21 +167,12 @@ class Reading:
             return None
         scores = _to_host(self.bank.scores[:, : step.tokens])
         copied = _recorded(self.bank.scores.device)
-        # A request may be gone, or read something else, when the copy has come.
-        reads = {request_id: self._reads[request_id] for request_id, _, _ in step.places}
-        layers = {layer: at for at, layer in enumerate(self.bank.layers)}
 
         def finish() -> StepScores:
             if copied is not None:
                 copied.synchronize()
-            found, at = scores.numpy(), step.positions.numpy()
-            return {
-                request_id: (
-                    at[start:end].astype(np.int64),
-                    _scores_of(reads[request_id], found[:, start:end], at[start:end], layers),
-                )
-                for request_id, start, end in step.places
-            }
+            found, positions = scores.numpy(), step.positions.numpy()
+            return step.reads.scores(found, positions, step.begins, step.lengths)
 
         return finish
 
@@ -178,19 +184,23 @@ class Reading:
     def _keys(self, request_id: str) -> list[str]:
         return [f"{digest}:{int(after)}" for digest, after in probes_of(self._reads[request_id])]
 
-    def _rows_of_batch(self) -> np.ndarray:
-        """int32 ``[num_requests, reads]``, the readers of each request of the batch; all get a row."""
-        columns = np.zeros((len(self._batch), self.bank.rows.shape[1]), dtype=np.int32)
-        keys = {r: self._keys(r) for r in self._batch if r in self._reads}
-        needed = {key for own in keys.values() for key in own}
+    def _batch_of(self, request_ids: Sequence[str]) -> _Batch:
+        """Gives the readers of a batch their rows, and says who reads what."""
+        columns = np.zeros((len(request_ids), self.bank.rows.shape[1]), dtype=np.int32)
+        reading = [number for number, each in enumerate(request_ids) if each in self._reads]
+        names = [request_ids[number] for number in reading]
+        keys = [self._keys(name) for name in names]
+        needed = {key for own in keys for key in own}
         new, _ = self._allocator.assign(sorted(needed), lambda: needed)
         for row, key in new:
             digest, _, after = key.partition(":")
             self._write(row, digest, bool(int(after)))
-        for number, request_id in enumerate(self._batch):
-            for slot, key in enumerate(keys.get(request_id, ())):
-                columns[number, slot] = self._allocator.row(key)
-        return columns
+        for number, own in zip(reading, keys, strict=True):
+            columns[number, : len(own)] = [self._allocator.row(key) for key in own]
+        reads = [self._reads[name] for name in names]
+        read = ReadBatch.of(names, reads, self.bank.layers) if reads else None
+        # vLLM changes its list in place.
+        return _Batch(list(request_ids), columns, np.array(reading, dtype=np.intp), read)
 
     def _write(self, row: int, digest: str, after: bool) -> None:
         direction = self._find(digest)
@@ -230,29 +240,6 @@ def carry_scores(runner: Any, reading: Reading) -> None:
         return output
 
     override(runner, sample_tokens=_sample_tokens)
-
-
-def _scores_of(
-    reads: Sequence[Read], found: np.ndarray, positions: np.ndarray, layers: dict[int, int]
-) -> np.ndarray:
-    """The scores of one request's tokens: mean over layers, NaN where a read does not cover them.
-
-    Args:
-        reads: Its reads.
-        found: Float32 ``[layers, tokens, readers]``.
-        positions: int ``[tokens]``, absolute.
-        layers: Layer to its place in ``found``.
-
-    Returns:
-        Float32 ``[reads, tokens]``.
-    """
-    probes = probes_of(reads)
-    scores = np.empty((len(reads), len(positions)), dtype=np.float32)
-    for number, read in enumerate(reads):
-        places = [layers[layer] for layer in read.layers]
-        mean = found[places, :, probes.index(read.probe)].mean(0, dtype=np.float64)
-        scores[number] = np.where(read.covers(positions), mean, np.nan)
-    return scores
 
 
 def _to_host(values: torch.Tensor) -> torch.Tensor:

@@ -9,13 +9,14 @@ so the answer ends at the same token however many a step accepts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from vllm.v1.request import RequestStatus
 
+from vllm_steer.engine.step_scores import StepScores
 from vllm_steer.plan.message import plan_of
 from vllm_steer.plan.reads import Read, StopRule, stop_reason
 from vllm_steer.plan.scores import CARRIER, pack_scores
@@ -24,14 +25,12 @@ from vllm_steer.vllm_compat.attached import Attached
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
     Outputs = dict[int, EngineCoreOutputs]
 
-# Each reading request's positions, int64 ``[tokens]``, and scores, float32 ``[reads, tokens]``.
-StepScores = dict[str, tuple[np.ndarray, np.ndarray]]
 # Of the step that a ``ModelRunnerOutput`` is of.
 STEP_SCORES = Attached[StepScores]("scores")
 
@@ -43,16 +42,16 @@ class UnsentScores:
     Attributes:
         reads: What it reads.
         rules: By which of them its answer ends.
-        start: Positions before it were sent.
-        chunks: Positions and scores of the steps since, in their order.
+        start: Positions before it were sent; None before anything was.
+        chunks: First position and scores, float32 ``[tokens, reads]``, of the steps since, in their order.
         looked: Positions before it were looked at by the rules.
         runs: Tokens in a row, up to there, that each rule is met by.
     """
 
     reads: tuple[Read, ...]
     rules: tuple[StopRule, ...] = ()
-    start: int = 0
-    chunks: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    start: int | None = None
+    chunks: list[tuple[int, np.ndarray]] = field(default_factory=list)
     looked: int = 0
     runs: list[int] = field(default_factory=list)
 
@@ -63,13 +62,23 @@ class UnsentScores:
             end: Position after the last one.
 
         Returns:
-            The first position, and float32 ``[reads, tokens]`` from there to ``end``, NaN where nothing was computed;
+            The first position, and float32 ``[tokens, reads]`` from there to ``end``, NaN where nothing was computed;
             None where there is nothing to send.
         """
-        start, end = self.start, max(self.start, end)
-        scores = self._between(start, end)
-        self.start, self.chunks = end, []
-        return None if np.isnan(scores).all() else (start, scores)
+        chunks, start = self.chunks, self.start
+        if not chunks:
+            return None
+        self.chunks = []
+        if start is None:
+            start = min(begin for begin, _ in chunks)
+        if end <= start:
+            return None
+        self.start = end
+        begin, values = chunks[-1]
+        if begin == start and len(values) == end - start:
+            return start, values
+        scores, computed = _between(chunks, start, end)
+        return (start, scores) if computed.any() else None
 
     def fired(self, end: int) -> StopRule | None:
         """Looks at the scores of all positions before one that were not looked at.
@@ -80,29 +89,50 @@ class UnsentScores:
         Returns:
             The first rule that was met.
         """
-        scores = self._between(self.looked, max(self.looked, end))
-        self.looked = max(self.looked, end)
-        if not scores.size:
+        start = self.looked
+        if end <= start or not self.chunks:
             return None
-        above = [scores[stop.read] > stop.above for stop in self.rules]
-        if not self.runs or not np.any(above):
-            self.runs = [0] * len(self.rules)
-        if not np.any(above):
-            return None
+        self.looked = end
+        begin, values = self.chunks[-1]
+        if begin <= start and end <= begin + len(values):
+            scores, computed = values[start - begin : end - begin], None
+        else:
+            scores, computed = _between(self.chunks, start, end)
+        positions = np.arange(start, end)
+        above = []
+        for stop in self.rules:
+            met = (scores[:, stop.read] > stop.above) & self.reads[stop.read].covers(positions)
+            above.append((met if computed is None else met & computed).tolist())
+        runs = self.runs or [0] * len(self.rules)
         for met in zip(*above, strict=True):
-            self.runs = [run + 1 if now else 0 for run, now in zip(self.runs, met, strict=True)]
-            for run, stop in zip(self.runs, self.rules, strict=True):
+            runs = [run + 1 if now else 0 for run, now in zip(runs, met, strict=True)]
+            for run, stop in zip(runs, self.rules, strict=True):
                 if run >= stop.tokens:
+                    self.runs = runs
                     return stop
+        self.runs = runs
         return None
 
-    def _between(self, start: int, end: int) -> np.ndarray:
-        """Float32 ``[reads, end - start]``, NaN where nothing was computed; of two computations the later counts."""
-        scores = np.full((len(self.reads), end - start), np.nan, dtype=np.float32)
-        for positions, values in self.chunks:
-            kept = (positions >= start) & (positions < end)
-            scores[:, positions[kept] - start] = values[:, kept]
-        return scores
+
+def _between(
+    chunks: Sequence[tuple[int, np.ndarray]], start: int, end: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores by position; of two computations the later counts.
+
+    Returns:
+        Float32 ``[end - start, reads]``, NaN where nothing was computed, and bool ``[end - start]``, where it was.
+    """
+    width = max(values.shape[1] for _, values in chunks)
+    scores = np.full((end - start, width), np.nan, dtype=np.float32)
+    computed = np.zeros(end - start, dtype=bool)
+    for begin, values in chunks:
+        low, high = max(begin, start), min(begin + len(values), end)
+        if low < high:
+            scores[low - start : high - start, : values.shape[1]] = values[
+                low - begin : high - begin
+            ]
+            computed[low - start : high - start] = True
+    return scores, computed
 
 
 # Of a request of the scheduler.
@@ -119,22 +149,46 @@ def send_scores(original: Callable[..., Outputs]) -> Callable[..., Outputs]:
         if found is None:
             return original(self, scheduler_output, model_runner_output)
         # A request that ends in this step is forgotten meanwhile.
-        requests = {key: self.requests[key] for key in found if key in self.requests}
-        for request_id, request in requests.items():
-            _unsent(request).chunks.append(found[request_id])
+        reading: dict[str, tuple[Request, UnsentScores]] = {}
+        at = 0
+        for request_id, start, count in zip(
+            found.request_ids, found.starts, found.counts, strict=True
+        ):
+            request = self.requests.get(request_id)
+            if request is not None:
+                unsent = _unsent(request)
+                if count:
+                    unsent.chunks.append((start, found.values[at : at + count]))
+                reading[request_id] = request, unsent
+            at += count
         outputs = original(self, scheduler_output, model_runner_output)
-        for output in (each for sent in outputs.values() for each in sent.outputs):
-            if output.request_id not in requests:
-                continue
-            request = requests[output.request_id]
-            # Its tokens are those that were accepted.
-            taken = _unsent(request).take(request.num_tokens - 1)
-            if taken is not None:
-                carried = output.kv_transfer_params or {}
-                output.kv_transfer_params = {**carried, CARRIER: pack_scores(*taken)}
+        for sent in outputs.values():
+            _send(sent.outputs, reading)
         return outputs
 
     return update_from_output
+
+
+def _send(
+    outputs: Sequence[EngineCoreOutput], reading: Mapping[str, tuple[Request, UnsentScores]]
+) -> None:
+    """Puts the scores of the tokens that one front end gets into one message, at the first of its outputs."""
+    taken = []
+    for output in outputs:
+        pair = reading.get(output.request_id)
+        if pair is None:
+            continue
+        request, unsent = pair
+        # Its tokens are those that were accepted.
+        scores = unsent.take(request.num_tokens - 1)
+        if scores is not None:
+            taken.append((output.request_id, *scores))
+    if taken:
+        first = outputs[0]
+        first.kv_transfer_params = {
+            **(first.kv_transfer_params or {}),
+            CARRIER: pack_scores(taken),
+        }
 
 
 def stop_by_scores(original: Callable[..., bool]) -> Callable[..., bool]:

@@ -5,8 +5,7 @@ Importing this module imports neither torch nor vllm.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -21,30 +20,46 @@ CARRIER = "_vllm_steer_scores"
 SCORES_ATTRIBUTE = "steering_scores"
 
 
-class _Message(msgspec.Struct, frozen=True):
-    start: int
+class _Message(msgspec.Struct, frozen=True, array_like=True):
+    """Scores of several requests; ``places`` is the id of each, its first position and its number of tokens."""
+
+    places: list[tuple[str, int, int]]
     reads: int
     scores: bytes
 
 
-def pack_scores(start: int, scores: np.ndarray) -> bytes:
+_DECODER = msgspec.msgpack.Decoder(_Message)
+
+
+def pack_scores(taken: Sequence[tuple[str, int, np.ndarray]]) -> bytes:
     """Returns the message of some scores.
 
     Args:
-        start: Position of the first.
-        scores: Float32 ``[reads, tokens]``.
+        taken: Of each request its id, the first position, and float32 ``[tokens, reads]`` from there on; requests
+            that read less than others have columns that mean nothing at the end.
     """
-    message = _Message(start, len(scores), scores.astype("<f4").tobytes())
-    return msgspec.msgpack.encode(message)
+    width = max(scores.shape[1] for _, _, scores in taken)
+    rows = [
+        scores
+        if scores.shape[1] == width
+        else np.pad(scores, ((0, 0), (0, width - scores.shape[1])))
+        for _, _, scores in taken
+    ]
+    places = [(name, start, len(scores)) for name, start, scores in taken]
+    found = np.concatenate(rows).astype("<f4", copy=False)
+    return msgspec.msgpack.encode(_Message(places, width, found.tobytes()))
 
 
-def unpack_scores(message: bytes) -> tuple[int, np.ndarray]:
+def unpack_scores(message: bytes) -> Iterator[tuple[str, int, np.ndarray]]:
     """Inverse of :func:`pack_scores`."""
-    found = msgspec.msgpack.decode(message, type=_Message)
-    return found.start, np.frombuffer(found.scores, dtype="<f4").reshape(found.reads, -1)
+    found = _DECODER.decode(message)
+    scores = np.frombuffer(found.scores, dtype="<f4").reshape(-1, found.reads)
+    at = 0
+    for request_id, start, count in found.places:
+        yield request_id, start, scores[at : at + count]
+        at += count
 
 
-@dataclass(eq=False)
 class Scores:
     """The scores of one answer and its prompt.
 
@@ -55,32 +70,45 @@ class Scores:
         reads: What was read.
         prompt_len: Tokens of the prompt.
         rules: By which of them the answer ends.
-        chunks: First position and scores, float32 ``[reads, tokens]``, of what has come, in order of position.
+        end: Position after the last score that has come.
     """
 
-    reads: tuple[Read, ...]
-    prompt_len: int
-    rules: tuple[StopRule, ...] = ()
-    chunks: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    def __init__(
+        self, reads: tuple[Read, ...], prompt_len: int, rules: tuple[StopRule, ...] = ()
+    ) -> None:
+        """Takes none yet."""
+        self.reads, self.prompt_len, self.rules = reads, prompt_len, rules
+        self.end = 0
+        self._first = 0
+        # Float32 ``[tokens or more, reads]`` from ``_first`` on.
+        self._found = np.zeros((0, len(reads)), dtype=np.float32)
 
     @property
     def names(self) -> tuple[str, ...]:
         """``pack/direction`` of each read."""
         return tuple(read.name for read in self.reads)
 
-    @property
-    def end(self) -> int:
-        """Position after the last that has come."""
-        return max((start + found.shape[1] for start, found in self.chunks), default=0)
+    def add(self, start: int, scores: np.ndarray) -> None:
+        """Takes scores that have come, in order of position.
+
+        Args:
+            start: First position, not before :attr:`end`.
+            scores: Float32 ``[tokens, reads or more]``.
+        """
+        if not self.end:
+            self._first = start
+        stop = start + len(scores) - self._first
+        if stop > len(self._found):
+            # Twice as much each time, so that a token costs the same however long the answer is.
+            grown = np.full((max(2 * stop, 16), len(self.reads)), np.nan, dtype=np.float32)
+            grown[: len(self._found)] = self._found
+            self._found = grown
+        self._found[start - self._first : stop] = scores[:, : len(self.reads)]
+        self.end = start + len(scores)
 
     def since(self, position: int) -> np.ndarray:
         """Returns the scores from a position on, float32 ``[reads, tokens]``, as many as have come."""
-        tail = Scores(self.reads, self.prompt_len)
-        for start, found in reversed(self.chunks):
-            if start + found.shape[1] <= position:
-                break
-            tail.chunks.insert(0, (start, found))
-        return tail.to_numpy()[:, position:]
+        return self._between(position, max(position, self.end))
 
     def to_numpy(self, num_tokens: int | None = None) -> np.ndarray:
         """Returns the scores by absolute position.
@@ -91,11 +119,16 @@ class Scores:
         Returns:
             Float32 ``[reads, num_tokens]``, NaN where a token has no score.
         """
-        length = self.end if num_tokens is None else num_tokens
-        scores = np.full((len(self.reads), length), np.nan, dtype=np.float32)
-        for start, found in self.chunks:
-            kept = found[:, : max(0, length - start)]
-            scores[:, start : start + kept.shape[1]] = kept
+        return self._between(0, self.end if num_tokens is None else num_tokens)
+
+    def _between(self, start: int, end: int) -> np.ndarray:
+        scores = np.full((len(self.reads), end - start), np.nan, dtype=np.float32)
+        low, high = max(start, self._first), min(end, self.end)
+        if low < high:
+            positions = np.arange(low, high)
+            found = self._found[low - self._first : high - self._first].T
+            for row, read, values in zip(scores, self.reads, found, strict=True):
+                row[low - start : high - start] = np.where(read.covers(positions), values, np.nan)
         return scores
 
 

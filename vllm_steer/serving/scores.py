@@ -45,14 +45,13 @@ def take_scores(original: Callable[..., Any]) -> Callable[..., Any]:
             carried = output.kv_transfer_params
             if not carried or CARRIER not in carried:
                 continue
-            start, found = unpack_scores(carried[CARRIER])
             rest = {key: value for key, value in carried.items() if key != CARRIER}
             output.kv_transfer_params = rest or None
-            # One that was aborted meanwhile is gone.
-            state = self.request_states.get(output.request_id)
-            scores = _SCORES.get(state)
-            if scores is not None:
-                scores.chunks.append((start, found))
+            for request_id, start, found in unpack_scores(carried[CARRIER]):
+                # One that was aborted meanwhile is gone.
+                scores = _SCORES.get(self.request_states.get(request_id))
+                if scores is not None:
+                    scores.add(start, found)
         return original(self, engine_core_outputs, *args, **kwargs)
 
     return process_outputs
