@@ -95,6 +95,7 @@ CALLS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("process_outputs", ("vllm.v1.engine.async_llm",)),
     ("process_outputs", ("vllm.v1.engine.llm_engine",)),
     ("_new_completion_output", ("vllm.v1.engine.output_processor",)),
+    ("execute_model", (f"{WORKER}.gpu_worker",)),
     ("sample_tokens", (f"{WORKER}.gpu_worker",)),
     ("get_output", (MULTIPROC,)),
     ("get_output", ("vllm.v1.executor.uniproc_executor",)),

@@ -41,6 +41,16 @@ CASES: dict[str, dict[str, Any] | None] = {
     "one layer": {"directions": [{"name": FIRST, "scale": 9.0, "layers": [1]}]},
     "last layer": {"directions": [{"name": SECOND, "scale": 9.0, "layers": [2]}]},
 }
+# Read in the batch of all cases, by eager engines: compiled ones show blocks without readers.
+READ = {
+    "directions": [{"name": FIRST, "scale": 5.0}],
+    "read": [
+        {"name": SECOND, "layers": [0], "at": "all"},
+        {"name": SECOND, "at": "all"},
+        {"name": FIRST, "at": "all", "when": "after"},
+    ],
+}
+PROBES = 2
 
 
 @dataclass(frozen=True)
@@ -51,11 +61,13 @@ class Parity:
         outputs: Answers of the engine by case, all from one batch.
         expected: Answers of the reference by case.
         unsteered: What the reference answers without steering, by case.
+        scores: Float32 ``[reads, tokens]``, what the engine read, and the reference; None of a compiled engine.
     """
 
     outputs: dict[str, Output]
     expected: dict[str, Answer]
     unsteered: dict[str, Answer]
+    scores: tuple[np.ndarray, np.ndarray] | None
 
     def difference(self, case: str) -> float:
         """Largest difference of log-probabilities between engine and reference."""
@@ -115,10 +127,20 @@ class ParityRuns:
             forked=True,
         )
         try:
-            outputs = engine.generate(prompts, list(CASES.values()), TOKENS)
+            reads = [(prompts[0], READ)] if mode == "eager" else []
+            asked = [*zip(prompts, CASES.values(), strict=True), *reads]
+            outputs = engine.generate(*map(list, zip(*asked, strict=True)), TOKENS)
         finally:
             engine.close()
-        return Parity(dict(zip(CASES, outputs, strict=True)), expected, unsteered)
+        scores = None
+        if reads:
+            read = outputs.pop()
+            assert read.scores is not None
+            with self._reference_lock:
+                known = reference.read(prompts[0], read.tokens, READ)
+            # The model did not read the last token.
+            scores = read.scores[:, :-1], known[:, :-1]
+        return Parity(dict(zip(CASES, outputs, strict=True)), expected, unsteered, scores)
 
 
 def engine_arguments(root: Path, mode: str) -> dict[str, Any]:
@@ -136,7 +158,12 @@ def engine_arguments(root: Path, mode: str) -> dict[str, Any]:
         "enforce_eager": mode == "eager",
         "enable_prefix_caching": False,
         "seed": 0,
-        "additional_config": {"steering": {"packs": [str(root / "pack")]}},
+        "additional_config": {
+            "steering": {
+                "packs": [str(root / "pack")],
+                "reads": PROBES if mode == "eager" else 0,
+            }
+        },
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.metadata import version
 
+import numpy as np
 import pytest
 
 from tests.architectures.families import FAMILIES, MODES, Family
@@ -71,6 +72,12 @@ def test_equals_hooks(
     for case, steering in CASES.items():
         # A test that compares unsteered answers with themselves could not fail.
         assert steering is None or parity.effect(case) > 100 * TOLERANCE, case
+    if parity.scores is not None:
+        found, expected = parity.scores
+        assert np.isfinite(expected).all()
+        assert np.abs(found - expected).max() < TOLERANCE
+        # Steering moves what is read after it, so scores before and after it are told apart.
+        assert np.abs(expected[2]).max() > 1.0
     if request.config.getoption("--record-parity", default=False):
         _record(family, mode, parity)
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.conftest import engine_arguments
 from tests.engine.cases import CHEERFUL, GLOOMY, HEIGHTS, SPIDERS
 from tests.engine_process import EngineProcess, Output
 from tests.reference import TOLERANCE, assert_equals_hooks
-from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.verify.oracle import Reference
 
 pytestmark = pytest.mark.engine
@@ -95,6 +92,7 @@ KINDS = {
     "reads-ngram-eager": READ_CASES,
     "reads-draft-eager": READ_CASES,
     "reads-tp2-eager": READ_CASES,
+    "reads-pp2-eager": READ_CASES,
 }
 
 
@@ -207,8 +205,3 @@ def test_what_cannot_be_read_is_refused(
 def test_a_server_without_reads_names_the_flag(start: Start, prompts: list[list[int]]) -> None:
     with pytest.raises(RuntimeError, match="--steering-reads"):
         start("eager").generate(prompts[:1], [{"read": [{"name": SPIDERS}]}], 4)
-
-
-def test_pipeline_parallel_is_refused(model: Path, packs: list[SteeringPack]) -> None:
-    with pytest.raises(RuntimeError, match="only the last pipeline stage"):
-        EngineProcess(engine_arguments(model, packs, "reads-pp2-eager"))

@@ -149,18 +149,9 @@ def test_an_engine_reads_what_it_has_room_for() -> None:
         check_reads((read(layers=(1, 3)),), resolved(reads=2, layers=[0, 1]))
 
 
-@pytest.mark.parametrize(
-    ("stages", "scheduler", "message"),
-    [(2, None, "last pipeline stage"), (1, "mine.Scheduler", "--scheduler-cls")],
-)
-def test_engines_whose_scores_would_be_lost_are_refused(
-    stages: int, scheduler: str | None, message: str
-) -> None:
-    config = SimpleNamespace(
-        parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
-        scheduler_config=SimpleNamespace(scheduler_cls=scheduler),
-    )
-    with pytest.raises(CompatibilityError, match=message):
+def test_a_scheduler_that_may_leave_scores_behind_is_refused() -> None:
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(scheduler_cls="mine.Scheduler"))
+    with pytest.raises(CompatibilityError, match="--scheduler-cls"):
         refuse_unread(config)
 
 
@@ -224,7 +215,7 @@ def test_without_reads_the_graph_and_its_key_are_what_they_were() -> None:
 
 def reader_bank(reads: int, rows: int = 5) -> ReaderBank:
     size = rows, reads, HIDDEN, 8
-    return ReaderBank(range(LAYERS), *size, torch.float32, torch.device("cpu"))
+    return ReaderBank(range(LAYERS), range(LAYERS), *size, torch.float32, torch.device("cpu"))
 
 
 class Block(nn.Module):

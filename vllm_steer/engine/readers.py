@@ -26,16 +26,19 @@ class ReaderBank:
     contents change.
 
     Attributes:
-        layers: Hooked layers, ascending.
+        layers: Layers hooked in this worker, ascending.
+        all_layers: Hooked layers of all pipeline stages, ascending.
         probes: ``[len(layers), num_rows, hidden_size]``, model dtype.
         after: ``[num_rows]`` float32, 1 where a row looks after the change, else 0.
         rows: ``[max_num_tokens, reads]`` int32, the rows of each token's readers.
-        scores: ``[len(layers), max_num_tokens, reads]`` float32, written by each step's graph.
+        scores: ``[len(all_layers), max_num_tokens, reads]`` float32, written by each step's graph; zeros at layers of
+            other stages.
     """
 
     def __init__(
         self,
         layers: Sequence[int],
+        all_layers: Sequence[int],
         num_rows: int,
         reads: int,
         hidden_size: int,
@@ -46,7 +49,8 @@ class ReaderBank:
         """Allocates the bank.
 
         Args:
-            layers: Hooked layers.
+            layers: Layers hooked in this worker.
+            all_layers: Hooked layers of all pipeline stages.
             num_rows: Rows, the zero row among them.
             reads: Readers of a token.
             hidden_size: Width of the residual stream.
@@ -54,12 +58,12 @@ class ReaderBank:
             dtype: Model dtype.
             device: Device of the model.
         """
-        self.layers = tuple(layers)
+        self.layers, self.all_layers = tuple(layers), tuple(all_layers)
         size = (len(self.layers), num_rows, hidden_size)
         self.probes = torch.zeros(size, dtype=dtype, device=device)
         self.after = torch.zeros(num_rows, dtype=torch.float32, device=device)
         self.rows = torch.zeros(max_num_tokens, reads, dtype=torch.int32, device=device)
-        self.scores = torch.zeros(len(self.layers), max_num_tokens, reads, device=device)
+        self.scores = torch.zeros(len(self.all_layers), max_num_tokens, reads, device=device)
         # Tokens from here on have row 0, and what those before have.
         self._known = np.zeros((0, reads), dtype=np.int32)
 
@@ -74,7 +78,11 @@ class ReaderBank:
         block.register_buffer(PROBES_BUFFER, self.probes[at], persistent=False)
         block.register_buffer(AFTER_BUFFER, self.after, persistent=False)
         block.register_buffer(READ_ROWS_BUFFER, self.rows, persistent=False)
-        block.register_buffer(SCORES_BUFFER, self.scores[at], persistent=False)
+        block.register_buffer(SCORES_BUFFER, self.scores_at(layer), persistent=False)
+
+    def scores_at(self, layer: int) -> torch.Tensor:
+        """The scores of one layer, ``[max_num_tokens, reads]`` float32."""
+        return self.scores[self.all_layers.index(layer)]
 
     def write_row(self, row: int, vectors: np.ndarray, after: bool) -> None:
         """Replaces a row, without waiting for the device.

@@ -80,6 +80,7 @@ class Reading:
         self._reads: dict[str, tuple[Read, ...]] = {}
         self._batch: _Batch | None = None
         self._step: _ReadStep | None = None
+        self._received: torch.Tensor | None = None
         self._probing = False
 
     def add(self, request_id: str, reads: tuple[Read, ...]) -> None:
@@ -150,7 +151,7 @@ class Reading:
         self._probing = True
         self.bank.write_row(PROBE_ROW, vectors, after)
         try:
-            yield self.bank.scores[at]
+            yield self.bank.scores_at(layer)
         finally:
             self._probing = False
             self.bank.write_row(PROBE_ROW, np.zeros(self._shape, dtype=np.float32), False)
@@ -165,7 +166,7 @@ class Reading:
         step, self._step = self._step, None
         if step is None:
             return None
-        scores = _to_host(self.bank.scores[:, : step.tokens])
+        scores = _to_host(self._with_earlier_stages(step))
         copied = _recorded(self.bank.scores.device)
 
         def finish() -> StepScores:
@@ -175,6 +176,29 @@ class Reading:
             return step.reads.scores(found, positions, step.begins, step.lengths)
 
         return finish
+
+    def receive(self, scores: torch.Tensor | None) -> None:
+        """Takes what the pipeline stage before has read in the step that comes.
+
+        Args:
+            scores: Float32 ``[len(all_layers), tokens, reads]``; None where no request reads.
+        """
+        self._received = scores
+
+    def hand_on(self) -> torch.Tensor | None:
+        """Returns what this stage and those before have read, for the next one, after its model ran.
+
+        Returns:
+            As :meth:`receive` takes it.
+        """
+        step, self._step = self._step, None
+        return None if step is None else self._with_earlier_stages(step).contiguous()
+
+    def _with_earlier_stages(self, step: _ReadStep) -> torch.Tensor:
+        own, received = self.bank.scores[:, : step.tokens], self._received
+        self._received = None
+        # At every layer all stages but one have zeros.
+        return own if received is None else own + received
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -198,7 +222,7 @@ class Reading:
         for number, own in zip(reading, keys, strict=True):
             columns[number, : len(own)] = [self._allocator.row(key) for key in own]
         reads = [self._reads[name] for name in names]
-        read = ReadBatch.of(names, reads, self.bank.layers) if reads else None
+        read = ReadBatch.of(names, reads, self.bank.all_layers) if reads else None
         # vLLM changes its list in place.
         return _Batch(list(request_ids), columns, np.array(reading, dtype=np.intp), read)
 

@@ -13,6 +13,7 @@ import torch
 from vllm.config import CUDAGraphMode
 
 from vllm_steer.engine.reading import carry_scores
+from vllm_steer.engine.stage_scores import hand_on_stage_scores
 from vllm_steer.engine.worker import WorkerSteering
 from vllm_steer.vllm_compat.patches import override
 
@@ -72,6 +73,7 @@ def attach(runner: GPUModelRunner, steering: WorkerSteering) -> None:
     )
     if steering.reading is not None:
         carry_scores(runner, steering.reading)
+        hand_on_stage_scores(runner, steering.reading)
 
 
 def dummy_hidden_states(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_steer.engine.reading import carry_scores
+from vllm_steer.engine.stage_scores import hand_on_stage_scores
 from vllm_steer.engine.worker import WorkerSteering
 from vllm_steer.vllm_compat.patched_symbols import V2_MODEL_STATE
 from vllm_steer.vllm_compat.patches import check_methods, override
@@ -78,6 +79,7 @@ def attach(runner: GPUModelRunner, steering: WorkerSteering) -> None:
     )
     if steering.reading is not None:
         carry_scores(runner, steering.reading)
+        hand_on_stage_scores(runner, steering.reading)
 
 
 def dummy_hidden_states(

@@ -104,7 +104,7 @@ class WorkerSteering:
         readers = None
         if config.reads:
             size = config.read_rows, config.reads, runner.hidden_size, runner.max_num_tokens
-            readers = ReaderBank(self.layers, *size, runner.dtype, runner.device)
+            readers = ReaderBank(self.layers, config.layers, *size, runner.dtype, runner.device)
         self.reading = Reading(readers, self._store.by_digest) if readers is not None else None
         hook_blocks(present, self.bank, readers)
         if overflows(runner.dtype):

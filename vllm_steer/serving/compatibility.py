@@ -79,11 +79,6 @@ def refuse_unread(vllm_config: VllmConfig) -> None:
         CompatibilityError: Names every unsupported feature and what to do instead.
     """
     reasons = []
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        reasons.append(
-            "only the last pipeline stage answers the scheduler, so scores of the others' layers would be lost; leave "
-            "out --pipeline-parallel-size, tensor parallelism is supported"
-        )
     if vllm_config.scheduler_config.scheduler_cls is not None:
         reasons.append("a scheduler of its own may leave scores behind; leave out --scheduler-cls")
     if reasons:

@@ -314,6 +314,7 @@ V1_RUNNER = WrappedMethods(
         "_update_states": ("scheduler_output",),
         "_prepare_inputs": ("scheduler_output", "num_scheduled_tokens"),
         "_dummy_run": ("num_tokens",),
+        "execute_model": ("scheduler_output", "intermediate_tensors"),
         "sample_tokens": ("grammar_output",),
     },
     (
@@ -325,7 +326,12 @@ V1_RUNNER = WrappedMethods(
     upstream="None to be expected: this runner is deprecated in favour of Model Runner V2.",
 )
 V2_RUNNER = WrappedMethods(
-    {"load_model": (), "_dummy_run": ("num_tokens",), "sample_tokens": ("grammar_output",)},
+    {
+        "load_model": (),
+        "_dummy_run": ("num_tokens",),
+        "execute_model": ("scheduler_output", "intermediate_tensors"),
+        "sample_tokens": ("grammar_output",),
+    },
     (
         ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner"),
         ("vllm.v1.worker.cpu.model_runner", "CPUModelRunner"),
