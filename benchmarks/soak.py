@@ -78,7 +78,7 @@ def _command(
         *command,
         *["--enforce-eager", "--enable-prefix-caching", "--steering-ops", "affine"],
         *["--steering-policy", str(policy), "--steering-pack-roots", str(folder / "root")],
-        *["--steering-upload-mib", "1", "--return-tokens-as-token-ids"],
+        *["--steering-reads", "2", "--steering-upload-mib", "1", "--return-tokens-as-token-ids"],
         *["--api-key", bystanders.KEY, hostile.KEY, _ADMIN],
     ]
 

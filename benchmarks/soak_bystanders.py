@@ -8,11 +8,12 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import httpx
 
-from benchmarks.soak_model import CALM, DIRECTIONS
+from benchmarks.soak_model import CALM, DIRECTIONS, LAYERS
 from vllm_steer.offline.demo.server import SERVED_NAME
 
 KEY = "bystander"
@@ -25,22 +26,31 @@ _VOCABULARY = (10, 1500)
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
 
 
+# And in score, where the residual stream is some hundreds long.
+SCORE_FACTOR = 10.0
+
+
 @dataclass(frozen=True)
 class Answer:
-    """Tokens with their log-probabilities, and the lead of each over the next likely one."""
+    """Tokens with their log-probabilities, the lead of each over the next likely one, and the scores that were read."""
 
     tokens: tuple[str, ...]
     logprobs: tuple[float, ...]
     leads: tuple[float, ...]
+    scores: tuple[float, ...] = ()
 
     def agrees(self, other: Answer, tolerance: float) -> bool:
         """Whether two answers are the same, up to a tie that the batch may decide."""
+        scores = zip_longest(self.scores, other.scores, fillvalue=math.nan)
         for one, two, a, b, lead in zip(
             self.tokens, other.tokens, self.logprobs, other.logprobs, self.leads, strict=False
         ):
             if one != two:
                 return lead <= tolerance
             if not abs(a - b) <= tolerance:
+                return False
+            here, there = next(scores, (0.0, 0.0))
+            if not abs(here - there) <= SCORE_FACTOR * tolerance:
                 return False
         return len(self.tokens) == len(other.tokens)
 
@@ -82,6 +92,9 @@ def cases(seed: int) -> list[dict[str, Any]]:
             choice = {"name": f"{CALM}/{rng.choice(DIRECTIONS)}", "scale": rng.uniform(1.0, 4.0)}
             where = rng.choice(["all", "prompt", "generated"])
             body["steering"] = {"directions": [choice], "positions": where}
+        if number % 3 == 0:
+            read = {"name": f"{CALM}/{rng.choice(DIRECTIONS)}", "layers": [1, LAYERS - 1]}
+            body.setdefault("steering", {})["read"] = [read]
         found.append(body)
     return found
 
@@ -160,4 +173,10 @@ def _read(body: dict[str, Any]) -> Answer:
     for top in found["top_logprobs"]:
         ranked = sorted(top.values(), reverse=True)
         leads.append(ranked[0] - ranked[1] if len(ranked) > 1 else math.inf)
-    return Answer(tuple(found["tokens"]), tuple(found["token_logprobs"]), tuple(leads))
+    receipts = body.get("steering", [])
+    reads = [read for receipt in receipts for read in receipt.get("reads", [])]
+    # The last token has no score.
+    scores = [score for read in reads for score in read["answers"][0]["generated"][:-1]]
+    return Answer(
+        tuple(found["tokens"]), tuple(found["token_logprobs"]), tuple(leads), tuple(scores)
+    )

@@ -213,10 +213,14 @@ async def not_reading(one: Hostile) -> None:
 async def hang_up(one: Hostile) -> None:
     """Goes away before the answer, at its beginning, or in its midst."""
     body = one.body({"directions": [one.choice()]}, stream=True, n=one.rng.choice([1, 4]))
-    left = one.rng.choice([0, 1, 5])
+    await _begun(one, one.rng.choice([0, 1, 5]), json=body)
+
+
+async def _begun(one: Hostile, left: int, **given: Any) -> None:
+    """Sends a request for a stream, reads some lines of it, and goes away."""
     try:
         async with asyncio.timeout(one.rng.choice([0.01, 0.1, 30.0])):
-            async with one.http.stream("POST", "/completions", json=body) as response:
+            async with one.http.stream("POST", "/completions", **given) as response:
                 one.damage.note("hang up", response.status_code)
                 async for _ in response.aiter_lines():
                     if (left := left - 1) < 0:
@@ -244,6 +248,45 @@ async def change(one: Hostile) -> None:
         one.send("end alias", "DELETE", f"/steering/aliases/{alias}"),
     ]
     await asyncio.gather(*one.rng.sample(sent, len(sent)))
+
+
+async def reads(one: Hostile) -> None:
+    """Reads what there is and what there is not, ends answers by it, and goes away in their midst."""
+    rng, theirs = one.rng, "calm/a"
+    names = [f"{DEEP}/{rng.choice(DIRECTIONS)}", f"{SWING}/a", "up1/x", f"{DEEP}/none", theirs]
+    read = [
+        {
+            "name": rng.choice([names[0], rng.choice(names)]),
+            "layers": rng.choice([[0], [3, LAYERS - 1], [LAYERS], []]),
+            "at": rng.choice(["generated", "all", "prompt", [[2, 5], [-3, None]]]),
+            "when": rng.choice(["before", "after"]),
+        }
+        for _ in range(rng.choice([1, 1, 2, 9]))
+    ]
+    rule = {
+        "read": rng.choice([0, 0, 1, 99]),
+        "above": rng.choice([0.0, -1e30, 1e308, math.inf, math.nan]),
+        "for": rng.choice([0, 1, 3]),
+    }
+    steering: dict[str, Any] = {"read": read, "recompute": rng.random() < 0.5}
+    if rng.random() < 0.5:
+        steering["directions"] = [one.choice()]
+    if rng.random() < 0.5:
+        steering[rng.choice(["stop_when", "abort_when"])] = rule
+    streamed = rng.random() < 0.3
+    body = one.body(steering, stream=streamed, n=rng.choice([1, 3]))
+    # Not as httpx would write it: NaN and Infinity are sent as they are.
+    given = {
+        "content": json.dumps(body).encode(),
+        "headers": {"content-type": "application/json"},
+    }
+    if streamed:
+        await _begun(one, rng.choice([0, 3, 1000]), **given)
+        return
+    found = await one.send("reads", "POST", "/completions", **given)
+    allowed = found is not None and found.status_code == 200
+    if allowed and any(each["name"] == theirs for each in read):
+        one.damage.server_errors.append("a key read what it may not")
 
 
 async def keys(one: Hostile) -> None:
@@ -290,6 +333,7 @@ KINDS: tuple[Callable[[Hostile], Awaitable[None]], ...] = (
     not_reading,
     hang_up,
     change,
+    reads,
     keys,
     faults,
 )
