@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.fusion_depth import STEERED, UNSTEERED
 from benchmarks.tables import BLOCKS, FINDINGS, README, blocks_of, results, stale
-from tests.marked import Block
+from vllm_steer.testing.marked import Block
 
 DOCUMENTS = [FINDINGS, README]
 FUSION = FINDINGS.with_name("how-to") / "fusion.md"
