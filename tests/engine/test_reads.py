@@ -11,9 +11,9 @@ import pytest
 
 from tests.conftest import engine_arguments
 from tests.engine.cases import CHEERFUL, GLOOMY, HEIGHTS, SPIDERS
-from tests.reference import TOLERANCE, assert_equals_hooks
 from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.testing.engine import EngineProcess, Output
+from vllm_steer.testing.parity import TOLERANCE, assert_equals_hooks
 from vllm_steer.verify.oracle import Reference
 
 pytestmark = pytest.mark.engine

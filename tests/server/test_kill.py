@@ -19,9 +19,9 @@ import numpy as np
 import psutil
 import pytest
 
-from tests.reference import TOLERANCE
 from vllm_steer.offline.demo.server import SERVED_NAME, Server, serve
 from vllm_steer.packs.pack import SteeringPack, load_pack
+from vllm_steer.testing.parity import TOLERANCE
 from vllm_steer.testing.random_pack import write_variant
 from vllm_steer.verify.oracle import Reference
 
