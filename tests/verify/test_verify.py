@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.broken_builds import MUTATIONS, Mutation
 from tests.documents import block
-from tests.fuzz.builds import MUTATIONS, Mutation
 from vllm_steer.cli import main
 from vllm_steer.packs.pack import SteeringPack
 
