@@ -18,7 +18,7 @@ from vllm_steer.verify.engine_child import (
 
 def _prepare(arguments: dict[str, Any]) -> None:
     if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1" and "TRITON_INTERPRET" in os.environ:
-        from tests.engine_process import pretend_triton_backend
+        from vllm_steer.testing.triton import pretend_triton_backend
 
         pretend_triton_backend()
     if arguments.get("load_format") == RANDOM_LOAD_FORMAT:

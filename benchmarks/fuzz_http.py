@@ -27,11 +27,11 @@ from hypothesis import seed as hypothesis_seed
 from tqdm import tqdm
 
 from benchmarks import report
-from benchmarks.fuzz_values import content_of, fault_of, mutated
 from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.offline.demo.concepts import CONCEPTS
 from vllm_steer.offline.demo.packs import FULL_METHOD, extract_demo_packs
 from vllm_steer.offline.demo.server import SERVED_NAME, Server, serve
+from vllm_steer.testing.fuzz_values import content_of, fault_of, mutated
 
 ROUTES = ("/completions", "/chat/completions", "/responses")
 NAMES = ("fears/spiders", "fears/heights")

@@ -27,13 +27,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from tests.engine_process import pretend_triton_backend
-from tests.random_pack import checkpoint_identity, write_random_pack
 from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.offline.demo.corpus import user_text
 from vllm_steer.offline.questions.statements import statements
 from vllm_steer.packs.pack import load_pack
 from vllm_steer.plan.scores import SCORES_ATTRIBUTE
+from vllm_steer.testing.random_pack import checkpoint_identity, write_random_pack
+from vllm_steer.testing.triton import pretend_triton_backend
 from vllm_steer.verify.oracle import Reference
 
 TOLERANCE = 1e-4

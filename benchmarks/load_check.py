@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from benchmarks.load_cases import Case, Terms, terms_of
 from benchmarks.load_clients import Answer, Metrics, Record
-from tests.random_pack import write_variant
-from tests.reference import TOLERANCE
 from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.testing.parity import TOLERANCE
+from vllm_steer.testing.random_pack import write_variant
 from vllm_steer.verify.oracle import Reference
 
 LIVE = "live"

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from tests.random_pack import checkpoint_identity, write_random_pack
 from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.packs.pack import ModelIdentity, SteeringPack
+from vllm_steer.testing.random_pack import checkpoint_identity, write_random_pack
 
 RANDOM_LOAD_FORMAT = "benchmark_random"
 DEMO = "demo"

@@ -22,7 +22,6 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks import report
-from tests.random_pack import random_identity, write_random_pack
 from vllm_steer.config import GRAPH_REVISION, ResolvedConfig, plugin_version
 from vllm_steer.engine.intake import check_plan
 from vllm_steer.packs.pack import load_pack
@@ -33,6 +32,7 @@ from vllm_steer.plan.capacity import check_capacity
 from vllm_steer.plan.message import decode_plan, encode_plan
 from vllm_steer.plan.resolve import resolve
 from vllm_steer.request.schema import PLAN_KEY, parse
+from vllm_steer.testing.random_pack import random_identity, write_random_pack
 
 HIDDEN = 256
 PROMPT = 200

@@ -17,8 +17,8 @@ from typing import Any
 
 from benchmarks.engine import ROOT
 from benchmarks.tables import markdown, results
-from tests.marked import Block
 from vllm_steer.offline.showcase import shipped_pack
+from vllm_steer.testing.marked import Block
 
 PICTURES = ROOT / "docs" / "pictures"
 DEMO_PAGE = ROOT / "docs" / "demo.md"

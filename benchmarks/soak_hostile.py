@@ -20,9 +20,9 @@ from safetensors.numpy import save
 
 from benchmarks.fuzz_http import FAULTS
 from benchmarks.soak_model import DEEP, DIRECTIONS, LAYERS, SWING
-from tests.random_pack import write_variant
 from vllm_steer.offline.demo.server import SERVED_NAME
 from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.testing.random_pack import write_variant
 
 KEY = "hostile"
 ROUTES = (

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.random_pack import checkpoint_identity, write_random_pack
 from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.testing.random_pack import checkpoint_identity, write_random_pack
 
 LAYERS = 24
 CALM, DEEP, SWING = "calm", "deep", "swing"

@@ -27,9 +27,9 @@ import httpx
 from tqdm import tqdm
 
 from benchmarks import report
-from tests.random_pack import checkpoint_identity, write_random_pack
 from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.offline.demo.server import SERVED_NAME, Server, free_port, running, serve_command
+from vllm_steer.testing.random_pack import checkpoint_identity, write_random_pack
 
 RATIO, SECONDS = 1.5, 0.05
 _LARGE = 6 * 2**20

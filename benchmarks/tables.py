@@ -21,7 +21,7 @@ from benchmarks import (
     statistics,
 )
 from benchmarks.engine import ROOT
-from tests.marked import Block
+from vllm_steer.testing.marked import Block
 
 FINDINGS = ROOT / "docs" / "findings.md"
 README = ROOT / "README.md"

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.marked import Block
+from vllm_steer.testing.marked import Block
 
 RESULTS = Path(__file__).with_name("compatibility.json")
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "features.md"

@@ -13,7 +13,6 @@ import pytest
 
 from tests.compatibility import FeatureRecorder
 from tests.engine.cases import CASES
-from tests.engine_process import EngineProcess
 from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.offline.demo.concepts import CONCEPTS
 from vllm_steer.offline.demo.corpus import user_text
@@ -22,6 +21,7 @@ from vllm_steer.offline.demo.server import Server, serve
 from vllm_steer.offline.gguf.model import model_path
 from vllm_steer.offline.questions.statements import statements
 from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.testing.engine import EngineProcess
 from vllm_steer.verify.oracle import Reference
 
 # Enough to learn real directions in seconds; how well they steer is measured in benchmarks/.

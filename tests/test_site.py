@@ -1,4 +1,4 @@
-"""The documentation as a site, its pictures and its notebook, and what the README may be."""
+"""The documentation as a site, its notebook, and what the README may be."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from benchmarks.pictures import stale
 from tests.documents import PAGES, README, ROOT
 
 LINES = 150
@@ -33,10 +32,6 @@ def test_files_that_are_named_exist() -> None:
             r"`((?:tests|offline|vllm_steer|benchmarks)/[\w./-]+)`", page.read_text()
         ):
             assert (ROOT / path).exists(), f"{page.name}: {path}"
-
-
-def test_pictures_show_what_was_measured() -> None:
-    assert list(stale()) == [], "run python -m benchmarks.pictures"
 
 
 @dataclass

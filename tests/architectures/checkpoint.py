@@ -9,8 +9,8 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.architectures.families import LAYERS, Family
-from tests.random_pack import write_random_pack
 from vllm_steer.packs.pack import ModelIdentity, SteeringPack
+from vllm_steer.testing.random_pack import write_random_pack
 
 DIRECTIONS = ("first", "second")
 # Large enough that logits are far from ties and every part of a block counts.

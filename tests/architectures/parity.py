@@ -18,7 +18,7 @@ import numpy as np
 
 from tests.architectures.checkpoint import write_checkpoint
 from tests.architectures.families import VOCABULARY, Family
-from tests.engine_process import EngineProcess, Output
+from vllm_steer.testing.engine import EngineProcess, Output
 from vllm_steer.verify.oracle import Answer, Reference
 
 TOKENS = 8

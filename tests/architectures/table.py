@@ -13,7 +13,7 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.architectures.families import FAMILIES, MODES
-from tests.marked import Block
+from vllm_steer.testing.marked import Block
 
 RESULTS = Path(__file__).with_name("parity.json")
 ROOT = Path(__file__).parents[2]

@@ -12,11 +12,11 @@ from torch import nn
 from tests.architectures.checkpoint import write_checkpoint
 from tests.architectures.families import COMMON, LAYERS, Family
 from tests.architectures.parity import engine_arguments
-from tests.engine_process import EngineProcess
 from vllm_steer.engine.bank import BankShape, SteeringBank
 from vllm_steer.engine.blocks import find_blocks, hook_blocks
 from vllm_steer.engine.row_values import RowValues
 from vllm_steer.errors import CompatibilityError
+from vllm_steer.testing.engine import EngineProcess
 
 WIDTH, TOKENS = 4, 5
 

@@ -11,7 +11,7 @@ import pytest
 from tests.architectures.checkpoint import write_checkpoint
 from tests.architectures.families import FAMILIES, VOCABULARY, Family
 from tests.architectures.parity import FIRST, SECOND, TOLERANCE, engine_arguments
-from tests.engine_process import EngineProcess
+from vllm_steer.testing.engine import EngineProcess
 from vllm_steer.verify.oracle import Reference
 
 pytestmark = pytest.mark.engine

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import pictures
 from benchmarks.fusion_depth import STEERED, UNSTEERED
 from benchmarks.tables import BLOCKS, FINDINGS, README, blocks_of, results, stale
-from tests.marked import Block
+from vllm_steer.testing.marked import Block
 
 DOCUMENTS = [FINDINGS, README]
 FUSION = FINDINGS.with_name("how-to") / "fusion.md"
@@ -50,6 +51,10 @@ def test_nothing_is_written_where_a_marker_is_missing() -> None:
     for broken in (text.replace(block.begin, ""), text.replace(block.end, ""), text + block.begin):
         with pytest.raises(ValueError, match="must stand once in findings.md"):
             block.replaced(broken, "")
+
+
+def test_pictures_show_what_was_measured() -> None:
+    assert list(pictures.stale()) == [], "run python -m benchmarks.pictures"
 
 
 def test_what_the_sentences_say_of_depth() -> None:

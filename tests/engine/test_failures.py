@@ -19,7 +19,6 @@ import psutil
 import pytest
 from tqdm import tqdm
 
-from tests.engine_process import PRELOAD
 from vllm_steer.cli import main
 from vllm_steer.errors import EngineError, EvaluationError
 from vllm_steer.offline.demo.corpus import user_text
@@ -29,6 +28,7 @@ from vllm_steer.offline.engine.tokens import TokenEngine
 from vllm_steer.offline.evaluate.generation import Answer, Generator, Request, generating
 from vllm_steer.offline.questions.statements import statements
 from vllm_steer.packs.pack import MANIFEST_FILE, SteeringPack, load_pack
+from vllm_steer.testing.engine import PRELOAD
 from vllm_steer.vllm_compat.root_cause import cause_in_log
 
 pytestmark = pytest.mark.engine

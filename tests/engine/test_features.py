@@ -16,9 +16,9 @@ from scipy.special import logsumexp
 from transformers import AutoModelForCausalLM
 
 from tests.engine.cases import CASES, SPIDERS
-from tests.engine_process import EngineProcess, Output
-from tests.reference import TOLERANCE, assert_equals_hooks
 from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.testing.engine import EngineProcess, Output
+from vllm_steer.testing.parity import TOLERANCE, assert_equals_hooks
 from vllm_steer.verify.oracle import Reference
 
 pytestmark = pytest.mark.engine

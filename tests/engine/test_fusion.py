@@ -13,8 +13,6 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.conftest import engine_arguments
-from tests.engine_process import EngineProcess
-from tests.reference import TOLERANCE
 from vllm_steer.offline.demo.gold import gold_questions
 from vllm_steer.offline.fusion.original import (
     Fusion,
@@ -27,6 +25,8 @@ from vllm_steer.offline.fusion.references import References, measure_references
 from vllm_steer.offline.fusion.search import Case, Kind, Target, segments_of
 from vllm_steer.offline.fusion.steered import steered_deltas
 from vllm_steer.offline.models.loading import load_config, load_model, model_identity
+from vllm_steer.testing.engine import EngineProcess
+from vllm_steer.testing.parity import TOLERANCE
 
 pytestmark = pytest.mark.engine
 TOKENS = 24

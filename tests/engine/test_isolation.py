@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from tests.engine.cases import CASES, SPIDERS
-from tests.engine_process import EngineProcess
 from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.packs.registry import PackRegistry
 from vllm_steer.plan.binding import bind
 from vllm_steer.plan.message import encode_plan
 from vllm_steer.plan.resolve import resolve
 from vllm_steer.request.schema import PLAN_KEY, SteeringRequest
+from vllm_steer.testing.engine import EngineProcess
 
 pytestmark = pytest.mark.engine
 TOKENS = 16

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from tests.engine.cases import SPIDERS
-from tests.engine_process import EngineProcess, Output
 from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.testing.engine import EngineProcess, Output
 
 pytestmark = pytest.mark.engine
 TOKENS = 12

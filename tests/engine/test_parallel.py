@@ -9,9 +9,9 @@ import pytest
 
 from tests.conftest import engine_arguments
 from tests.engine.cases import CASES
-from tests.engine_process import EngineProcess
-from tests.reference import assert_equals_hooks
 from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.testing.engine import EngineProcess
+from vllm_steer.testing.parity import assert_equals_hooks
 from vllm_steer.verify.oracle import Reference
 
 pytestmark = pytest.mark.engine

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.engine.cases import HEIGHTS, SPIDERS
-from tests.engine_process import EngineProcess
+from vllm_steer.testing.engine import EngineProcess
 
 pytestmark = pytest.mark.engine
 TOKENS = 8

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.reference import TOLERANCE
 from vllm_steer.offline.models.loading import load_config
 from vllm_steer.offline.models.prompts import render_question
 from vllm_steer.offline.questions.everyday import everyday_questions
 from vllm_steer.offline.showcase import shipped_pack
 from vllm_steer.packs.pack import SteeringPack, load_pack
+from vllm_steer.testing.parity import TOLERANCE
 from vllm_steer.verify.compare import Difference, joined, to_reference
 from vllm_steer.verify.oracle import Reference
 from vllm_steer.verify.process import ROOM, Answer, EngineProcess

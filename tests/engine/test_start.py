@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from tests.conftest import engine_arguments
-from tests.engine_process import EngineProcess
 from vllm_steer.engine.row_values import ALWAYS
 from vllm_steer.packs.pack import VECTORS_FILE, SteeringPack
+from vllm_steer.testing.engine import EngineProcess
 
 pytestmark = pytest.mark.engine
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}

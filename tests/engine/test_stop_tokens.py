@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tests.engine.cases import CHEERFUL, SPIDERS
-from tests.engine_process import EngineProcess
-from tests.reference import TOLERANCE, assert_equals_hooks
+from vllm_steer.testing.engine import EngineProcess
+from vllm_steer.testing.parity import TOLERANCE, assert_equals_hooks
 from vllm_steer.verify.oracle import Reference
 
 pytestmark = pytest.mark.engine

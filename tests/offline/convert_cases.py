@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFWriter
 
-from tests.random_pack import random_identity, write_random_pack
 from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.testing.random_pack import random_identity, write_random_pack
 
 HIDDEN = 16
 MODEL = random_identity(HIDDEN, 4)

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import vllm_steer.offline.engine.tokens
 import vllm_steer.offline.extract.answer_learning
-from tests.engine_process import ForkedLLM
 from tests.offline.answers_cases import ENGINE, QUESTIONS, greedy
 from vllm_steer.cli import main
 from vllm_steer.errors import ExtractionError
@@ -36,6 +35,7 @@ from vllm_steer.offline.models.loading import load_config, load_model
 from vllm_steer.offline.models.prompts import AnswerPair, Concept
 from vllm_steer.offline.questions.everyday import everyday_questions
 from vllm_steer.packs.pack import MANIFEST_FILE, VECTORS_FILE, SteeringPack, load_pack, raw_dose
+from vllm_steer.testing.engine import ForkedLLM
 
 pytestmark = pytest.mark.engine
 

@@ -14,7 +14,6 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 import vllm_steer.offline.engine.tokens
-from tests.engine_process import ForkedLLM
 from tests.offline.answers_cases import ENGINE, QUESTIONS, prompts_of
 from vllm_steer.cli import main
 from vllm_steer.errors import EvaluationError
@@ -43,6 +42,7 @@ from vllm_steer.packs.pack import (
     load_pack,
     write_pack,
 )
+from vllm_steer.testing.engine import ForkedLLM
 from vllm_steer.verify.oracle import Reference
 
 pytestmark = pytest.mark.engine

@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.random_pack import random_identity, write_random_pack
 from vllm_steer.offline.calibrate.grid import ANGLES, DOSES, FINER, TURNS, Subject, subjects
 from vllm_steer.offline.calibrate.measures import Gap, Trial, fluency_of
 from vllm_steer.offline.extract.answers import Example
 from vllm_steer.offline.models.prompts import RenderedPrompt
 from vllm_steer.packs.pack import DirectionRecord, FormChoice, PackContent, write_pack
+from vllm_steer.testing.random_pack import random_identity, write_random_pack
 
 BLOCKS = 12
 LENGTHS = {layer: 0.5 + 0.25 * layer for layer in range(BLOCKS)}

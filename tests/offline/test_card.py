@@ -12,7 +12,6 @@ import pytest
 from matplotlib.image import imread
 
 from tests.offline.results_cases import sweep_result
-from tests.random_pack import random_identity, write_random_pack
 from tests.unit.conftest import calibrated, rewritten
 from vllm_steer.cli import main
 from vllm_steer.errors import EvaluationError
@@ -23,6 +22,7 @@ from vllm_steer.offline.evaluate.tables import markdown, write_result
 from vllm_steer.operations import FormChoice
 from vllm_steer.packs.pack import PackContent, SteeringPack, load_pack, write_pack
 from vllm_steer.request.schema import parse
+from vllm_steer.testing.random_pack import random_identity, write_random_pack
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.offline.conftest import TEMPLATES
-from tests.random_pack import random_identity, write_random_pack
 from vllm_steer.cli import main
 from vllm_steer.errors import EvaluationError, ExtractionError
 from vllm_steer.offline.engine.tokens import Asked, TokenEngine
@@ -28,6 +27,7 @@ from vllm_steer.offline.models.prompts import (
     without_thoughts,
 )
 from vllm_steer.packs.pack import PackContent, SteeringPack, load_pack, write_pack
+from vllm_steer.testing.random_pack import random_identity, write_random_pack
 
 PLAIN = ChatFormat(chat_template="plain")
 THINKING = (

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.random_pack import random_identity, write_random_pack
 from vllm_steer.cli import main
 from vllm_steer.errors import EvaluationError
 from vllm_steer.offline.demo.gold import gold_questions
@@ -30,6 +29,7 @@ from vllm_steer.offline.fusion.search import (
 )
 from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.request.schema import parse
+from vllm_steer.testing.random_pack import random_identity, write_random_pack
 
 BEST = (0.2, 0.4, 0.1)
 

@@ -17,13 +17,13 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from vllm.engine.arg_utils import EngineArgs
 
 import vllm_steer.offline.engine.llm
-from tests.random_pack import write_random_pack
 from vllm_steer.cli import main
 from vllm_steer.errors import EvaluationError, ExtractionError, PackError
 from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.offline.engine.llm import start_engine
 from vllm_steer.offline.models.loading import chosen_dtype, load_config, load_model, model_identity
 from vllm_steer.packs.registry import PackRegistry
+from vllm_steer.testing.random_pack import write_random_pack
 from vllm_steer.vllm_compat.model_shape import model_shape
 
 CORES = "VLLM_CPU_NUM_OF_RESERVED_CPU"

@@ -19,10 +19,10 @@ import numpy as np
 import psutil
 import pytest
 
-from tests.random_pack import write_variant
-from tests.reference import TOLERANCE
 from vllm_steer.offline.demo.server import SERVED_NAME, Server, serve
 from vllm_steer.packs.pack import SteeringPack, load_pack
+from vllm_steer.testing.parity import TOLERANCE
+from vllm_steer.testing.random_pack import write_variant
 from vllm_steer.verify.oracle import Reference
 
 pytestmark = pytest.mark.server
@@ -34,7 +34,7 @@ FACTORS = (1.0, -1.0)
 WRITER = """
     import itertools, random, sys, time
     from pathlib import Path
-    from tests.random_pack import write_variant
+    from vllm_steer.testing.random_pack import write_variant
     from vllm_steer.packs.pack import load_pack
 
     versions = [load_pack(path) for path in sys.argv[2:]]

@@ -22,11 +22,11 @@ from safetensors.numpy import save
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 
 from tests.documents import block
-from tests.random_pack import write_variant
 from vllm_steer.offline.demo.corpus import user_text
 from vllm_steer.offline.demo.server import SERVED_NAME, Server, serve
 from vllm_steer.offline.questions.statements import statements
 from vllm_steer.packs.pack import SteeringPack, load_pack
+from vllm_steer.testing.random_pack import write_variant
 
 pytestmark = pytest.mark.server
 # Long enough to fill blocks of the prefix cache.

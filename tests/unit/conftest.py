@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.random_pack import random_identity, write_random_pack
 from vllm_steer import log
 from vllm_steer.config import GRAPH_REVISION, ResolvedConfig, plugin_version
 from vllm_steer.packs.pack import Calibration, PackContent, SteeringPack, write_pack
+from vllm_steer.testing.random_pack import random_identity, write_random_pack
 
 HIDDEN = 16
 LAYERS = 4

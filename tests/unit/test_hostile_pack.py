@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load as load_with_library
 
-from tests.random_pack import random_identity, write_random_pack
 from tests.unit.conftest import HIDDEN
 from vllm_steer.errors import PackError
 from vllm_steer.packs.manifest import MAX_MANIFEST_BYTES, MAX_MANIFEST_VALUES
 from vllm_steer.packs.pack import MANIFEST_FILE, VECTORS_FILE, SteeringPack, load_pack
 from vllm_steer.packs.tensor_file import MAX_HEADER_BYTES
+from vllm_steer.testing.random_pack import random_identity, write_random_pack
 
 # In units of parsing the worst JSON that is let through, so that it tells bounded from unbounded and not one machine
 # from another: nothing takes much more than one, and ten times as much JSON would take ten.

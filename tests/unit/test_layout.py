@@ -131,6 +131,24 @@ def test_nothing_imports_offline_by_its_folder(folder: str) -> None:
     ] == []
 
 
+def test_benchmarks_import_no_tests() -> None:
+    """What both need stands in ``vllm_steer/testing``."""
+    assert [
+        f"{found.file}: {found.module}"
+        for found in imports("benchmarks")
+        if found.module.partition(".")[0] == "tests"
+    ] == []
+
+
+def test_tests_of_benchmarks_alone_import_benchmarks() -> None:
+    assert [
+        f"{found.file}: {found.module}"
+        for found in imports("tests")
+        if found.module.partition(".")[0] == "benchmarks"
+        and not found.own.startswith("tests.benchmarks.")
+    ] == []
+
+
 def test_commands_import_torch_only_when_they_run() -> None:
     for found in imports("vllm_steer/cli"):
         if found.module.startswith("vllm_steer.offline"):

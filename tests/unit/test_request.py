@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.fuzz_values import ANY_JSON, mutated, refused_by_pydantic
 from vllm_steer.errors import RequestError
 from vllm_steer.request.schema import (
     DirectionChoice,
@@ -18,6 +17,7 @@ from vllm_steer.request.schema import (
     parse,
     steering_keys,
 )
+from vllm_steer.testing.fuzz_values import ANY_JSON, mutated, refused_by_pydantic
 
 
 def test_no_steering() -> None:

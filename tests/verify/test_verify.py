@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.broken_builds import MUTATIONS, Mutation
 from tests.documents import block
-from tests.fuzz.builds import MUTATIONS, Mutation
 from vllm_steer.cli import main
 from vllm_steer.packs.pack import SteeringPack
 
@@ -175,7 +175,7 @@ NO_ADDITION = Mutation(
     "steered = hidden + 0 * vectors[rows]",
 )
 ANOTHERS_STEERING = Mutation(
-    "engine/plan.py",
+    "engine/token_rows.py",
     "slots = np.array([slot(request_id, _NO_SLOT) for request_id in self._batch], dtype=np.intp)",
     "slots = np.array([slot(request_id, 1) for request_id in self._batch], dtype=np.intp)",
 )
@@ -185,6 +185,12 @@ BROKEN = {
     "isolation": ANOTHERS_STEERING,
     "prefix cache": MUTATIONS["prefix cache: blocks are found by token ids alone"],
 }
+
+
+@pytest.mark.parametrize("mutation", [*MUTATIONS.values(), *BROKEN.values()])
+def test_the_lines_that_are_broken_are_there(mutation: Mutation) -> None:
+    """The slow tests of broken builds would not find them otherwise."""
+    assert mutation.becomes in mutation.source()
 
 
 @pytest.mark.slow

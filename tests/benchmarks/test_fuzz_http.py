@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from benchmarks.fuzz_http import FAULTS, NAMES, Outcome, attack, send_value
-from benchmarks.fuzz_values import mutated
 from vllm_steer.offline.demo.server import Server
+from vllm_steer.testing.fuzz_values import mutated
 
 pytestmark = pytest.mark.server
 

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -21,16 +21,19 @@ class Mutation:
     def build(self, folder: Path) -> Path:
         """Copies the plugin into a folder, to be imported from there, with the line changed."""
         shutil.copytree(ROOT / "vllm_steer", folder / "vllm_steer")
-        file = folder / "vllm_steer" / self.file
-        source = file.read_text()
-        assert source.count(self.line) == 1
-        file.write_text(source.replace(self.line, self.becomes))
+        (folder / "vllm_steer" / self.file).write_text(self.source())
         return folder
+
+    def source(self) -> str:
+        """The file with the line changed, which it has once."""
+        source = (ROOT / "vllm_steer" / self.file).read_text()
+        assert source.count(self.line) == 1, f"{self.file} has not once: {self.line}"
+        return source.replace(self.line, self.becomes)
 
 
 MUTATIONS = {
     "positions: the first one of a range is left out": Mutation(
-        "engine/plan.py",
+        "engine/token_rows.py",
         "inside = (columns[_START] <= positions) & (positions < columns[_END])",
         "inside = (columns[_START] < positions) & (positions < columns[_END])",
     ),
@@ -41,13 +44,13 @@ MUTATIONS = {
     ),
     "prefix cache: blocks are found by token ids alone": Mutation(
         "engine/prefix_cache.py",
-        'keys = [*keys, ("steering", f"{key}:{first - start}:{last - start}")]',
+        'keys = [*keys, ("steering", f"{segment.key}:{first - start}:{last - start}")]',
         "keys = [*keys]",
     ),
     "prefix cache: where a block is steered does not count": Mutation(
         "engine/prefix_cache.py",
-        'keys = [*keys, ("steering", f"{key}:{first - start}:{last - start}")]',
-        'keys = [*keys, ("steering", key)]',
+        'keys = [*keys, ("steering", f"{segment.key}:{first - start}:{last - start}")]',
+        'keys = [*keys, ("steering", segment.key)]',
         # A world with room for many cached blocks.
         seed=5,
     ),

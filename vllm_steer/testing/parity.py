@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.engine_process import Output
+from vllm_steer.testing.engine import Output
 from vllm_steer.verify.oracle import Reference
 
 TOLERANCE = 1e-4

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from vllm_steer.plan.scores import SCORES_ATTRIBUTE
+from vllm_steer.testing.triton import pretend_triton_backend
 from vllm_steer.verify.engine_loop import answer_commands
 
 START_TIMEOUT = 600
@@ -296,14 +297,3 @@ def _output(output: Any, sample: Any) -> Output:
         None if scores is None else scores.to_numpy(length),
         (sample.finish_reason, sample.stop_reason),
     )
-
-
-def pretend_triton_backend() -> None:
-    """Lets Model Runner V2 run on CPU: Triton's interpreter needs no backend, vLLM asks for one."""
-    from triton.backends import backends
-
-    driver = type("Driver", (), {"is_active": staticmethod(lambda: True)})
-    backends["cpu"] = types.SimpleNamespace(driver=driver, compiler=None)
-    import vllm.triton_utils  # noqa: F401
-
-    del backends["cpu"]

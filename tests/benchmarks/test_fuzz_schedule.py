@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.fuzz.builds import MUTATIONS
+from tests.broken_builds import MUTATIONS
 
 pytestmark = pytest.mark.engine
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,1 @@
+"""What tests and benchmarks share. Needs the extra ``dev``; nothing that serves or learns imports it."""
