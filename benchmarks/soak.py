@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import hashlib
 import json
+import os
 import random
 import tempfile
 import time
@@ -29,6 +30,7 @@ from tqdm import tqdm
 from benchmarks import report
 from benchmarks import soak_bystanders as bystanders
 from benchmarks import soak_hostile as hostile
+from benchmarks.engine import ROOT
 from benchmarks.fuzz_http import memory
 from benchmarks.load_clients import scrape
 from benchmarks.soak_model import CALM, DEEP, SWING, write_model, write_packs
@@ -43,7 +45,9 @@ _SETTLE_SECONDS = 60.0
 _WARM = 0.3
 
 
-def run(folder: Path, *, seconds: float, seed: int, dtype: str = "float32") -> dict[str, Any]:
+def run(
+    folder: Path, *, seconds: float, seed: int, dtype: str = "float32", runner: str = "v1"
+) -> dict[str, Any]:
     """Starts a server, lets the clients at it, and reports what they got.
 
     Args:
@@ -51,6 +55,7 @@ def run(folder: Path, *, seconds: float, seed: int, dtype: str = "float32") -> d
         seconds: For how long the hostile clients ask.
         seed: Seed of what everybody asks.
         dtype: The served model's.
+        runner: vLLM's model runner, ``v1`` or ``v2``; the latter runs under Triton's interpreter.
 
     Returns:
         The results, as they are written to the JSON file.
@@ -58,11 +63,27 @@ def run(folder: Path, *, seconds: float, seed: int, dtype: str = "float32") -> d
     model = write_model(folder / "model")
     packs = write_packs(model, folder / "root")
     port = free_port()
-    with running(_command(model, packs, folder, port, dtype), port, folder / "log", _ENV) as server:
+    environment = _ENV | (_v2_environment(folder / "site") if runner == "v2" else {})
+    command = _command(model, packs, folder, port, dtype)
+    with running(command, port, folder / "log", environment) as server:
         return asyncio.run(_Soak(server, packs, folder / "root", seed, dtype).run(seconds))
 
 
 _ENV = {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}
+# Python runs it at the start of each of the server's processes.
+_SITE = "from vllm_steer.testing.triton import pretend_triton_backend\n\npretend_triton_backend()\n"
+
+
+def _v2_environment(folder: Path) -> dict[str, str]:
+    """What makes a server on a CPU run Model Runner V2."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(_SITE)
+    path = [str(folder), str(ROOT)]
+    return {
+        "VLLM_USE_V2_MODEL_RUNNER": "1",
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join(path),
+    }
 
 
 def _command(
@@ -247,13 +268,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=10.0, help="length of the hostile part")
     parser.add_argument("--dtype", choices=list(bystanders.TOLERANCES), default="float32")
+    parser.add_argument("--runner", choices=["v1", "v2"], default="v1", help="model runner")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, required=True, help="file for the results")
     args = parser.parse_args()
     environment = report.environment()
     with tempfile.TemporaryDirectory() as folder:
-        result = run(Path(folder), seconds=60.0 * args.minutes, seed=args.seed, dtype=args.dtype)
-    report.write_json(args.json, environment | {"dtype": args.dtype} | result)
+        result = run(
+            Path(folder),
+            seconds=60.0 * args.minutes,
+            seed=args.seed,
+            dtype=args.dtype,
+            runner=args.runner,
+        )
+    about = {"dtype": args.dtype, "runner": args.runner}
+    report.write_json(args.json, environment | about | result)
     report.show([json.dumps(result, indent=2)])
     raise SystemExit(not passed(result))
 
