@@ -40,6 +40,13 @@ AFFINE = {
     "affine_rank2_distinct": "each turned by its own angle",
     "control": "control",
 }
+READS = {
+    "reads_idle": "none reads",
+    "reads_add_distinct": "each by its own sum of 3",
+    "reads_one_layer": "each reads 4 directions at 1 layer",
+    "reads_eight_layers": "at 8 layers, or at all",
+    "control": "control",
+}
 CLOCKS = {"wall": "ratios", "processor": "cpu_ratios"}
 STARTED = ("idle", "steered_distinct", "control")
 OVERHEAD = {
@@ -184,11 +191,13 @@ def _range(values: Sequence[float]) -> str:
 QUIET = ("throughput-demo-quiet", "throughput-100m")
 ALL = ("throughput-demo-quiet", "throughput-demo", "throughput-100m")
 WITH_AFFINE = ("throughput-demo-affine", "throughput-100m-affine")
+WITH_READS = ("throughput-demo-affine", "throughput-100m-reads")
 BLOCKS = (
     Block(README, "speed", lambda: speed_table(QUIET, ADDITIONS)),
     Block(FINDINGS, "throughput", lambda: clocks_table(ALL, ADDITIONS)),
     Block(FINDINGS, "throughput-affine", lambda: clocks_table(WITH_AFFINE, AFFINE)),
-    Block(FINDINGS, "throughput-starts", lambda: starts_table([*ALL, *WITH_AFFINE])),
+    Block(FINDINGS, "throughput-reads", lambda: clocks_table(WITH_READS, READS)),
+    Block(FINDINGS, "throughput-starts", lambda: starts_table([*ALL, *WITH_AFFINE, WITH_READS[1]])),
     Block(FINDINGS, "overhead", overhead_table),
     Block(FINDINGS, "extraction", extraction_table),
     Block(FINDINGS, "real-model", lambda: real_model.table(results("real-model")).strip()),

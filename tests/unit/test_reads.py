@@ -301,6 +301,17 @@ def test_scores_of_a_step_go_to_their_requests(registry: PackRegistry) -> None:
     assert reading.collect() is None
 
 
+def test_rows_come_back_after_a_dummy_step(registry: PackRegistry) -> None:
+    bank = reader_bank(1)
+    reading = Reading(bank, registry.by_digest)
+    reading.add("a", (Read("s", registry.find("spiders").digest, (2,), False, ANSWER),))
+    for _ in range(2):
+        reading.prepare_step(["a"], np.array([1]), torch.tensor([11]))
+        assert bank.rows[0, 0]
+        reading.prepare_dummy_step()
+        assert not bank.rows.any()
+
+
 def test_rows_go_to_the_requests_of_a_step_however_many_wait(registry: PackRegistry) -> None:
     bank = reader_bank(1, rows=2)
     reading = Reading(bank, registry.by_digest)

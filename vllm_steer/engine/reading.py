@@ -28,7 +28,7 @@ from vllm_steer.vllm_compat.patches import override
 PROBE_ROW = 1
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Batch:
     """The requests of a step and their readers, until a request comes or goes.
 
@@ -37,12 +37,16 @@ class _Batch:
         columns: int32 ``[requests, reads]``, the rows of each one's readers.
         reading: int ``[R]``, places of the requests that read among all.
         reads: What they read; None where none does.
+        lengths: Tokens of each request in the step before; None before the first.
+        rows: int32 ``[tokens, reads]``, the rows of the readers of that step's tokens.
     """
 
     request_ids: list[str]
     columns: np.ndarray
     reading: np.ndarray
     reads: ReadBatch | None
+    lengths: np.ndarray | None = None
+    rows: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +125,11 @@ class Reading:
             return
         lengths = lengths[: len(batch.request_ids)]
         ends = np.cumsum(lengths)
-        self.bank.set_rows(np.repeat(batch.columns, lengths, axis=0))
+        if batch.rows is None or not np.array_equal(lengths, batch.lengths):
+            # vLLM writes the lengths of the next step where those of this one are.
+            batch.lengths = lengths.copy()
+            batch.rows = np.repeat(batch.columns, lengths, axis=0)
+        self.bank.set_rows(batch.rows)
         own, tokens = lengths[batch.reading], int(ends[-1])
         begins = ends[batch.reading] - own
         self._step = _ReadStep(batch.reads, begins, own, tokens, _to_host(positions[:tokens]))
@@ -222,7 +230,7 @@ class Reading:
         for number, own in zip(reading, keys, strict=True):
             columns[number, : len(own)] = [self._allocator.row(key) for key in own]
         reads = [self._reads[name] for name in names]
-        read = ReadBatch.of(names, reads, self.bank.all_layers) if reads else None
+        read = ReadBatch(names, reads, self.bank.all_layers) if reads else None
         # vLLM changes its list in place.
         return _Batch(list(request_ids), columns, np.array(reading, dtype=np.intp), read)
 

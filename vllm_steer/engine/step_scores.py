@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -36,29 +37,34 @@ class StepScores:
 
 
 @dataclass(frozen=True, eq=False)
+class _Picked:
+    """Where the scores of a step's tokens are, T tokens in all.
+
+    Attributes:
+        begins: int ``[R]``, the first token of each request that has scores.
+        counts: int ``[R]``, its number of such tokens.
+        index: Index into ``[hooked layers, tokens, readers]`` that gives ``[T, reads, layers]``.
+        present: bool of that shape, which of these a read has; True where all have as many layers.
+        share: Float64 ``[T, reads]``, one over the number of layers of a read.
+    """
+
+    begins: np.ndarray
+    counts: np.ndarray
+    index: tuple[np.ndarray, np.ndarray, np.ndarray]
+    present: np.ndarray | Literal[True]
+    share: np.ndarray
+
+
 class ReadBatch:
     """The readers of a batch of requests, R of them, until a request comes or goes.
 
     Attributes:
         request_ids: The requests.
-        first: int64 ``[R]``, the first position that any read of a request covers.
-        last: int64 ``[R]``, the position after the last one.
-        layers: int ``[R, reads, layers]``, places of the layers in a step's scores.
-        slots: int ``[R, reads, 1]``, the reader among a token's.
-        present: bool ``[R, reads, layers]``, which of these places a read has.
     """
 
-    request_ids: list[str]
-    first: np.ndarray
-    last: np.ndarray
-    layers: np.ndarray
-    slots: np.ndarray
-    present: np.ndarray
-
-    @classmethod
-    def of(
-        cls, request_ids: Sequence[str], reads: Sequence[Sequence[Read]], layers: Sequence[int]
-    ) -> ReadBatch:
+    def __init__(
+        self, request_ids: Sequence[str], reads: Sequence[Sequence[Read]], layers: Sequence[int]
+    ) -> None:
         """Makes the index arrays.
 
         Args:
@@ -66,28 +72,24 @@ class ReadBatch:
             reads: What each reads, at least one each.
             layers: Hooked layers, in the order of a step's scores.
         """
+        self.request_ids = list(request_ids)
+        # The first position that any read of a request covers, and the position after the last one.
+        self._first = np.array([min(s for r in own for s, _ in r.ranges) for own in reads])
+        self._last = np.array([_end_of(own) for own in reads])
         place = {layer: at for at, layer in enumerate(layers)}
         width = max(len(own) for own in reads)
         depth = max(len(read.layers) for own in reads for read in own)
-        shape = len(reads), width, depth
-        batch = cls(
-            list(request_ids),
-            np.array([min(s for r in own for s, _ in r.ranges) for own in reads], dtype=np.int64),
-            np.array([_end_of(own) for own in reads], dtype=np.int64),
-            np.zeros(shape, dtype=np.intp),
-            np.zeros((len(reads), width, 1), dtype=np.intp),
-            np.zeros(shape, dtype=bool),
-        )
-        # Where a request has fewer reads, a mean of nothing would be an error.
-        batch.present[..., 0] = True
+        self._layers = np.zeros((len(reads), width, depth), dtype=np.intp)
+        self._slots = np.zeros((len(reads), width, 1), dtype=np.intp)
+        self._depths = np.full((len(reads), width), depth)
         for number, own in enumerate(reads):
             probes = probes_of(own)
             for slot, read in enumerate(own):
-                here = slice(len(read.layers))
-                batch.layers[number, slot, here] = [place[layer] for layer in read.layers]
-                batch.slots[number, slot] = probes.index(read.probe)
-                batch.present[number, slot, here] = True
-        return batch
+                places = [place[layer] for layer in read.layers]
+                self._layers[number, slot, : len(places)] = places
+                self._slots[number, slot] = probes.index(read.probe)
+                self._depths[number, slot] = len(places)
+        self._picked: _Picked | None = None
 
     def scores(
         self, found: np.ndarray, positions: np.ndarray, begins: np.ndarray, lengths: np.ndarray
@@ -101,20 +103,37 @@ class ReadBatch:
             lengths: int ``[R]``, its number of tokens, at least one.
         """
         at = positions[begins]
-        skipped = np.clip(self.first - at, 0, lengths)
-        counts = np.clip(self.last - at, 0, lengths) - skipped
-        np.maximum(counts, 0, out=counts)
-        owners = np.repeat(np.arange(len(counts)), counts)
-        ends = np.cumsum(counts)
-        tokens = np.arange(len(owners)) + np.repeat(begins + skipped - (ends - counts), counts)
-        picked = found[self.layers[owners], tokens[:, None, None], self.slots[owners]]
-        if self.layers.shape[-1] == 1:
-            values = picked[..., 0]
+        # Most reads cover what is generated alone, and no token of a prompt is picked for them.
+        skipped = np.minimum(np.maximum(self._first - at, 0), lengths)
+        counts = np.maximum(np.minimum(self._last - at, lengths) - skipped, 0)
+        picked = self._pick(begins + skipped, counts)
+        values = found[picked.index]
+        if values.shape[-1] == 1:
+            mean = values[..., 0]
         else:
-            present = self.present[owners]
-            values = picked.mean(-1, dtype=np.float64, where=present).astype(np.float32)
-        starts = at + skipped
-        return StepScores(self.request_ids, starts.tolist(), counts.tolist(), values)
+            total = values.sum(-1, dtype=np.float64, where=picked.present)
+            mean = (total * picked.share).astype(np.float32)
+        return StepScores(self.request_ids, (at + skipped).tolist(), counts.tolist(), mean)
+
+    def _pick(self, begins: np.ndarray, counts: np.ndarray) -> _Picked:
+        """Says where a step's scores are; while answers are generated, they are where they were before."""
+        last = self._picked
+        if (
+            last is not None
+            and np.array_equal(counts, last.counts)
+            and np.array_equal(begins, last.begins)
+        ):
+            return last
+        owners = np.repeat(np.arange(len(counts)), counts)
+        shift = begins - (np.cumsum(counts) - counts)
+        tokens = np.arange(len(owners)) + np.repeat(shift, counts)
+        index = self._layers[owners], tokens[:, None, None], self._slots[owners]
+        depths = self._depths[owners]
+        depth = self._layers.shape[-1]
+        alike = bool((self._depths == depth).all())
+        present = True if alike else np.arange(depth) < depths[..., None]
+        self._picked = _Picked(begins, counts, index, present, 1 / depths)
+        return self._picked
 
 
 def _end_of(reads: Sequence[Read]) -> int:

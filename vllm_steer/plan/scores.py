@@ -28,6 +28,8 @@ class _Message(msgspec.Struct, frozen=True, array_like=True):
     scores: bytes
 
 
+# Chunks that are kept as they came.
+_FRESH = 256
 _DECODER = msgspec.msgpack.Decoder(_Message)
 
 
@@ -79,9 +81,9 @@ class Scores:
         """Takes none yet."""
         self.reads, self.prompt_len, self.rules = reads, prompt_len, rules
         self.end = 0
-        self._first = 0
-        # Float32 ``[tokens or more, reads]`` from ``_first`` on.
-        self._found = np.zeros((0, len(reads)), dtype=np.float32)
+        # First position and scores, float32 ``[tokens, reads or more]``, in order of position.
+        self._chunks: list[tuple[int, np.ndarray]] = []
+        self._fresh = 0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -95,16 +97,14 @@ class Scores:
             start: First position, not before :attr:`end`.
             scores: Float32 ``[tokens, reads or more]``.
         """
-        if not self.end:
-            self._first = start
-        stop = start + len(scores) - self._first
-        if stop > len(self._found):
-            # Twice as much each time, so that a token costs the same however long the answer is.
-            grown = np.full((max(2 * stop, 16), len(self.reads)), np.nan, dtype=np.float32)
-            grown[: len(self._found)] = self._found
-            self._found = grown
-        self._found[start - self._first : stop] = scores[:, : len(self.reads)]
+        self._chunks.append((start, scores))
         self.end = start + len(scores)
+        self._fresh += 1
+        # Most chunks have one token, and would take more room than their scores.
+        if self._fresh == _FRESH:
+            self._fresh = 0
+            first = self._chunks[-_FRESH][0]
+            self._chunks[-_FRESH:] = [(first, self._found(first, self.end).copy())]
 
     def since(self, position: int) -> np.ndarray:
         """Returns the scores from a position on, float32 ``[reads, tokens]``, as many as have come."""
@@ -122,13 +122,22 @@ class Scores:
         return self._between(0, self.end if num_tokens is None else num_tokens)
 
     def _between(self, start: int, end: int) -> np.ndarray:
-        scores = np.full((len(self.reads), end - start), np.nan, dtype=np.float32)
-        low, high = max(start, self._first), min(end, self.end)
-        if low < high:
-            positions = np.arange(low, high)
-            found = self._found[low - self._first : high - self._first].T
-            for row, read, values in zip(scores, self.reads, found, strict=True):
-                row[low - start : high - start] = np.where(read.covers(positions), values, np.nan)
+        found = self._found(start, end).T
+        positions = np.arange(start, end)
+        covered = [read.covers(positions) for read in self.reads]
+        return np.where(covered, found, np.float32(np.nan))
+
+    def _found(self, start: int, end: int) -> np.ndarray:
+        """What has come, float32 ``[end - start, reads]``, whether a read covers it or not."""
+        scores = np.full((end - start, len(self.reads)), np.nan, dtype=np.float32)
+        for begin, rows in reversed(self._chunks):
+            if begin + len(rows) <= start:
+                break
+            low, high = max(begin, start), min(begin + len(rows), end)
+            if low < high:
+                scores[low - start : high - start] = rows[
+                    low - begin : high - begin, : len(self.reads)
+                ]
         return scores
 
 
