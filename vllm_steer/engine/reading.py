@@ -37,7 +37,7 @@ class _Batch:
         columns: int32 ``[requests, reads]``, the rows of each one's readers.
         reading: int ``[R]``, places of the requests that read among all.
         reads: What they read; None where none does.
-        lengths: Tokens of each request in the step before; None before the first.
+        lengths: int ``[requests]``, tokens of each in the step before; of none before the first.
         rows: int32 ``[tokens, reads]``, the rows of the readers of that step's tokens.
     """
 
@@ -45,8 +45,8 @@ class _Batch:
     columns: np.ndarray
     reading: np.ndarray
     reads: ReadBatch | None
-    lengths: np.ndarray | None = None
-    rows: np.ndarray | None = None
+    lengths: np.ndarray
+    rows: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +125,7 @@ class Reading:
             return
         lengths = lengths[: len(batch.request_ids)]
         ends = np.cumsum(lengths)
-        if batch.rows is None or not np.array_equal(lengths, batch.lengths):
+        if not np.array_equal(lengths, batch.lengths):
             # vLLM writes the lengths of the next step where those of this one are.
             batch.lengths = lengths.copy()
             batch.rows = np.repeat(batch.columns, lengths, axis=0)
@@ -232,7 +232,8 @@ class Reading:
         reads = [self._reads[name] for name in names]
         read = ReadBatch(names, reads, self.bank.all_layers) if reads else None
         # vLLM changes its list in place.
-        return _Batch(list(request_ids), columns, np.array(reading, dtype=np.intp), read)
+        places = np.array(reading, dtype=np.intp)
+        return _Batch(list(request_ids), columns, places, read, np.zeros(0, np.int32), columns[:0])
 
     def _write(self, row: int, digest: str, after: bool) -> None:
         direction = self._find(digest)

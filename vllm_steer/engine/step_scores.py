@@ -130,8 +130,9 @@ class ReadBatch:
         index = self._layers[owners], tokens[:, None, None], self._slots[owners]
         depths = self._depths[owners]
         depth = self._layers.shape[-1]
-        alike = bool((self._depths == depth).all())
-        present = True if alike else np.arange(depth) < depths[..., None]
+        present: np.ndarray | Literal[True] = True
+        if (self._depths != depth).any():
+            present = np.arange(depth) < depths[..., None]
         self._picked = _Picked(begins, counts, index, present, 1 / depths)
         return self._picked
 
