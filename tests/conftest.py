@@ -21,7 +21,7 @@ from vllm_steer.offline.demo.server import Server, serve
 from vllm_steer.offline.gguf.model import model_path
 from vllm_steer.offline.questions.statements import statements
 from vllm_steer.packs.pack import SteeringPack
-from vllm_steer.testing.engine import EngineProcess
+from vllm_steer.testing.engine import Engine
 from vllm_steer.verify.oracle import Reference
 
 # Enough to learn real directions in seconds; how well they steer is measured in benchmarks/.
@@ -94,18 +94,18 @@ def reference(model: Path, packs: list[SteeringPack]) -> Reference:
 
 
 @pytest.fixture(scope="session")
-def start(model: Path, packs: list[SteeringPack]) -> Iterator[Callable[..., EngineProcess]]:
+def start(model: Path, packs: list[SteeringPack]) -> Iterator[Callable[..., Engine]]:
     """Starts engines on demand; the few that were used last stay, the others are ended."""
-    running: dict[str, EngineProcess] = {}
+    running: dict[str, Engine] = {}
 
-    def engine(kind: str) -> EngineProcess:
+    def engine(kind: str) -> Engine:
         if kind not in running:
             while len(running) >= MOST_ENGINES:
                 running.pop(next(iter(running))).close()
-            running[kind] = EngineProcess(
+            running[kind] = Engine(
                 engine_arguments(model, packs, kind),
                 environment(kind),
-                forked=bool(FORKED & set(kind.split("-"))),
+                fork=bool(FORKED & set(kind.split("-"))),
             )
         # The last one used is the last to go.
         running[kind] = running.pop(kind)

@@ -11,7 +11,8 @@ import pytest
 from tests.architectures.checkpoint import write_checkpoint
 from tests.architectures.families import FAMILIES, VOCABULARY, Family
 from tests.architectures.parity import FIRST, SECOND, TOLERANCE, engine_arguments
-from vllm_steer.testing.engine import EngineProcess
+from vllm_steer.errors import EngineError
+from vllm_steer.testing.engine import Engine
 from vllm_steer.verify.oracle import Reference
 
 pytestmark = pytest.mark.engine
@@ -50,7 +51,7 @@ def test_forms_equal_hooks(family: Family, tmp_path: Path) -> None:
     generator = np.random.default_rng(3)
     prompts = [generator.integers(3, VOCABULARY, 20 + 6 * n).tolist() for n in range(len(CASES))]
     reference = Reference(tmp_path, [pack])
-    engine = EngineProcess(arguments(tmp_path) | family.engine, forked=True)
+    engine = Engine(arguments(tmp_path) | family.engine, fork=True)
     try:
         outputs = engine.generate(prompts, CASES, TOKENS)
     finally:
@@ -79,7 +80,7 @@ def test_scores_equal_hooks(family: Family, ops: str, tmp_path: Path) -> None:
     prompts = [generator.integers(3, VOCABULARY, 20 + 6 * n).tolist() for n in range(2)]
     reference, given = Reference(tmp_path, [pack]), arguments(tmp_path)
     given["additional_config"]["steering"]["ops"] = ops
-    engine = EngineProcess(given | family.engine, forked=True)
+    engine = Engine(given | family.engine, fork=True)
     try:
         outputs = engine.generate(prompts, steerings, TOKENS)
     finally:
@@ -112,7 +113,7 @@ def test_a_stream_that_is_read_wrongly_stops_the_start(
 ) -> None:
     write_checkpoint(FAMILIES[name], tmp_path)
     with pytest.raises(
-        RuntimeError,
+        EngineError,
         match="CompatibilityError: the steering self-test cannot tell the residual stream after layer 0",
     ):
-        EngineProcess(arguments(tmp_path), prepare=[fault], forked=True)
+        Engine(arguments(tmp_path), prepare=[fault], fork=True)

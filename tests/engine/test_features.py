@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM
 
 from tests.engine.cases import CASES, SPIDERS
 from vllm_steer.packs.pack import SteeringPack
-from vllm_steer.testing.engine import EngineProcess, Output
+from vllm_steer.testing.engine import Engine, Output
 from vllm_steer.testing.parity import TOLERANCE, assert_equals_hooks
 from vllm_steer.verify.oracle import Reference
 
 pytestmark = pytest.mark.engine
 TOKENS = 16
-Start = Callable[[str], EngineProcess]
+Start = Callable[[str], Engine]
 
 
 def assert_scores(
