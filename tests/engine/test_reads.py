@@ -84,16 +84,22 @@ def assert_scores_equal_hooks(
         assert np.nanmax(np.abs(output.scores - expected), initial=0.0) < TOLERANCE, steering
 
 
+def test_a_server_without_reads_names_the_flag(start: Start, prompts: list[list[int]]) -> None:
+    with pytest.raises(EngineError, match="--steering-reads"):
+        start("eager").generate(prompts[:1], [{"read": [{"name": SPIDERS}]}], 4)
+
+
+# Those that the tests below use again come last.
 KINDS = {
-    "reads-eager": READ_CASES,
-    "reads-sync-eager": READ_CASES,
+    "reads-async-eager": READ_CASES,
     "reads-compiled": READ_CASES,
     "reads-v2-eager": READ_CASES,
     "reads-affine-eager": READ_CASES | AFFINE_CASES,
-    "reads-ngram-eager": READ_CASES,
     "reads-draft-eager": READ_CASES,
     "reads-tp2-eager": READ_CASES,
     "reads-pp2-eager": READ_CASES,
+    "reads-ngram-eager": READ_CASES,
+    "reads-eager": READ_CASES,
 }
 
 
@@ -201,8 +207,3 @@ def test_what_cannot_be_read_is_refused(
 ) -> None:
     with pytest.raises(EngineError, match=message):
         start("reads-eager").generate(prompts[:1], [steering], 4)
-
-
-def test_a_server_without_reads_names_the_flag(start: Start, prompts: list[list[int]]) -> None:
-    with pytest.raises(EngineError, match="--steering-reads"):
-        start("eager").generate(prompts[:1], [{"read": [{"name": SPIDERS}]}], 4)

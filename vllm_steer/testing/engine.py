@@ -130,6 +130,10 @@ class Engine(EngineProcess):
         """Dtype of the model, and most tokens of a request."""
         return self.call(_facts)
 
+    def is_asynchronous(self) -> bool:
+        """Whether a step is scheduled before the tokens of the last one are known."""
+        return self.call(_is_asynchronous)
+
     def config_hash(self) -> str:
         """Key of the engine's configuration in vLLM's compile cache."""
         return self.call(_config_hash)
@@ -202,6 +206,10 @@ def _ask(llm: LLM, prompts: Sequence[Any], params: Sequence[Any]) -> Any:
 def _facts(llm: LLM) -> tuple[Any, int]:
     config = llm.llm_engine.model_config
     return config.dtype, config.max_model_len
+
+
+def _is_asynchronous(llm: LLM) -> bool:
+    return bool(llm.llm_engine.vllm_config.scheduler_config.async_scheduling)
 
 
 def _config_hash(llm: LLM) -> str:
