@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.models import PACK_NAME
+from vllm_steer.verify.engine_calls import ExtraArgs
 
 PLAIN = "plain"
 CONTROL = "control"
@@ -27,7 +28,6 @@ COMBINED = 3
 STRONG = 50.0
 WORKLOADS = ("decode-heavy", "prefill-heavy")
 
-ExtraArgs = dict[str, Any] | None
 # Number of requests and a source of randomness to the extra arguments of each request.
 Steering = Callable[[int, random.Random], list[ExtraArgs]]
 

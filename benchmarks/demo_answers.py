@@ -6,12 +6,12 @@ learns its direction anew.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.options import results_parser
 from benchmarks.report import environment, write_json
 from vllm_steer.offline.showcase.ask import Example
 from vllm_steer.offline.showcase.run import run_showcase
@@ -39,8 +39,7 @@ def row(example: Example) -> dict[str, Any]:
 
 def main() -> None:
     """Runs the demo and writes what it answered."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", type=Path, required=True, help="file for the results")
+    parser = results_parser(__doc__)
     args = parser.parse_args()
     report = environment()
     started = time.monotonic()

@@ -8,7 +8,6 @@ statements, and every figure reported is measured on the `heldout` statements.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import tempfile
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.options import results_parser
 from vllm_steer.offline.demo import demo_model_path, demo_scales_path
 from vllm_steer.offline.demo.concepts import CONCEPTS, all_concepts, class_of, prefix
 from vllm_steer.offline.demo.evaluate import DemoModel, Trial, Verdict
@@ -231,8 +231,7 @@ def table(prompting: Mapping[str, float], methods: Mapping[str, dict[str, ClassF
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True, help="file of all figures")
+    parser = results_parser(__doc__)
     parser.add_argument("--model", type=Path, default=demo_model_path())
     parser.add_argument("--concepts", type=int, default=6, help="concepts per class to steer to")
     parser.add_argument("--statements", type=int, default=40, help="held-out ones per concept")

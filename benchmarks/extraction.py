@@ -11,7 +11,6 @@ the loaded model.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import tempfile
@@ -29,6 +28,7 @@ from joblib import Parallel
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.options import results_parser
 from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.offline.extract.capture import (
     PATHS,
@@ -370,8 +370,7 @@ def table(models: Sequence[dict[str, Any]], peaks: dict[str, dict[int, float]]) 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True, help="file of all figures")
+    parser = results_parser(__doc__)
     parser.add_argument("--hidden", type=int, default=1024, help="of the wide random model")
     parser.add_argument("--layers", type=int, default=8, help="likewise")
     parser.add_argument("--statements", type=int, default=200, help="of each side")

@@ -14,13 +14,14 @@ from tqdm import tqdm
 
 from benchmarks import arms
 from benchmarks.arms import Arm, Workload
-from benchmarks.engine import Engine
+from benchmarks.engine import describe, start_engine
 from benchmarks.models import BenchModel, write_pack
 from benchmarks.rivals import NOT_RUN, Rival, install_hotwire
 from benchmarks.steers import check_steers
 from vllm_steer.errors import EngineError
+from vllm_steer.verify.engine_calls import Timing, time_batch
 from vllm_steer.verify.interleave import Ratio, ratio_to, rounds
-from vllm_steer.verify.process import Timing
+from vllm_steer.verify.process import EngineProcess
 
 PLAIN_ARM = Arm(arms.PLAIN, arms.PLAIN, arms.unsteered)
 CONTROL_ARM = Arm(arms.CONTROL, arms.CONTROL, arms.unsteered)
@@ -46,7 +47,7 @@ class Fleet:
     """
 
     model: BenchModel
-    engines: dict[str, Engine]
+    engines: dict[str, EngineProcess]
     arms: tuple[Arm, ...]
     notes: dict[str, str]
     checks: dict[str, str]
@@ -202,13 +203,13 @@ def fleet(
         ExitStack() as stack,
         tqdm(total=2 + control + len(variants) + len(found), desc="engines") as bar,
     ):
-        engines: dict[str, Engine] = {}
+        engines: dict[str, EngineProcess] = {}
 
         def start(
             name: str, given: Mapping[str, Any], env: Mapping[str, str], path: Sequence[Path] = ()
-        ) -> Engine:
+        ) -> EngineProcess:
             bar.set_postfix_str(name)
-            engine = Engine(name, given, {**environment, **env}, path)
+            engine = start_engine(name, given, {**environment, **env}, path)
             stack.callback(engine.close)
             engines[name] = engine
             bar.update()
@@ -247,7 +248,7 @@ def fleet(
             else:
                 notes[rival.name] = verdict.told
                 engines.pop(rival.name).close()
-        described = {name: engine.describe() for name, engine in engines.items()}
+        described = {name: engine.call(describe) for name, engine in engines.items()}
         yield Fleet(model, engines, tuple(measured), notes, checks, described)
 
 
@@ -270,7 +271,7 @@ def measure(running: Fleet, workload: Workload, repetitions: int, seed: int = 0)
         extra = arm.steering(workload.requests, rng)
         others = [engine for key, engine in running.engines.items() if key != arm.engine]
         before = sum(engine.cpu_seconds() for engine in others)
-        timing = running.engines[arm.engine].run(prompts, extra, workload.answer)
+        timing = running.engines[arm.engine].call(time_batch, prompts, extra, workload.answer)
         waiting += sum(engine.cpu_seconds() for engine in others) - before
         timed += timing.seconds
         return timing

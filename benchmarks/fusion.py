@@ -27,6 +27,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from benchmarks.fusion_loop import PlainLoop
+from benchmarks.options import results_parser
 from benchmarks.report import environment, show, write_json
 from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.offline.demo.gold import gold_questions, is_gold
@@ -314,8 +315,7 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True, help="file of all figures")
+    parser = results_parser(__doc__)
     parser.add_argument("--questions", type=int, default=40, help="held-out ones")
     parser.add_argument("--tuning", type=int, default=15, help="for scales of other questions")
     parser.add_argument("--trials", type=int, default=20, help="of each question")

@@ -9,7 +9,6 @@ original's, with mu of the unsteered prompt and with mu under steering, which is
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from benchmarks.options import results_parser
 from benchmarks.report import environment, show, write_json
 from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.offline.demo.gold import gold_questions
@@ -113,8 +113,7 @@ def table(report: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True, help="file of all figures")
+    parser = results_parser(__doc__)
     parser.add_argument(
         "--models", type=Path, nargs="+", metavar="DIR", help="default: the demo's and SmolLM2's"
     )

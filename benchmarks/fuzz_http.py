@@ -9,7 +9,6 @@ between must get the tokens that they got before. Seeds replay.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import random
@@ -27,6 +26,7 @@ from hypothesis import seed as hypothesis_seed
 from tqdm import tqdm
 
 from benchmarks import report
+from benchmarks.options import results_parser
 from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.offline.demo.concepts import CONCEPTS
 from vllm_steer.offline.demo.packs import FULL_METHOD, extract_demo_packs
@@ -315,10 +315,9 @@ def run(packs: Sequence[Path], folder: Path, count: int, seed: int) -> dict[str,
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = results_parser(__doc__)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, required=True, help="file for the results")
     args = parser.parse_args()
     environment = report.environment()
     few = FULL_METHOD.model_copy(update={"positive_count": 20, "negative_count": 20})

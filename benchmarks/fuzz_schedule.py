@@ -11,7 +11,6 @@ against Hugging Face with forward hooks, which sees the whole sequence at once, 
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -27,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from benchmarks.options import results_parser
 from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.offline.demo.corpus import user_text
 from vllm_steer.offline.questions.statements import statements
@@ -420,12 +420,11 @@ def compare_scores(want: Wanted, answer: Answer, plain: Reference) -> tuple[str,
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = results_parser(__doc__)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0, help="seed of the first world")
     parser.add_argument("--world", type=int, default=WORLD_REQUESTS, help="requests per engine")
     parser.add_argument("--runner", choices=("v1", "v2"), default="v1", help="vLLM's model runner")
-    parser.add_argument("--json", type=Path, required=True, help="file for the results")
     args = parser.parse_args()
     if args.runner == "v2":
         # Here, since the worlds' processes import triton before they run any line of this file.

@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks import arms, report
 from benchmarks.arms import Arm, Workload
-from benchmarks.engine import Engine
+from benchmarks.engine import answers_of, start_engine
 from benchmarks.equality import Answer, compare_greedy
 from benchmarks.fleet import (
     PLUGIN_ENVIRONMENT,
@@ -31,6 +31,8 @@ from benchmarks.fleet import (
     measure,
 )
 from benchmarks.models import SHAPES, WORK, BenchModel, prepare_model
+from benchmarks.profile_step import profile_decode
+from vllm_steer.verify.process import EngineProcess
 
 PROMPT = 32
 ANSWER = 128
@@ -67,7 +69,7 @@ def environment(device: str, runner: str) -> dict[str, str]:
     return chosen
 
 
-def checked_answers(engine: Engine, vocabulary: int) -> list[Answer]:
+def checked_answers(engine: EngineProcess, vocabulary: int) -> list[Answer]:
     """Greedy answers to a mixed batch: unsteered requests beside distinctly steered ones."""
     rng = random.Random(0)
     prompts = Workload("equality", CHECKED_REQUESTS, PROMPT, CHECKED_TOKENS).prompts(
@@ -75,14 +77,14 @@ def checked_answers(engine: Engine, vocabulary: int) -> list[Answer]:
     )
     extra = arms.steered_distinct(CHECKED_REQUESTS, rng)
     mixed = [ask if index % 2 else None for index, ask in enumerate(extra)]
-    return engine.generate(prompts, mixed, CHECKED_TOKENS)
+    return answers_of(engine, prompts, mixed, CHECKED_TOKENS)
 
 
 def eager_answers(
     model: BenchModel, folder: Path, arguments: Mapping[str, Any], variables: Mapping[str, str]
 ) -> list[Answer]:
     """The answers of the plugin without compilation and graphs, from an engine that ends at once."""
-    engine = Engine(
+    engine = start_engine(
         "eager plugin",
         {
             **engine_arguments(model, folder, arguments, CHECKED_REQUESTS),
@@ -101,7 +103,8 @@ def profile_arm(running: Fleet, arm: Arm, batch: int) -> dict[str, Any]:
     rng = random.Random(0)
     work = Workload("profile", batch, PROMPT, ANSWER)
     prompts = work.prompts(running.model.vocabulary, rng)
-    return running.engines[arm.engine].profile(prompts, arm.steering(batch, rng), PROFILE_STEPS)
+    extra = arm.steering(batch, rng)
+    return running.engines[arm.engine].call(profile_decode, prompts, extra, PROFILE_STEPS)
 
 
 def run(model: BenchModel, runner: str, args: argparse.Namespace) -> dict[str, Any]:

@@ -11,7 +11,6 @@ which the batch may decide; either is right.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import tempfile
@@ -25,6 +24,7 @@ from benchmarks import report
 from benchmarks.load_cases import STEERINGS, CaseBook
 from benchmarks.load_check import World, check_metrics, compare
 from benchmarks.load_clients import load
+from benchmarks.options import results_parser
 from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.offline.demo.concepts import CONCEPTS
 from vllm_steer.offline.demo.packs import FULL_METHOD, extract_demo_packs
@@ -125,11 +125,10 @@ def passed(result: Mapping[str, Any]) -> bool:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = results_parser(__doc__)
     parser.add_argument("--seconds", type=float, default=300.0, help="length of the load")
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, required=True, help="file for the results")
     args = parser.parse_args()
     environment = report.environment()
     few = FULL_METHOD.model_copy(update={"positive_count": 20, "negative_count": 20})

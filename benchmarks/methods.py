@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.method_arms import ATTENTION, ESTIMATORS, Arm, see, write_arms
+from benchmarks.options import results_parser
 from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.offline.demo.concepts import CONCEPTS, prefix
 from vllm_steer.offline.demo.judge import DemoJudge
@@ -309,8 +310,7 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True, help="file of all figures")
+    parser = results_parser(__doc__)
     parser.add_argument("--concepts", type=int, default=3, help="concepts per class")
     parser.add_argument(
         "--extract", type=int, default=100, help="statements with and without prefix"

@@ -8,7 +8,6 @@ requests, for several numbers of directions combined and of layers. Medians, in 
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 import tempfile
@@ -22,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks import report
+from benchmarks.options import results_parser
 from vllm_steer.config import GRAPH_REVISION, ResolvedConfig, plugin_version
 from vllm_steer.engine.intake import check_plan
 from vllm_steer.packs.pack import load_pack
@@ -203,12 +203,11 @@ def loading(folder: Path, layers: int) -> dict[str, float]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = results_parser(__doc__)
     parser.add_argument("--requests", type=int, default=256, help="decoding requests of a step")
     parser.add_argument("--directions", nargs="+", type=int, default=DIRECTIONS)
     parser.add_argument("--layers", nargs="+", type=int, default=LAYERS)
     parser.add_argument("--calls", type=int, default=2000, help="calls of each kind that count")
-    parser.add_argument("--json", type=Path, required=True, help="file for the results")
     args = parser.parse_args()
     about = report.environment()
     figures: list[dict[str, Any]] = []

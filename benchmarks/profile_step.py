@@ -8,19 +8,21 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from vllm_steer.verify.engine_calls import ExtraArgs, greedy
+
 WARM_UP_STEPS = 3
 LISTED = 40
 
 
 def profile_decode(
-    llm: Any, prompts: list[list[int]], params: list[Any], steps: int
+    llm: Any, prompts: list[list[int]], extra: list[ExtraArgs], steps: int
 ) -> dict[str, Any]:
     """Profiles decode steps of a batch that decodes together.
 
     Args:
         llm: The engine, idle.
         prompts: Token ids of each prompt.
-        params: ``SamplingParams`` of each; long enough for all steps.
+        extra: ``SamplingParams.extra_args`` of each.
         steps: Steps to profile.
 
     Returns:
@@ -31,8 +33,11 @@ def profile_decode(
     import torch
 
     engine = llm.llm_engine
-    for number, (prompt, param) in enumerate(zip(prompts, params, strict=True)):
-        engine.add_request(f"profile-{number}", {"prompt_token_ids": prompt}, param)
+    # One token comes of the prefill, and a step may be in flight when the profile ends.
+    count = steps + WARM_UP_STEPS + 4
+    for number, (prompt, arguments) in enumerate(zip(prompts, extra, strict=True)):
+        params = greedy(count, arguments)
+        engine.add_request(f"profile-{number}", {"prompt_token_ids": prompt}, params)
     started: set[str] = set()
     while len(started) < len(prompts):
         started |= {output.request_id for output in engine.step()}

@@ -15,7 +15,6 @@ multiple_choice: capability beside steering.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
@@ -28,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.options import results_parser
 from benchmarks.report import environment
 from vllm_steer.offline.calibrate.grid import subjects
 from vllm_steer.offline.calibrate.measures import (
@@ -312,8 +312,7 @@ class Benchmark:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--json", type=Path, required=True, help="file for the results")
+    parser = results_parser(__doc__)
     parser.add_argument("--model", type=Path, help="checkpoint (default: SmolLM2-135M-Instruct)")
     parser.add_argument(
         "--work",

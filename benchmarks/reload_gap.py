@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from benchmarks import report
 from benchmarks.models import PACK_NAME, prepare_model, write_pack
-from benchmarks.options import parser_of
+from benchmarks.options import engine_parser
 from benchmarks.serve import serving
 from benchmarks.traffic import SERVED_NAME
 from vllm_steer.packs.pack import load_pack
@@ -154,7 +154,7 @@ _FIELDS = {
 
 def main() -> None:
     """Command line."""
-    parser = parser_of(__doc__)
+    parser = engine_parser(__doc__)
     parser.add_argument("--directions", type=int, default=2048, help="of the pack that is loaded")
     parser.add_argument("--clients", type=int, default=4, help="streams at once")
     parser.add_argument("--requests", type=int, default=16, help="that the server runs at once")

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.arms import COMBINED, STRONG, Arm, ExtraArgs, unsteered
+from benchmarks.arms import COMBINED, STRONG, Arm, unsteered
 from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.verify.engine_calls import ExtraArgs
 
 HOTWIRE = "hotwire"
 HOTWIRE_PACKAGE = "hotwire-vllm==0.1.2"

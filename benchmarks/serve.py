@@ -26,7 +26,7 @@ from tqdm import tqdm
 from benchmarks import arms, report
 from benchmarks.arms import Arm
 from benchmarks.models import DEMO, BenchModel, prepare_model, write_pack
-from benchmarks.options import parser_of
+from benchmarks.options import engine_parser
 from benchmarks.traffic import SERVED_NAME, Latency, Traffic, send
 from vllm_steer.offline.demo.server import Server, free_port, running
 from vllm_steer.packs.pack import load_pack
@@ -204,7 +204,7 @@ def _loading_seconds(path: Path) -> float:
 
 def main() -> None:
     """Command line."""
-    parser = parser_of(__doc__)
+    parser = engine_parser(__doc__)
     parser.add_argument("--requests", type=int, default=48, help="requests of a run")
     parser.add_argument("--rate", type=float, default=8.0, help="requests a second")
     parser.add_argument("--repetitions", type=int, default=10, help="rounds that count")

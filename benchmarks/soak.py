@@ -11,7 +11,6 @@ wait of a request for two steered tokens beside the hostile clients over that be
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import hashlib
 import json
@@ -33,6 +32,7 @@ from benchmarks import soak_hostile as hostile
 from benchmarks.engine import ROOT
 from benchmarks.fuzz_http import memory
 from benchmarks.load_clients import scrape
+from benchmarks.options import results_parser
 from benchmarks.soak_model import CALM, DEEP, SWING, write_model, write_packs
 from vllm_steer.offline.demo.server import SERVED_NAME, Server, free_port, running, serve_command
 from vllm_steer.packs.pack import SteeringPack
@@ -271,12 +271,11 @@ def passed(result: Mapping[str, Any]) -> bool:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = results_parser(__doc__)
     parser.add_argument("--minutes", type=float, default=10.0, help="length of the hostile part")
     parser.add_argument("--dtype", choices=list(bystanders.TOLERANCES), default="float32")
     parser.add_argument("--runner", choices=["v1", "v2"], default="v1", help="model runner")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, required=True, help="file for the results")
     args = parser.parse_args()
     environment = report.environment()
     with tempfile.TemporaryDirectory() as folder:

@@ -9,7 +9,6 @@ plain vLLM, or 50 ms, whichever is more. Stalls are medians over rounds.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import random
@@ -27,6 +26,7 @@ import httpx
 from tqdm import tqdm
 
 from benchmarks import report
+from benchmarks.options import results_parser
 from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.offline.demo.server import SERVED_NAME, Server, free_port, running, serve_command
 from vllm_steer.testing.random_pack import checkpoint_identity, write_random_pack
@@ -242,10 +242,9 @@ def table(result: Mapping[str, Any]) -> list[str]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = results_parser(__doc__)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, required=True, help="file for the results")
     args = parser.parse_args()
     environment = report.environment()
     with tempfile.TemporaryDirectory() as folder:

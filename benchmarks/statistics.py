@@ -20,9 +20,7 @@ prefix does; over 5,000 concepts the distance of p to uniform is 0.02 for it, 0.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +29,7 @@ from numpy.typing import NDArray
 from scipy.stats import false_discovery_control, kstest
 from tqdm import tqdm
 
+from benchmarks.options import results_parser
 from benchmarks.report import environment, show, write_json
 from vllm_steer.offline.estimators.labels import choose_tokens
 from vllm_steer.offline.extract.enrichment import Enrichment, PermutationTest, TokenChoice
@@ -225,8 +224,7 @@ def _generators(seed: int, count: int, name: str) -> Iterator[np.random.Generato
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, required=True, help="file of all figures")
+    parser = results_parser(__doc__)
     parser.add_argument("--simulations", type=int, default=1000, help="of each kind of attention")
     parser.add_argument("--repetitions", type=int, default=5000, help="of each kind of interval")
     parser.add_argument("--seed", type=int, default=0)

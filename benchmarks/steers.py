@@ -6,7 +6,8 @@ import random
 from dataclasses import dataclass
 
 from benchmarks.arms import Arm, Workload
-from benchmarks.engine import Engine
+from benchmarks.engine import answers_of
+from vllm_steer.verify.process import EngineProcess
 
 PROMPTS = 4
 TOKENS = 8
@@ -25,7 +26,7 @@ class Verdict:
     told: str
 
 
-def check_steers(engine: Engine, strong: Arm, vocabulary: int) -> Verdict:
+def check_steers(engine: EngineProcess, strong: Arm, vocabulary: int) -> Verdict:
     """Compares answers to the same prompts with and without a strong vector.
 
     Args:
@@ -35,8 +36,8 @@ def check_steers(engine: Engine, strong: Arm, vocabulary: int) -> Verdict:
     """
     work = Workload("check", PROMPTS, 12, TOKENS)
     prompts = work.prompts(vocabulary, random.Random(0))
-    plain = engine.generate(prompts, [None] * PROMPTS, TOKENS)
-    steered = engine.generate(prompts, strong.steering(PROMPTS, random.Random(0)), TOKENS)
+    plain = answers_of(engine, prompts, [None] * PROMPTS, TOKENS)
+    steered = answers_of(engine, prompts, strong.steering(PROMPTS, random.Random(0)), TOKENS)
     changed = sum(before != after for before, after in zip(plain, steered, strict=True))
     tokens = sum(before[0] != after[0] for before, after in zip(plain, steered, strict=True))
     if changed == PROMPTS:

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks import arms, report
 from benchmarks.fleet import WAITING_LIMIT, Fleet, Measurement, Rounds, fleet, measure
 from benchmarks.models import prepare_model
-from benchmarks.options import parser_of
+from benchmarks.options import engine_parser
 
 MAX_MODEL_LEN = 512
 CACHE_BYTES = 2**29
@@ -63,7 +63,7 @@ def table(running: Fleet, measurement: Measurement) -> list[str]:
 
 def main() -> None:
     """Command line."""
-    parser = parser_of(__doc__)
+    parser = engine_parser(__doc__)
     parser.add_argument("--requests", type=int, default=32, help="requests that run together")
     parser.add_argument("--tokens", type=float, default=1.0, help="factor of prompts and answers")
     parser.add_argument("--repetitions", type=int, default=15, help="rounds of each start")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -21,14 +22,17 @@ from vllm_steer.offline.demo.server import Server, serve
 from vllm_steer.offline.gguf.model import model_path
 from vllm_steer.offline.questions.statements import statements
 from vllm_steer.packs.pack import SteeringPack
-from vllm_steer.testing.engine import EngineProcess
+from vllm_steer.testing.engine import Engine
 from vllm_steer.verify.oracle import Reference
 
 # Enough to learn real directions in seconds; how well they steer is measured in benchmarks/.
 FEW = FULL_METHOD.model_copy(update={"positive_count": 40, "negative_count": 40})
 PLAIN = {"VLLM_PLUGINS": ""}
-# Probes that a request of an engine kind with ``reads`` may read.
+# Probes that a request of the server, or of an engine kind with ``reads``, may read.
 READS = 3
+# An API key of the server, whose every answer the operator has ended one token after this is so.
+WATCHED = "watched"
+FIRES: dict[str, Any] = {"above": -1e6, "for": 3}
 # Each holds one to two gigabytes.
 MOST_ENGINES = 6
 V2 = {
@@ -47,6 +51,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--record-features"):
         config.pluginmanager.register(FeatureRecorder())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Servers come last, since the one that is shared stays until the end."""
+    items.sort(key=lambda item: item.get_closest_marker("server") is not None)
 
 
 def pytest_report_header() -> str:
@@ -94,18 +103,19 @@ def reference(model: Path, packs: list[SteeringPack]) -> Reference:
 
 
 @pytest.fixture(scope="session")
-def start(model: Path, packs: list[SteeringPack]) -> Iterator[Callable[..., EngineProcess]]:
+def start(model: Path, packs: list[SteeringPack]) -> Iterator[Callable[..., Engine]]:
     """Starts engines on demand; the few that were used last stay, the others are ended."""
-    running: dict[str, EngineProcess] = {}
+    running: dict[str, Engine] = {}
 
-    def engine(kind: str) -> EngineProcess:
+    def engine(kind: str) -> Engine:
         if kind not in running:
             while len(running) >= MOST_ENGINES:
                 running.pop(next(iter(running))).close()
-            running[kind] = EngineProcess(
+            running[kind] = Engine(
                 engine_arguments(model, packs, kind),
                 environment(kind),
-                forked=bool(FORKED & set(kind.split("-"))),
+                [schedule_asynchronously] if "async" in kind.split("-") else [],
+                fork=bool(FORKED & set(kind.split("-"))),
             )
         # The last one used is the last to go.
         running[kind] = running.pop(kind)
@@ -121,7 +131,6 @@ FEATURES: dict[str, dict[str, Any]] = {
     "cached": {"enable_prefix_caching": True},
     # So little room that a request's blocks are evicted by those of the next few.
     "tiny": {"num_gpu_blocks_override": 10, "max_model_len": 256},
-    "sync": {"async_scheduling": False},
     "async": {"async_scheduling": True},
     "tp2": {"tensor_parallel_size": 2},
     "pp2": {"pipeline_parallel_size": 2},
@@ -146,7 +155,21 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 
 # Kinds that start faster by forking; the others are started as a server starts them.
-FORKED = {"sync", "ngram", "lora", "cached"}
+FORKED = {"async", "ngram", "lora", "cached"}
+
+
+def schedule_asynchronously() -> None:
+    """Keeps the CPU platform from switching off what it does not need."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    check = CpuPlatform.check_and_update_config.__func__
+
+    def keep(cls: type, vllm_config: Any) -> None:
+        asynchronous = vllm_config.scheduler_config.async_scheduling
+        check(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = asynchronous
+
+    CpuPlatform.check_and_update_config = classmethod(keep)
 
 
 def environment(kind: str) -> dict[str, str]:
@@ -191,11 +214,20 @@ def engine_arguments(model: Path, packs: list[SteeringPack], kind: str) -> dict[
 def server(
     model: Path, packs: list[SteeringPack], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """A real ``vllm serve`` with the packs and an alias."""
+    """A real ``vllm serve`` with the packs and an alias, which may be asked to read and watches one key."""
     folder = tmp_path_factory.mktemp("server")
-    cheerful = {"directions": [{"name": "moods/cheerful", "scale": 9.0}]}
-    (folder / "policy.json").write_text(json.dumps({"aliases": {"cheerful": cheerful}}))
+    policy = {
+        "aliases": {"cheerful": {"directions": [{"name": "moods/cheerful", "scale": 9.0}]}},
+        "watch": {
+            hashlib.sha256(WATCHED.encode()).hexdigest(): {
+                "read": [{"name": "fears/heights"}],
+                "abort_when": FIRES | {"read": 0},
+            }
+        },
+    }
+    (folder / "policy.json").write_text(json.dumps(policy))
     options = ["--enforce-eager", "--steering-policy", str(folder / "policy.json")]
+    options += ["--steering-reads", str(READS)]
     with serve(model, [pack.path for pack in packs], folder / "log", *options) as running:
         yield running
 

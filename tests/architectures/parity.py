@@ -18,7 +18,7 @@ import numpy as np
 
 from tests.architectures.checkpoint import write_checkpoint
 from tests.architectures.families import VOCABULARY, Family
-from vllm_steer.testing.engine import EngineProcess, Output
+from vllm_steer.testing.engine import Engine, Output
 from vllm_steer.verify.oracle import Answer, Reference
 
 TOKENS = 8
@@ -121,10 +121,10 @@ class ParityRuns:
             reference = Reference(root, [pack])
             expected = _answers(reference, prompts, list(CASES.values()))
             unsteered = _answers(reference, prompts, [None] * len(CASES))
-        engine = EngineProcess(
+        engine = Engine(
             engine_arguments(root, mode) | family.engine,
             {"VLLM_CPU_OMP_THREADS_BIND": str(core), "TORCHINDUCTOR_COMPILE_THREADS": "1"},
-            forked=True,
+            fork=True,
         )
         try:
             reads = [(prompts[0], READ)] if mode == "eager" else []

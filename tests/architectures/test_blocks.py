@@ -15,8 +15,8 @@ from tests.architectures.parity import engine_arguments
 from vllm_steer.engine.bank import BankShape, SteeringBank
 from vllm_steer.engine.blocks import find_blocks, hook_blocks
 from vllm_steer.engine.row_values import RowValues
-from vllm_steer.errors import CompatibilityError
-from vllm_steer.testing.engine import EngineProcess
+from vllm_steer.errors import CompatibilityError, EngineError
+from vllm_steer.testing.engine import Engine
 
 WIDTH, TOKENS = 4, 5
 
@@ -140,8 +140,8 @@ def test_a_model_of_unknown_structure_does_not_start(tmp_path: Path) -> None:
     """HRM-Text runs two stacks of blocks again and again: no list holds as many as it has layers."""
     write_checkpoint(Family("HRM-Text", "HrmTextConfig", {**COMMON, "head_dim": 32}), tmp_path)
     with pytest.raises(
-        RuntimeError,
+        EngineError,
         match="CompatibilityError: cannot tell which modules of HrmTextForCausalLM are its 24 "
         "decoder blocks: 0 lists of that length .* this model cannot be steered",
     ):
-        EngineProcess(engine_arguments(tmp_path, "eager"), forked=True)
+        Engine(engine_arguments(tmp_path, "eager"), fork=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import pytest
 from tests.architectures.checkpoint import write_checkpoint
 from tests.architectures.families import FAMILIES, VOCABULARY, Family
 from tests.architectures.parity import FIRST, SECOND, TOLERANCE, engine_arguments
-from vllm_steer.testing.engine import EngineProcess
+from vllm_steer.errors import EngineError
+from vllm_steer.testing.engine import Engine
 from vllm_steer.verify.oracle import Reference
 
 pytestmark = pytest.mark.engine
@@ -38,23 +41,37 @@ def arguments(root: Path) -> dict[str, Any]:
     return given
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
+@dataclass(frozen=True)
+class Affine:
+    """A family's checkpoint, the reference of it, and an engine of the affine form that reads."""
+
+    family: Family
+    root: Path
+    reference: Reference
+    engine: Engine
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
         pytest.param(family, id=name, marks=[pytest.mark.slow] * (name not in QUICK))
         for name, family in FAMILIES.items()
     ],
 )
-def test_forms_equal_hooks(family: Family, tmp_path: Path) -> None:
-    pack = write_checkpoint(family, tmp_path)
-    generator = np.random.default_rng(3)
+def affine(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Affine]:
+    root = tmp_path_factory.mktemp("family")
+    pack = write_checkpoint(request.param, root)
+    engine = Engine(arguments(root) | request.param.engine, fork=True)
+    yield Affine(request.param, root, Reference(root, [pack]), engine)
+    engine.close()
+
+
+def test_forms_equal_hooks(affine: Affine) -> None:
+    generator, reference = np.random.default_rng(3), affine.reference
     prompts = [generator.integers(3, VOCABULARY, 20 + 6 * n).tolist() for n in range(len(CASES))]
-    reference = Reference(tmp_path, [pack])
-    engine = EngineProcess(arguments(tmp_path) | family.engine, forked=True)
-    try:
-        outputs = engine.generate(prompts, CASES, TOKENS)
-    finally:
-        engine.close()
+    outputs = affine.engine.generate(prompts, CASES, TOKENS)
     for prompt, steering, output in zip(prompts, CASES, outputs, strict=True):
         expected = reference.generate(prompt, steering, TOKENS)
         assert output.tokens == expected.tokens, steering
@@ -64,30 +81,29 @@ def test_forms_equal_hooks(family: Family, tmp_path: Path) -> None:
             assert np.abs(plain.logprobs - expected.logprobs).max() > 100 * TOLERANCE, steering
 
 
-@pytest.mark.parametrize("ops", ["additive", "affine"])
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(family, id=name, marks=[pytest.mark.slow] * (name not in QUICK))
-        for name, family in FAMILIES.items()
-    ],
-)
-def test_scores_equal_hooks(family: Family, ops: str, tmp_path: Path) -> None:
-    pack = write_checkpoint(family, tmp_path)
+def assert_scores_equal_hooks(engine: Engine, reference: Reference) -> None:
     steerings = [{"read": READS}, {"directions": [{"name": FIRST, "scale": 6.0}], "read": READS}]
     generator = np.random.default_rng(4)
     prompts = [generator.integers(3, VOCABULARY, 20 + 6 * n).tolist() for n in range(2)]
-    reference, given = Reference(tmp_path, [pack]), arguments(tmp_path)
-    given["additional_config"]["steering"]["ops"] = ops
-    engine = EngineProcess(given | family.engine, forked=True)
-    try:
-        outputs = engine.generate(prompts, steerings, TOKENS)
-    finally:
-        engine.close()
+    outputs = engine.generate(prompts, steerings, TOKENS)
     for prompt, steering, output in zip(prompts, steerings, outputs, strict=True):
         expected = reference.read(prompt, output.tokens, steering)[:, :-1]
         assert output.scores is not None
         assert np.abs(output.scores[:, :-1] - expected).max() < TOLERANCE, steering
+
+
+def test_scores_equal_hooks(affine: Affine) -> None:
+    assert_scores_equal_hooks(affine.engine, affine.reference)
+
+
+def test_scores_of_an_additive_engine_equal_hooks(affine: Affine) -> None:
+    given = arguments(affine.root) | affine.family.engine
+    given["additional_config"]["steering"]["ops"] = "additive"
+    engine = Engine(given, fork=True)
+    try:
+        assert_scores_equal_hooks(engine, affine.reference)
+    finally:
+        engine.close()
 
 
 def _read_every_residual() -> None:
@@ -112,7 +128,7 @@ def test_a_stream_that_is_read_wrongly_stops_the_start(
 ) -> None:
     write_checkpoint(FAMILIES[name], tmp_path)
     with pytest.raises(
-        RuntimeError,
+        EngineError,
         match="CompatibilityError: the steering self-test cannot tell the residual stream after layer 0",
     ):
-        EngineProcess(arguments(tmp_path), prepare=[fault], forked=True)
+        Engine(arguments(tmp_path), prepare=[fault], fork=True)

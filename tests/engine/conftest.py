@@ -9,15 +9,15 @@ import pytest
 HERE = Path(__file__).parent
 ORDER = (
     "test_compile_cache.py",
-    "test_start.py",
     "test_parallel.py",
+    "test_start.py",
     "test_parity.py",
-    "test_reads.py",
     "test_isolation.py",
     "test_prefix_cache.py",
     "test_stop_tokens.py",
     "test_features.py",
     "test_forms.py",
+    "test_reads.py",
     "test_sweep.py",
     "test_fusion.py",
 )

@@ -13,14 +13,26 @@ import pytest
 from tests.conftest import engine_arguments
 from tests.engine.cases import CASES
 from tests.engine.test_reads import READ_CASES, assert_scores_equal_hooks
+from vllm_steer.errors import EngineError
 from vllm_steer.packs.pack import SteeringPack
-from vllm_steer.testing.engine import EngineProcess
+from vllm_steer.testing.engine import Engine
 from vllm_steer.testing.parity import assert_equals_hooks
 from vllm_steer.testing.random_pack import write_variant
 from vllm_steer.verify.oracle import Reference
 
 pytestmark = pytest.mark.engine
 TOKENS = 8
+PIECEWISE = {
+    "compilation_config": {
+        "mode": 3,
+        "pass_config": {"fuse_norm_quant": False, "fuse_act_quant": False},
+    }
+}
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """Of an engine in one process, with a compile cache of its own."""
+    return {"VLLM_CACHE_ROOT": str(cache), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 def compile_as_on_a_gpu() -> None:
@@ -67,28 +79,24 @@ def test_a_cached_unsteered_graph_is_not_reused(
     reference: Reference,
     tmp_path: Path,
 ) -> None:
-    env = {"VLLM_CACHE_ROOT": str(tmp_path), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    compilation = {
-        "mode": 3,
-        "pass_config": {"fuse_norm_quant": False, "fuse_act_quant": False},
-    }
+    env = environment(tmp_path)
     # The same environment, started without steering.
-    plain = engine_arguments(model, packs, "plain-compiled") | {"compilation_config": compilation}
-    steered = engine_arguments(model, packs, "compiled") | {"compilation_config": compilation}
-    unsteered_engine = EngineProcess(plain, env, [compile_as_on_a_gpu])
+    plain = engine_arguments(model, packs, "plain-compiled") | PIECEWISE
+    steered = engine_arguments(model, packs, "compiled") | PIECEWISE
+    unsteered_engine = Engine(plain, env, [compile_as_on_a_gpu])
     unsteered_engine.generate(prompts[:1], [None], TOKENS)
     unsteered_engine.close()
     # Without the salt the unsteered graph is found; nothing but the self-test would notice.
-    with pytest.raises(RuntimeError, match="the model would run unsteered"):
-        EngineProcess(steered, env, [compile_as_on_a_gpu, leave_the_salt_out])
+    with pytest.raises(EngineError, match="the model would run unsteered"):
+        Engine(steered, env, [compile_as_on_a_gpu, leave_the_salt_out])
     # With it a graph of its own is compiled, which the next engine finds, though its packs are others.
     others = [
         write_variant(pack, tmp_path / "others" / pack.name, pack.name, -1.0) for pack in packs
     ]
-    elsewhere = engine_arguments(model, others, "compiled") | {"compilation_config": compilation}
+    elsewhere = engine_arguments(model, others, "compiled") | PIECEWISE
     compiled = []
     for arguments, hooks in ((steered, reference), (elsewhere, Reference(model, others))):
-        engine = EngineProcess(arguments, env, [compile_as_on_a_gpu])
+        engine = Engine(arguments, env, [compile_as_on_a_gpu])
         outputs = engine.generate(prompts, list(CASES.values()), TOKENS)
         engine.close()
         assert_equals_hooks(hooks, prompts, CASES.values(), outputs, TOKENS)
@@ -104,15 +112,12 @@ def test_reads_in_piecewise_graphs_that_are_found_again(
     tmp_path: Path,
 ) -> None:
     """The graph writes scores into a buffer of its module, which a cached graph has to find again."""
-    env = {"VLLM_CACHE_ROOT": str(tmp_path), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    compilation = {"mode": 3, "pass_config": {"fuse_norm_quant": False, "fuse_act_quant": False}}
-    arguments = engine_arguments(model, packs, "reads-compiled")
+    env = environment(tmp_path)
+    arguments = engine_arguments(model, packs, "reads-compiled") | PIECEWISE
     steerings = list(READ_CASES.values())
     given, keys = prompts[: len(steerings)], set()
     for _ in range(2):
-        engine = EngineProcess(
-            arguments | {"compilation_config": compilation}, env, [compile_as_on_a_gpu]
-        )
+        engine = Engine(arguments, env, [compile_as_on_a_gpu])
         outputs = engine.generate(given, steerings, TOKENS)
         keys.add(engine.config_hash())
         engine.close()

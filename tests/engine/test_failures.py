@@ -28,7 +28,7 @@ from vllm_steer.offline.engine.tokens import TokenEngine
 from vllm_steer.offline.evaluate.generation import Answer, Generator, Request, generating
 from vllm_steer.offline.questions.statements import statements
 from vllm_steer.packs.pack import MANIFEST_FILE, SteeringPack, load_pack
-from vllm_steer.testing.engine import PRELOAD
+from vllm_steer.testing.forked import PRELOAD
 from vllm_steer.vllm_compat.root_cause import cause_in_log
 
 pytestmark = pytest.mark.engine

@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM
 
 from tests.engine.cases import CASES, SPIDERS
 from vllm_steer.packs.pack import SteeringPack
-from vllm_steer.testing.engine import EngineProcess, Output
+from vllm_steer.testing.engine import Engine, Output
 from vllm_steer.testing.parity import TOLERANCE, assert_equals_hooks
 from vllm_steer.verify.oracle import Reference
 
 pytestmark = pytest.mark.engine
 TOKENS = 16
-Start = Callable[[str], EngineProcess]
+Start = Callable[[str], Engine]
 
 
 def assert_scores(
@@ -44,7 +44,7 @@ def assert_scores(
 
 FEATURES = {
     "async-eager": "asynchronous scheduling",
-    "sync-eager": "synchronous scheduling",
+    "eager": "synchronous scheduling",
     "ngram-eager": "speculative decoding: n-grams",
     "draft-eager": "speculative decoding: draft model",
 }
@@ -58,6 +58,7 @@ def test_scheduling_and_speculation(
     kind: str, start: Start, prompts: list[list[int]], reference: Reference
 ) -> None:
     engine = start(kind)
+    assert engine.is_asynchronous() == (kind == "async-eager")
     outputs = engine.generate(prompts, list(CASES.values()), TOKENS)
     assert_equals_hooks(reference, prompts, CASES.values(), outputs, TOKENS)
     if kind.startswith(("ngram", "draft")):

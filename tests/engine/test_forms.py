@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.engine.cases import FORM_CASES
-from vllm_steer.testing.engine import EngineProcess, Output
+from vllm_steer.testing.engine import Engine, Output
 from vllm_steer.testing.parity import TOLERANCE, assert_equals_hooks
 from vllm_steer.verify.oracle import Reference
 
@@ -33,7 +33,7 @@ def form_prompts(prompts: list[list[int]]) -> dict[str, list[int]]:
 )
 def outputs(
     request: pytest.FixtureRequest,
-    start: Callable[[str], EngineProcess],
+    start: Callable[[str], Engine],
     form_prompts: dict[str, list[int]],
 ) -> dict[str, Output]:
     engine = start(request.param)

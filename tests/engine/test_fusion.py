@@ -25,7 +25,7 @@ from vllm_steer.offline.fusion.references import References, measure_references
 from vllm_steer.offline.fusion.search import Case, Kind, Target, segments_of
 from vllm_steer.offline.fusion.steered import steered_deltas
 from vllm_steer.offline.models.loading import load_config, load_model, model_identity
-from vllm_steer.testing.engine import EngineProcess
+from vllm_steer.testing.engine import Engine
 from vllm_steer.testing.parity import TOLERANCE
 
 pytestmark = pytest.mark.engine
@@ -52,7 +52,7 @@ class Setting:
 
     model: PreTrainedModel
     references: References
-    engine: EngineProcess
+    engine: Engine
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def setting(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         FusionDeltas(questions, cases, deltas, found.residual_norms),
         loaded.dtype,
     )
-    engine = EngineProcess(engine_arguments(model, [pack], "eager"), forked=True)
+    engine = Engine(engine_arguments(model, [pack], "eager"), fork=True)
     yield Setting(loaded, found, engine)
     engine.close()
 

@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 
 from tests.engine.cases import CASES, SPIDERS
+from vllm_steer.errors import EngineError
 from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.packs.registry import PackRegistry
 from vllm_steer.plan.binding import bind
 from vllm_steer.plan.message import encode_plan
 from vllm_steer.plan.resolve import resolve
 from vllm_steer.request.schema import PLAN_KEY, SteeringRequest
-from vllm_steer.testing.engine import EngineProcess
+from vllm_steer.testing.engine import Engine
 
 pytestmark = pytest.mark.engine
 TOKENS = 16
-Start = Callable[[str], EngineProcess]
+Start = Callable[[str], Engine]
 
 
 @pytest.mark.parametrize("kind", ["eager", "compiled", "v2-eager"])
@@ -55,7 +56,7 @@ def test_a_refused_request_leaves_the_engine_serving(
 ) -> None:
     engine = start("eager")
     (before,) = engine.generate(prompts[:1], [None], TOKENS)
-    with pytest.raises(RuntimeError, match="no direction 'spidres'; did you mean 'spiders'"):
+    with pytest.raises(EngineError, match="no direction 'spidres'; did you mean 'spiders'"):
         engine.generate(prompts[:1], [{"directions": [{"name": "fears/spidres"}]}], TOKENS)
     (after,) = engine.generate(prompts[:1], [None], TOKENS)
     assert np.array_equal(before.logprobs, after.logprobs)
@@ -107,7 +108,7 @@ def test_a_plan_that_cannot_be_carried_out_fails_its_request_alone(
     plan = encode_plan(resolve(bind(request, PackRegistry(packs)), len(prompts[0])))
     engine.send_raw_plan(prompts[0], {PLAN_KEY: plan})
     (before,) = engine.generate(prompts[:1], [steering], TOKENS)
-    with pytest.raises(RuntimeError, match="the request finished with 'error'"):
+    with pytest.raises(EngineError, match="the request finished with 'error'"):
         engine.send_raw_plan(prompts[0], {PLAN_KEY: spoil(plan)})
     (after,) = engine.generate(prompts[:1], [steering], TOKENS)
     assert np.array_equal(before.logprobs, after.logprobs)

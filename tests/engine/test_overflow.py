@@ -11,7 +11,7 @@ import pytest
 from tests.engine.cases import SPIDERS
 from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.packs.pack import SteeringPack
-from vllm_steer.testing.engine import EngineProcess, Output
+from vllm_steer.testing.engine import Engine, Output
 
 pytestmark = pytest.mark.engine
 TOKENS = 12
@@ -67,7 +67,7 @@ def unbounded(request: pytest.FixtureRequest, packs: list[SteeringPack]) -> Iter
         "enforce_eager": True,
         "additional_config": {"steering": steering},
     }
-    engine = EngineProcess(arguments, prepare=[switch_checks_off], forked=True)
+    engine = Engine(arguments, prepare=[switch_checks_off], fork=True)
     yield engine, TOLERANCE[request.param]
     engine.close()
 

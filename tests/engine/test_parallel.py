@@ -9,8 +9,9 @@ import pytest
 
 from tests.conftest import engine_arguments
 from tests.engine.cases import CASES
+from vllm_steer.errors import EngineError
 from vllm_steer.packs.pack import SteeringPack
-from vllm_steer.testing.engine import EngineProcess
+from vllm_steer.testing.engine import Engine
 from vllm_steer.testing.parity import assert_equals_hooks
 from vllm_steer.verify.oracle import Reference
 
@@ -27,7 +28,7 @@ FEATURES = {"tp2-eager": "tensor parallel", "pp2-eager": "pipeline parallel"}
 )
 def test_parallel_equals_hooks(
     kind: str,
-    start: Callable[[str], EngineProcess],
+    start: Callable[[str], Engine],
     prompts: list[list[int]],
     reference: Reference,
 ) -> None:
@@ -39,5 +40,5 @@ def test_parallel_equals_hooks(
 def test_vllm_has_no_ray_executor_for_cpu(model: Path, packs: list[SteeringPack]) -> None:
     """Should a later vLLM have one, this fails and the tests above have to run on it."""
     arguments = engine_arguments(model, packs, "tp2-ray-eager")
-    with pytest.raises(RuntimeError, match="platform cpu does not support ray"):
-        EngineProcess(arguments, {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
+    with pytest.raises(EngineError, match="platform cpu does not support ray"):
+        Engine(arguments, {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.engine.cases import CASES
-from vllm_steer.testing.engine import EngineProcess, Output
+from vllm_steer.testing.engine import Engine, Output
 from vllm_steer.testing.parity import TOLERANCE, assert_equals_hooks
 from vllm_steer.verify.oracle import Reference
 
@@ -19,7 +19,7 @@ TOKENS = 24
 @pytest.fixture(scope="module", params=["eager", "compiled", "v2-eager"])
 def outputs(
     request: pytest.FixtureRequest,
-    start: Callable[[str], EngineProcess],
+    start: Callable[[str], Engine],
     prompts: list[list[int]],
 ) -> dict[str, Output]:
     """All cases in one batch."""

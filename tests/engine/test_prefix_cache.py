@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.engine.cases import HEIGHTS, SPIDERS
-from vllm_steer.testing.engine import EngineProcess
+from vllm_steer.testing.engine import Engine
 
 pytestmark = pytest.mark.engine
 TOKENS = 8
@@ -42,7 +42,7 @@ PAIRS: list[tuple[dict[str, Any] | None, dict[str, Any] | None, bool]] = [
 @pytest.mark.feature("prefix cache", "exact, keyed by content")
 @pytest.mark.parametrize("number", range(len(PAIRS)))
 def test_blocks_are_shared_only_by_equal_steering(
-    number: int, start: Callable[[str], EngineProcess], prompts: list[list[int]]
+    number: int, start: Callable[[str], Engine], prompts: list[list[int]]
 ) -> None:
     first, second, shared = PAIRS[number]
     engine = start("cached-eager")
@@ -58,7 +58,7 @@ def test_blocks_are_shared_only_by_equal_steering(
 
 @pytest.mark.feature("prefix cache", "exact, keyed by content")
 def test_evicted_blocks_are_computed_again(
-    start: Callable[[str], EngineProcess], prompts: list[list[int]]
+    start: Callable[[str], Engine], prompts: list[list[int]]
 ) -> None:
     engine = start("cached-tiny-eager")
     prompt = [3, *(token for each in prompts for token in each)][:200]

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from tests.engine.cases import CHEERFUL, GLOOMY, HEIGHTS, SPIDERS
-from vllm_steer.testing.engine import EngineProcess, Output
+from vllm_steer.errors import EngineError
+from vllm_steer.testing.engine import Engine, Output
 from vllm_steer.testing.parity import TOLERANCE, assert_equals_hooks
 from vllm_steer.verify.oracle import Reference
 
 pytestmark = pytest.mark.engine
 TOKENS = 24
-Start = Callable[[str], EngineProcess]
+Start = Callable[[str], Engine]
 
 EVERYWHERE = {"name": SPIDERS, "at": "all"}
 READ_CASES: dict[str, dict[str, Any] | None] = {
@@ -83,16 +84,22 @@ def assert_scores_equal_hooks(
         assert np.nanmax(np.abs(output.scores - expected), initial=0.0) < TOLERANCE, steering
 
 
+def test_a_server_without_reads_names_the_flag(start: Start, prompts: list[list[int]]) -> None:
+    with pytest.raises(EngineError, match="--steering-reads"):
+        start("eager").generate(prompts[:1], [{"read": [{"name": SPIDERS}]}], 4)
+
+
+# Those that the tests below use again come last.
 KINDS = {
-    "reads-eager": READ_CASES,
-    "reads-sync-eager": READ_CASES,
+    "reads-async-eager": READ_CASES,
     "reads-compiled": READ_CASES,
     "reads-v2-eager": READ_CASES,
     "reads-affine-eager": READ_CASES | AFFINE_CASES,
-    "reads-ngram-eager": READ_CASES,
     "reads-draft-eager": READ_CASES,
     "reads-tp2-eager": READ_CASES,
     "reads-pp2-eager": READ_CASES,
+    "reads-ngram-eager": READ_CASES,
+    "reads-eager": READ_CASES,
 }
 
 
@@ -198,10 +205,5 @@ def test_samples_of_one_prompt_have_scores_of_their_own(
 def test_what_cannot_be_read_is_refused(
     steering: dict[str, Any], message: str, start: Start, prompts: list[list[int]]
 ) -> None:
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(EngineError, match=message):
         start("reads-eager").generate(prompts[:1], [steering], 4)
-
-
-def test_a_server_without_reads_names_the_flag(start: Start, prompts: list[list[int]]) -> None:
-    with pytest.raises(RuntimeError, match="--steering-reads"):
-        start("eager").generate(prompts[:1], [{"read": [{"name": SPIDERS}]}], 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from vllm_steer.offline.showcase import shipped_pack
 from vllm_steer.packs.pack import SteeringPack, load_pack
 from vllm_steer.testing.parity import TOLERANCE
 from vllm_steer.verify.compare import Difference, joined, to_reference
+from vllm_steer.verify.engine_calls import Answer, answer_batch, fit_memory
 from vllm_steer.verify.oracle import Reference
-from vllm_steer.verify.process import ROOM, Answer, EngineProcess
+from vllm_steer.verify.process import EngineProcess, ProcessOptions
 
 pytestmark = pytest.mark.engine
 
@@ -70,14 +72,14 @@ def answers_of(
 ) -> Iterator[EngineProcess]:
     given = {
         "model": str(model),
-        ROOM: 512,
         "max_num_seqs": 16,
         "kv_cache_memory_bytes": 2**28,
         "block_size": 32,
         "seed": 0,
         "additional_config": {"steering": {"packs": [str(pack.path)]}},
     }
-    engine = EngineProcess("the engine", given | arguments, environment)
+    options = ProcessOptions(prepare=partial(fit_memory, longest=512))
+    engine = EngineProcess("the engine", given | arguments, environment, options)
     yield engine
     engine.close()
 
@@ -101,7 +103,7 @@ def asked(
 ) -> list[Answer]:
     """All in one batch."""
     extra = [{"steering": steering} if steering else None for steering in steerings]
-    return engine.answer(prompts, extra, TOKENS, TOP)
+    return engine.call(answer_batch, prompts, extra, TOKENS, TOP)
 
 
 def difference(

@@ -14,8 +14,9 @@ import torch
 
 from tests.conftest import engine_arguments
 from vllm_steer.engine.row_values import ALWAYS
+from vllm_steer.errors import EngineError
 from vllm_steer.packs.pack import VECTORS_FILE, SteeringPack
-from vllm_steer.testing.engine import EngineProcess
+from vllm_steer.testing.engine import Engine
 
 pytestmark = pytest.mark.engine
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -28,8 +29,8 @@ def failed_start(
     """Error of an engine whose layer 2 does not steer, and how often it opened files of vectors."""
     reads = tmp_path_factory.mktemp("start") / "reads"
     arguments = engine_arguments(model, packs, "eager")
-    with pytest.raises(RuntimeError) as failure:
-        EngineProcess(arguments, IN_PROCESS, [break_layer_2, partial(count_reads, reads)])
+    with pytest.raises(EngineError) as failure:
+        Engine(arguments, IN_PROCESS, [break_layer_2, partial(count_reads, reads)])
     return str(failure.value), reads.stat().st_size
 
 
@@ -105,8 +106,8 @@ def test_a_form_that_does_not_reach_the_graph_stops_the_start(
     fault: Callable[[], None], message: str, model: Path, packs: list[SteeringPack]
 ) -> None:
     arguments = engine_arguments(model, packs, "eager-affine")
-    with pytest.raises(RuntimeError, match=message):
-        EngineProcess(arguments, IN_PROCESS, [fault])
+    with pytest.raises(EngineError, match=message):
+        Engine(arguments, IN_PROCESS, [fault])
 
 
 def break_layer_2() -> None:
@@ -132,5 +133,5 @@ def count_reads(counter: Path) -> None:
     sys.addaudithook(count)
 
 
-def test_compile_cache_key_holds_the_steering(start: Callable[[str], EngineProcess]) -> None:
+def test_compile_cache_key_holds_the_steering(start: Callable[[str], Engine]) -> None:
     assert start("compiled").config_hash() != start("plain-compiled").config_hash()

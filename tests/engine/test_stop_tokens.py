@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.engine.cases import CHEERFUL, SPIDERS
-from vllm_steer.testing.engine import EngineProcess
+from vllm_steer.testing.engine import Engine
 from vllm_steer.testing.parity import TOLERANCE, assert_equals_hooks
 from vllm_steer.verify.oracle import Reference
 
@@ -41,7 +41,7 @@ def cases(prompts: list[list[int]], reference: Reference) -> list[tuple[list[int
 )
 def test_equals_hooks(
     kind: str,
-    start: Callable[[str], EngineProcess],
+    start: Callable[[str], Engine],
     cases: list[tuple[list[int], dict[str, Any]]],
     prompts: list[list[int]],
     reference: Reference,
@@ -66,7 +66,7 @@ def test_triggers_matter(
 
 
 def test_answers_that_end_alike_share_blocks_and_others_do_not(
-    start: Callable[[str], EngineProcess], prompts: list[list[int]], reference: Reference
+    start: Callable[[str], Engine], prompts: list[list[int]], reference: Reference
 ) -> None:
     """A prompt that continues an answer finds its blocks exactly as far as they were steered alike."""
     engine, prompt = start("cached-eager"), prompts[7]

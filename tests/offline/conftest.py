@@ -123,16 +123,16 @@ def chatml(make_tokenizer: Callable[[str], PreTrainedTokenizerFast]) -> PreTrain
     return make_tokenizer("chatml")
 
 
-SHAPE = {
-    "vocab_size": 600,
+# What configurations of tiny models of every family share.
+TINY = {
+    "vocab_size": 100,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
     "initializer_range": 0.3,
 }
+SHAPE = TINY | {"vocab_size": 600, "num_key_value_heads": 2, "head_dim": 8}
 
 
 @pytest.fixture(scope="session", params=["llama", "qwen3"])

@@ -19,6 +19,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from tests.offline.conftest import TINY
 from vllm_steer.errors import ExtractionError
 from vllm_steer.offline.extract.capture import (
     PATHS,
@@ -69,17 +70,7 @@ def test_attention_is_the_head_mean_of_the_prefix_sum(tiny_model, prompts, refer
             np.testing.assert_allclose(captured.attention[index, block], expected, atol=1e-7)
 
 
-SMALL = {
-    "vocab_size": 100,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-}
-
-
+SMALL = TINY | {"pad_token_id": 0}
 WINDOWED = {"sliding_window": 8, "num_key_value_heads": 2, "head_dim": 8}
 WHOLE, ROWS = CapturePath(rows=False, share=True), CapturePath(rows=True, share=True)
 

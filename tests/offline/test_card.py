@@ -155,7 +155,7 @@ def test_results_survive_the_disk_and_strange_ones_do_not(tmp_path: Path) -> Non
     assert (tmp_path / "sweep.md").read_text() == markdown(written)
     fields = json.loads((tmp_path / "sweep.json").read_text()) | {"judge": 3}
     (tmp_path / "sweep.json").write_text(json.dumps(fields))
-    with pytest.raises(EvaluationError, match="judge: Input should be a valid string"):
+    with pytest.raises(EvaluationError, match="judge:"):
         read_result(tmp_path / "sweep.json")
 
 

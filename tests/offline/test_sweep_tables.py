@@ -70,7 +70,7 @@ def test_what_no_prefix_is_known_for_is_a_dash() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["classes", 0, "ceiling"], 1.0, "classes.0.ceiling: Extra inputs"),
+        (["classes", 0, "ceiling"], 1.0, "classes.0.ceiling:"),
         (["classes", 0, "heldout", 1, "fluent"], "perhaps", "classes.0.heldout.1.fluent"),
         (["classes", 0, "single", "gap_closed"], float("nan"), "classes.0.single.gap_closed"),
         (["classes", 0, "concepts", 0, "prefixed"], 0.9, "classes.0.concepts.0.prefixed"),

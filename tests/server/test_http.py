@@ -139,7 +139,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"steering": {"directions": [{"name": "fears/spiders", "scale": "high"}]}},
-        "0.scale: Input should be a valid",
+        "0.scale:",
     ),
     (
         {"steering": {"directions": [{"name": "fears/spiders", "scale": 1e30}]}},
@@ -175,7 +175,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
         'a list of "start:end"',
     ),
     ({"steering": {"directions": []}}, "needs directions that steer"),
-    ({"steering": "spiders"}, "steering: Invalid JSON"),
+    ({"steering": "spiders"}, "steering:"),
     ({"steering": [1]}, "steering must be an object such as"),
     ({"steerring": STEERING}, "unknown steering argument 'steerring'; did you mean 'steering'?"),
     ({"vllm_xargs": {"steer": ["fears/spiders:much"]}}, "with a number after the colon"),

@@ -318,7 +318,7 @@ def test_packs_are_listed(server: Server, packs: list[SteeringPack]) -> None:
 
 def test_planning_is_timed(server: Server, client: OpenAI) -> None:
     chat(client, TEXTS[0], steering=CALM)
-    assert 0 < metrics(server)["steering:planning_seconds"] < 0.1
+    assert metrics(server)["steering:planning_seconds"] > 0
 
 
 def logged(server: Server, event: str) -> list[dict[str, Any]]:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
+from tests.conftest import FIRES, WATCHED
 from vllm_steer.offline.demo.corpus import user_text
-from vllm_steer.offline.demo.server import SERVED_NAME, Server, serve
+from vllm_steer.offline.demo.server import SERVED_NAME, Server
 from vllm_steer.offline.questions.statements import statements
-from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.verify.oracle import Reference
 
 pytestmark = pytest.mark.server
@@ -26,24 +23,7 @@ READ: list[dict[str, Any]] = [
     {"name": "fears/spiders", "layers": [2], "when": "after"},
 ]
 NAMES = ("fears/spiders", "moods/gloomy")
-# An API key whose every answer the operator has ended at its third token.
-GUARDED = "guarded"
-FIRES: dict[str, Any] = {"above": -1e6, "for": 3}
 STEERING: dict[str, Any] = {"directions": [{"name": "moods/cheerful", "scale": 8.0}], "read": READ}
-
-
-@pytest.fixture(scope="module")
-def reading(
-    model: Path, packs: list[SteeringPack], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("reading")
-    digest = hashlib.sha256(GUARDED.encode()).hexdigest()
-    guard = {"read": [{"name": "fears/heights"}], "abort_when": FIRES | {"read": 0}}
-    (folder / "policy.json").write_text(json.dumps({"watch": {digest: guard}}))
-    options = ["--enforce-eager", "--steering-reads", "3"]
-    options += ["--steering-policy", str(folder / "policy.json")]
-    with serve(model, [pack.path for pack in packs], folder / "log", *options) as running:
-        yield running
 
 
 def ask(server: Server, route: str, key: str = "none", **fields: Any) -> httpx.Response:
@@ -58,8 +38,8 @@ def chat(server: Server, **fields: Any) -> httpx.Response:
     return ask(server, "chat/completions", **given | fields)
 
 
-def test_the_body_has_the_scores_of_its_tokens(reading: Server, reference: Reference) -> None:
-    body = chat(reading, steering=STEERING | {"recompute": True}).json()
+def test_the_body_has_the_scores_of_its_tokens(server: Server, reference: Reference) -> None:
+    body = chat(server, steering=STEERING | {"recompute": True}).json()
     prompt, tokens = body["prompt_token_ids"], body["choices"][0]["token_ids"]
     expected = reference.read(prompt, tokens, STEERING)
     (receipt,) = body["steering"]
@@ -79,12 +59,12 @@ def test_the_body_has_the_scores_of_its_tokens(reading: Server, reference: Refer
 
 
 @pytest.mark.parametrize("route", ["chat", "completions"])
-def test_every_chunk_of_a_stream_has_those_that_came(route: str, reading: Server) -> None:
+def test_every_chunk_of_a_stream_has_those_that_came(route: str, server: Server) -> None:
     fields: dict[str, Any] = {"steering": STEERING, "stream": True, "n": 2, "temperature": 1.0}
     if route == "chat":
-        text = chat(reading, **fields).text
+        text = chat(server, **fields).text
     else:
-        text = ask(reading, "completions", prompt=TEXT, **fields).text
+        text = ask(server, "completions", prompt=TEXT, **fields).text
     lines = [line.removeprefix("data: ") for line in text.split("\n\n")]
     chunks = [json.loads(line) for line in lines if line.startswith("{")]
     final: dict[int, Any] = {}
@@ -110,9 +90,9 @@ def test_every_chunk_of_a_stream_has_those_that_came(route: str, reading: Server
         )
 
 
-def test_the_responses_route_has_them(reading: Server) -> None:
+def test_the_responses_route_has_them(server: Server) -> None:
     fields = {"input": TEXT, "max_output_tokens": 12, "temperature": 0.0}
-    answer = ask(reading, "responses", steering={"read": READ}, **fields).json()
+    answer = ask(server, "responses", steering={"read": READ}, **fields).json()
     (receipt,) = answer["steering"]
     assert receipt["directions"] == []
     assert receipt["tokens_steered"] == 0
@@ -121,8 +101,8 @@ def test_the_responses_route_has_them(reading: Server) -> None:
 
 
 @pytest.mark.parametrize(("field", "reason"), [("stop_when", "stop"), ("abort_when", "abort")])
-def test_a_probe_ends_the_answer_and_is_named(field: str, reason: str, reading: Server) -> None:
-    body = chat(reading, steering=STEERING | {field: FIRES | {"read": 1}}).json()
+def test_a_probe_ends_the_answer_and_is_named(field: str, reason: str, server: Server) -> None:
+    body = chat(server, steering=STEERING | {field: FIRES | {"read": 1}}).json()
     (choice,) = body["choices"]
     assert choice["finish_reason"] == reason
     assert choice["stop_reason"] == "fears/spiders above -1e+06"
@@ -132,10 +112,10 @@ def test_a_probe_ends_the_answer_and_is_named(field: str, reason: str, reading: 
 @pytest.mark.parametrize("steering", [None, "none", STEERING])
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_operator_guards_every_request_of_a_key(
-    stream: bool, steering: Any, reading: Server
+    stream: bool, steering: Any, server: Server
 ) -> None:
     fields = {} if steering is None else {"steering": steering}
-    answered = chat(reading, key=GUARDED, stream=stream, **fields)
+    answered = chat(server, key=WATCHED, stream=stream, **fields)
     if stream:
         lines = [line.removeprefix("data: ") for line in answered.text.split("\n\n")]
         chunks = [json.loads(line) for line in lines if line.startswith("{")]
@@ -153,23 +133,23 @@ def test_an_operator_guards_every_request_of_a_key(
     if steering == STEERING:
         assert len(body["steering"][0]["reads"]) == 2
     # Other keys are not guarded.
-    assert len(chat(reading, **fields).json()["choices"][0]["token_ids"]) == 12
+    assert len(chat(server, **fields).json()["choices"][0]["token_ids"]) == 12
 
 
-def test_ended_answers_and_scores_are_counted(reading: Server) -> None:
+def test_ended_answers_and_scores_are_counted(server: Server) -> None:
     def count(name: str) -> float:
-        text = httpx.get(f"{reading.url.removesuffix('/v1')}/metrics").text
+        text = httpx.get(f"{server.url.removesuffix('/v1')}/metrics").text
         lines = [line for line in text.splitlines() if line.startswith(name)]
         return sum(float(line.rpartition(" ")[2]) for line in lines)
 
     names = 'steering:stopped_total{action="abort"}', "steering:read_score_count"
     before = [count(name) for name in names]
-    chat(reading, key=GUARDED)
+    chat(server, key=WATCHED)
     assert [count(name) - earlier for name, earlier in zip(names, before, strict=True)] == [1, 1]
 
 
-def test_beam_search_is_refused_where_it_could_not_be_guarded(reading: Server) -> None:
-    refused = chat(reading, key=GUARDED, use_beam_search=True, n=2)
+def test_beam_search_is_refused_where_it_could_not_be_guarded(server: Server) -> None:
+    refused = chat(server, key=WATCHED, use_beam_search=True, n=2)
     assert refused.status_code == 400
     assert "beam search" in refused.json()["error"]["message"]
 
@@ -189,13 +169,7 @@ def test_beam_search_is_refused_where_it_could_not_be_guarded(reading: Server) -
         ),
     ],
 )
-def test_what_cannot_be_read_is_400(steering: Any, message: str, reading: Server) -> None:
-    refused = chat(reading, steering=steering)
+def test_what_cannot_be_read_is_400(steering: Any, message: str, server: Server) -> None:
+    refused = chat(server, steering=steering)
     assert refused.status_code == 400
     assert message in refused.json()["error"]["message"]
-
-
-def test_a_server_without_reads_names_the_flag(server: Server) -> None:
-    refused = chat(server, steering={"read": READ})
-    assert refused.status_code == 400
-    assert "--steering-reads" in refused.json()["error"]["message"]

@@ -261,5 +261,12 @@ def test_bodies_in_any_form_that_vllm_reads_are_looked_into(server: Server, enco
         assert steered or 400 <= answer.status_code < 500, answer.text
 
 
+def test_a_server_without_reads_names_the_flag(server: Server) -> None:
+    body = GENERATING["/v1/completions"][0] | {"steering": {"read": [{"name": "moods/cheerful"}]}}
+    refused = ask(server, "/v1/completions", body)
+    assert refused.status_code == 400
+    assert "--steering-reads" in refused.json()["error"]["message"]
+
+
 def test_a_route_that_does_not_exist_is_not_read(server: Server) -> None:
     assert ask(server, "/v1/nothing", {"steering": CALM}).status_code == 404

@@ -65,8 +65,8 @@ def _copy(pack: SteeringPack, path: Path, hidden: int | None, **model: Any) -> P
         (lambda p, t: steering(_copy(p[0], t / "x", None, model_type="gpt2")), PackError, "model_type 'gpt2'"),
         (lambda p, t: steering(p[0].path, rows=4), ConfigError, "steering rows 4 are fewer than"),
         (lambda p, t: steering(p[0].path, row=4), ConfigError, "steering.row: .*did you mean 'rows'"),
-        (lambda p, t: steering(), ConfigError, "steering.packs: List should have at least 1"),
-        (lambda p, t: {"steering": str(p[0].path)}, ConfigError, "additional_config.steering: Input should be"),
+        (lambda p, t: steering(), ConfigError, "steering.packs:"),
+        (lambda p, t: {"steering": str(p[0].path)}, ConfigError, "additional_config.steering:"),
     ],
 )  # fmt: skip
 def test_refused_configurations(

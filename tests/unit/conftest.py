@@ -12,6 +12,11 @@ import pytest
 from vllm_steer import log
 from vllm_steer.config import GRAPH_REVISION, ResolvedConfig, plugin_version
 from vllm_steer.packs.pack import Calibration, PackContent, SteeringPack, write_pack
+from vllm_steer.packs.registry import PackRegistry
+from vllm_steer.plan.binding import bind
+from vllm_steer.plan.resolve import resolve
+from vllm_steer.plan.steering_plan import SteeringPlan
+from vllm_steer.request.schema import parse
 from vllm_steer.testing.random_pack import random_identity, write_random_pack
 
 HIDDEN = 16
@@ -123,3 +128,10 @@ def resolved(**fields: Any) -> ResolvedConfig:
         "graph_revision": GRAPH_REVISION,
     }
     return ResolvedConfig(**(given | fields))
+
+
+def plan(registry: PackRegistry, *directions: dict[str, Any], **fields: Any) -> SteeringPlan:
+    """The plan of a request for a prompt of ten tokens, by these directions and with these fields."""
+    request = parse({"steering": {"directions": list(directions)} | fields})
+    assert request is not None
+    return resolve(bind(request, registry), 10)

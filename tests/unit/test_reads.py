@@ -106,7 +106,7 @@ def test_reads_are_no_part_of_what_is_changed(registry: PackRegistry) -> None:
         ),
         (
             {"read": [{"name": "spiders"}], "abort_when": {"read": 0, "above": NAN}},
-            r"abort_when\.above: Input should be a finite number",
+            r"abort_when\.above:",
         ),
         (
             {"read": [{"name": "spiders"}], "stop_when": {"read": 0, "above": 1.0, "tokens": 2}},

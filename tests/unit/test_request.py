@@ -58,29 +58,29 @@ def test_the_forms_agree() -> None:
         ({"steering": {"directions": []}}, "steering: needs directions that steer"),
         (
             {"steering": {"directions": "spiders"}},
-            "steering.directions: Input should be a valid list",
+            "steering.directions:",
         ),
         ({"steering": {"directions": [{"nam": "a"}]}}, "nam: unknown key; did you mean 'name'"),
         ({"steering": {"direction": []}}, "direction: unknown key; did you mean 'directions'"),
         (
             {"steering": {"directions": [{"name": "a", "scale": "1"}]}},
-            "0.scale: Input should be a valid number",
+            "0.scale:",
         ),
         (
             {"steering": {"directions": [{"name": "a", "scale": True}]}},
-            "0.scale: Input should be a valid number",
+            "0.scale:",
         ),
         (
             {"steering": {"directions": [{"name": "a", "scale": float("nan")}]}},
-            "0.scale: Input should be a finite",
+            "0.scale:",
         ),
         (
             {"steering": {"directions": [{"name": "a", "layers": [-1]}]}},
-            "layers.0: Input should be greater",
+            "layers.0:",
         ),
         (
             {"steering": {"directions": [{"name": "a", "layers": []}]}},
-            "layers: List should have at least 1",
+            "layers:",
         ),
         (
             {"steering": {"directions": [{"name": "a", "positions": "odd"}]}},
@@ -88,16 +88,16 @@ def test_the_forms_agree() -> None:
         ),
         (
             {"steering": {"directions": [{"name": "a"}] * 65}},
-            "directions: List should have at most 64",
+            "directions:",
         ),
         ({"steering": []}, "steering must be an object such as"),
         ({"steering": 3}, "steering must be an object such as"),
-        ({"steering": "{"}, "steering: Invalid JSON"),
+        ({"steering": "{"}, "steering:"),
         ({"steer": []}, "steer must be a list"),
         ({"steer": [1]}, "steer must be a list"),
         ({"steer_layers": [1]}, "steer must be a list"),
         ({"steer": ["a:b"]}, "'a:b' must be \"name:scale\" with a number"),
-        ({"steer": ["a:nan"]}, "0.scale: Input should be a finite"),
+        ({"steer": ["a:nan"]}, "0.scale:"),
         ({"steer": ["a"], "steer_layer": [1]}, "'steer_layer'; did you mean 'steer_layers'"),
         (
             {"steering": {"directions": [{"name": "a"}]}, "steer": ["a"]},

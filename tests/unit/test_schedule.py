@@ -115,9 +115,9 @@ def test_one_row_serves_all_schedules_and_cache_keys_tell_them_apart(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"schedule": {"start": 1.0, "end": 0.0}}, "schedule.tokens: Field required"),
+        ({"schedule": {"start": 1.0, "end": 0.0}}, "schedule.tokens:"),
         ({"schedule": RAMP | {"over": 3}}, "schedule.over: unknown key"),
-        ({"schedule": RAMP | {"shape": "cubic"}}, "schedule.shape: Input should be"),
+        ({"schedule": RAMP | {"shape": "cubic"}}, "schedule.shape:"),
         (
             {"directions": [{"name": "a", "op": "clamp", "scale": 1.0}], "schedule": RAMP},
             "op 'clamp' has no strength that could be scheduled",

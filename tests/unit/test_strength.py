@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tests.unit.conftest import calibrated, rewritten
+from tests.unit.conftest import calibrated, plan, rewritten
 from tests.unit.front_end import manager_of, started
 from vllm_steer.client import steer
 from vllm_steer.config import SteeringConfig
@@ -21,8 +21,8 @@ from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.packs.registry import PackRegistry
 from vllm_steer.plan.binding import bind
 from vllm_steer.plan.resolve import resolve
-from vllm_steer.plan.steering_plan import SteeringPlan, Term
-from vllm_steer.request.schema import SteeringRequest, parse
+from vllm_steer.plan.steering_plan import Term
+from vllm_steer.request.schema import SteeringRequest
 from vllm_steer.serving.admission import Wanted
 from vllm_steer.serving.configure import _policy_path
 from vllm_steer.serving.policy import Policy
@@ -44,12 +44,6 @@ def pack(pack_at: Callable[..., SteeringPack]) -> SteeringPack:
 @pytest.fixture
 def registry(pack: SteeringPack) -> PackRegistry:
     return PackRegistry([pack])
-
-
-def plan(registry: PackRegistry, *directions: dict[str, Any], **fields: Any) -> SteeringPlan:
-    request = parse({"steering": {"directions": list(directions)} | fields})
-    assert request is not None
-    return resolve(bind(request, registry), 10)
 
 
 def term(registry: PackRegistry, **direction: Any) -> Term:
@@ -100,8 +94,8 @@ def test_strength_is_a_multiple_of_the_default_scale(registry: PackRegistry) -> 
         ({"name": "turn", "strength": 1.0, "op": "add"}, {}, "for its own op 'rotate'; give scale"),
         ({"name": "turn", "strength": 1.0, "op": "rotate", "plane": "add"}, {}, "its own op"),
         ({"name": "add", "strength": 1.0, "restore_norm": True}, {}, "its own op"),
-        ({"name": "add", "strength": float("nan")}, {}, "0.strength: Input should be a finite"),
-        ({"name": "add", "strength": "1"}, {}, "0.strength: Input should be a valid number"),
+        ({"name": "add", "strength": float("nan")}, {}, "0.strength:"),
+        ({"name": "add", "strength": "1"}, {}, "0.strength:"),
         ({"name": "add", "strengh": 1.0}, {}, "did you mean 'strength'"),
         ({"name": "turn", "strength": 13.0}, {}, "0.strength: 390 is an angle in degrees"),
     ],

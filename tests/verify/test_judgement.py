@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from vllm_steer.errors import EngineError
+from vllm_steer.testing.forked import forked
 from vllm_steer.verify.compare import Tolerance, between, to_reference, tolerance
-from vllm_steer.verify.process import Answer, EngineProcess, ProcessOptions
+from vllm_steer.verify.engine_calls import Answer
+from vllm_steer.verify.process import EngineProcess, ProcessOptions, fresh
 from vllm_steer.verify.report import Check, Report, judged, not_checked
 
 ALLOWED = Tolerance(largest=0.1, mean=0.05)
@@ -73,17 +83,40 @@ def test_what_was_left_out_stands_on_the_first_line() -> None:
     assert Report({}, [], "no vLLM").exit_status == 2
 
 
-def test_the_death_of_an_engine_is_told_in_a_line() -> None:
-    engine = EngineProcess(
-        "the engine",
-        {},
-        {},
-        ProcessOptions("tests.verify.dying_child", [Path(__file__).parents[2]]),
-    )
+def without_vllm(arguments: dict[str, Any]) -> None:
+    """What is tested is the process, whatever its engine."""
+    sys.modules["vllm"] = types.SimpleNamespace(LLM=lambda: None)  # type: ignore[assignment]
+
+
+def die(llm: Any) -> None:
+    sys.stderr.write("ERROR somewhere: MemoryError: no room\n")
+    sys.stderr.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def refuse(llm: Any, word: str) -> None:
+    raise ValueError(word)
+
+
+def start_another(llm: Any) -> int:
+    return subprocess.Popen(["sleep", "600"]).pid
+
+
+@pytest.mark.parametrize("launch", [fresh, pytest.param(forked, marks=pytest.mark.engine)])
+def test_an_engine_tells_of_errors_and_death_and_ends_with_what_it_started(launch: Any) -> None:
+    options = ProcessOptions([Path(__file__).parents[2]], prepare=without_vllm, launch=launch)
+    engine = EngineProcess("the engine", {}, {}, options)
     try:
+        other = psutil.Process(engine.call(start_another))
+        with pytest.raises(EngineError, match=r"^the engine: ValueError: no$"):
+            engine.call(refuse, "no")
         with pytest.raises(EngineError, match=r"ended by SIGKILL.*MemoryError: no room$"):
-            engine.describe()
+            engine.call(die)
         with pytest.raises(EngineError, match="the engine died"):
-            engine.describe()
+            engine.call(refuse, "no")
     finally:
         engine.close()
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(other.pid) and other.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "what the engine started outlives it"
+        time.sleep(0.05)

@@ -1,37 +1,31 @@
-"""Real vLLM engines for the tests, each in a process of its own.
+"""Real vLLM engines for tests, each in a process of its own.
 
 An engine patches, binds threads and holds memory for its whole process, so tests that compare
-engines keep them apart. Processes with the environment of the tests may be forked from one that has
-imported vLLM, which takes ten seconds and more.
+engines keep them apart.
 """
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import os
+import sys
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vllm_steer.plan.scores import SCORES_ATTRIBUTE
-from vllm_steer.testing.triton import pretend_triton_backend
-from vllm_steer.verify.engine_loop import answer_commands
+from vllm_steer.testing.forked import forked, stay_in_one_process
+from vllm_steer.testing.triton import prepare_model_runner
+from vllm_steer.verify.process import EngineProcess, ProcessOptions, fresh
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 START_TIMEOUT = 600
-# What an engine imports in its process.
-PRELOAD = [
-    "vllm.v1.engine.core",
-    "vllm.v1.engine.llm_engine",
-    "vllm.v1.worker.cpu_worker",
-    "vllm.v1.worker.cpu_model_runner",
-    "vllm.entrypoints.llm",
-]
 
 
 @dataclass(frozen=True)
@@ -49,41 +43,43 @@ class Output:
     """
 
     tokens: list[int]
-    logprobs: np.ndarray
+    logprobs: NDArray[np.float64]
     cached: int
-    prompt_logprobs: np.ndarray | None
+    prompt_logprobs: NDArray[np.float64] | None
     text: str
-    scores: np.ndarray | None
+    scores: NDArray[np.float32] | None
     reasons: tuple[Any, Any]
 
 
-class EngineProcess:
-    """A vLLM engine in a child process.
+class Engine(EngineProcess):
+    """An engine process that is asked for all that tests compare.
 
     Args:
         arguments: Arguments of ``LLM``.
-        env: Environment variables of the child.
-        prepare: Functions that the child calls before it imports vLLM's engine.
-        forked: Whether to fork from a process that has imported vLLM. Variables that are read on
+        environment: Environment variables that differ from this process's.
+        prepare: Functions that the process calls before it imports vLLM's engine.
+        fork: Whether to fork from a process that has imported vLLM. Variables that are read on
             import then have no effect, and the engine runs in the one process.
+
+    Raises:
+        EngineError: The engine does not start.
     """
 
     def __init__(
         self,
         arguments: dict[str, Any],
-        env: dict[str, str] | None = None,
+        environment: dict[str, str] | None = None,
         prepare: Sequence[Callable[[], None]] = (),
-        forked: bool = False,
+        fork: bool = False,
     ) -> None:
-        context = multiprocessing.get_context("forkserver" if forked else "spawn")
-        context.set_forkserver_preload(PRELOAD)
-        self._connection, child = context.Pipe()
-        self._process = context.Process(
-            target=_run, args=(child, arguments, env or {}, prepare, forked)
+        options = ProcessOptions(
+            # Where functions of tests are found.
+            path=[Path(folder) for folder in sys.path if folder],
+            timeout=START_TIMEOUT,
+            prepare=partial(_prepare, tuple(prepare), fork),
+            launch=forked if fork else fresh,
         )
-        self._process.start()
-        child.close()
-        self._answer()
+        super().__init__("the engine", arguments, environment or {}, options)
 
     def generate(
         self,
@@ -106,121 +102,64 @@ class EngineProcess:
             The outputs in the order of the prompts, those of one prompt together.
 
         Raises:
-            RuntimeError: The engine refused; the message holds the type and text of its error.
+            EngineError: The engine refused; the message holds the type and text of its error.
         """
-        given = ([list(prompt) for prompt in prompts], list(steerings), count)
-        self._connection.send(("generate", *given, list(adapters), sampling))
-        return self._answer()
+        given = ([list(prompt) for prompt in prompts], list(steerings), count, list(adapters))
+        return self.call(_generate, *given, sampling)
 
     def metrics(self) -> dict[str, float]:
         """Counters and gauges of the engine by name."""
-        self._connection.send(("metrics",))
-        return self._answer()
+        return self.call(_metrics)
 
     def send_raw_plan(self, prompt: Sequence[int], extra_args: dict[str, Any]) -> None:
         """Sends a request past admission, as a faulty front end would.
 
         Raises:
-            RuntimeError: The engine failed the request.
+            EngineError: The engine failed the request.
         """
-        self._connection.send(("raw", list(prompt), extra_args))
-        self._answer()
+        self.call(_raw, list(prompt), extra_args)
 
     def ask(self, prompts: Sequence[Any], params: Sequence[Any]) -> Any:
         """What ``LLM.generate`` returns or raises."""
-        self._connection.send(("ask", prompts, params))
-        answer = self._answer()
+        answer = self.call(_ask, prompts, params)
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     def facts(self) -> tuple[Any, int]:
         """Dtype of the model, and most tokens of a request."""
-        self._connection.send(("facts",))
-        return self._answer()
+        return self.call(_facts)
+
+    def is_asynchronous(self) -> bool:
+        """Whether a step is scheduled before the tokens of the last one are known."""
+        return self.call(_is_asynchronous)
 
     def config_hash(self) -> str:
         """Key of the engine's configuration in vLLM's compile cache."""
-        self._connection.send(("config_hash",))
-        return self._answer()
-
-    def close(self) -> None:
-        """Ends the process and those that it started."""
-        self._connection.send(("stop",))
-        self._process.join(60)
-        if self._process.is_alive():
-            self._process.kill()
-
-    def _answer(self) -> Any:
-        if not self._connection.poll(START_TIMEOUT):
-            raise RuntimeError(f"the engine did not answer in {START_TIMEOUT} s")
-        try:
-            kind, value = self._connection.recv()
-        except EOFError:
-            raise RuntimeError("the engine process died") from None
-        if kind == "error":
-            raise RuntimeError(value)
-        return value
+        return self.call(_config_hash)
 
 
 class ForkedLLM:
     """Stands in for ``vllm.LLM`` where an engine that starts in processes of its own is no part of the test."""
 
     def __init__(self, **arguments: Any) -> None:
-        process = EngineProcess(arguments, forked=True)
-        dtype, longest = process.facts()
-        self.generate = lambda prompts, params, use_tqdm: process.ask(prompts, params)
+        engine = Engine(arguments, fork=True)
+        dtype, longest = engine.facts()
+        self.generate = lambda prompts, params, use_tqdm: engine.ask(prompts, params)
         self.llm_engine = types.SimpleNamespace(
             model_config=types.SimpleNamespace(dtype=dtype, max_model_len=longest),
-            engine_core=types.SimpleNamespace(shutdown=process.close),
+            engine_core=types.SimpleNamespace(shutdown=engine.close),
         )
 
 
-def _run(
-    connection: Connection,
-    arguments: dict[str, Any],
-    env: dict[str, str],
-    prepare: Sequence[Callable[[], None]],
-    forked: bool,
+def _prepare(
+    functions: Sequence[Callable[[], None]], fork: bool, arguments: dict[str, Any]
 ) -> None:
-    os.environ.update(env)
-    if env.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
-        pretend_triton_backend()
-    for function in prepare:
+    prepare_model_runner()
+    for function in functions:
         function()
-    from vllm import LLM
-
-    if forked:
-        _prepare_forked(arguments)
-    commands: dict[str, Callable[..., Any]] = {
-        "generate": _generate,
-        "raw": _raw,
-        "ask": _ask,
-        "facts": lambda llm: (
-            llm.llm_engine.model_config.dtype,
-            llm.llm_engine.model_config.max_model_len,
-        ),
-        "config_hash": lambda llm: llm.llm_engine.vllm_config.compute_hash(),
-        "metrics": lambda llm: {m.name: getattr(m, "value", None) for m in llm.get_metrics()},
-    }
-    answer_commands(connection, lambda: LLM(**arguments), commands)
-
-
-def _prepare_forked(arguments: dict[str, Any]) -> None:
-    """Spares an engine of the one process what would start others, or would compile."""
-    import torch
-    from vllm import ModelRegistry
-
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    if arguments["enforce_eager"]:
-        # vLLM compiles the ranking of log-probabilities even where it runs the model eagerly.
-        torch.compiler.set_stance("force_eager")
-    # vLLM asks a class what it can do in a process of its own, once per machine and class.
-    config = json.loads((Path(arguments["model"]) / "config.json").read_text())
-    for architecture in config["architectures"]:
-        model = ModelRegistry.models.get(architecture)
-        if model is not None:
-            ModelRegistry.register_model(architecture, model.load_model_cls())
+    if fork:
+        stay_in_one_process(arguments)
 
 
 def _generate(
@@ -257,11 +196,28 @@ def _generate(
     return [_output(output, sample) for output in outputs for sample in output.outputs]
 
 
-def _ask(llm: Any, prompts: Sequence[Any], params: Sequence[Any]) -> Any:
+def _ask(llm: LLM, prompts: Sequence[Any], params: Sequence[Any]) -> Any:
     try:
         return llm.generate(prompts, params, use_tqdm=False)
     except Exception as error:
         return error
+
+
+def _facts(llm: LLM) -> tuple[Any, int]:
+    config = llm.llm_engine.model_config
+    return config.dtype, config.max_model_len
+
+
+def _is_asynchronous(llm: LLM) -> bool:
+    return bool(llm.llm_engine.vllm_config.scheduler_config.async_scheduling)
+
+
+def _config_hash(llm: LLM) -> str:
+    return llm.llm_engine.vllm_config.compute_hash()
+
+
+def _metrics(llm: LLM) -> dict[str, float]:
+    return {one.name: one.value for one in llm.get_metrics() if hasattr(one, "value")}
 
 
 def _raw(llm: Any, prompt: list[int], extra_args: dict[str, Any]) -> None:
@@ -282,7 +238,7 @@ def _raw(llm: Any, prompt: list[int], extra_args: dict[str, Any]) -> None:
 
 
 def _output(output: Any, sample: Any) -> Output:
-    def rows(positions: Any) -> np.ndarray:
+    def rows(positions: Any) -> NDArray[np.float64]:
         return np.array([[row[token].logprob for token in range(len(row))] for row in positions])
 
     prompt = output.prompt_logprobs

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import types
+
+
+def prepare_model_runner() -> None:
+    """Pretends a backend where this process is to run Model Runner V2 in Triton's interpreter."""
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1" and "TRITON_INTERPRET" in os.environ:
+        pretend_triton_backend()
 
 
 def pretend_triton_backend() -> None:

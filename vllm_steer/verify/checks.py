@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from vllm_steer.verify.cases import CachePair, Case
 from vllm_steer.verify.compare import Difference, Tolerance, between, joined, to_reference
-from vllm_steer.verify.process import Answer, EngineProcess
+from vllm_steer.verify.engine_calls import Answer, answer_batch, forget_prefixes
+from vllm_steer.verify.process import EngineProcess
 from vllm_steer.verify.report import Check, judged
 
 PARITY, ISOLATION, CACHE = "parity", "isolation", "prefix cache"
@@ -30,9 +31,9 @@ Step = Callable[[str], None]
 
 def ask(engine: EngineProcess, cases: Sequence[Case]) -> list[Answer]:
     """Answers all cases in one batch, with nothing in the prefix cache before."""
-    engine.forget_prefixes()
-    return engine.answer(
-        [case.prompt for case in cases], [case.extra for case in cases], TOKENS, TOP
+    engine.call(forget_prefixes)
+    return engine.call(
+        answer_batch, [case.prompt for case in cases], [case.extra for case in cases], TOKENS, TOP
     )
 
 
@@ -152,7 +153,7 @@ def check_cache(
         )
         (computed,) = ask(engine, [second])
         ask(engine, [first])
-        (answer,) = engine.answer([prompt], [second.extra], TOKENS, TOP)
+        (answer,) = engine.call(answer_batch, [prompt], [second.extra], TOKENS, TOP)
         cached[pair.name] = answer.cached
         if bool(answer.cached) != pair.shared:
             wanted = "finds nothing" if pair.shared else f"finds {answer.cached} tokens"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_steer.verify.process import Answer
+from vllm_steer.verify.engine_calls import Answer
 
 
 @dataclass(frozen=True)

@@ -10,61 +10,62 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from vllm_steer.errors import EngineError
 from vllm_steer.vllm_compat.root_cause import cause_in_log, elsewhere
 
-ExtraArgs = dict[str, Any] | None
+if TYPE_CHECKING:
+    from vllm import LLM
+
+P = ParamSpec("P")
+R = TypeVar("R")
 # The variable that tells vLLM which plugins to load; without it, all.
 PLUGINS = "VLLM_PLUGINS"
-# An argument beside those of ``LLM``: the longest context to keep room for, where the model's is longer.
-ROOM = "longest_context"
 # Of a start or an answer, in seconds: loading a large model from a slow disk takes long.
 TIMEOUT = 3600
 _STOP_TIMEOUT = 60
 
 
-@dataclass(frozen=True)
-class Timing:
-    """One timed run.
-
-    Attributes:
-        seconds: Wall time of the whole batch, admission to last token.
-        cpu_seconds: Processor time of the engine's process over the same stretch.
-        tokens: Tokens processed, prompt and answer.
-        generated: Tokens generated.
-    """
-
-    seconds: float
-    cpu_seconds: float
-    tokens: int
-    generated: int
+class Process(Protocol):
+    """What is used of ``subprocess.Popen``."""
 
     @property
-    def speed(self) -> float:
-        """Tokens a second, prompt and answer together."""
-        return self.tokens / self.seconds
+    def pid(self) -> int: ...
+
+    @property
+    def returncode(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def send_signal(self, sig: int) -> None: ...
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A greedy answer.
+def fresh(end: Connection[Any, Any], log: Path, environment: Mapping[str, str]) -> Process:
+    """Starts a new Python that serves an engine.
 
-    Attributes:
-        tokens: Generated token ids.
-        logprobs: For each, the best log-probabilities by token id, its own among them.
-        cached: Prompt tokens found in the prefix cache.
+    Args:
+        end: The engine's end of the connection.
+        log: File for what it prints.
+        environment: Environment variables that differ from this process's.
     """
-
-    tokens: list[int]
-    logprobs: list[dict[int, float]]
-    cached: int
+    with log.open("a") as stream:
+        return subprocess.Popen(
+            # -P: a folder of the same name in the working directory is not what is installed.
+            [sys.executable, "-P", "-m", "vllm_steer.verify.engine_child", str(end.fileno())],
+            env=os.environ | dict(environment),
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            pass_fds=[end.fileno()],
+            # A group of its own, so that the processes that vLLM starts end with it.
+            start_new_session=True,
+        )
 
 
 @dataclass(frozen=True)
@@ -72,17 +73,20 @@ class ProcessOptions:
     """How the process of an engine runs.
 
     Attributes:
-        child: Module that it runs.
         path: Folders that only this engine imports from.
         pausing: Whether it is stopped by a signal while it waits, since some of its threads poll and would disturb
             others that are timed.
         timeout: Longest time of a start or an answer, in seconds.
+        prepare: What the process calls with the arguments of ``LLM`` before it starts, and may change; a function of
+            a module, or ``functools.partial`` of one.
+        launch: Starts the process, in a group of its own, as :func:`fresh` does.
     """
 
-    child: str = "vllm_steer.verify.engine_child"
     path: Sequence[Path] = ()
     pausing: bool = False
     timeout: float = TIMEOUT
+    prepare: Callable[[dict[str, Any]], None] | None = None
+    launch: Callable[[Connection[Any, Any], Path, Mapping[str, str]], Process] = fresh
 
 
 _DEFAULT = ProcessOptions()
@@ -102,7 +106,7 @@ class EngineProcess:
 
         Args:
             name: Name in messages.
-            arguments: Arguments of ``LLM``, and ``ROOM``.
+            arguments: Arguments of ``LLM``.
             environment: Environment variables that differ from this process's.
             options: How the process runs.
 
@@ -111,73 +115,42 @@ class EngineProcess:
         """
         self.name = name
         self._pausing, self._timeout = options.pausing, options.timeout
-        self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
+        self._log = tempfile.NamedTemporaryFile("r", errors="replace")  # noqa: SIM115
         self._connection, end = Pipe()
         paths = [*map(str, options.path), os.environ.get("PYTHONPATH", "")]
-        self._process = subprocess.Popen(
-            # -P: a folder of the same name in the working directory is not what is installed.
-            [sys.executable, "-P", "-m", options.child, str(end.fileno())],
-            env=os.environ
-            | {"VLLM_LOGGING_LEVEL": "WARNING", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-            | dict(environment),
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            pass_fds=[end.fileno()],
-            # A group of its own, so that the processes that vLLM starts end with it.
-            start_new_session=True,
-        )
+        own = {
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        }
+        self._process = options.launch(end, Path(self._log.name), own | dict(environment))
         end.close()
         try:
-            self._connection.send(dict(arguments))
+            self._connection.send((options.prepare, dict(arguments)))
             self._answer()
         except BaseException:
             self.close()
             raise
 
-    def run(
-        self, prompts: Sequence[Sequence[int]], extra: Sequence[ExtraArgs], count: int
-    ) -> Timing:
-        """Times one batch, each request generating ``count`` tokens.
+    def call(
+        self, function: Callable[Concatenate[LLM, P], R], *arguments: P.args, **named: P.kwargs
+    ) -> R:
+        """What a function returns that the process calls with its ``LLM``.
 
         Args:
-            prompts: Token ids of each prompt.
-            extra: ``SamplingParams.extra_args`` of each.
-            count: Tokens to generate for each.
-        """
-        return Timing(*self._ask("run", list(prompts), list(extra), count))
-
-    def answer(
-        self, prompts: Sequence[Sequence[int]], extra: Sequence[ExtraArgs], count: int, top: int
-    ) -> list[Answer]:
-        """Answers all prompts greedily in one batch.
-
-        Args:
-            prompts: Token ids of each prompt.
-            extra: ``SamplingParams.extra_args`` of each.
-            count: Tokens to generate for each.
-            top: Log-probabilities to return for each token.
-        """
-        rows = self._ask("generate", list(prompts), list(extra), count, top)
-        return [Answer(*row) for row in rows]
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of a prompt for each text, by the model's chat template where it has one."""
-        prompts: list[list[int]] = self._ask("encode", list(texts))
-        return prompts
-
-    def forget_prefixes(self) -> None:
-        """Empties the prefix cache.
+            function: A function of a module.
+            arguments: Its arguments behind the ``LLM``.
+            named: Its arguments by name.
 
         Raises:
-            EngineError: The engine would not.
+            EngineError: The function raised, or the engine died or did not answer in time.
         """
-        if not self._ask("forget_prefixes"):
-            raise EngineError(f"{self.name} did not empty its prefix cache")
-
-    def describe(self) -> dict[str, Any]:
-        """What the engine runs with: versions, model runner, graphs, device."""
-        found: dict[str, Any] = self._ask("describe")
-        return found
+        self._process.send_signal(signal.SIGCONT)
+        try:
+            self._connection.send((function, arguments, named))
+        except OSError:
+            raise EngineError(f"{self.name} died: {self._death()}") from None
+        answer: R = self._answer()
+        return answer
 
     def cpu_seconds(self) -> float:
         """Processor time that the process has used, from outside it."""
@@ -188,7 +161,7 @@ class EngineProcess:
         """Ends the process and those that it started."""
         with suppress(OSError, EOFError):
             self._process.send_signal(signal.SIGCONT)
-            self._connection.send(("stop",))
+            self._connection.send(None)
             # The pipe is closed when the process ends.
             if self._connection.poll(_STOP_TIMEOUT):
                 self._connection.recv()
@@ -197,14 +170,6 @@ class EngineProcess:
         self._process.wait()
         self._connection.close()
         self._log.close()
-
-    def _ask(self, command: str, *arguments: Any) -> Any:
-        self._process.send_signal(signal.SIGCONT)
-        try:
-            self._connection.send((command, *arguments))
-        except OSError:
-            raise EngineError(f"{self.name} died: {self._death()}") from None
-        return self._answer()
 
     def _answer(self) -> Any:
         if not self._connection.poll(self._timeout):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import distributions
 from typing import Any
 
@@ -29,7 +30,8 @@ from vllm_steer.verify.checks import (
     without_plugin,
 )
 from vllm_steer.verify.compare import Difference, tolerance
-from vllm_steer.verify.process import PLUGINS, ROOM, Answer, EngineProcess, ProcessOptions
+from vllm_steer.verify.engine_calls import Answer, describe_steering, encode, fit_memory
+from vllm_steer.verify.process import PLUGINS, EngineProcess, ProcessOptions
 from vllm_steer.verify.report import Check, Report, failed, judged, not_checked
 
 START = "start"
@@ -78,7 +80,6 @@ class VerifyJob:
             "max_num_seqs": REQUESTS,
             "enable_prefix_caching": True,
             "seed": 0,
-            ROOM: LONGEST,
         }
         steering = {CONFIG_KEY: {"packs": [str(pack.path) for pack in self.packs]}}
         return own | dict(self.engine) | more | ({_ARGUMENT: steering} if steered else {})
@@ -138,8 +139,8 @@ def verify(job: VerifyJob, reference: Reference, step: Step) -> Report:
 
 def _ask_steered(job: VerifyJob, engine: EngineProcess, step: Step) -> _Seen:
     """Everything that is asked of the engine with steering, while it runs."""
-    facts = engine.describe()
-    encoded = engine.encode(job.texts)
+    facts = engine.call(describe_steering)
+    encoded = engine.call(encode, job.texts)
     cases = mixed_batch(Directions.of(job.packs), encoded[:REQUESTS])
     checks = {START: _start(facts)}
     answers: list[Answer] = []
@@ -229,7 +230,7 @@ def _not_started(job: VerifyJob, about: dict[str, Any], reason: str, step: Step)
     """Whether steering is to blame, or plain vLLM does not start either."""
     try:
         with _engine(job, False, step) as plain:
-            facts = plain.describe()
+            facts = plain.call(describe_steering)
     except EngineError as error:
         return Report(about, [], f"plain vLLM does not start here either: {error}")
     others = (PARITY, ISOLATION, CACHE, speed.OVERHEAD)
@@ -256,7 +257,8 @@ def _engine(
         # One process for front end and engine, so that all of it stops while the other is timed.
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     arguments = job.arguments(steered, **more)
-    engine = EngineProcess(name, arguments, environment, ProcessOptions(pausing=pausing))
+    options = ProcessOptions(pausing=pausing, prepare=partial(fit_memory, longest=LONGEST))
+    engine = EngineProcess(name, arguments, environment, options)
     try:
         yield engine
     finally:

@@ -7,8 +7,9 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from vllm_steer.verify.cases import REQUESTS, Directions
+from vllm_steer.verify.engine_calls import Timing, time_batch
 from vllm_steer.verify.interleave import Ratio, ratio_to, rounds
-from vllm_steer.verify.process import EngineProcess, Timing
+from vllm_steer.verify.process import EngineProcess
 from vllm_steer.verify.report import Check, judged
 
 OVERHEAD = "overhead"
@@ -43,7 +44,7 @@ def check_overhead(
         step(f"overhead: {arm}")
         prompts = [rng.choices(vocabulary, k=PROMPT) for _ in range(REQUESTS)]
         engine = plain if arm == PLAIN else steered
-        return engine.run(prompts, [asked[arm]] * REQUESTS, ANSWER)
+        return engine.call(time_batch, prompts, [asked[arm]] * REQUESTS, ANSWER)
 
     # The first round warms up.
     rounds(ARMS, run, 1, 1, lambda: None)
