@@ -22,6 +22,7 @@ from vllm_steer.offline.demo.server import Server, serve
 from vllm_steer.offline.gguf.model import model_path
 from vllm_steer.offline.questions.statements import statements
 from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.testing.asynchronous import schedule_asynchronously
 from vllm_steer.testing.engine import Engine
 from vllm_steer.verify.oracle import Reference
 
@@ -156,20 +157,6 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 # Kinds that start faster by forking; the others are started as a server starts them.
 FORKED = {"async", "ngram", "lora", "cached"}
-
-
-def schedule_asynchronously() -> None:
-    """Keeps the CPU platform from switching off what it does not need."""
-    from vllm.platforms.cpu import CpuPlatform
-
-    check = CpuPlatform.check_and_update_config.__func__
-
-    def keep(cls: type, vllm_config: Any) -> None:
-        asynchronous = vllm_config.scheduler_config.async_scheduling
-        check(cls, vllm_config)
-        vllm_config.scheduler_config.async_scheduling = asynchronous
-
-    CpuPlatform.check_and_update_config = classmethod(keep)
 
 
 def environment(kind: str) -> dict[str, str]:

@@ -37,7 +37,13 @@ def cases(prompts: list[list[int]], reference: Reference) -> list[tuple[list[int
 
 @pytest.mark.parametrize(
     "kind",
-    ["eager", pytest.param("v2-eager", marks=pytest.mark.slow), "ngram-eager", "cached-eager"],
+    [
+        "eager",
+        pytest.param("v2-eager", marks=pytest.mark.slow),
+        "async-eager",
+        "ngram-eager",
+        "cached-eager",
+    ],
 )
 def test_equals_hooks(
     kind: str,
