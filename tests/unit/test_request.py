@@ -184,6 +184,16 @@ def test_near_misses_are_sought_among_few_and_short_keys() -> None:
         "teering",
         "_steering",
         "\udfffsteering",
+        "STEERING",
+        "STEER",
+        " steering",
+        "\tsteer ",
+        "-steering",
+        "X-Steering",
+        "vllm_steering",
+        "\ufeffsteering",
+        "s\u200bteering_layer_s",
+        "\uff33teering",
     ):
         assert first_steering_key(["model", "prompt", "stream", key]) == key
     assert steering_keys(["stream", "stop", "seed", "top_p", "temperature", 3, None]) == []

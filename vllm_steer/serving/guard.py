@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 _XARGS = "vllm_xargs"
 # What a body must hold to have a key that asks for steering; most need not be parsed for it.
-_MAY_ASK = re.compile(rb'"\s*(?:[sStT_]|[^\x00-\x7f])|vllm_xargs|extra_|_params|\\u|\x00')
+_MAY_ASK = re.compile(
+    rb'"\s*(?:[sStT_]|[^\x00-\x7f])|(?i:steer)|vllm_xargs|extra_|_params|\\u|\x00'
+)
 _PARAMS = "sampling_params"
 
 
