@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 
 import pytest
+from starlette._utils import get_route_path
 
-from vllm_steer.serving.asgi import model_of, with_model
+from vllm_steer.serving.asgi import key_digest, model_of, route_of, with_model
 
 _MANY = 100_000
 
@@ -52,3 +54,19 @@ def test_many_keys_are_not_made_into_objects(key: str) -> None:
             assert read(body)
             times[name].append(time.process_time() - started)
     assert min(times["model"]) < 0.8 * min(times["whole"])
+
+
+@pytest.mark.parametrize("root", ["", "/", "/v", "/v1", "/proxy", "/proxy/v1"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/proxy/v1/completions", "/proxyv1/x", "/"])
+def test_a_route_is_what_the_application_finds(root: str, path: str) -> None:
+    """A prefix may be the beginning of a name."""
+    scope = {"path": path, "root_path": root}
+    assert route_of(scope) == get_route_path(scope).rstrip("/")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_a_key_is_the_same_in_both_encodings(encoding: str) -> None:
+    """vLLM lets in what is sent in Latin-1, and the policy must know it."""
+    sent = "Bearer cl\xe9".encode(encoding)
+    digest = hashlib.sha256("cl\xe9".encode()).hexdigest()
+    assert key_digest({"headers": [(b"authorization", sent)]}) == digest

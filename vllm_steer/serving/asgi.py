@@ -29,9 +29,12 @@ STEERED_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
 
 def route_of(scope: Message) -> str:
-    """Path of a request without the prefix of a proxy and without a slash at the end."""
+    """Path of a request without the prefix of a proxy, as the application sees it, and without a slash at the end."""
     path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path") or "").rstrip("/")
+    root: str = scope.get("root_path") or ""
+    # Of a prefix that ends within a name, nothing is taken away.
+    within = path.startswith(root) and path[len(root) :][:1] in ("", "/")
+    return (path.removeprefix(root) if within else path).rstrip("/")
 
 
 def routes_of(scope: Message) -> list[Any]:
@@ -52,11 +55,16 @@ def exists(scope: Message) -> bool:
 def key_digest(scope: Message) -> str | None:
     """SHA-256 of the key in ``Authorization: Bearer KEY``, in hexadecimal; None without one.
 
-    Of several such headers the first counts, as it does for vLLM.
+    Of several such headers the first counts, as it does for vLLM. What is not UTF-8 is read as vLLM reads it, which
+    knows a key in Latin-1 for the same text.
     """
     headers: Iterable[tuple[bytes, bytes]] = scope["headers"]
     value = next((value for name, value in headers if name == b"authorization"), b"")
     scheme, _, key = value.partition(b" ")
+    try:
+        key.decode()
+    except UnicodeDecodeError:
+        key = key.decode("latin-1").encode()
     return hashlib.sha256(key).hexdigest() if scheme.lower() == b"bearer" and key else None
 
 
