@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from vllm import envs
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_steer.serving import metrics, misplaced
@@ -47,6 +48,8 @@ _SCRAPE_SECONDS = 2.0
 _RESPONSES = "/v1/responses"
 # Answers that can be read later whose receipts are kept.
 _STORED = 1024
+# Of all of them together; 64 MiB.
+_STORED_SCORES = 2**24
 
 
 class SteeringMiddleware:
@@ -98,9 +101,17 @@ class SteeringMiddleware:
         receipts = Receipts(send, http_context)
         await self._answered(http_context, scope, receive, receipts.send, admission)
         if receipts.answer_id is not None and http_context.route == _RESPONSES:
-            self._stored[f"{_RESPONSES}/{receipts.answer_id}"] = http_context.receipts
-            while len(self._stored) > _STORED:
-                del self._stored[next(iter(self._stored))]
+            self._store(receipts.answer_id, http_context.receipts)
+
+    def _store(self, answer_id: str, receipts: list[Receipt]) -> None:
+        """Keeps the receipts of an answer that vLLM keeps, as long as there is room."""
+        if not envs.VLLM_ENABLE_RESPONSES_API_STORE:
+            return
+        self._stored[f"{_RESPONSES}/{answer_id}"] = receipts
+        scores = sum(receipt.num_scores for each in self._stored.values() for receipt in each)
+        while len(self._stored) > _STORED or scores > _STORED_SCORES:
+            dropped = self._stored.pop(next(iter(self._stored)))
+            scores -= sum(receipt.num_scores for receipt in dropped)
 
     async def _answered(
         self,
