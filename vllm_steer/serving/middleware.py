@@ -63,6 +63,11 @@ class SteeringMiddleware:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Prepares a request on a steered route and completes its response."""
         admission = current_admission()
+        if scope["type"] == "websocket" and admission is not None:
+            # What it generates is read as the policy says for its key.
+            with admission.answering(HttpContext(route_of(scope), key_digest(scope))):
+                await self.app(scope, receive, send)
+            return
         if scope["type"] != "http" or admission is None or admission.config is None:
             await self.app(scope, receive, send)
             return
