@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save
+from vllm.exceptions import VLLMValidationError
 
 from tests.unit.conftest import HIDDEN
 from tests.unit.front_end import manager_of, started
@@ -16,6 +17,7 @@ from vllm_steer.errors import ConflictError, NotAllowedError, PackError, Request
 from vllm_steer.packs.pack import MANIFEST_FILE, SteeringPack
 from vllm_steer.packs.registry import PackRegistry
 from vllm_steer.request.schema import SteeringRequest
+from vllm_steer.serving.admission import Wanted
 from vllm_steer.serving.pack_manager import PackManager
 from vllm_steer.serving.packs_api import describe
 from vllm_steer.serving.policy import Policy
@@ -51,6 +53,24 @@ def test_files_last_as_long_as_what_is_served(fears: SteeringPack) -> None:
 
     with manager_of(admission) as manager:
         asyncio.run(run())
+
+
+def test_what_a_client_sends_changes_no_name_that_others_use(fears: SteeringPack) -> None:
+    """A direction is found by its name alone in what the operator loads."""
+    admission = started(fears, layers=[1, 2, 3], upload_mib=1, upload_total_mib=1)
+    same = save({"spiders": np.ones((1, HIDDEN), np.float32)}, {"layers": "[1]"})
+
+    def used(name: str) -> list[str]:
+        request = SteeringRequest.model_validate({"directions": [{"name": name}]})
+        return list(admission.admit(Wanted(request), 10).receipt.names.values())
+
+    with manager_of(admission) as manager:
+        asyncio.run(manager.upload("mine", same, 60.0, None))
+        assert used("spiders") == ["fears/spiders"]
+        assert used("mine/spiders") == ["mine/spiders"]
+        asyncio.run(manager.upload("other", body(1), 60.0, None))
+        with pytest.raises(VLLMValidationError, match="no loaded steering pack has a direction"):
+            used("sent")
 
 
 OWNER, OTHER, ROOT = "a" * 64, "b" * 64, "c" * 64

@@ -235,7 +235,8 @@ class Admission:
             # What the operator reads is not the client's to be allowed.
             alone = wanted.request is watch
             check = None if alone else partial(self._check_allowed, key_digest)
-            bound = bind(wanted.request, registry, check)
+            sees = partial(self.policy.sees, key_digest)
+            bound = bind(wanted.request, registry, check, sees=sees)
             plan = resolve(bound, prompt_len, self._max_len)
             check_capacity(plan, self.config)
             limited = self._limit_dose(plan, registry)
