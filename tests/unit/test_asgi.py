@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import time
+from typing import Any
 
 import pytest
 from starlette._utils import get_route_path
 
-from vllm_steer.serving.asgi import key_digest, model_of, route_of, with_model
+from vllm_steer.serving.asgi import key_digest, model_of, read_limited, route_of, with_model
 
 _MANY = 100_000
 
@@ -70,3 +72,20 @@ def test_a_key_is_the_same_in_both_encodings(encoding: str) -> None:
     sent = "Bearer cl\xe9".encode(encoding)
     digest = hashlib.sha256("cl\xe9".encode()).hexdigest()
     assert key_digest({"headers": [(b"authorization", sent)]}) == digest
+
+
+@pytest.mark.parametrize(
+    ("last", "found"),
+    [
+        ({"type": "http.disconnect"}, None),
+        ({"type": "http.request", "body": b" "}, b"{} "),
+    ],
+)
+def test_a_body_that_ends_too_early_is_none(last: dict[str, Any], found: bytes | None) -> None:
+    """What has come of it may look whole, as all but the blanks at its end."""
+    messages = iter([{"type": "http.request", "body": b"{}", "more_body": True}, last])
+
+    async def receive() -> dict[str, Any]:
+        return next(messages)
+
+    assert asyncio.run(read_limited(receive, 10)) == found

@@ -56,6 +56,8 @@ def test_keys_and_patterns() -> None:
         ('{"dose_action": "clamp"}', "dose_action: Input should be 'reject' or 'reduce'"),
         ('{"max_dose": 0}', "max_dose: Input should be greater than 0"),
         ('{"keys": {"my-key": ["*"]}}', "keys.my-key"),
+        ('{"watch": {}, "keys": {}, "watch": {}}', "policy: .*'watch' is given twice"),
+        ('{"keys": {"*": ["a/*"], "*": ["*"]}}', r"policy: .*'\*' is given twice"),
     ],
 )
 def test_malformed_policies(content: str, message: str, tmp_path: Path) -> None:
@@ -178,6 +180,17 @@ def test_an_alias_that_names_nothing_is_refused(
         asyncio.run(manager.set_alias("y", b'{"directions": [{"name": "spiders"}]}', None))
         with pytest.raises(ConflictError, match="needed by aliases.y"):
             asyncio.run(manager.unload("fears", None))
+
+
+def test_a_change_says_nothing_twice(fears: SteeringPack) -> None:
+    """Of two values for one key the last would count, and who sent the first never learn it."""
+    admission = started(fears)
+    alias = b'{"directions": [{"name": "spiders", "scale": 1.0, "scale": 9.0}]}'
+    with manager_of(admission, fears.path.parent) as manager:
+        with pytest.raises(RequestError, match="body: .*'scale' is given twice"):
+            asyncio.run(manager.set_alias("x", alias, None))
+        with pytest.raises(RequestError, match="body: .*'name' is given twice"):
+            asyncio.run(manager.load(b'{"name": "other", "name": "fears"}', None))
 
 
 def test_no_pack_comes_that_breaks_the_policy(

@@ -43,6 +43,8 @@ _LONGEST_MISSPELT = 24
 _FIRST_CHARACTERS = frozenset("sStTxXvV_.- \t\r\n")
 _MEANT = re.compile(r"[\s.-]*(?:(?:x|vllm)[-_])?steer", re.IGNORECASE)
 _MAY_BE_MISSPELT = re.compile(r"[\s.-]*[sStT_]|[^\x00-\x7f]")
+# Python takes more for a number, as digits of other scripts and underscores between them.
+_NUMBER = re.compile(r" *[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)? *")
 _MOST_CHARACTERS = 2**18
 _MOST_KEYS = 64
 _MOST_VALUES = 20_000
@@ -303,12 +305,9 @@ def _parse_item(item: str) -> dict[str, Any]:
     name, colon, scale = item.rpartition(":")
     if not colon:
         return {"name": item}
-    try:
-        return {"name": name, "scale": float(scale)}
-    except ValueError:
-        raise RequestError(
-            f'steer: {item!r} must be "name:scale" with a number after the colon'
-        ) from None
+    if not _NUMBER.fullmatch(scale):
+        raise RequestError(f'steer: {item!r} must be "name:scale" with a number after the colon')
+    return {"name": name, "scale": float(scale)}
 
 
 def _parse_slices(value: Any) -> Any:

@@ -13,9 +13,12 @@ from pydantic import TypeAdapter, ValidationError
 from vllm_steer import log
 from vllm_steer.errors import RequestError, UnknownDirectionError, explain_faults
 from vllm_steer.packs.registry import PackRegistry
+from vllm_steer.packs.strict_json import parse_json
 from vllm_steer.plan.binding import bind
 from vllm_steer.request.schema import SteeringRequest
 from vllm_steer.serving.policy import AliasName, Policy, named_directions
+
+_MAX_VALUES = 20_000
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,12 @@ def with_alias(
     """
     try:
         name = TypeAdapter(AliasName).validate_python(alias)
+        parse_json(body, _MAX_VALUES)
         request = SteeringRequest.model_validate_json(body)
     except ValidationError as error:
         raise RequestError(explain_faults(error, "body")) from error
+    except ValueError as error:
+        raise RequestError(f"body: {error}") from error
     _check_change(policy, registry, [request, policy.aliases.get(name)], key_digest)
     changed = policy.model_copy(update={"aliases": policy.aliases | {name: request}})
     _check_names(changed, registry, name, key_digest)

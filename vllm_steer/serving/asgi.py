@@ -12,6 +12,8 @@ from typing import Any
 import msgspec
 from pydantic_core import from_json, to_json
 
+from vllm_steer.errors import shortened
+
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -77,14 +79,16 @@ async def read_body(receive: Receive) -> tuple[bytes, list[Message]]:
 
 
 async def read_limited(receive: Receive, limit: int) -> bytes | None:
-    """Returns a request's body; None where it is longer than ``limit`` bytes, without keeping it."""
+    """Returns a request's body; None where it is longer than ``limit`` bytes, without keeping it, or ends too early."""
     parts, size, more = [], 0, True
     while more and size <= limit:
         message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
         part = message.get("body", b"")
         size += len(part)
         parts.append(part)
-        more = message["type"] == "http.request" and bool(message.get("more_body"))
+        more = bool(message.get("more_body"))
     return b"".join(parts) if size <= limit else None
 
 
@@ -167,5 +171,5 @@ async def send_error(
 ) -> None:
     """Sends an error in the form of the OpenAI API."""
     kind = HTTPStatus(status).phrase.title().replace(" ", "") + "Error"
-    error = {"message": message, "type": kind, "param": field, "code": status}
+    error = {"message": shortened(message), "type": kind, "param": shortened(field), "code": status}
     await send_json(send, status, {"error": error}, more)
