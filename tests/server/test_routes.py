@@ -289,6 +289,16 @@ def test_steering_in_a_form_is_refused(
     assert answer.json()["error"]["param"] == field
 
 
+def test_a_second_kind_of_body_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = TestClient(built(monkeypatch, "generate"))
+    kinds = ["application/json", "application/x-www-form-urlencoded"]
+    headers = [*KEY.items(), *(("content-type", kind) for kind in kinds)]
+    body = json.dumps({"model": SERVED_NAME, "messages": SAID, "max_tokens": 4, "steering": CALM})
+    answer = client.post("/v1/messages", content=body, headers=headers)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == "steering"
+
+
 def test_a_form_without_steering_reaches_its_route(monkeypatch: pytest.MonkeyPatch) -> None:
     app = built(monkeypatch, "generate", "transcription")
     audio = {"file": ("steering.wav", b'name="steering"\r\n', "audio/wav")}

@@ -21,6 +21,7 @@ from vllm_steer.serving.http_context import HttpContext, current_http_context
 from vllm_steer.serving.policy import Policy
 from vllm_steer.serving.request_hooks import check_sampling, plan_inputs
 from vllm_steer.serving.request_plan import admitted, beam_search
+from vllm_steer.serving.request_tracking import _plan
 
 SPIDERS: dict[str, Any] = {"directions": [{"name": "fears/spiders", "scale": 2.0}]}
 LATE = SPIDERS | {"positions": "generated"}
@@ -148,6 +149,22 @@ def test_a_response_holds_no_more_scores_of_prompts_than_can_be_written_soon(
     else:
         with pytest.raises(VLLMValidationError, match="would have more than 320 scores"):
             admitted(admission, wanted, 3, params)
+
+
+def test_a_further_turn_waits_for_the_rows_that_it_needs(admission: Admission) -> None:
+    """The sums of a longer prompt may be others, where ranges meet that did not."""
+    late = {"name": "New York", "scale": 1.0, "positions": [[-1, None]]}
+    early = {"name": "spiders", "scale": 1.0, "positions": [[6, 8]]}
+    wanted = Wanted(SteeringRequest.model_validate({"directions": [early, late]}))
+    first = admission.admit(wanted, 4)
+    params = SamplingParams(extra_args={PLAN_KEY: first})
+    engine = SimpleNamespace(input_processor=SimpleNamespace(_vllm_steer_admission=admission))
+    assert _plan(engine, {"prompt_token_ids": [1] * 4}, params) is first
+    again = _plan(engine, {"prompt_token_ids": [1] * 9}, params)
+    assert again is params.extra_args[PLAN_KEY]
+    before, now = ({s.row_key for s in p.receipt.plan.segments} for p in (first, again))
+    assert now - before
+    assert again.receipt.plan == admission.admit(wanted, 9).receipt.plan
 
 
 @pytest.mark.parametrize(("max_tokens", "fits"), [(1, False), (2, True), (None, True)])

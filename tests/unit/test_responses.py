@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -98,3 +99,27 @@ def test_stored_receipts_are_bounded_by_their_scores(monkeypatch: pytest.MonkeyP
     for number in range(5):
         stored._store(str(number), [made])
     assert list(stored._stored) == [f"/v1/responses/{number}" for number in (2, 3, 4)]
+
+
+def test_scrapes_at_once_ask_the_workers_once() -> None:
+    """Anybody may scrape, and every question waits for a step and takes time from the next."""
+    asked = 0
+
+    async def collective_rpc(method: str) -> list[tuple[int, float, int]]:
+        nonlocal asked
+        asked += 1
+        await asyncio.sleep(0.01)
+        return [(1, 0.5, 0)]
+
+    async def run() -> None:
+        middleware = SteeringMiddleware(lambda *_: asyncio.sleep(0))
+        engine = SimpleNamespace(collective_rpc=collective_rpc)
+        for count in (1, 2):
+            first, *others = [asyncio.ensure_future(middleware._measure(engine)) for _ in range(20)]
+            await asyncio.sleep(0)
+            # Who hangs up takes nothing from the others.
+            first.cancel()
+            await asyncio.gather(*others)
+            assert asked == count
+
+    asyncio.run(run())

@@ -255,6 +255,11 @@ def steering_keys(keys: Iterable[Any]) -> list[str]:
     return found
 
 
+def is_steering_key(key: str) -> bool:
+    """Whether a key was meant for steering, and is not misspelt."""
+    return _MEANT.match(key) is not None
+
+
 def first_steering_key(keys: Iterable[Any]) -> str | None:
     """Returns the first key that was meant for steering."""
     return next(iter(steering_keys(keys)), None)

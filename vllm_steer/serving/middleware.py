@@ -59,6 +59,7 @@ class SteeringMiddleware:
         self.app = app
         # By the path that a stored answer is read at.
         self._stored: dict[str, list[Receipt]] = {}
+        self._measuring: asyncio.Future[None] | None = None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Prepares a request on a steered route and completes its response."""
@@ -75,7 +76,7 @@ class SteeringMiddleware:
         if route[1].startswith(PREFIX) and admission.store is not None:
             await answer(admission, admission.store, route[1], scope, receive, send)
         elif route == ("GET", "/metrics"):
-            await _measure_planning(scope["app"].state.engine_client)
+            await self._measure(scope["app"].state.engine_client)
             await self.app(scope, receive, send)
         elif route == ("GET", "/v1/models") and admission.policy.aliases:
             await self.app(scope, receive, ModelList(send, admission, key_digest(scope)).send)
@@ -107,6 +108,12 @@ class SteeringMiddleware:
         await self._answered(http_context, scope, receive, receipts.send, admission)
         if receipts.answer_id is not None and http_context.route == _RESPONSES:
             self._store(receipts.answer_id, http_context.receipts)
+
+    async def _measure(self, engine: EngineClient) -> None:
+        """Asks the workers for their times; those who ask meanwhile share the answer, for each takes time from a step."""
+        if self._measuring is None or self._measuring.done():
+            self._measuring = asyncio.ensure_future(_measure_planning(engine))
+        await asyncio.shield(self._measuring)
 
     def _store(self, answer_id: str, receipts: list[Receipt]) -> None:
         """Keeps the receipts of an answer that vLLM keeps, as long as there is room."""
