@@ -16,6 +16,8 @@ from tests.unit.front_end import manager_of, started
 from vllm_steer.errors import ConflictError, NotAllowedError, PackError, RequestError
 from vllm_steer.packs.pack import MANIFEST_FILE, SteeringPack
 from vllm_steer.packs.registry import PackRegistry
+from vllm_steer.plan.binding import bind
+from vllm_steer.plan.resolve import resolve
 from vllm_steer.request.schema import SteeringRequest
 from vllm_steer.serving.admission import Wanted
 from vllm_steer.serving.pack_manager import PackManager
@@ -71,6 +73,26 @@ def test_what_a_client_sends_changes_no_name_that_others_use(fears: SteeringPack
         asyncio.run(manager.upload("other", body(1), 60.0, None))
         with pytest.raises(VLLMValidationError, match="no loaded steering pack has a direction"):
             used("sent")
+
+
+def test_the_metrics_have_no_name_that_a_client_chose(fears: SteeringPack) -> None:
+    """Else a client could take all the names that they tell apart, or read those of others."""
+    admission = started(fears, layers=[1, 2, 3], upload_mib=1, upload_total_mib=1, reads=1)
+
+    def names() -> list[str]:
+        request = SteeringRequest.model_validate(
+            {"read": [{"name": "fears/spiders"}, {"name": "mine/sent"}]}
+        )
+        reads = resolve(bind(request, registry), 10).reads
+        return [admission.metric_name_of(read) for read in reads]
+
+    assert admission.store is not None
+    with manager_of(admission) as manager:
+        asyncio.run(manager.upload("mine", body(1), 60.0, None))
+        registry = admission.store.registry
+        assert names() == ["fears/spiders", "uploaded"]
+        asyncio.run(manager.unload("mine", None))
+        assert names() == ["fears/spiders", "uploaded"]
 
 
 OWNER, OTHER, ROOT = "a" * 64, "b" * 64, "c" * 64

@@ -124,13 +124,15 @@ def _entry(plan: AdmittedPlan, request_id: str) -> dict[str, Any]:
 
 async def _measured(outputs: Outputs, receipt: Receipt, admission: Admission) -> Outputs:
     """Yields the outputs of a request that reads, and counts in its scores once it has ended."""
-    units = [admission.unit_of(read) for read in receipt.plan.reads]
+    reads = receipt.plan.reads
+    units = [admission.unit_of(read) for read in reads]
+    names = [admission.metric_name_of(read) for read in reads]
     try:
         async with aclosing(outputs):
             async for output in outputs:
                 yield output
     finally:
-        observe_scores(receipt.scores.values(), units)
+        observe_scores(receipt.scores.values(), units, names)
 
 
 async def _pinned(outputs: Outputs, receipt: Receipt, admission: Admission) -> Outputs:
