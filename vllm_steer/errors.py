@@ -112,6 +112,7 @@ class ConversionError(SteeringError):
 # What a client sends is compared with names no longer and no more than these, each of which takes time.
 _LONGEST_COMPARED = 64
 _MOST_COMPARED = 256
+_LONGEST_MESSAGE = 2048
 
 
 def choices(wanted: str, available: Iterable[str], limit: int = 8) -> str:
@@ -131,6 +132,13 @@ def choices(wanted: str, available: Iterable[str], limit: int = 8) -> str:
     shown = ", ".join(repr(name) for name in names[:limit])
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return f"{hint}available: {shown}{more}"
+
+
+def shortened(message: str) -> str:
+    """Returns a message without the middle of what may be as long as a client's body."""
+    if len(message) <= _LONGEST_MESSAGE:
+        return message
+    return f"{message[: _LONGEST_MESSAGE // 2]} ... {message[-_LONGEST_MESSAGE // 2 :]}"
 
 
 def one_line(error: BaseException, limit: int) -> str:

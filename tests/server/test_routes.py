@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
 
 from vllm_steer.offline.demo.server import SERVED_NAME, Server, serve
 from vllm_steer.packs.pack import SteeringPack
@@ -130,6 +133,11 @@ def ask(server: Server, route: str, fields: dict[str, Any]) -> httpx.Response:
 @pytest.fixture
 def application(monkeypatch: pytest.MonkeyPatch) -> Any:
     """vLLM's own, with all that a flag or a variable adds to it."""
+    return built(monkeypatch, "generate")
+
+
+def built(monkeypatch: pytest.MonkeyPatch, *tasks: str) -> Any:
+    """vLLM's application for a model that has some tasks."""
     from vllm.entrypoints.launchers.app import build_app
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -139,7 +147,7 @@ def application(monkeypatch: pytest.MonkeyPatch) -> Any:
     parser = make_arg_parser(FlexibleArgumentParser())
     args = parser.parse_args(["--enable-scale-out", "--tokens-only", "--api-key", "secret"])
     args.enable_fault_tolerance = True
-    return build_app(args, ("generate",))
+    return build_app(args, tasks)
 
 
 def test_a_key_is_checked_before_a_body_is_looked_into(application: Any) -> None:
@@ -266,6 +274,69 @@ def test_a_server_without_reads_names_the_flag(server: Server) -> None:
     refused = ask(server, "/v1/completions", body)
     assert refused.status_code == 400
     assert "--steering-reads" in refused.json()["error"]["message"]
+
+
+KEY = {"authorization": "Bearer secret"}
+
+
+@pytest.mark.parametrize("route", ["/v1/audio/transcriptions", "/v1/audio/translations"])
+@pytest.mark.parametrize("encoded", [False, True])
+@pytest.mark.parametrize(
+    "field", ["steering", "steer", "X-Steering", "steering[directions][0][name]"]
+)
+def test_steering_in_a_form_is_refused(
+    field: str, encoded: bool, route: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM reads what it knows of a form and drops the rest."""
+    client = TestClient(built(monkeypatch, "generate", "transcription"))
+    fields = {"model": SERVED_NAME, field: "moods/cheerful"}
+    audio = None if encoded else {"file": ("steering.wav", b'name="steering"\r\n', "audio/wav")}
+    answer = client.post(route, data=fields, files=audio, headers=KEY)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == field
+
+
+def test_a_second_kind_of_body_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = TestClient(built(monkeypatch, "generate"))
+    kinds = ["application/json", "application/x-www-form-urlencoded"]
+    headers = [*KEY.items(), *(("content-type", kind) for kind in kinds)]
+    body = json.dumps({"model": SERVED_NAME, "messages": SAID, "max_tokens": 4, "steering": CALM})
+    answer = client.post("/v1/messages", content=body, headers=headers)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == "steering"
+
+
+def test_a_form_without_steering_reaches_its_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = built(monkeypatch, "generate", "transcription")
+    audio = {"file": ("steering.wav", b'name="steering"\r\n', "audio/wav")}
+    answer = TestClient(app).post(
+        "/v1/audio/transcriptions", data={"stream": "maybe"}, files=audio, headers=KEY
+    )
+    assert "steering" not in answer.text
+    assert "stream" in answer.text
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"type": "session.update", "model": SERVED_NAME, "steering": CALM},
+        {"type": "session.update", "session": {"steer": ["moods/cheerful"]}},
+    ],
+)
+def test_a_web_socket_that_is_asked_to_steer_is_ended(
+    message: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = built(monkeypatch, "generate", "realtime")
+    app.state.openai_serving_realtime = SimpleNamespace()
+    with TestClient(app).websocket_connect("/v1/realtime", headers=KEY) as socket:
+        assert socket.receive_json()["type"] == "session.created"
+        socket.send_json({"type": "unknown"})
+        assert socket.receive_json()["type"] == "error"
+        socket.send_json(message)
+        with pytest.raises(WebSocketDisconnect) as ended:
+            socket.receive_json()
+    assert ended.value.code == 1008
+    assert "does not support steering" in ended.value.reason
 
 
 def test_a_route_that_does_not_exist_is_not_read(server: Server) -> None:

@@ -112,3 +112,15 @@ def test_a_loop_that_was_closed_leaves_no_count_behind(logged: list[logging.LogR
 def test_outside_a_server_the_caller_alone_is_told(logged: list[logging.LogRecord]) -> None:
     count_refusal(UnknownDirectionError("steering.directions.0.name: no such"), None, None)
     assert not logged
+
+
+def test_a_client_is_not_told_all_that_it_sent() -> None:
+    """Its body may have megabytes, and each message would be as long."""
+    name = "steer" + "x" * 10**6
+    with pytest.raises(RequestError) as refused:
+        parse({name: 1})
+    found = str(refusals.refusal(refused.value))
+    assert len(found) < 3000
+    assert found.startswith("unknown steering argument 'steerxxx")
+    assert "did you mean" not in found
+    assert "available: 'steer'" in found

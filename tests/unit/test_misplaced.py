@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vllm_steer.serving.misplaced import misplaced
+from vllm_steer.serving.misplaced import beside, misplaced
 
 SAID = {"role": "user", "content": "Hello"}
 STEERING = {"directions": [{"name": "fears/spiders"}]}
@@ -60,3 +60,21 @@ def test_what_is_in_its_place_or_the_clients_own_passes(body: Any) -> None:
 
 def test_what_is_no_json_is_left_to_the_route() -> None:
     assert misplaced(b'{"messages": [{"steering": ') is None
+
+
+@pytest.mark.parametrize(
+    ("headers", "query", "place"),
+    [
+        ([], b"", None),
+        ([(b"x-steering", b"{}")], b"", "header x-steering"),
+        ([(b"steer", b"a:1")], b"", "header steer"),
+        ([], b"steering=", "query steering"),
+        ([], b"a=1&st%65er_layers=2", "query steer_layers"),
+        ([(b"x-stainless-lang", b"x-steering"), (b"te", b"steer")], b"a=steer&stream=1", None),
+        ([(b"caf\xe9", b"")], b"\xe9=\xff&&=", None),
+    ],
+)
+def test_what_stands_beside_the_body_is_named(
+    headers: list[tuple[bytes, bytes]], query: bytes, place: str | None
+) -> None:
+    assert beside({"headers": headers, "query_string": query}) == place

@@ -56,6 +56,8 @@ def test_keys_and_patterns() -> None:
         ('{"dose_action": "clamp"}', "dose_action:"),
         ('{"max_dose": 0}', "max_dose:"),
         ('{"keys": {"my-key": ["*"]}}', "keys.my-key"),
+        ('{"watch": {}, "keys": {}, "watch": {}}', "policy: .*'watch' is given twice"),
+        ('{"keys": {"*": ["a/*"], "*": ["*"]}}', r"policy: .*'\*' is given twice"),
     ],
 )
 def test_malformed_policies(content: str, message: str, tmp_path: Path) -> None:
@@ -180,6 +182,17 @@ def test_an_alias_that_names_nothing_is_refused(
             asyncio.run(manager.unload("fears", None))
 
 
+def test_a_change_says_nothing_twice(fears: SteeringPack) -> None:
+    """Of two values for one key the last would count, and who sent the first never learn it."""
+    admission = started(fears)
+    alias = b'{"directions": [{"name": "spiders", "scale": 1.0, "scale": 9.0}]}'
+    with manager_of(admission, fears.path.parent) as manager:
+        with pytest.raises(RequestError, match="body: .*'scale' is given twice"):
+            asyncio.run(manager.set_alias("x", alias, None))
+        with pytest.raises(RequestError, match="body: .*'name' is given twice"):
+            asyncio.run(manager.load(b'{"name": "other", "name": "fears"}', None))
+
+
 def test_no_pack_comes_that_breaks_the_policy(
     fears: SteeringPack, pack_at: Callable[..., SteeringPack]
 ) -> None:
@@ -232,3 +245,50 @@ def test_a_key_learns_nothing_of_what_it_may_not_use(
         ) as caught:
             admission.admit(Wanted(request), 10)
         assert "fears/" not in str(caught.value).replace(name, "")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "unseen"),
+    [
+        ("fears/N*", "fears/Nobody", "spiders"),
+        ("more/*", "more/nobody", "fears"),
+        ("mor*", "mor/nobody", "fears"),
+        ("n*", "nobody", "spiders"),
+    ],
+)
+def test_no_message_names_what_a_key_may_not_use(
+    pattern: str,
+    name: str,
+    unseen: str,
+    fears: SteeringPack,
+    pack_at: Callable[..., SteeringPack],
+    http_context: None,
+) -> None:
+    admission = started(fears, pack_at("more", {"mild": [1]}))
+    admission.policy = Policy(keys={KEY: [pattern]})
+    steering = {"directions": [{"name": name}]}
+    with pytest.raises(VLLMValidationError, match="(has no|has a) direction|is loaded") as caught:
+        admission.admit(Wanted(SteeringRequest.model_validate(steering)), 10)
+    assert unseen not in str(caught.value)
+    with manager_of(admission) as manager:
+        body = json.dumps(steering).encode()
+        with pytest.raises(RequestError, match="(has no|has a) direction|is loaded") as refused:
+            asyncio.run(manager.set_alias("x", body, KEY))
+    assert unseen not in str(refused.value)
+
+
+def test_a_name_without_a_pack_is_one_of_what_its_key_may_use(
+    fears: SteeringPack, pack_at: Callable[..., SteeringPack], http_context: None
+) -> None:
+    admission = started(fears, pack_at("more", {"spiders": [1]}))
+    request = SteeringRequest.model_validate({"directions": [{"name": "spiders"}]})
+    with pytest.raises(VLLMValidationError, match="more than one"):
+        admission.admit(Wanted(request), 10)
+    admission.policy = Policy(keys={KEY: ["fears/*", "spiders"]})
+    receipt = admission.admit(Wanted(request), 10).receipt
+    assert list(receipt.names.values()) == ["fears/spiders"]
+    with manager_of(admission) as manager:
+        body = request.model_dump_json().encode()
+        with pytest.raises(RequestError, match="that of several") as refused:
+            asyncio.run(manager.set_alias("x", body, KEY))
+    assert "more" not in str(refused.value)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
+from vllm.v1.request import RequestStatus
 
 import vllm_steer
 from tests.unit.conftest import HIDDEN, LAYERS, resolved
@@ -23,7 +24,7 @@ from vllm_steer.engine.blocks import hook_blocks
 from vllm_steer.engine.compile_cache import hash_graph_alone
 from vllm_steer.engine.readers import ReaderBank
 from vllm_steer.engine.reading import Reading
-from vllm_steer.engine.unsent_scores import UnsentScores
+from vllm_steer.engine.unsent_scores import UnsentScores, stop_by_scores
 from vllm_steer.errors import CompatibilityError, ConfigError, RequestError, UnknownDirectionError
 from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.packs.registry import PackRegistry
@@ -381,6 +382,30 @@ def test_tokens_that_a_read_does_not_cover_do_not_meet_its_rule() -> None:
     assert unsent.fired(7) is None
     unsent.chunks.append((7, np.full((1, 1), 9.0, dtype=np.float32)))
     assert unsent.fired(8) == rules[0]
+
+
+@pytest.mark.parametrize("ends_anyway", [False, True])
+@pytest.mark.parametrize(("score", "reason"), [(2.0, "abort"), (0.0, "length")])
+def test_a_rule_counts_before_what_else_ends_an_answer(
+    score: float, reason: str, ends_anyway: bool
+) -> None:
+    """Few tokens at a time would else be answers that nothing was noticed in."""
+
+    def ended(request: Any) -> bool:
+        if ends_anyway:
+            request.status = RequestStatus.FINISHED_LENGTH_CAPPED
+        return ends_anyway
+
+    unsent = UnsentScores((read(),), (StopRule(0, 1.0, 1, abort=True),))
+    unsent.chunks.append((PROMPT, np.float32([[score]])))
+    request = SimpleNamespace(
+        num_tokens=PROMPT + 2, status=RequestStatus.RUNNING, _vllm_steer_unsent_scores=unsent
+    )
+    assert stop_by_scores(ended)(request) == (ends_anyway or reason == "abort")
+    if RequestStatus.is_finished(request.status):
+        assert str(RequestStatus.get_finished_reason(request.status)) == reason
+    else:
+        assert (ends_anyway, reason) == (False, "length")
 
 
 def test_scores_are_read_back_by_position() -> None:

@@ -97,7 +97,14 @@ def test_the_forms_agree() -> None:
         ({"steer": [1]}, "steer must be a list"),
         ({"steer_layers": [1]}, "steer must be a list"),
         ({"steer": ["a:b"]}, "'a:b' must be \"name:scale\" with a number"),
-        ({"steer": ["a:nan"]}, "0.scale:"),
+        ({"steer": ["a:nan"]}, "'a:nan' must be \"name:scale\" with a number"),
+        ({"steer": ["a:1e999"]}, "0.scale:"),
+        ({"steer": ["a:1_0"]}, "'a:1_0' must be \"name:scale\" with a number"),
+        ({"steer": ["a:\u0661"]}, 'must be "name:scale" with a number'),
+        ({"steer": ["a:\n1"]}, 'must be "name:scale" with a number'),
+        ({"steer": ["a"], "steer_positions": ["1_0:"]}, "must be a name or a list of"),
+        ({"steer": ["a"], "steer_positions": ["\uff11:"]}, "must be a name or a list of"),
+        ({"steer": ["a"], "steer_positions": ["1:2:3"]}, "must be a name or a list of"),
         ({"steer": ["a"], "steer_layer": [1]}, "'steer_layer'; did you mean 'steer_layers'"),
         (
             {"steering": {"directions": [{"name": "a"}]}, "steer": ["a"]},
@@ -174,6 +181,16 @@ def test_any_value_of_the_flat_form_is_understood_or_refused(key: str, value: An
         assert isinstance(found, SteeringRequest)
 
 
+@pytest.mark.parametrize(
+    ("text", "scale"),
+    [("2", 2.0), (" -2.5 ", -2.5), ("+.5", 0.5), ("3.", 3.0), ("1e+07", 1e7), ("-0", -0.0)],
+)
+def test_scales_of_the_flat_form(text: str, scale: float) -> None:
+    found = parse({"steer": [f"a:{text}"]})
+    assert found is not None
+    assert found.directions[0].scale == scale
+
+
 def test_near_misses_are_sought_among_few_and_short_keys() -> None:
     """A body may have hundreds of thousands of keys."""
     for key in (
@@ -184,6 +201,16 @@ def test_near_misses_are_sought_among_few_and_short_keys() -> None:
         "teering",
         "_steering",
         "\udfffsteering",
+        "STEERING",
+        "STEER",
+        " steering",
+        "\tsteer ",
+        "-steering",
+        "X-Steering",
+        "vllm_steering",
+        "\ufeffsteering",
+        "s\u200bteering_layer_s",
+        "\uff33teering",
     ):
         assert first_steering_key(["model", "prompt", "stream", key]) == key
     assert steering_keys(["stream", "stop", "seed", "top_p", "temperature", 3, None]) == []

@@ -15,12 +15,13 @@ from tests.unit.front_end import started
 from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.plan.message import plan_of
 from vllm_steer.request.schema import PLAN_KEY, SteeringRequest
-from vllm_steer.serving import request_hooks
+from vllm_steer.serving import request_hooks, request_plan
 from vllm_steer.serving.admission import UNSTEERED, Admission, Wanted
 from vllm_steer.serving.http_context import HttpContext, current_http_context
 from vllm_steer.serving.policy import Policy
 from vllm_steer.serving.request_hooks import check_sampling, plan_inputs
 from vllm_steer.serving.request_plan import admitted, beam_search
+from vllm_steer.serving.request_tracking import _plan
 
 SPIDERS: dict[str, Any] = {"directions": [{"name": "fears/spiders", "scale": 2.0}]}
 LATE = SPIDERS | {"positions": "generated"}
@@ -113,6 +114,57 @@ def test_what_goes_on_after_its_exchange_is_not_held_by_it(
     admitted(admission, wanted, 3, SamplingParams())
     assert http_context.receipts == [plan.receipt]
     assert admission.active[digest] == 1
+
+
+@pytest.mark.parametrize(
+    ("at", "answers", "prompts", "fits"),
+    [
+        ("all", 1, 1, True),
+        ("all", 2, 1, False),
+        ("all", 1, 2, False),
+        ("generated", 9, 9, True),
+        ([[-2, None]], 1, 1, True),
+        ([[-2, None]], 1, 2, True),
+    ],
+)
+def test_a_response_holds_no_more_scores_of_prompts_than_can_be_written_soon(
+    at: Any,
+    answers: int,
+    prompts: int,
+    fits: bool,
+    fears: SteeringPack,
+    http_context: HttpContext,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They cost a client nothing, as those of tokens that have to be generated do."""
+    monkeypatch.setattr(request_plan, "MAX_PROMPT_SCORES", 64 * 5)
+    admission = started(fears, reads=1)
+    choices = [{"name": "spiders", "at": at}] * 64
+    wanted = Wanted(SteeringRequest.model_validate({"read": choices}))
+    params = SamplingParams(n=answers)
+    for _ in range(prompts - 1):
+        admitted(admission, wanted, 3, params)
+    if fits:
+        admitted(admission, wanted, 3, params)
+    else:
+        with pytest.raises(VLLMValidationError, match="would have more than 320 scores"):
+            admitted(admission, wanted, 3, params)
+
+
+def test_a_further_turn_waits_for_the_rows_that_it_needs(admission: Admission) -> None:
+    """The sums of a longer prompt may be others, where ranges meet that did not."""
+    late = {"name": "New York", "scale": 1.0, "positions": [[-1, None]]}
+    early = {"name": "spiders", "scale": 1.0, "positions": [[6, 8]]}
+    wanted = Wanted(SteeringRequest.model_validate({"directions": [early, late]}))
+    first = admission.admit(wanted, 4)
+    params = SamplingParams(extra_args={PLAN_KEY: first})
+    engine = SimpleNamespace(input_processor=SimpleNamespace(_vllm_steer_admission=admission))
+    assert _plan(engine, {"prompt_token_ids": [1] * 4}, params) is first
+    again = _plan(engine, {"prompt_token_ids": [1] * 9}, params)
+    assert again is params.extra_args[PLAN_KEY]
+    before, now = ({s.row_key for s in p.receipt.plan.segments} for p in (first, again))
+    assert now - before
+    assert again.receipt.plan == admission.admit(wanted, 9).receipt.plan
 
 
 @pytest.mark.parametrize(("max_tokens", "fits"), [(1, False), (2, True), (None, True)])

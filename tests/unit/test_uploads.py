@@ -9,13 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save
+from vllm.exceptions import VLLMValidationError
 
 from tests.unit.conftest import HIDDEN
 from tests.unit.front_end import manager_of, started
 from vllm_steer.errors import ConflictError, NotAllowedError, PackError, RequestError
 from vllm_steer.packs.pack import MANIFEST_FILE, SteeringPack
 from vllm_steer.packs.registry import PackRegistry
+from vllm_steer.plan.binding import bind
+from vllm_steer.plan.resolve import resolve
 from vllm_steer.request.schema import SteeringRequest
+from vllm_steer.serving.admission import Wanted
 from vllm_steer.serving.pack_manager import PackManager
 from vllm_steer.serving.packs_api import describe
 from vllm_steer.serving.policy import Policy
@@ -51,6 +55,44 @@ def test_files_last_as_long_as_what_is_served(fears: SteeringPack) -> None:
 
     with manager_of(admission) as manager:
         asyncio.run(run())
+
+
+def test_what_a_client_sends_changes_no_name_that_others_use(fears: SteeringPack) -> None:
+    """A direction is found by its name alone in what the operator loads."""
+    admission = started(fears, layers=[1, 2, 3], upload_mib=1, upload_total_mib=1)
+    same = save({"spiders": np.ones((1, HIDDEN), np.float32)}, {"layers": "[1]"})
+
+    def used(name: str) -> list[str]:
+        request = SteeringRequest.model_validate({"directions": [{"name": name}]})
+        return list(admission.admit(Wanted(request), 10).receipt.names.values())
+
+    with manager_of(admission) as manager:
+        asyncio.run(manager.upload("mine", same, 60.0, None))
+        assert used("spiders") == ["fears/spiders"]
+        assert used("mine/spiders") == ["mine/spiders"]
+        asyncio.run(manager.upload("other", body(1), 60.0, None))
+        with pytest.raises(VLLMValidationError, match="no loaded steering pack has a direction"):
+            used("sent")
+
+
+def test_the_metrics_have_no_name_that_a_client_chose(fears: SteeringPack) -> None:
+    """Else a client could take all the names that they tell apart, or read those of others."""
+    admission = started(fears, layers=[1, 2, 3], upload_mib=1, upload_total_mib=1, reads=1)
+
+    def names() -> list[str]:
+        request = SteeringRequest.model_validate(
+            {"read": [{"name": "fears/spiders"}, {"name": "mine/sent"}]}
+        )
+        reads = resolve(bind(request, registry), 10).reads
+        return [admission.metric_name_of(read) for read in reads]
+
+    assert admission.store is not None
+    with manager_of(admission) as manager:
+        asyncio.run(manager.upload("mine", body(1), 60.0, None))
+        registry = admission.store.registry
+        assert names() == ["fears/spiders", "uploaded"]
+        asyncio.run(manager.unload("mine", None))
+        assert names() == ["fears/spiders", "uploaded"]
 
 
 OWNER, OTHER, ROOT = "a" * 64, "b" * 64, "c" * 64

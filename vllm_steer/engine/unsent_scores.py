@@ -192,17 +192,20 @@ def _send(
 
 
 def stop_by_scores(original: Callable[..., bool]) -> Callable[..., bool]:
-    """Wraps ``check_stop``, which the scheduler asks after each token that it adds to a request."""
+    """Wraps ``check_stop``, which the scheduler asks after each token that it adds to a request.
+
+    A rule that is met counts before what else ends the answer with the same token, as the most tokens that its client
+    asked for: an operator is told of it all the same.
+    """
 
     def check_stop(request: Request, *args: Any, **kwargs: Any) -> bool:
-        if original(request, *args, **kwargs):
-            return True
+        ended = original(request, *args, **kwargs)
         unsent = _UNSENT.get(request)
         if unsent is None or not unsent.rules:
-            return False
+            return ended
         stop = unsent.fired(request.num_tokens - 1)
         if stop is None:
-            return False
+            return ended
         request.status = (
             RequestStatus.FINISHED_ABORTED if stop.abort else RequestStatus.FINISHED_STOPPED
         )

@@ -6,7 +6,7 @@ files. Importing this module imports neither torch nor vllm.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
@@ -23,6 +23,10 @@ _ON_TEXT: Final = {
     "qwen3_vl_text": "qwen3",
     "qwen3_vl_moe_text": "qwen3_moe",
 }
+
+# Method of packs that clients have sent. They come and go, so no name without a pack leads to them: it would mean
+# something else, or nothing, for others.
+UPLOADED: Final = "uploaded"
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +101,8 @@ class PackRegistry:
         self._by_digest = {direction.digest: direction for direction in known}
         self._bare: dict[str, list[LoadedDirection]] = {}
         for direction in loaded:
+            if direction.pack.manifest.method.name == UPLOADED:
+                continue
             self._bare.setdefault(direction.record.name, []).append(direction)
 
     @classmethod
@@ -111,8 +117,15 @@ class PackRegistry:
             {layer for direction in self._by_name.values() for layer in direction.record.layers}
         )
 
-    def find(self, name: str) -> LoadedDirection:
+    def find(
+        self, name: str, sees: Callable[[str], bool] = lambda full_name: True
+    ) -> LoadedDirection:
         """Returns the direction that a request means by ``pack/direction`` or by ``direction`` alone.
+
+        Args:
+            name: What the request says.
+            sees: Whether its client is told of a direction, by its full name. Others are no choice for a name
+                without a pack, and no message names them.
 
         Raises:
             UnknownDirectionError: There is no such direction, or more than one.
@@ -121,18 +134,26 @@ class PackRegistry:
             return self._by_name[name]
         pack_name, slash, direction_name = name.partition("/")
         if slash:
-            if pack_name not in self.packs:
+            seen = [
+                d.record.name
+                for d in self._by_name.values()
+                if d.pack.name == pack_name and sees(d.full_name)
+            ]
+            if not seen:
+                packs = {d.pack.name for full_name, d in self._by_name.items() if sees(full_name)}
                 raise UnknownDirectionError(
-                    f"no steering pack {pack_name!r} is loaded; {choices(pack_name, self.packs)}"
+                    f"no steering pack {pack_name!r} is loaded; {choices(pack_name, packs)}"
                 )
-            available = self.packs[pack_name].directions
             raise UnknownDirectionError(
-                f"steering pack {pack_name!r} has no direction {direction_name!r}; {choices(direction_name, available)}"
+                f"steering pack {pack_name!r} has no direction {direction_name!r}; {choices(direction_name, seen)}"
             )
-        candidates = self._bare.get(name, [])
+        candidates = [d for d in self._bare.get(name, ()) if sees(d.full_name)]
         if not candidates:
+            known = (
+                bare for bare, found in self._bare.items() if any(sees(d.full_name) for d in found)
+            )
             raise UnknownDirectionError(
-                f"no loaded steering pack has a direction {name!r}; {choices(name, self._bare)}"
+                f"no loaded steering pack has a direction {name!r}; {choices(name, known)}"
             )
         if len(candidates) > 1:
             full = ", ".join(repr(direction.full_name) for direction in candidates)
@@ -141,10 +162,15 @@ class PackRegistry:
             )
         return candidates[0]
 
-    def find_beside(self, direction: LoadedDirection, name: str) -> LoadedDirection:
+    def find_beside(
+        self,
+        direction: LoadedDirection,
+        name: str,
+        sees: Callable[[str], bool] = lambda full_name: True,
+    ) -> LoadedDirection:
         """Returns the direction that another one's form means; its own pack is looked in first."""
         own = name in direction.pack.directions
-        return self.find(f"{direction.pack.name}/{name}" if own else name)
+        return self.find(f"{direction.pack.name}/{name}" if own else name, sees)
 
     def has(self, digest: str) -> bool:
         """Whether a loaded direction has this content."""

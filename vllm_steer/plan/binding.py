@@ -92,6 +92,7 @@ def bind(
     registry: PackRegistry,
     check: NameCheck | None = None,
     where: str = REQUEST_KEY,
+    sees: Callable[[str], bool] = lambda full_name: True,
 ) -> BoundRequest:
     """Looks up every name of a request.
 
@@ -101,22 +102,24 @@ def bind(
         check: Called with each name before anything else is said about it; where there is no such
             direction its full name is what was given.
         where: Field that the request stands in.
+        sees: As :meth:`PackRegistry.find` takes it.
 
     Raises:
         UnknownDirectionError: A direction does not exist; the message starts with the field.
     """
+    find = partial(registry.find, sees=sees)
     choices = []
     for index, choice in enumerate(request.directions):
         field = f"{where}.directions.{index}"
-        direction = _find(f"{field}.name", choice.name, registry.find, check)
+        direction = _find(f"{field}.name", choice.name, find, check)
         form = choice.over(direction.record.form)
-        named = choice.partners()
+        named, beside = choice.partners(), partial(registry.find_beside, direction)
         partners = {
             part: _find(
                 f"{field}.{part}",
                 name,
-                partial(registry.find_beside, direction),
                 # What a direction's own form names belongs to it.
+                partial(beside, sees=sees) if part in named else beside,
                 check if part in named else None,
             )
             for part, name in form.partners().items()
@@ -125,7 +128,7 @@ def bind(
     reads = []
     for index, read in enumerate(request.read):
         field = f"{where}.read.{index}"
-        found = _find(f"{field}.name", read.name, registry.find, check)
+        found = _find(f"{field}.name", read.name, find, check)
         reads.append(BoundRead(field, read, found))
     return BoundRequest(request, tuple(choices), tuple(reads), registry)
 

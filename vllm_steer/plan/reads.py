@@ -43,6 +43,11 @@ class Read:
         """What the engine keeps in one row of its readers: equal probes share it."""
         return self.digest, self.after
 
+    def prompt_tokens(self, prompt_len: int) -> int:
+        """How many tokens of a prompt it has a score for, overlaps of its ranges counted again."""
+        ends = ((start, prompt_len if end is None else end) for start, end in self.ranges)
+        return sum(max(0, min(end, prompt_len) - start) for start, end in ends)
+
     def covers(self, positions: np.ndarray) -> np.ndarray:
         """Whether positions are read.
 

@@ -6,6 +6,7 @@ Importing this module imports neither torch nor vllm.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args
 
@@ -21,6 +22,8 @@ MAX_RANGES = 64
 PositionRange = tuple[int, int | None]
 # Far beyond any context length, and within the int32 of the engine's tables.
 _LIMIT = 2**30
+# Python takes more for a number, as digits of other scripts and underscores between them.
+_SLICE = re.compile(r"(?:-?[0-9]{1,10})?:(?:-?[0-9]{1,10})?")
 _WANTED = (
     f"must be {', '.join(repr(name) for name in get_args(PositionChoice))} or a list of up to {MAX_RANGES} "
     "[start, end] pairs: end is not included and null has no end, and negative numbers count from the prompt's "
@@ -117,9 +120,9 @@ def parse_slice(text: str) -> list[int | None]:
     Raises:
         ValueError: It is no such text.
     """
-    start, colon, end = text.partition(":")
-    if not colon:
+    if not _SLICE.fullmatch(text):
         raise ValueError(f'{text!r} must be "start:end"')
+    start, _, end = text.partition(":")
     return [int(start or "0"), int(end) if end else None]
 
 

@@ -6,10 +6,12 @@ module imports neither torch nor vllm.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from itertools import islice
 from typing import Annotated, Any
+from unicodedata import normalize
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, from_json
@@ -37,7 +39,12 @@ PLAN_KEY = "_vllm_steer_plan"
 # Near misses of a key are looked for among so many that begin like one and are no longer than this.
 _MOST_MISSPELT = 64
 _LONGEST_MISSPELT = 24
-_FIRST_LETTERS = frozenset("sStT_")
+# Blanks, marks, case, and what clients put before a name that is not of the API itself.
+_FIRST_CHARACTERS = frozenset("sStTxXvV_.- \t\r\n")
+_MEANT = re.compile(r"[\s.-]*(?:(?:x|vllm)[-_])?steer", re.IGNORECASE)
+_MAY_BE_MISSPELT = re.compile(r"[\s.-]*[sStT_]|[^\x00-\x7f]")
+# Python takes more for a number, as digits of other scripts and underscores between them.
+_NUMBER = re.compile(r" *[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)? *")
 _MOST_CHARACTERS = 2**18
 _MOST_KEYS = 64
 _MOST_VALUES = 20_000
@@ -229,20 +236,28 @@ def steering_keys(keys: Iterable[Any]) -> list[str]:
 
     A body may have hundreds of thousands of keys, and to look for a near miss takes time for each.
     """
+    known = (REQUEST_KEY, *FLAT_KEYS)
+    found, left = [], _MOST_MISSPELT
     likely = [
         key
         for key in keys
-        if isinstance(key, str) and (key[:1] in _FIRST_LETTERS or not key[:1].isascii())
+        if isinstance(key, str) and (key[:1] in _FIRST_CHARACTERS or not key[:1].isascii())
     ]
-    known = (REQUEST_KEY, *FLAT_KEYS)
-    found, left = [], _MOST_MISSPELT
     for key in likely:
-        if key.startswith("steer"):
+        if _MEANT.match(key):
             found.append(key)
-        elif left and len(key) <= _LONGEST_MISSPELT:
+        elif left and len(key) <= _LONGEST_MISSPELT and _MAY_BE_MISSPELT.match(key):
             left -= 1
-            found += [key] if get_close_matches(key, known, n=1, cutoff=0.8) else []
+            # What is not seen, as a blank of no width, and the same letters of other forms.
+            plain = "".join(each for each in normalize("NFKC", key) if each.isprintable()).lower()
+            near = get_close_matches(plain, known, n=1, cutoff=0.8)
+            found += [key] if near or _MEANT.match(plain) else []
     return found
+
+
+def is_steering_key(key: str) -> bool:
+    """Whether a key was meant for steering, and is not misspelt."""
+    return _MEANT.match(key) is not None
 
 
 def first_steering_key(keys: Iterable[Any]) -> str | None:
@@ -295,12 +310,9 @@ def _parse_item(item: str) -> dict[str, Any]:
     name, colon, scale = item.rpartition(":")
     if not colon:
         return {"name": item}
-    try:
-        return {"name": name, "scale": float(scale)}
-    except ValueError:
-        raise RequestError(
-            f'steer: {item!r} must be "name:scale" with a number after the colon'
-        ) from None
+    if not _NUMBER.fullmatch(scale):
+        raise RequestError(f'steer: {item!r} must be "name:scale" with a number after the colon')
+    return {"name": name, "scale": float(scale)}
 
 
 def _parse_slices(value: Any) -> Any:

@@ -19,7 +19,7 @@ from vllm_steer.errors import (
     RequestError,
 )
 from vllm_steer.packs.pack import SteeringPack
-from vllm_steer.packs.registry import PackRegistry
+from vllm_steer.packs.registry import UPLOADED, PackRegistry
 from vllm_steer.packs.store import PackStore, configured_store
 from vllm_steer.plan.binding import bind
 from vllm_steer.plan.bounds import check_distance
@@ -159,6 +159,12 @@ class Admission:
         norms = self.store.by_digest(read.digest).norms
         return sum(norms[layer] for layer in read.layers) / len(read.layers)
 
+    def metric_name_of(self, read: Read) -> str:
+        """Returns what the metrics call a read: no name that a client has chosen, of which there are ever new ones."""
+        pack = self.store.registry.packs.get(read.name.partition("/")[0]) if self.store else None
+        sent = pack is None or pack.manifest.method.name == UPLOADED
+        return UPLOADED if sent else read.name
+
     def pin(self, receipt: Receipt) -> None:
         """Counts a request in; the content that it uses stays loaded."""
         self.active.update(list(receipt.names))
@@ -235,7 +241,8 @@ class Admission:
             # What the operator reads is not the client's to be allowed.
             alone = wanted.request is watch
             check = None if alone else partial(self._check_allowed, key_digest)
-            bound = bind(wanted.request, registry, check)
+            sees = partial(self.policy.sees, key_digest)
+            bound = bind(wanted.request, registry, check, sees=sees)
             plan = resolve(bound, prompt_len, self._max_len)
             check_capacity(plan, self.config)
             limited = self._limit_dose(plan, registry)

@@ -6,14 +6,19 @@ Importing this module imports neither torch nor vllm.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from pydantic import TypeAdapter, ValidationError
 
 from vllm_steer import log
-from vllm_steer.errors import RequestError, explain_faults
+from vllm_steer.errors import RequestError, UnknownDirectionError, explain_faults
 from vllm_steer.packs.registry import PackRegistry
+from vllm_steer.packs.strict_json import parse_json
+from vllm_steer.plan.binding import bind
 from vllm_steer.request.schema import SteeringRequest
 from vllm_steer.serving.policy import AliasName, Policy, named_directions
+
+_MAX_VALUES = 20_000
 
 
 @dataclass(frozen=True)
@@ -55,12 +60,15 @@ def with_alias(
     """
     try:
         name = TypeAdapter(AliasName).validate_python(alias)
+        parse_json(body, _MAX_VALUES)
         request = SteeringRequest.model_validate_json(body)
     except ValidationError as error:
         raise RequestError(explain_faults(error, "body")) from error
+    except ValueError as error:
+        raise RequestError(f"body: {error}") from error
     _check_change(policy, registry, [request, policy.aliases.get(name)], key_digest)
     changed = policy.model_copy(update={"aliases": policy.aliases | {name: request}})
-    changed.check(registry)
+    _check_names(changed, registry, name, key_digest)
     directions = [
         {"name": choice.name, "scale": choice.scale, "strength": choice.strength}
         for choice in request.directions
@@ -84,6 +92,20 @@ def without_alias(
     kept = {name: request for name, request in policy.aliases.items() if name != alias}
     log.ALIAS_DROPPED.write(alias=alias, key=log.short_key(key_digest))
     return policy.model_copy(update={"aliases": kept})
+
+
+def _check_names(
+    changed: Policy, registry: PackRegistry, name: str, key_digest: str | None
+) -> None:
+    """Raises RequestError where a name leads to no direction, and names only directions that the key is told of."""
+    where = f"aliases.{name}"
+    bind(changed.aliases[name], registry, where=where, sees=partial(changed.sees, key_digest))
+    try:
+        changed.check(registry)
+    except UnknownDirectionError:
+        raise RequestError(
+            f"{where}: a direction's name is that of several; name each as 'pack/direction'"
+        ) from None
 
 
 def _check_change(

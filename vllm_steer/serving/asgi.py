@@ -12,6 +12,8 @@ from typing import Any
 import msgspec
 from pydantic_core import from_json, to_json
 
+from vllm_steer.errors import shortened
+
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -29,9 +31,12 @@ STEERED_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
 
 def route_of(scope: Message) -> str:
-    """Path of a request without the prefix of a proxy and without a slash at the end."""
+    """Path of a request without the prefix of a proxy, as the application sees it, and without a slash at the end."""
     path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path") or "").rstrip("/")
+    root: str = scope.get("root_path") or ""
+    # Of a prefix that ends within a name, nothing is taken away.
+    within = path.startswith(root) and path[len(root) :][:1] in ("", "/")
+    return (path.removeprefix(root) if within else path).rstrip("/")
 
 
 def routes_of(scope: Message) -> list[Any]:
@@ -52,11 +57,16 @@ def exists(scope: Message) -> bool:
 def key_digest(scope: Message) -> str | None:
     """SHA-256 of the key in ``Authorization: Bearer KEY``, in hexadecimal; None without one.
 
-    Of several such headers the first counts, as it does for vLLM.
+    Of several such headers the first counts, as it does for vLLM. What is not UTF-8 is read as vLLM reads it, which
+    knows a key in Latin-1 for the same text.
     """
     headers: Iterable[tuple[bytes, bytes]] = scope["headers"]
     value = next((value for name, value in headers if name == b"authorization"), b"")
     scheme, _, key = value.partition(b" ")
+    try:
+        key.decode()
+    except UnicodeDecodeError:
+        key = key.decode("latin-1").encode()
     return hashlib.sha256(key).hexdigest() if scheme.lower() == b"bearer" and key else None
 
 
@@ -69,14 +79,16 @@ async def read_body(receive: Receive) -> tuple[bytes, list[Message]]:
 
 
 async def read_limited(receive: Receive, limit: int) -> bytes | None:
-    """Returns a request's body; None where it is longer than ``limit`` bytes, without keeping it."""
+    """Returns a request's body; None where it is longer than ``limit`` bytes, without keeping it, or ends too early."""
     parts, size, more = [], 0, True
     while more and size <= limit:
         message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
         part = message.get("body", b"")
         size += len(part)
         parts.append(part)
-        more = message["type"] == "http.request" and bool(message.get("more_body"))
+        more = bool(message.get("more_body"))
     return b"".join(parts) if size <= limit else None
 
 
@@ -159,5 +171,5 @@ async def send_error(
 ) -> None:
     """Sends an error in the form of the OpenAI API."""
     kind = HTTPStatus(status).phrase.title().replace(" ", "") + "Error"
-    error = {"message": message, "type": kind, "param": field, "code": status}
+    error = {"message": shortened(message), "type": kind, "param": shortened(field), "code": status}
     await send_json(send, status, {"error": error}, more)

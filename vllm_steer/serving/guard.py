@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar, get_type_hints
+from urllib.parse import unquote_to_bytes
 
 from vllm_steer.errors import UnsupportedError
 from vllm_steer.request.schema import WRAPPERS, first_steering_key, wrapped_steering
@@ -38,8 +39,22 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 _XARGS = "vllm_xargs"
 # What a body must hold to have a key that asks for steering; most need not be parsed for it.
-_MAY_ASK = re.compile(rb'"\s*(?:[sStT_]|[^\x00-\x7f])|vllm_xargs|extra_|_params|\\u|\x00')
+_MAY_ASK = re.compile(
+    rb'"\s*(?:[sStT_]|[^\x00-\x7f])|(?i:steer)|vllm_xargs|extra_|_params|\\u|\x00'
+)
+# Of messages that hold sound, nearly none are parsed twice.
+_SAYS_STEER = re.compile(rb"steer|\\u", re.IGNORECASE)
 _PARAMS = "sampling_params"
+# Names of fields in forms, as audio comes in.
+_FORM_FIELDS = {
+    b"multipart/form-data": re.compile(rb'form-data;[^\r\n]*?\bname="?([^"\r\n]+)', re.IGNORECASE),
+    b"application/x-www-form-urlencoded": re.compile(rb"(?:^|&)([^=&]+)"),
+}
+# In a message of a web socket.
+_SESSION = "session"
+_POLICY_VIOLATION = 1008
+# Characters of a field in the reason why it ends, which may have 123 bytes.
+_REASON = 10
 
 
 def add_guard(original: Callable[..., R]) -> Callable[..., R]:
@@ -63,7 +78,10 @@ class SteeringGuard:
         self.app = app
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answers 400 when a body outside the steered routes asks for steering."""
+        """Answers 400 when a body outside the steered routes asks for steering; ends a web socket that does."""
+        if scope["type"] == "websocket":
+            await self.app(scope, _Listened(receive, send, scope).receive, send)
+            return
         if (
             scope["type"] != "http"
             or scope["method"] != "POST"
@@ -80,8 +98,51 @@ class SteeringGuard:
         await self.app(scope, replay(messages, receive), send)
 
 
+class _Listened:
+    """What comes through a web socket, up to the first message that asks for steering.
+
+    vLLM's one route, for speech, reads a few fields of each message.
+    """
+
+    def __init__(self, receive: Receive, send: Send, scope: Message) -> None:
+        self._receive, self._send, self._scope = receive, send, scope
+
+    async def receive(self) -> Message:
+        """Takes the place of ``receive``."""
+        message = await self._receive()
+        body = message.get("text") or message.get("bytes") or b""
+        field = _asked_by_message(
+            body.encode(errors="surrogatepass") if isinstance(body, str) else body
+        )
+        if field is None:
+            return message
+        error = _unsupported(self._scope, field)
+        count_refusal(error, route_of(self._scope), key_digest(self._scope))
+        reason = f"{field[:_REASON]!r}: this route does not support steering"
+        await self._send({"type": "websocket.close", "code": _POLICY_VIOLATION, "reason": reason})
+        return {"type": "websocket.disconnect", "code": _POLICY_VIOLATION}
+
+
+def _asked_by_message(body: bytes) -> str | None:
+    fields = parse_object(body) if _SAYS_STEER.search(body) else None
+    if fields is None:
+        return None
+    session = fields.get(_SESSION)
+    return first_steering_key(fields) or (
+        first_steering_key(session) if isinstance(session, dict) else None
+    )
+
+
 def _dropped_field(body: bytes, scope: Message) -> str | None:
-    """The first key of a JSON body that asks for steering and that its route drops."""
+    """The first key of a body that asks for steering and that its route drops."""
+    # Of several such headers the first counts.
+    kinds = (value for name, value in scope["headers"] if name == b"content-type")
+    kind = next(kinds, b"").partition(b";")[0].strip().lower()
+    if kind in _FORM_FIELDS:
+        names = map(unquote_to_bytes, _FORM_FIELDS[kind].findall(body))
+        return first_steering_key(
+            name.replace(b"+", b" ").decode(errors="replace") for name in names
+        )
     fields = parse_object(body) if _MAY_ASK.search(body) else None
     if fields is None:
         return None
@@ -110,10 +171,13 @@ def _takes(scope: Message, field: str) -> bool:
 
 
 async def _refuse(scope: Message, send: Send, field: str) -> None:
-    route = route_of(scope)
-    error = UnsupportedError(
-        f"{route} does not support the field {field!r} and would ignore the steering; use "
+    error = _unsupported(scope, field)
+    count_refusal(error, route_of(scope), key_digest(scope))
+    await send_error(send, str(error), field)
+
+
+def _unsupported(scope: Message, field: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{route_of(scope)} does not support the field {field!r} and would ignore the steering; use "
         f"{', '.join(STEERED_ROUTES)}, or vllm_xargs where the route supports it"
     )
-    count_refusal(error, route, key_digest(scope))
-    await send_error(send, str(error), field)

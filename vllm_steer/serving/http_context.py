@@ -30,6 +30,7 @@ class HttpContext:
         let_in: Whether a prompt of it got its rows.
         busy: Why a prompt of it did not; None unless its wait ended.
         receipts: One for each steered prompt, in the order of the prompts.
+        prompt_scores: How many scores of its prompts' tokens its answers will have.
         asked: Further arguments that were read last, and the steering in them: all prompts of a body share it.
     """
 
@@ -42,6 +43,7 @@ class HttpContext:
     let_in: bool = False
     busy: str | None = None
     receipts: list[Receipt] = field(default_factory=list)
+    prompt_scores: int = 0
     asked: tuple[Mapping[str, Any], SteeringRequest | None] | None = None
 
     @property

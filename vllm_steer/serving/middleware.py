@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from vllm import envs
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_steer.serving import metrics, misplaced
@@ -47,6 +48,8 @@ _SCRAPE_SECONDS = 2.0
 _RESPONSES = "/v1/responses"
 # Answers that can be read later whose receipts are kept.
 _STORED = 1024
+# Of all of them together; 64 MiB.
+_STORED_SCORES = 2**24
 
 
 class SteeringMiddleware:
@@ -56,10 +59,16 @@ class SteeringMiddleware:
         self.app = app
         # By the path that a stored answer is read at.
         self._stored: dict[str, list[Receipt]] = {}
+        self._measuring: asyncio.Future[None] | None = None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Prepares a request on a steered route and completes its response."""
         admission = current_admission()
+        if scope["type"] == "websocket" and admission is not None:
+            # What it generates is read as the policy says for its key.
+            with admission.answering(HttpContext(route_of(scope), key_digest(scope))):
+                await self.app(scope, receive, send)
+            return
         if scope["type"] != "http" or admission is None or admission.config is None:
             await self.app(scope, receive, send)
             return
@@ -67,7 +76,7 @@ class SteeringMiddleware:
         if route[1].startswith(PREFIX) and admission.store is not None:
             await answer(admission, admission.store, route[1], scope, receive, send)
         elif route == ("GET", "/metrics"):
-            await _measure_planning(scope["app"].state.engine_client)
+            await self._measure(scope["app"].state.engine_client)
             await self.app(scope, receive, send)
         elif route == ("GET", "/v1/models") and admission.policy.aliases:
             await self.app(scope, receive, ModelList(send, admission, key_digest(scope)).send)
@@ -98,9 +107,23 @@ class SteeringMiddleware:
         receipts = Receipts(send, http_context)
         await self._answered(http_context, scope, receive, receipts.send, admission)
         if receipts.answer_id is not None and http_context.route == _RESPONSES:
-            self._stored[f"{_RESPONSES}/{receipts.answer_id}"] = http_context.receipts
-            while len(self._stored) > _STORED:
-                del self._stored[next(iter(self._stored))]
+            self._store(receipts.answer_id, http_context.receipts)
+
+    async def _measure(self, engine: EngineClient) -> None:
+        """Asks the workers for their times; those who ask meanwhile share the answer, for each takes time from a step."""
+        if self._measuring is None or self._measuring.done():
+            self._measuring = asyncio.ensure_future(_measure_planning(engine))
+        await asyncio.shield(self._measuring)
+
+    def _store(self, answer_id: str, receipts: list[Receipt]) -> None:
+        """Keeps the receipts of an answer that vLLM keeps, as long as there is room."""
+        if not envs.VLLM_ENABLE_RESPONSES_API_STORE:
+            return
+        self._stored[f"{_RESPONSES}/{answer_id}"] = receipts
+        scores = sum(receipt.num_scores for each in self._stored.values() for receipt in each)
+        while len(self._stored) > _STORED or scores > _STORED_SCORES:
+            dropped = self._stored.pop(next(iter(self._stored)))
+            scores -= sum(receipt.num_scores for receipt in dropped)
 
     async def _answered(
         self,

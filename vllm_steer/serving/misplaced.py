@@ -1,12 +1,13 @@
-"""Steering inside a message of a body, which vLLM drops without a word."""
+"""Steering inside a message of a body, in a header or in the query, which vLLM drops without a word."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
+from urllib.parse import parse_qsl
 
 from vllm_steer.errors import RequestError
-from vllm_steer.request.schema import REQUEST_KEY
+from vllm_steer.request.schema import REQUEST_KEY, is_steering_key
 from vllm_steer.serving.asgi import Message, Send, key_digest, parse_object, route_of, send_error
 from vllm_steer.serving.refusals import count_refusal
 
@@ -15,19 +16,20 @@ from vllm_steer.serving.refusals import count_refusal
 _PLACES = ("messages", "input", "stream_options")
 _CONTENT = "content"
 _DEPTH = 4
+_IN_QUERY = re.compile(r"steer|%", re.IGNORECASE)
 # In another encoding than UTF-8 it looks otherwise.
 _ASKS = re.compile(rb'"steer|\x00')
 
 
 async def refused(body: bytes, scope: Message, send: Send) -> bool:
-    """Answers 400 where a body has steering inside a message, and says whether it did.
+    """Answers 400 where a request has steering beside its body or inside a message, and says whether it did.
 
     Args:
         body: The body as it came.
         scope: Of the HTTP request.
         send: Where the answer goes.
     """
-    place = misplaced(body)
+    place = beside(scope) or misplaced(body)
     if place is None:
         return False
     error = RequestError(
@@ -36,6 +38,16 @@ async def refused(body: bytes, scope: Message, send: Send) -> bool:
     count_refusal(error, route_of(scope), key_digest(scope))
     await send_error(send, str(error), place)
     return True
+
+
+def beside(scope: Message) -> str | None:
+    """Returns the header or the parameter of the query that was meant for steering; None where there is none."""
+    query: str = scope["query_string"].decode("latin-1")
+    # Of a query without any of them, however long, nothing is taken apart.
+    parameters = parse_qsl(query, True) if _IN_QUERY.search(query) else []
+    named = [("header", name.decode("latin-1")) for name, _ in scope["headers"]]
+    named += [("query", name) for name, _ in parameters]
+    return next((f"{kind} {name}" for kind, name in named if is_steering_key(name)), None)
 
 
 def misplaced(body: bytes) -> str | None:

@@ -20,6 +20,7 @@ from vllm_steer.fields import PackName
 from vllm_steer.packs.pack import SteeringPack, load_pack
 from vllm_steer.packs.registry import PackRegistry
 from vllm_steer.packs.store import PackStore
+from vllm_steer.packs.strict_json import parse_json
 from vllm_steer.serving import metrics
 from vllm_steer.serving.admission import Admission, announce_pack
 from vllm_steer.serving.aliases import with_alias, without_alias
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 # How long vectors whose time is over wait for the requests that use them.
 _RETRY_SECONDS = 1.0
+_MAX_VALUES = 64
 # How long the engine goes on before it is asked again whether it has read a pack.
 _POLL_SECONDS = 0.02
 
@@ -89,9 +91,12 @@ class PackManager:
             PackError: There is no such pack, or it cannot be served.
         """
         try:
+            parse_json(body, _MAX_VALUES)
             name = LoadRequest.model_validate_json(body).name
         except ValidationError as error:
             raise RequestError(explain_faults(error, "body")) from error
+        except ValueError as error:
+            raise RequestError(f"body: {error}") from error
         async with self._turn:
             if name in self._upload_registry:
                 raise ConflictError(

@@ -22,6 +22,7 @@ from vllm_steer.errors import (
     explain_faults,
 )
 from vllm_steer.packs.registry import PackRegistry
+from vllm_steer.packs.strict_json import parse_json
 from vllm_steer.plan.binding import bind
 from vllm_steer.plan.strength import check_calibrated
 from vllm_steer.request.schema import SteeringRequest
@@ -192,8 +193,12 @@ def load_policy(path: str) -> Policy:
     except OSError as error:
         raise ConfigError(f"--steering-policy: {path} cannot be read: {error.strerror}") from error
     try:
+        parse_json(text, MAX_POLICY_BYTES)
         return Policy.model_validate_json(text)
     except ValidationError as error:
         raise ConfigError(
             f"--steering-policy: {path}: {explain_faults(error, 'policy')}"
         ) from error
+    except ValueError as error:
+        # Of a part that is given twice, nobody would miss the first.
+        raise ConfigError(f"--steering-policy: {path}: policy: {error}") from error

@@ -5,7 +5,6 @@ Importing this module imports neither torch nor vllm.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -169,6 +168,11 @@ class Receipt:
             "tokens_steered": self.tokens_steered(choice),
         } | ({"reads": self._reads(choice)} if self.own_reads else {})
 
+    @property
+    def num_scores(self) -> int:
+        """How many scores it holds, of all answers."""
+        return sum(len(scores.reads) * scores.end for scores in self.scores.values())
+
     def to_header(self) -> str:
         """Returns the directions and scales for a header, which goes out before any token."""
         parts = [
@@ -240,4 +244,7 @@ class Receipt:
 
 def shown_scores(scores: np.ndarray) -> list[float | None]:
     """Scores ``[tokens]`` as JSON has them: null for what is none."""
-    return [round(s, _DIGITS) if math.isfinite(s) else None for s in scores.tolist()]
+    rounded: list[float | None] = np.round(scores.astype(np.float64), _DIGITS).tolist()
+    for at in np.flatnonzero(~np.isfinite(scores)).tolist():
+        rounded[at] = None
+    return rounded

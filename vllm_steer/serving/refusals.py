@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from vllm.exceptions import VLLMValidationError
 
 from vllm_steer import log
-from vllm_steer.errors import RequestError
+from vllm_steer.errors import RequestError, shortened
 from vllm_steer.operations import Gate
 from vllm_steer.request.schedule import ScheduleChoice
 from vllm_steer.request.schema import FLAT_KEYS, REQUEST_KEY, DirectionChoice, SteeringRequest
@@ -97,7 +97,7 @@ def refusal(error: RequestError) -> VLLMValidationError:
     http_context = current_http_context.get()
     route = http_context.route if http_context else None
     count_refusal(error, route, http_context.key_digest if http_context else None)
-    return VLLMValidationError(str(error), parameter=REQUEST_KEY)
+    return VLLMValidationError(shortened(str(error)), parameter=REQUEST_KEY)
 
 
 @contextmanager

@@ -10,14 +10,17 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from vllm_steer.errors import RequestError, UnsupportedError
-from vllm_steer.request.schema import SteeringRequest, first_steering_key
+from vllm_steer.request.schema import REQUEST_KEY, SteeringRequest, first_steering_key
 from vllm_steer.serving.admission import Admission, AdmittedPlan, Wanted
 from vllm_steer.serving.http_context import HttpContext, current_http_context
+from vllm_steer.serving.receipt import Receipt
 from vllm_steer.serving.refusals import refusal
 
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
+# Of one response.
+MAX_PROMPT_SCORES = 2**20
 # Set while vLLM's beam search generates, step by step, for a request that wants no steering.
 beam_search: ContextVar[bool] = ContextVar("beam_search", default=False)
 
@@ -96,6 +99,25 @@ def admitted(
     plan = admission.admit(wanted, prompt_len, sampling_params)
     http_context = current_http_context.get()
     if http_context is not None and not http_context.ended:
+        _count_prompt_scores(http_context, plan.receipt)
         http_context.receipts.append(plan.receipt)
         admission.pin(plan.receipt)
     return plan
+
+
+def _count_prompt_scores(http_context: HttpContext, receipt: Receipt) -> None:
+    """Counts what a response must hold before anything is generated, which costs a client next to nothing.
+
+    Raises:
+        VLLMValidationError: It is too much.
+    """
+    own = receipt.plan.reads[: receipt.own_reads]
+    tokens = sum(read.prompt_tokens(receipt.prompt_len) for read in own)
+    http_context.prompt_scores += tokens * receipt.num_choices
+    if http_context.prompt_scores > MAX_PROMPT_SCORES:
+        raise refusal(
+            RequestError(
+                f"{REQUEST_KEY}.read: the answers would have more than {MAX_PROMPT_SCORES} scores of tokens of the prompts, "
+                f"one for each token, read and answer; read fewer, or 'generated' positions alone, or send fewer prompts"
+            )
+        )

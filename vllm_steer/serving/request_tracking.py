@@ -76,18 +76,22 @@ def _plan(engine: AsyncLLM, prompt: Prompt, sampling_params: SamplingParams) -> 
     """
     extra_args = getattr(sampling_params, "extra_args", None) or {}
     plan = extra_args.get(PLAN_KEY)
+    admission = admission_of(engine.input_processor)
+    tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
     if isinstance(plan, AdmittedPlan):
+        if isinstance(tokens, Sized) and len(tokens) != plan.receipt.prompt_len:
+            # A further turn, with what tools have said: other rows may be needed.
+            plan = admitted(admission, plan.wanted, len(tokens), sampling_params)
+            sampling_params.extra_args = extra_args | {PLAN_KEY: plan}
         return plan
     if plan is UNSTEERED:
         return None
-    admission = admission_of(engine.input_processor)
     if admission.config is None or not admission.config.queued:
         # The engine's front end sees it next, and says that it cannot be steered or needs no row.
         return None
     wanted = wanted_of(admission, extra_args, generates=isinstance(sampling_params, SamplingParams))
     if wanted is None:
         return None
-    tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
     if not isinstance(tokens, Sized):
         raise refusal(
             UnsupportedError("prompts of this kind cannot be steered; send text or token ids")
@@ -120,13 +124,15 @@ def _entry(plan: AdmittedPlan, request_id: str) -> dict[str, Any]:
 
 async def _measured(outputs: Outputs, receipt: Receipt, admission: Admission) -> Outputs:
     """Yields the outputs of a request that reads, and counts in its scores once it has ended."""
-    units = [admission.unit_of(read) for read in receipt.plan.reads]
+    reads = receipt.plan.reads
+    units = [admission.unit_of(read) for read in reads]
+    names = [admission.metric_name_of(read) for read in reads]
     try:
         async with aclosing(outputs):
             async for output in outputs:
                 yield output
     finally:
-        observe_scores(receipt.scores.values(), units)
+        observe_scores(receipt.scores.values(), units, names)
 
 
 async def _pinned(outputs: Outputs, receipt: Receipt, admission: Admission) -> Outputs:

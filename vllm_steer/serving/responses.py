@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import msgspec
 
 from vllm_steer.request.schema import REQUEST_KEY
 from vllm_steer.serving.admission import Admission
-from vllm_steer.serving.asgi import Message, Send, parse_object, send_error, with_length
+from vllm_steer.serving.asgi import (
+    Message,
+    Send,
+    dump_object,
+    parse_object,
+    send_error,
+    with_length,
+)
 from vllm_steer.serving.http_context import HttpContext
 from vllm_steer.serving.receipt import HEADER, SCORES_KEY, Receipt, shown_scores
 
@@ -17,10 +28,17 @@ _MESSAGE_END = "message_stop"
 _END = re.compile(
     rb'"finish_reason":\s*"|"type":\s*"(response\.(completed|incomplete)|message_stop)"'
 )
+_RECEIPTS_FIELD = b'"%s":[%%b]' % REQUEST_KEY.encode()
 # Of the chunks that scores go with.
 _CHOICES = b'"choices"'
+# Parts of a receipt that may be long.
+_SCORES = ("prompt", "generated")
+# More than these are written in another thread, so that the server answers others meanwhile.
+_MANY_SCORES = 2**14
 # When a client that was not let in should come again.
 _RETRY_SECONDS = 5
+
+R = TypeVar("R")
 
 
 class Unavailable:
@@ -72,10 +90,13 @@ class _Buffered:
         self._body += message.get("body", b"")
         if message.get("more_body") or self._start is None:
             return
-        body, start = self._complete(self._body), self._start
+        body, start = await self._whole(), self._start
         start["headers"] = with_length(start["headers"], len(body))
         await self._send(start)
         await self._send({"type": "http.response.body", "body": body})
+
+    async def _whole(self) -> bytes:
+        return self._complete(self._body)
 
     def _complete(self, body: bytes) -> bytes:
         raise NotImplementedError
@@ -123,9 +144,11 @@ class Stored(_Buffered):
         else:
             await self._send(message)
 
+    async def _whole(self) -> bytes:
+        return await _written(self._receipts, self._complete, self._body)
+
     def _complete(self, body: bytes) -> bytes:
-        fields = parse_object(body)
-        return body if fields is None else _with_receipts(fields, self._receipts)
+        return body if parse_object(body) is None else _with_receipts(body, self._receipts)
 
 
 class Receipts(_Buffered):
@@ -167,9 +190,11 @@ class Receipts(_Buffered):
             events, rest = [*events, rest], b""
         self._body = rest
         reads = any(receipt.own_reads for receipt in self._http_context.receipts)
-        stamped = [
-            self._stamp(e) if _END.search(e) or (reads and _CHOICES in e) else e for e in events
-        ]
+        stamped = []
+        for event in events:
+            if _END.search(event) or (reads and _CHOICES in event):
+                event = await _written(self._http_context.receipts, self._stamp, event)
+            stamped.append(event)
         end = b"\n\n" if message.get("more_body") else b""
         await self._send({**message, "body": b"\n\n".join(stamped) + (end if stamped else b"")})
 
@@ -178,22 +203,24 @@ class Receipts(_Buffered):
         chunk = parse_object(data)
         if chunk is None:
             return event
+        receipts = self._http_context.receipts
         if chunk.get("type") == _MESSAGE_END:
-            chunk[REQUEST_KEY] = [r.to_json() for r in self._http_context.receipts]
-        elif isinstance(chunk.get("response"), dict):
-            self.answer_id = chunk["response"].get("id")
-            chunk["response"][REQUEST_KEY] = [r.to_json() for r in self._http_context.receipts]
-        else:
-            choices = chunk.get("choices", ())
-            ended = [c["index"] for c in choices if c.get("finish_reason")]
-            found = [self._http_context.receipt_of(index) for index in ended]
-            if ended:
-                chunk[REQUEST_KEY] = [
-                    pair[0].to_json(pair[1]) for pair in found if pair is not None
-                ]
-            if scores := self._new_scores([c["index"] for c in choices]):
-                chunk[SCORES_KEY] = scores
-        return before + marker + json.dumps(chunk).encode()
+            return before + marker + _with_receipts(data, receipts)
+        if isinstance(chunk.get("response"), dict):
+            response = chunk.pop("response")
+            self.answer_id = response.get("id")
+            more = b'"response":' + _with_receipts(dump_object(response), receipts)
+            return before + marker + _with_field(dump_object(chunk), more)
+        choices = chunk.get("choices", ())
+        ended = [c["index"] for c in choices if c.get("finish_reason")]
+        found = [self._http_context.receipt_of(index) for index in ended]
+        if ended:
+            shown = [_dump_receipt(*pair) for pair in found if pair is not None]
+            data = _with_field(data, _RECEIPTS_FIELD % b",".join(shown))
+        if scores := self._new_scores([c["index"] for c in choices]):
+            more = b'"%s":' % SCORES_KEY.encode() + msgspec.json.encode(scores)
+            data = _with_field(data, more)
+        return before + marker + data
 
     def _new_scores(self, indices: list[int]) -> list[dict[str, Any]]:
         """The scores that have come for some answers since the chunks before."""
@@ -205,17 +232,22 @@ class Receipts(_Buffered):
             scores, start = found[0].scores.get(found[1]), self._sent.get(index, 0)
             if scores is None or scores.end <= start:
                 continue
-            self._sent[index] = scores.end
-            rows = [shown_scores(row) for row in scores.since(start)[: found[0].own_reads]]
+            # More may come while these are written.
+            since = scores.since(start)
+            self._sent[index] = start + since.shape[1]
+            rows = [_dump_scores(row) for row in map(shown_scores, since[: found[0].own_reads])]
             new.append({"index": index, "start": start, "scores": rows})
         return new
+
+    async def _whole(self) -> bytes:
+        return await _written(self._http_context.receipts, self._complete, self._body)
 
     def _complete(self, body: bytes) -> bytes:
         fields = parse_object(body)
         if fields is None:
             return body
         self.answer_id = fields.get("id")
-        return _with_receipts(fields, self._http_context.receipts)
+        return _with_receipts(body, self._http_context.receipts)
 
 
 def _kind_of(start: Message) -> bytes:
@@ -224,7 +256,30 @@ def _kind_of(start: Message) -> bytes:
     return kind.partition(b";")[0]
 
 
-def _with_receipts(fields: dict[str, Any], receipts: list[Receipt]) -> bytes:
-    """Returns a JSON object with receipts."""
-    shown = [receipt.to_json() for receipt in receipts]
-    return json.dumps(fields | {REQUEST_KEY: shown}, ensure_ascii=False).encode()
+async def _written(receipts: Sequence[Receipt], write: Callable[[bytes], R], data: bytes) -> R:
+    """Returns ``write(data)``, in another thread where the receipts have many scores."""
+    if sum(receipt.num_scores for receipt in receipts if receipt.own_reads) > _MANY_SCORES:
+        return await asyncio.to_thread(write, data)
+    return write(data)
+
+
+def _with_receipts(body: bytes, receipts: Sequence[Receipt]) -> bytes:
+    """Returns a JSON object, which has fields, with receipts."""
+    return _with_field(body, _RECEIPTS_FIELD % b",".join(map(_dump_receipt, receipts)))
+
+
+def _with_field(body: bytes, field: bytes) -> bytes:
+    """Returns a JSON object, which has fields, with one more, given as it is written."""
+    return body.rstrip()[:-1] + b"," + field + b"}"
+
+
+def _dump_receipt(receipt: Receipt, choice: int | None = None) -> bytes:
+    shown = receipt.to_json(choice)
+    for answer in (answer for read in shown.get("reads", ()) for answer in read["answers"]):
+        answer |= {part: _dump_scores(answer[part]) for part in _SCORES if part in answer}
+    return msgspec.json.encode(shown)
+
+
+def _dump_scores(scores: list[float | None]) -> msgspec.Raw:
+    """Scores as they are written; a thread that writes them row by row leaves others their turn."""
+    return msgspec.Raw(msgspec.json.encode(scores))

@@ -16,7 +16,7 @@ from vllm_steer.vllm_compat.attached import Attached
 # Of a request of the output processor.
 _SCORES = Attached[Scores]("scores")
 
-# Directions that the metrics tell apart; clients may send ever new ones.
+# Directions that the metrics tell apart; packs may come and go.
 _MOST_NAMES = 64
 _OTHERS = "others"
 _named: set[str] = set()
@@ -57,19 +57,20 @@ def take_scores(original: Callable[..., Any]) -> Callable[..., Any]:
     return process_outputs
 
 
-def observe_scores(answers: Iterable[Scores], units: Sequence[float]) -> None:
+def observe_scores(answers: Iterable[Scores], units: Sequence[float], names: Sequence[str]) -> None:
     """Puts the largest score of each answer and read into the metrics.
 
     Args:
         answers: The scores of the answers to a prompt.
         units: What each read is measured in.
+        names: What each is called in the metrics.
     """
     for scores in answers:
         found = scores.since(scores.prompt_len)
-        for read, row, unit in zip(scores.reads, found, units, strict=True):
+        for name, row, unit in zip(names, found, units, strict=True):
             finite = row[np.isfinite(row)]
             if len(finite):
-                label = read.name if read.name in _named or len(_named) < _MOST_NAMES else _OTHERS
+                label = name if name in _named or len(_named) < _MOST_NAMES else _OTHERS
                 _named.add(label)
                 metrics.READ_SCORE.labels(label).observe(float(finite.max()) / unit)
 

@@ -18,6 +18,7 @@ from vllm_steer.errors import PackError, RequestError
 from vllm_steer.fields import LayerIndex
 from vllm_steer.packs.manifest import DirectionRecord, MethodRecord
 from vllm_steer.packs.pack import PackContent, SteeringPack, write_pack
+from vllm_steer.packs.registry import UPLOADED
 from vllm_steer.packs.strict_json import parse_json
 from vllm_steer.packs.tensor_file import MAX_HEADER_BYTES, MAX_HEADER_VALUES, read_tensors
 
@@ -63,7 +64,7 @@ def write_upload(
                 directions=[_record(direction, layers) for direction in names],
                 vectors=vectors,
                 method=MethodRecord(
-                    name="uploaded", settings={}, libraries={}, seed=0, data_sha256=digest
+                    name=UPLOADED, settings={}, libraries={}, seed=0, data_sha256=digest
                 ),
                 residual_norms=norms,
             ),
