@@ -191,13 +191,13 @@ def _range(values: Sequence[float]) -> str:
 QUIET = ("throughput-demo-quiet", "throughput-100m")
 ALL = ("throughput-demo-quiet", "throughput-demo", "throughput-100m")
 WITH_AFFINE = ("throughput-demo-affine", "throughput-100m-affine")
-WITH_READS = ("throughput-demo-affine", "throughput-100m-reads")
+WITH_READS = ("throughput-demo-reads", "throughput-100m-reads")
 BLOCKS = (
     Block(README, "speed", lambda: speed_table(QUIET, ADDITIONS)),
     Block(FINDINGS, "throughput", lambda: clocks_table(ALL, ADDITIONS)),
     Block(FINDINGS, "throughput-affine", lambda: clocks_table(WITH_AFFINE, AFFINE)),
     Block(FINDINGS, "throughput-reads", lambda: clocks_table(WITH_READS, READS)),
-    Block(FINDINGS, "throughput-starts", lambda: starts_table([*ALL, *WITH_AFFINE, WITH_READS[1]])),
+    Block(FINDINGS, "throughput-starts", lambda: starts_table([*ALL, *WITH_AFFINE, *WITH_READS])),
     Block(FINDINGS, "overhead", overhead_table),
     Block(FINDINGS, "extraction", extraction_table),
     Block(FINDINGS, "real-model", lambda: real_model.table(results("real-model")).strip()),
