@@ -41,8 +41,8 @@ DOSE = Histogram(
 )
 READ_SCORE = Histogram(
     "steering:read_score",
-    "Largest score of an answer's tokens, over the median norm of the residual stream at the layers that are read. "
-    "What clients have uploaded is `uploaded`.",
+    "Largest score of an answer's tokens, divided by the median norm of the residual stream at the layers read. "
+    "Uploaded directions have the label `uploaded`.",
     ["direction"],
     buckets=(-0.5, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 2.0),
 )
