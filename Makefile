@@ -1,10 +1,10 @@
-# The targets are the whole of CONTRIBUTING.md. `make demo` and `make test` need Python 3.11+, make and pip alone.
+# CONTRIBUTING.md lists the targets. `make demo` and `make test` need only Python 3.11+, make and pip.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
-# The oldest vLLM that is supported, the torch that it was built for, and an environment for both.
+# The oldest supported vLLM, the torch that it was built for, and an environment for both.
 OLDEST_VLLM := 0.26.0
 OLDEST_TORCH := torch==2.11.0
 OLDEST_VENV := .venv-oldest
@@ -12,7 +12,7 @@ OLDEST_BIN := $(OLDEST_VENV)/bin
 
 .PHONY: setup demo demo-full demo-tiny showcase test test-engine test-all test-slow test-oldest check-versions architectures compatibility benchmarks docs lint format model clean
 
-## setup: build .venv with vLLM for CPU and everything that the project needs
+## setup: build .venv with vLLM for CPU and all dependencies
 setup: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml Makefile
@@ -28,27 +28,27 @@ $(VENV)/ready: pyproject.toml Makefile
 demo: setup
 	$(BIN)/vllm-steer demo
 
-## demo-full: the same with every direction learned here; about an hour on two cores
+## demo-full: the same with all directions learned; about an hour on two cores
 demo-full: setup
 	$(BIN)/vllm-steer demo --full
 
-## demo-tiny: the same on the model that the tests use, which is shipped whole
+## demo-tiny: the same on the tests' model, which is part of the repository
 demo-tiny: setup
 	$(BIN)/vllm-steer demo --tiny
 
-## showcase: write the pack that the demo ships, from what demo-full learns
+## showcase: write the demo's shipped pack from the directions of demo-full
 showcase: demo-full
 	$(BIN)/python -m vllm_steer.offline.showcase.release demo-output/packs/smollm2
 
-# An eager engine, a compiled one and one of Model Runner V2, and a server: what make test starts of vLLM.
+# What make test starts of vLLM: an eager engine, a compiled one, one with Model Runner V2, and a server.
 CORE := tests/engine/test_parity.py tests/server/test_http.py
 
-## test: what needs no engine, and the core of what does, against real vLLM
+## test: tests without an engine, and the core engine tests, against real vLLM
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not (slow or engine or server)'
 	$(BIN)/python -m pytest $(CORE) -m 'not slow'
 
-## test-engine: all other tests of engines and servers that run in minutes
+## test-engine: all other engine and server tests that take minutes
 test-engine: setup
 	$(BIN)/python -m pytest $(addprefix --ignore=,$(CORE)) -m '(engine or server) and not slow'
 
@@ -59,11 +59,11 @@ test-all: test test-engine
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
-## test-oldest: the unit, engine and server tests on the oldest vLLM that is supported
+## test-oldest: the unit, engine and server tests on the oldest supported vLLM
 test-oldest: $(OLDEST_VENV)/ready
 	$(OLDEST_BIN)/python -m pytest tests/unit tests/engine tests/server
 
-# Where no index has the CPU build of that torch, the build for CUDA is taken, which is larger.
+# If no index has the CPU build of that torch, the larger CUDA build is used.
 $(OLDEST_VENV)/ready: pyproject.toml Makefile
 	$(PYTHON) -m venv $(OLDEST_VENV)
 	$(OLDEST_BIN)/python -m pip install --quiet '$(OLDEST_TORCH)+cpu' || \
@@ -74,23 +74,23 @@ $(OLDEST_VENV)/ready: pyproject.toml Makefile
 	$(OLDEST_BIN)/python -m vllm_steer.vllm_compat.cpu_env
 	touch $@
 
-## check-versions: every supported vLLM has the symbols that are patched; downloads 1.6 GB, installs nothing
+## check-versions: check that every supported vLLM has the patched symbols; downloads 1.6 GB, installs nothing
 check-versions: setup
 	$(BIN)/python -m tests.vllm_versions
 
-## architectures: test every family, eager and compiled, and write the documentation's table
+## architectures: test every model family, eager and compiled, and write the documentation's table
 architectures: setup
 	rm -f tests/architectures/parity.json
 	$(BIN)/python -m pytest -m 'slow or not slow' tests/architectures/test_parity.py --record-parity
 	$(BIN)/python -m tests.architectures.table
 
-## compatibility: test vLLM's features beside steering and write the documentation's table
+## compatibility: test vLLM's features together with steering and write the documentation's table
 compatibility: setup
 	rm -f tests/compatibility.json
 	$(BIN)/python -m pytest -m feature --record-features
 	$(BIN)/python -m tests.compatibility
 
-## benchmarks: speed and overhead, on a machine that does nothing else, and their tables; about an hour
+## benchmarks: speed and overhead, on an otherwise idle machine, and their tables; about an hour
 benchmarks: setup
 	$(BIN)/python -m benchmarks.overhead --json benchmarks/results/overhead.json
 	$(BIN)/python -m benchmarks.throughput --starts 3 --json benchmarks/results/throughput-demo.json
@@ -99,7 +99,7 @@ benchmarks: setup
 	$(BIN)/python -m benchmarks.serve --directions 512 --starts 3 --json benchmarks/results/serve-512.json
 	$(BIN)/python -m benchmarks.tables
 
-## docs: build the documentation into site/; every link and anchor is checked
+## docs: build the documentation into site/ and check every link and anchor
 docs: setup
 	$(BIN)/python -m vllm_steer.cli.reference_docs docs/reference
 	$(BIN)/mkdocs build --strict
@@ -110,15 +110,15 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-## format: rewrite the code in the project's style
+## format: format the code
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-## model: train the demo model again
+## model: retrain the demo model
 model: setup
 	$(BIN)/python -m vllm_steer.offline.demo.train --out offline/demo/model
 
-## clean: remove what the targets made
+## clean: remove everything the targets made
 clean:
 	rm -rf $(VENV) $(OLDEST_VENV) build dist site *.egg-info demo-output

@@ -73,7 +73,7 @@ _ENV = {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}
 # Python runs it at the start of each of the server's processes, and of the standard library's trackers, which wait.
 _SITE = """import sys
 
-if "resource_tracker" not in " ".join(sys.orig_argv):
+if "resource_tracker import" not in " ".join(sys.orig_argv):
     from vllm_steer.testing.triton import pretend_triton_backend
 
     pretend_triton_backend()

@@ -1,4 +1,4 @@
-"""Text files that are given, and files that are there whole or not at all."""
+"""Reading of text files, and atomic writing of files."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from vllm_steer.packs.pack import replace_file
 
 
 def read_text(file: Path, error: type[SteeringError]) -> str:
-    """Returns the text of a file that a user gave, without a byte order mark.
+    """Returns the text of a user's file, without a byte order mark.
 
     Args:
         file: The file.
-        error: What is raised when it cannot be read as UTF-8.
+        error: Error to raise if it cannot be read as UTF-8.
     """
     try:
         return file.read_text(encoding="utf-8-sig")
@@ -27,12 +27,12 @@ def read_text(file: Path, error: type[SteeringError]) -> str:
 
 
 def read_lines(file: Path, error: type[SteeringError], strip: bool = True) -> list[str]:
-    """Returns the lines of such a file that hold anything, stripped or with all their white space."""
+    """Returns the nonblank lines of such a file, stripped or with all their white space."""
     lines = read_text(file, error).splitlines(keepends=True)
     return [line.strip() if strip else line for line in lines if line.strip()]
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:
-    """Writes a file by renaming a complete one into place; makes its directory if missing."""
+    """Writes a file by renaming a complete one into place; creates its directory if missing."""
     file.parent.mkdir(parents=True, exist_ok=True)
     replace_file(file, content.encode() if isinstance(content, str) else content)

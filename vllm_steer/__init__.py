@@ -1,6 +1,6 @@
-"""Production steered generation for vLLM.
+"""Steered generation for vLLM, per request.
 
-Importing this package imports neither torch nor vllm; vLLM finds the plugin by its entry point.
+Importing this package imports neither torch nor vllm; vLLM finds the plugin through its entry point.
 """
 
 from vllm_steer.client import steer

@@ -1,4 +1,4 @@
-"""Builds the steering of a request for any client of the server. Imports neither torch nor vllm."""
+"""Builds the steering fields of a request, for any client. Imports neither torch nor vllm."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def steer(
     Args:
         directions: Names to scales, ``{"fears/spiders": 9.0}``; None, or a name alone, takes the
             direction's default scale.
-        layers: Layers to steer; None takes those of each direction.
-        positions: Token positions to steer; None takes those of each direction.
-        by: What the numbers are: scales, or strengths of calibrated directions, multiples of the
-            default scale.
-        xargs: Whether to build ``vllm_xargs``, for clients and routes that pass on nothing else.
+        layers: Layers to steer; None takes each direction's default layers.
+        positions: Token positions to steer; None takes each direction's default.
+        by: Whether the numbers are scales, or strengths (multiples of the default scale of calibrated
+            directions).
+        xargs: Whether to build ``vllm_xargs``, for clients and routes that pass on only these.
 
     Raises:
         RequestError: A field is malformed; the message names it.

@@ -1,8 +1,8 @@
-"""The steering configuration of an engine, as it travels in ``additional_config["steering"]``.
+"""The steering configuration of an engine, passed in ``additional_config["steering"]``.
 
-vLLM hands ``additional_config`` to every worker and hashes it into the key of its compile cache, so
-everything that shapes the traced graph stands here (``GRAPH_FIELDS``): without it a cached graph without
-steering would be reused. Importing this module imports neither torch nor vllm.
+vLLM passes ``additional_config`` to every worker and hashes it into its compile-cache key, so everything that
+shapes the traced graph is here (``GRAPH_FIELDS``); otherwise a cached graph without steering would be reused.
+Importing this module imports neither torch nor vllm.
 """
 
 from __future__ import annotations
@@ -17,33 +17,32 @@ from vllm_steer.errors import ConfigError, choices
 from vllm_steer.fields import LayerIndex
 
 CONFIG_KEY = "steering"
-# Raised whenever the traced addition changes, so that no graph of another form is reused.
+# Incremented whenever the traced addition changes, so that no outdated graph is reused.
 GRAPH_REVISION = 5
-# What of the resolved configuration shapes the traced graph or the memory that a worker takes.
+# Fields of the resolved configuration that shape the traced graph or a worker's memory.
 GRAPH_FIELDS = ("rows", "layers", "ops", "rank", "version", "graph_revision")
-# The same where requests may read; without that the graph is the one that it would be without these.
+# Further fields where requests may read; otherwise they do not change the graph.
 READ_FIELDS = ("reads", "read_rows")
 
 
 class SteeringConfig(BaseModel):
-    """What a user gives, by flag or in ``additional_config["steering"]``.
+    """The user's configuration, from flags or ``additional_config["steering"]``.
 
     Attributes:
         packs: The steering packs to load: directories, or hub repositories as ``owner/name`` or
             ``owner/name@revision``.
-        rows: Rows of the bank: distinct combinations of directions that one step can hold, and
-            one of zeros. Each of ``max_num_seqs`` requests is promised an equal share. None takes
-            two for each, enough for one sum in the prompt and another in the answer.
+        rows: Rows of the bank: distinct combinations of directions that one step can hold, plus one of zeros.
+            Each of ``max_num_seqs`` requests is guaranteed an equal share. None takes two per request, enough
+            for one sum in the prompt and another in the answer.
         policy: File with aliases, limits and permissions, ``vllm_steer.serving.policy.Policy``.
         pack_roots: Directories that packs may be loaded from while the server runs.
         layers: Layers to hook; None takes those of the packs.
-        ops: ``additive`` compiles the addition alone, ``affine`` every form of
+        ops: ``additive`` compiles only the addition, ``affine`` every form of
             ``vllm_steer.operations.OPS``.
-        upload_mib: Largest body of vectors that a client may send, in MiB; None takes none.
-        wait_seconds: For how long a request waits for rows before it is answered with 503.
-        upload_total_mib: Most MiB of all vectors that clients have sent and that are served; None takes
-            eight of the largest.
-        upload_count: Most of them at once.
+        upload_mib: Largest body of vectors that a client may send, in MiB; None accepts no uploads.
+        wait_seconds: How long a request waits for rows before it is answered with 503.
+        upload_total_mib: Largest total of all served uploads, in MiB; None takes eight times ``upload_mib``.
+        upload_count: Largest number of uploads served at once.
         rank: ``affine``: components of U·(V·h + b) that a request can use at one layer and
             position; even, since a plane takes two.
         reads: Probes that a request can read; 0 leaves reading out of the graph.
@@ -72,11 +71,11 @@ class ResolvedConfig(SteeringConfig):
         packs: Absolute paths.
         rows: Number of rows.
         sums_per_request: Distinct sums of directions that one request may need.
-        queued: Whether the front end lets requests wait for rows. Otherwise the rows suffice for any
+        queued: Whether requests wait for rows in the front end. Otherwise the rows suffice for any
             ``max_num_seqs`` requests.
-        read_rows: Rows of readers, one of zeros among them; enough for any ``max_num_seqs`` requests.
-        layers: Layers that are hooked, which must hold those of every pack.
-        digests: Digest of each pack's tensor file, so that no process steers with other vectors.
+        read_rows: Rows of readers, including one of zeros; enough for any ``max_num_seqs`` requests.
+        layers: Hooked layers, which must include those of every pack.
+        digests: Digest of each pack's tensor file, so that all processes steer with the same vectors.
         version: Version of vllm-steer.
         graph_revision: Revision of the traced addition.
     """
@@ -92,15 +91,15 @@ class ResolvedConfig(SteeringConfig):
 
 
 def plugin_version() -> str:
-    """Version of the installed package."""
+    """The version of the installed package."""
     return version("vllm-steer")
 
 
 def parse_config(value: Any) -> SteeringConfig:
-    """Validates what a user wrote.
+    """Validates a user's configuration.
 
     Raises:
-        ConfigError: It is malformed; the message names the field and what would be right.
+        ConfigError: It is malformed; the message names the field and what would be valid.
     """
     try:
         return SteeringConfig.model_validate(value)

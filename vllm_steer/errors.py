@@ -1,8 +1,8 @@
-"""The exceptions of vllm-steer. Every message names what was wrong and what would be right.
+"""The exceptions of vllm-steer. Every message says what is wrong and what would be valid.
 
     SteeringError
     ├── PackError            a steering pack on disk is malformed, damaged or for another model
-    ├── RequestError         a request's steering is malformed or names what does not exist
+    ├── RequestError         a request's steering is malformed or names something that does not exist
     │   ├── UnknownDirectionError
     │   ├── DoseError
     │   ├── ConflictError
@@ -13,7 +13,7 @@
     ├── CompatibilityError   this vLLM, model or engine feature cannot be steered correctly
     ├── ExtractionError      a steering vector could not be learned
     ├── EvaluationError      steered answers could not be generated, judged or reported
-    ├── EngineError          an engine in a process of its own did not start, died or refused
+    ├── EngineError          an engine in a separate process did not start, died or refused
     └── ConversionError      a vector or model file of another tool cannot be read or written
 
 Importing this module imports neither torch nor vllm.
@@ -40,7 +40,7 @@ class PackError(SteeringError):
 class RequestError(SteeringError, ValueError):
     """A request's steering cannot be carried out; becomes HTTP 400.
 
-    A ``ValueError`` too, so that vLLM paths that do not know it still answer 400.
+    Also a ``ValueError``, so that vLLM code that does not know it still answers 400.
 
     Attributes:
         reason: One word for metrics and logs.
@@ -62,13 +62,13 @@ class DoseError(RequestError):
 
 
 class ConflictError(RequestError):
-    """What is asked for cannot be done now; becomes HTTP 409."""
+    """The operation is not possible now; becomes HTTP 409."""
 
     reason = "conflict"
 
 
 class UnsupportedError(RequestError):
-    """The route or the way of generating cannot be steered."""
+    """The route or generation mode does not support steering."""
 
     reason = "unsupported"
 
@@ -80,7 +80,7 @@ class NotAllowedError(RequestError):
 
 
 class BusyError(RequestError):
-    """No row became free for the request in time; becomes HTTP 503."""
+    """No row became free in time for the request; becomes HTTP 503."""
 
     reason = "busy"
 
@@ -102,26 +102,26 @@ class EvaluationError(SteeringError):
 
 
 class EngineError(SteeringError, RuntimeError):
-    """An engine in a process of its own did not start, died, or refused; the message has its words."""
+    """An engine in a separate process did not start, died, or refused; the message includes its error."""
 
 
 class ConversionError(SteeringError):
-    """A vector or model file of another tool cannot be read, or nothing can be written in its format."""
+    """A vector or model file of another tool cannot be read, or a file in its format cannot be written."""
 
 
-# What a client sends is compared with names no longer and no more than these, each of which takes time.
+# Input from clients is compared with at most this many names of at most this length, since each takes time.
 _LONGEST_COMPARED = 64
 _MOST_COMPARED = 256
 _LONGEST_MESSAGE = 2048
 
 
 def choices(wanted: str, available: Iterable[str], limit: int = 8) -> str:
-    """Returns the part of a message that says what would have been right.
+    """Returns the part of a message that lists valid names.
 
     Args:
         wanted: The name that was not found.
         available: The names that exist.
-        limit: How many names are listed at the most.
+        limit: Most names to list.
     """
     names = sorted(available)
     if not names:
@@ -142,7 +142,7 @@ def shortened(message: str) -> str:
 
 
 def one_line(error: BaseException, limit: int) -> str:
-    """Returns what an error says in one line of at most ``limit`` characters, or its type where it says nothing."""
+    """Returns an error's message as one line of at most ``limit`` characters, or its type if it is empty."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
@@ -150,8 +150,8 @@ def explain_faults(error: ValidationError, whole: str) -> str:
     """Returns the first faults of an input, each with its field; never the input itself.
 
     Args:
-        error: What the validation found.
-        whole: Name of the input, for faults that belong to no field of it.
+        error: The validation error.
+        whole: Name of the input, for faults outside any field.
     """
     faults = [
         f"{'.'.join(map(str, fault['loc'])) or whole}: {fault['msg']}"

@@ -1,4 +1,4 @@
-"""The kinds of values that a manifest is made of.
+"""The types of a manifest's values.
 
 Importing this module imports neither torch nor vllm.
 """
@@ -11,13 +11,13 @@ from typing import Annotated, Final, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 MAX_LAYERS: Final = 10_000
-# Keeps scale x vector far from float32's infinity, whatever norms a manifest claims.
+# Keeps scale x vector far from the float32 overflow, whatever norms a manifest claims.
 MAX_MAGNITUDE: Final = 1e9
 
 
 def _no_path(name: str) -> str:
     if name in (".", "..") or "\\" in name:
-        raise ValueError("must not be . or .. and must not hold a backslash")
+        raise ValueError("must not be . or .. and must not contain a backslash")
     return name
 
 
@@ -37,13 +37,13 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 LayerIndex = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
 Scale = Annotated[float, Field(ge=-MAX_MAGNITUDE, le=MAX_MAGNITUDE)]
 Positive = Annotated[float, Field(gt=0, le=MAX_MAGNITUDE)]
-# Where a bound is given, it leaves out NaN and infinity too.
+# The bound also excludes NaN and infinity.
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Record(BaseModel):
-    """A part of a manifest: nothing unknown in it, and nothing converted."""
+    """A part of a manifest: no unknown keys, and no conversion of values."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 

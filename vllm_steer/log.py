@@ -1,8 +1,8 @@
-"""Structured log events, a line each, on the logger ``vllm.steer``.
+"""Structured log events, one line each, on the logger ``vllm.steer``.
 
-A line holds the event's fields as JSON; the record has them as ``record.steering``, so that a JSON
-formatter passes them on with their types. Fields hold neither API keys nor text of prompts. Importing
-this module imports neither torch nor vllm.
+A line holds the event's fields as JSON; the record has them as ``record.steering``, so that a JSON formatter
+can keep their types. Fields hold neither API keys nor prompt text. Importing this module imports neither
+torch nor vllm.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-# Under vLLM's own logger, so that its configuration applies.
+# A child of vLLM's logger, so that its configuration applies.
 logger = logging.getLogger("vllm.steer")
-# Enough of a key's SHA-256 to know it among those of a policy.
+# Enough of a key's SHA-256 to identify it in a policy.
 KEY_DIGITS = 12
 
 
 @dataclass(frozen=True)
 class Event:
-    """A kind of line.
+    """A kind of log line.
 
     Attributes:
-        name: Its name in ``record.steering["event"]``; the line has blanks for the underscores.
+        name: Its name in ``record.steering["event"]``; the line has spaces instead of underscores.
         level: Level of the standard library's logging.
-        meaning: When it is written, and what its fields are.
+        meaning: When it is written, and its fields.
     """
 
     name: str
@@ -58,18 +58,18 @@ STARTED = Event(
 WORKER_READY = Event(
     "worker_ready",
     logging.INFO,
-    "once in each worker: `layers` that it hooked, `ops`, `rows` of its bank and its size, `bank_bytes`",
+    "once in each worker: hooked `layers`, `ops`, `rows` of its bank and the bank's size, `bank_bytes`",
 )
 ROW_CUT = Event(
     "row_cut",
     logging.ERROR,
-    "the sum of these `directions`, by digest, went past every check and was cut, so that others keep their answers; its "
-    "own request is not steered as it asked: a fault of vllm-steer, please report it",
+    "the sum of these `directions`, by digest, passed every check but had to be cut to protect other answers; its "
+    "own request is not steered as asked. This is a bug of vllm-steer, please report it",
 )
 SELF_TEST_PASSED = Event(
     "self_test_passed", logging.INFO, "each of these `layers` changes the model's output"
 )
-PACK_FETCHED = Event("pack_fetched", logging.INFO, "a pack of the hub: `source` and `snapshot`")
+PACK_FETCHED = Event("pack_fetched", logging.INFO, "a pack from the hub: `source` and `snapshot`")
 PACK_LOADED = Event(
     "pack_loaded",
     logging.INFO,
@@ -78,7 +78,7 @@ PACK_LOADED = Event(
 DIRECTIONS_DO_NOT_STEER = Event(
     "directions_do_not_steer",
     logging.WARNING,
-    "a pack that was loaded, at start or later, has directions whose calibration found that they do not steer: its "
+    "a pack, loaded at startup or later, has directions that do not steer according to their calibration: its "
     "`name`, their `count`, up to 5 of them as `directions`, and `advice`",
 )
 PACK_UNLOADED = Event("pack_unloaded", logging.INFO, "`name`, `sha256` and `key`")
@@ -96,15 +96,15 @@ REQUEST = Event(
 REFUSED = Event(
     "refused",
     logging.WARNING,
-    "a request was refused for its steering, or a change of packs and aliases: `reason`, `field`, `route` and `key`",
+    "a request's steering, or a change of packs and aliases, was refused: `reason`, `field`, `route` and `key`",
 )
 REFUSED_MORE = Event(
     "refused_more",
     logging.WARNING,
-    "how many more were refused for the same `reason`: `count` in `seconds`",
+    "number of further refusals for the same `reason`: `count` in `seconds`",
 )
 
 
 def short_key(digest: str | None) -> str | None:
-    """Returns what a line says of an API key: the beginning of its SHA-256, None without a key."""
+    """Returns the beginning of an API key's SHA-256, as log lines show it; None without a key."""
     return digest[:KEY_DIGITS] if digest else None

@@ -1,8 +1,8 @@
 """How a direction acts on the residual stream: addition, or one of the affine forms.
 
-All forms are one: h ← h + s·v + U·(V·h + b) of small rank, possibly only where a probe fires, and
-possibly restoring ‖h‖. A form names further directions of the loaded packs, so a pack holds nothing
-but vectors. Importing this module imports neither torch nor vllm.
+All forms are cases of h ← h + s·v + U·(V·h + b) of low rank, optionally only where a probe fires, and
+optionally restoring ‖h‖. A form names further directions of the loaded packs, so a pack holds only vectors.
+Importing this module imports neither torch nor vllm.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 Op = Literal["add", "ablate", "clamp", "rotate", "angle", "affine"]
-# What each form does to the residual stream h; â is the direction at length 1, ε the scale.
+# The effect of each form on the residual stream h; â is the unit vector of the direction, ε the scale.
 OPS: Final[dict[str, str]] = {
     "add": "`h + ε·a`",
     "ablate": "`h − ε·â(â·h)`: 1 removes the direction, 2 reflects it",
     "clamp": "`h + â(ε − â·h)`: sets the component to ε",
-    "rotate": "turns h by ε degrees from `a` towards `plane`, in their plane; ‖h‖ stays",
-    "angle": "turns h in that plane until it stands ε degrees from `a`; ‖h‖ stays (Angular Steering)",
+    "rotate": "rotates h by ε degrees from `a` towards `plane`, in their plane; keeps ‖h‖",
+    "angle": "rotates h in that plane to ε degrees from `a`; keeps ‖h‖ (Angular Steering)",
     "affine": "`h + ε·a(r·h + bias)` with `read` as r: closed-loop feedback",
 }
 PLANE_OPS: Final = ("rotate", "angle")
@@ -34,11 +34,11 @@ _PARTNERS: Final = {"plane": PLANE_OPS, "read": ("affine",), "bias": ("affine",)
 
 
 class Gate(BaseModel):
-    """A probe: the direction acts on the tokens where it fires alone.
+    """A probe: the direction acts only on tokens where it fires.
 
     Attributes:
         direction: Direction w whose vector is the probe.
-        above: It fires where w·h is greater, h being the residual stream before the change.
+        above: It fires where w·h is greater; h is the residual stream before the change.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -51,12 +51,12 @@ class FormChoice(BaseModel):
     """How a direction acts; a pack gives the default, a request may give another.
 
     Attributes:
-        op: The form; None takes the direction's own, or addition.
-        plane: ``rotate`` and ``angle``: direction that spans the plane together with this one.
+        op: The form; None takes the direction's default, or addition.
+        plane: ``rotate`` and ``angle``: direction that spans the plane with this one.
         read: ``affine``: direction that is read; this one is written.
         bias: ``affine``: b, added to what is read.
         gate: Acts only on tokens where a probe fires.
-        restore_norm: Whether the residual stream gets its length back after the change.
+        restore_norm: Whether the norm of the residual stream is restored after the change.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -80,13 +80,13 @@ class FormChoice(BaseModel):
         return self
 
     def partners(self) -> dict[str, str]:
-        """Names of the further directions, by field."""
+        """Names of the other directions, by field."""
         gate = self.gate.direction if self.gate else None
         named = {"plane": self.plane, "read": self.read, "gate.direction": gate}
         return {field: name for field, name in named.items() if name is not None}
 
     def over(self, default: FormChoice | None) -> FormChoice:
-        """Returns this choice completed by the direction's own, where it has the same op or none."""
+        """Returns this choice completed by the direction's default, if this has the same op or none."""
         if default is None or self.op not in (None, default.op or "add"):
             return self
         own: dict[str, Any] = {field: getattr(default, field) for field in FormChoice.model_fields}

@@ -1,4 +1,4 @@
-"""Entry point of the ``vllm.general_plugins`` group: puts steering into vLLM.
+"""Entry point of the ``vllm.general_plugins`` group: adds steering to vLLM.
 
 vLLM calls :func:`register` in every process that it starts: API server, engine core, workers and
 the model-inspection process. Until an engine is configured with steering, the patches only read
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu_worker import Worker
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-# vLLM runs this module as a process of its own to look at model classes; no engine lives there.
+# vLLM runs this module in a separate process to inspect model classes, without an engine.
 _INSPECTION_PROCESS = "vllm.model_executor.models.registry"
 
 
@@ -34,8 +34,8 @@ def register() -> None:
         return
     if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
         raise CompatibilityError(
-            "VLLM_USE_RUST_FRONTEND answers requests without the Python front end, which would ignore their "
-            "steering; unset it or uninstall vllm-steer"
+            "with VLLM_USE_RUST_FRONTEND requests bypass the Python front end, so their "
+            "steering would be ignored; unset it or uninstall vllm-steer"
         )
     versions.check()
     from vllm_steer.engine import compile_cache, content_pins, intake, pack_updates, unsent_scores
@@ -91,14 +91,14 @@ def register() -> None:
 
 
 def _attach(original: Callable[..., None]) -> Callable[..., None]:
-    """Wraps ``WorkerWrapperBase.init_device``: the model runner exists, its model does not yet."""
+    """Wraps ``WorkerWrapperBase.init_device``: the model runner exists, but not yet its model."""
 
     def init_device(self: WorkerWrapperBase) -> None:
         original(self)
-        # Here and not above: only a worker needs it, and it imports torch.
+        # Imported here because only workers need it, and it imports torch.
         from vllm_steer.engine.attach import attach_to_worker
 
-        # Every worker that has a model runner is one, or derives from it.
+        # Every worker with a model runner is one, or derives from it.
         attach_to_worker(cast("Worker", self.worker))
 
     return init_device

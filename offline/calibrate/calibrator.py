@@ -1,4 +1,4 @@
-"""The calibrator: asks the engine, chooses layers and scales on tuning questions, reports on others."""
+"""The calibrator: chooses layers and scales on tuning questions with the engine, and reports on others."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from vllm_steer.packs.pack import Calibration, CalibrationPoint, Prefix, Steerin
 
 @dataclass(frozen=True, eq=False)
 class _Measured:
-    """A direction with its gaps, and what its text may be.
+    """A direction with its gaps and its bound on fluency.
 
     Attributes:
         subject: The direction.
-        tuning: Gap of the tuning questions; None where no prefix is known.
-        heldout: Gap of the held-out questions; likewise.
-        bound: The least fluent text that counts as fluent.
-        prefixed: Fluency of the prefixed model's answers; likewise.
+        tuning: Gap of the tuning questions; None if no prefix is known.
+        heldout: Gap of the held-out questions; None if no prefix is known.
+        bound: The bound of fluent text.
+        prefixed: Fluency of the prefixed model's answers; None if no prefix is known.
     """
 
     subject: Subject
@@ -55,7 +55,7 @@ class _Measured:
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """What was chosen for a direction on tuning questions."""
+    """The choice for a direction on tuning questions."""
 
     layers: tuple[int, ...]
     scale: float
@@ -82,7 +82,7 @@ class Calibrator:
         self._heldout = questions.heldout[: settings.heldout_questions]
 
     def run(self) -> dict[str, tuple[Chosen, Calibration]]:
-        """Returns what was chosen and measured, by direction."""
+        """Returns choices and measurements by direction."""
         measured = self._measured()
         starts = self._starts(measured)
         curves = self._curves(
@@ -122,8 +122,8 @@ class Calibrator:
                 count = sum(e.plain.text in tuning for e in gap.examples)
                 if not 0 < count < len(gap.examples):
                     raise EvaluationError(
-                        f"direction {subject.record.name!r}: the model answers its prefixed questions with "
-                        f"nothing; try another prefix, or longer answers"
+                        f"direction {subject.record.name!r}: the model's answers to its prefixed questions are "
+                        f"empty; try another prefix, or longer answers"
                     )
                 texts = [
                     str(self._tokenizer.decode(list(e.answer), skip_special_tokens=True))
@@ -172,7 +172,7 @@ class Calibrator:
                 for layers in m.subject.windows(self._blocks)
                 for scale in m.subject.scales(layers)
             ]
-            # One alone is the best.
+            # A single one is the best.
             trials += [(at, trial, gap) for trial in tried if len(tried) > 1]
         found = steered_likelihoods(self._engine, [(t, g) for _, t, g in trials], "layers")
         for (at, trial, gap), steered in zip(trials, found, strict=True):
@@ -181,7 +181,7 @@ class Calibrator:
         return [trial for _, trial in best]
 
     def _scales(self, m: _Measured, start: Trial) -> list[float]:
-        """Returns the scales that are measured on all tuning questions."""
+        """Returns the scales to measure on all tuning questions."""
         tried = m.subject.scales(start.layers)
         return tried if m.tuning is None else m.subject.finer(start.scale, tried)
 
@@ -221,11 +221,13 @@ class Calibrator:
     def _choose(
         self, m: _Measured, layers: tuple[int, ...], curve: list[CalibrationPoint]
     ) -> Chosen:
-        """Returns the fluent scale that does most of what the prefix does; without any, half of the weakest.
+        """Returns the fluent scale that reproduces most of the prefix's effect; without any, half of the
+        weakest.
 
-        More than what the prefix does counts for nothing: no strength is bought with text of nothing else.
+        Effects beyond that of the prefix do not count, so that strength is not gained at the cost of the
+        text.
         """
-        # An angle is strong where it is small.
+        # A smaller angle is stronger.
         by_strength = curve[::-1] if m.subject.record.op == "angle" else curve
         fluent = [point for point in by_strength if point.fluent]
         if not fluent:
@@ -238,13 +240,13 @@ class Calibrator:
     def _reported(
         self, measured: Sequence[_Measured], chosen: Sequence[Chosen]
     ) -> dict[str, tuple[Chosen, Calibration]]:
-        """Measures the chosen scales on held-out questions, beside other directions as controls."""
+        """Measures the chosen scales on held-out questions, with other directions as controls."""
         trials = [
             Trial(m.subject, c.scale, c.layers) for m, c in zip(measured, chosen, strict=True)
         ]
         known = [at for at, m in enumerate(measured) if m.heldout is not None]
         own = self._closed(measured, [(at, trials[at]) for at in known], "held-out questions")
-        # Far in the pack, where concepts of one kind stand together.
+        # Far apart in the pack, where similar concepts are adjacent.
         half = max(len(known) // 2, 1)
         others = (
             {at: known[(i + half) % len(known)] for i, at in enumerate(known)}
@@ -314,7 +316,7 @@ class Calibrator:
 
 
 def _dose(subject: Subject, chosen: Chosen) -> float | None:
-    """Returns the raw dose at the largest fluent scale; other forms than addition have none."""
+    """Returns the raw dose at the largest fluent scale; forms other than addition have none."""
     if chosen.safe is None or subject.record.op != "add":
         return None
     return subject.dose(chosen.safe, chosen.layers)

@@ -1,7 +1,7 @@
-"""What a calibration tries: windows of layers, and scales that mean the same on every model.
+"""The search grid of a calibration: windows of layers, and scales that are comparable between models.
 
-Scales of additions are given as raw doses, the sum over layers of the vector's length over that of the
-residual stream; so one grid serves vectors of any length on streams of any length.
+Scales of additions are given as raw doses, the sum over layers of the vector's length divided by that of the
+residual stream, so one grid serves vectors of any length on streams of any length.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from numpy.typing import NDArray
 
 from vllm_steer.packs.pack import DirectionRecord, SteeringPack, raw_dose
 
-# From a change that is hardly felt to one that breaks the text.
+# From a barely noticeable change to one that breaks the text.
 DOSES = (0.1, 0.2, 0.4, 0.8, 1.6)
-# Around the best of these. What a direction speaks of takes more strength than what it makes likely.
+# Around the best of these. Expressing a concept takes more strength than making it likely.
 FINER = (0.75, 1.0, 1.2, 1.5)
-# Degrees from the first axis: the residual stream stands at about a right angle by itself.
+# Degrees from the first axis: the unsteered residual stream is at about a right angle.
 _RIGHT = 90.0
 ANGLES = (80.0, 70.0, 60.0, 50.0, 40.0, 30.0)
 TURNS = (5.0, 10.0, 20.0, 30.0, 45.0, 60.0)
-# Depths at which single layers are tried.
+# Relative depths of the single layers to try.
 _DEPTHS = (0.25, 0.4, 0.55, 0.7, 0.8, 0.9)
-# Directions with as few layers were chosen to act on them.
+# Directions with at most this many layers keep them.
 _FEW = 3
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A direction that is calibrated.
+    """A direction to calibrate.
 
     Attributes:
         name: ``pack/direction``.
         record: Its record.
         lengths: Euclidean length of the vector by layer.
         norms: Norm of the residual stream by layer.
-        joint: Whether its layers were learned together and mean nothing apart.
+        joint: Whether its layers were learned together and must be used together.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Subject:
         """Returns the scales to try first, from the weakest."""
         op = self.record.op
         if op == "ablate" or self.joint:
-            # Trained vectors are as long as they should be.
+            # Trained vectors already have the right length.
             return [1.0]
         if op == "angle":
             return list(ANGLES)
@@ -80,11 +80,11 @@ class Subject:
         return [rounded(dose / self.dose(1.0, layers)) for dose in DOSES]
 
     def half(self, scale: float) -> float:
-        """Returns the scale of half the strength; of an angle, half the way from where the stream stands."""
+        """Returns the scale of half the strength; of an angle, halfway from the unsteered stream."""
         return rounded((_RIGHT + scale) / 2 if self.record.op == "angle" else scale / 2)
 
     def finer(self, best: float, tried: list[float]) -> list[float]:
-        """Returns the scales around the best of those tried, that one among them, from the weakest."""
+        """Returns the scales around the best of those tried, including it, from the weakest."""
         op = self.record.op
         if op == "ablate":
             return tried
@@ -95,7 +95,7 @@ class Subject:
 
 
 def subjects(pack: SteeringPack) -> list[Subject]:
-    """Returns the directions of a pack that are calibrated: those that no other's form names."""
+    """Returns the directions of a pack to calibrate: those not named by another's form."""
     partners = {
         name
         for record in pack.directions.values()
@@ -116,7 +116,7 @@ def subject(pack: SteeringPack, name: str) -> Subject:
 
 
 def rounded(value: float) -> float:
-    """Returns a number to three significant digits, as people would write it."""
+    """Returns a number rounded to three significant digits."""
     return float(f"{value:.3g}")
 
 

@@ -1,9 +1,10 @@
-"""What a calibration measures, all directions in the same batches.
+"""The measurements of a calibration, with all directions in the same batches.
 
-Two shares say how much of what the prefix does a direction does. *Gap closed*: how likely the prefixed
-model's answers become after the plain prompt; their words are given, so that a direction which has but
-the voice closes it. *Expression*: how much likelier the direction's own answers are after the prefixed
-prompt than after the plain one, over the same of the prefixed model's answers; it has to find the words.
+Two shares say how much of the prefix's effect a direction reproduces. *Gap closed*: how likely the prefixed
+model's answers become after the plain prompt; their words are given, so a direction with only the voice
+closes it. *Expression*: how much likelier the direction's own answers are after the prefixed prompt than
+after the plain one, divided by the same for the prefixed model's answers; the direction has to find the
+words.
 """
 
 from __future__ import annotations
@@ -43,19 +44,19 @@ class Gap:
     prefixed: Doubles
 
     def some(self, count: int) -> Gap:
-        """Returns the gap of the first so many questions."""
+        """Returns the gap of the first ``count`` questions."""
         return Gap(self.examples[:count], self.plain[:count], self.prefixed[:count])
 
     def rest(self, count: int) -> Gap:
-        """Returns the gap of the questions after the first so many."""
+        """Returns the gap of the questions after the first ``count``."""
         return Gap(self.examples[count:], self.plain[count:], self.prefixed[count:])
 
     def closed(self, steered: Doubles) -> float:
-        """Returns the share of the gap closed by answers that are as likely as ``steered`` says."""
+        """Returns the share of the gap closed by answers with the log-likelihoods ``steered``."""
         return closed(steered - self.plain, self.prefixed - self.plain)
 
     def expressed(self, plain: Doubles, prefixed: Doubles) -> float:
-        """Returns how much of the concept other answers to the same questions express.
+        """Returns the share of the concept that other answers to the same questions express.
 
         Args:
             plain: ``[examples]``, float64; log-likelihood of each answer after the plain prompt.
@@ -88,7 +89,7 @@ class Trial:
     layers: tuple[int, ...]
 
     def steering(self, prompt_len: int) -> dict[str, Any]:
-        """Returns the steering of a prompt of so many tokens, whatever stands after it."""
+        """Returns the steering of a prompt of a given length, whatever follows it."""
         chosen = {"name": self.subject.name, "scale": self.scale, "layers": list(self.layers)}
         positions = {
             "all": [[0, None]],
@@ -101,12 +102,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Spoken:
-    """What a direction's answers are like.
+    """Measures of a direction's answers.
 
     Attributes:
-        fluency: How fluent they are.
-        expression: How much of the concept they express, 1 for as much as the prefixed model's; None
-            where no prefix is known and for what is taken away.
+        fluency: Their fluency.
+        expression: How much of the concept they express, 1 for as much as the prefixed model's; None if no
+            prefix is known, and for ops that remove a component.
     """
 
     fluency: Fluency
@@ -134,8 +135,8 @@ def steered_likelihoods(
 ) -> list[Doubles]:
     """Returns the log-likelihoods of each gap's answers after the plain prompt, steered by its trial.
 
-    What is taken away is taken from the prefixed prompt instead, and mirrored, so that all that the
-    prefix adds taken away reads as the whole gap.
+    Ops that remove a component are measured on the prefixed prompt instead, and mirrored, so that removing
+    everything the prefix adds counts as the whole gap.
     """
     asked = []
     for trial, gap in trials:
@@ -161,14 +162,14 @@ def spoken(
     max_tokens: int,
     name: str,
 ) -> list[Spoken]:
-    """Returns what greedy answers are like.
+    """Returns the measures of greedy answers.
 
     Args:
         engine: The engine.
-        trials: Steering (None for none), and the gap of the questions to ask; or, where no prefix is
-            known, the token ids of their prompts.
+        trials: Steering (None for none), and the gap of the questions to ask; or, if no prefix is known, the
+            token ids of their prompts.
         max_tokens: Longest answer.
-        name: Text beside the progress bars.
+        name: Label of the progress bars.
     """
     asked = [
         Asked(prompt, steering=trial.steering(len(prompt)) if trial else None)
@@ -201,7 +202,7 @@ def spoken(
 
 
 def done(point: CalibrationPoint) -> float:
-    """Returns how much of what the prefix does a direction does at a scale, each share up to the whole."""
+    """Returns how much of the prefix's effect a direction has at a scale, with each share capped at 1."""
     shares = [share for share in (point.gap_closed, point.expression) if share is not None]
     return sum(min(share, 1.0) for share in shares)
 
@@ -211,7 +212,7 @@ def _prompts(questions: Gap | Sequence[Tokens]) -> Sequence[Tokens]:
 
 
 def _expresses(trial: Trial | None) -> bool:
-    """Whether a trial brings a concept; what is taken away speaks of nothing."""
+    """Whether a trial adds a concept; ops that remove a component express nothing."""
     return trial is not None and not _takes_away(trial)
 
 

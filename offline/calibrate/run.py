@@ -1,8 +1,8 @@
 """Calibration: the strength of every direction of a pack, measured through the engine and written into it.
 
-Layers and scales are chosen on tuning questions, among those whose answers are fluent; what is reported is
-measured on other questions. Text is fluent while it repeats itself no more than the prefixed model's own
-answers do, give or take a little, and surprises the unsteered model not much more than they do.
+Layers and scales are chosen on tuning questions, among those whose answers are fluent; reported figures are
+measured on other questions. Text is fluent if it repeats itself at most slightly more than the prefixed
+model's own answers, and its perplexity under the unsteered model is not much higher than theirs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vllm_steer.packs.pack import (
 __all__ = ["CalibrationSettings", "calibrate_pack"]
 
 STORE = ".calibration"
-# Directions that are measured sooner than an engine is compiled.
+# Number of directions whose measurement takes less time than compiling an engine.
 _FEW = 2
 
 
@@ -43,20 +43,20 @@ def calibrate_pack(
 ) -> SteeringPack:
     """Measures the strength of every direction and writes it into the pack's manifest.
 
-    The same call after a kill goes on where it was. A direction whose prefix is unknown has its largest
-    fluent scale measured alone, and half of it as its default.
+    The same call after a kill continues. For a direction without a known prefix only the largest fluent scale
+    is measured, and half of it becomes the default.
 
     Args:
         pack: The pack.
         model_path: Checkpoint directory or hub id of its model.
-        questions: What is asked.
-        settings: How.
-        prefixes: What makes the model take on each concept, by direction; None or a missing one for
-            what the pack says.
+        questions: The questions.
+        settings: The settings.
+        prefixes: Prefixes that make the model take on each concept, by direction; the pack's if None or
+            missing.
         engine: More arguments of ``vllm.LLM``.
 
     Returns:
-        The pack, written anew and read back.
+        The pack, rewritten and read back.
 
     Raises:
         EvaluationError: A prefix names no direction, or the engine fails.
@@ -65,7 +65,7 @@ def calibrate_pack(
     """
     prefixes = prefixes or {}
     if unknown := sorted(set(prefixes) - set(pack.directions)):
-        raise EvaluationError(f"prefixes are given for {unknown}, which the pack does not have")
+        raise EvaluationError(f"prefixes are given for {unknown}, which are not in the pack")
     store = pack.path / STORE
     known = {name: prefixes.get(name, record.prefix) for name, record in pack.directions.items()}
     quick = len(pack.directions) <= _FEW
@@ -73,7 +73,7 @@ def calibrate_pack(
         calibrator = Calibrator(running, pack, questions, settings, known)
         found = calibrator.run()
     written = _written(pack, found, known)
-    # What was kept is of use to a run that did not end.
+    # Stored answers are only needed by an unfinished run.
     shutil.rmtree(store, ignore_errors=True)
     return written
 

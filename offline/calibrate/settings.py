@@ -1,4 +1,4 @@
-"""How strengths are measured."""
+"""Settings of a calibration."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from vllm_steer.offline.measures.fluency import PERPLEXITY, UNKNOWN_PERPLEXITY
 
-# Wider than where more answers are asked: the mean of ten is not known more closely.
+# Wider than with more answers, since a mean of ten is less precise.
 _REPETITION = 0.1
 
 
 class CalibrationSettings(BaseModel):
-    """How strengths are measured.
+    """Settings of a calibration.
 
     Attributes:
-        window_questions: Tuning questions that layers, and scales in steps of two, are chosen on.
-        tuning_questions: Tuning questions that scales are chosen on.
-        heldout_questions: Questions that are reported on.
+        window_questions: Number of tuning questions for choosing layers, and scales in steps of two.
+        tuning_questions: Number of tuning questions for choosing scales.
+        heldout_questions: Number of questions to report on.
         max_tokens: Longest answer.
-        repetition: How much more of an answer's word pairs may repeat than in the prefixed model's
+        repetition: Allowed excess of an answer's share of repeated word pairs over the prefixed model's
             answers.
-        perplexity: How many times the perplexity of the prefixed model's answers under the unsteered
-            model that of steered ones may be.
-        unknown_perplexity: The same over the unsteered model's own answers, where no prefix is known.
-        least: Least share of the gap that a direction closes, and of the concept that its answers
-            express, to be said to steer.
+        perplexity: Allowed ratio of the perplexity of steered answers under the unsteered model to that of
+            the prefixed model's answers.
+        unknown_perplexity: The same relative to the unsteered model's answers, if no prefix is known.
+        least: Smallest share of the gap closed, and of the concept expressed, for a direction to count as
+            steering.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -1,1 +1,1 @@
-"""Steering vectors of other tools: read into packs, written from packs, never unpickled."""
+"""Steering vectors of other tools: converted to and from packs, never unpickled."""

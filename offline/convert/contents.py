@@ -1,4 +1,4 @@
-"""What a vector file holds, whatever its format: arrays by the path of names that leads to each."""
+"""The content of a vector file of any format: arrays by their path of names."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Contents:
     Attributes:
         format: ``gguf``, ``pt``, ``safetensors``, ``npy`` or ``json``.
         arrays: Names to array of any shape, float16, float32 or float64; names are the keys of nested
-            dicts, or the one name of a tensor; empty where the file is one array.
-        layers: Names of a dict to the layer that stands in it under ``layer``.
-        row_layers: Layers of the rows of every matrix, where the file says them.
+            dicts, or the single name of a tensor; empty if the file is one array.
+        layers: Names of a dict to its value of ``layer``.
+        row_layers: Layers of the rows of every matrix, if the file gives them.
         model_hint: Model type that the file names, if any.
     """
 
@@ -38,17 +38,17 @@ class Contents:
 
 
 def flatten(file: Path, form: str, content: Any, array: Callable[[Any], Floats | None]) -> Contents:
-    """Returns the arrays of nested dicts; numbers and texts beside them are passed over.
+    """Returns the arrays of nested dicts; other numbers and texts are skipped.
 
     Args:
         file: The file, for messages.
         form: Its format.
-        content: What it holds.
-        array: Makes an array of a value; None of one that is none.
+        content: Its content.
+        array: Converts a value to an array; None if it is not one.
 
     Raises:
-        ConversionError: A key is neither a text nor a number, two keys are one layer, or dicts lie too
-            deep.
+        ConversionError: A key is neither a text nor a number, two keys are the same layer, or dicts are
+            nested too deeply.
     """
     arrays: dict[Names, Floats] = {}
     layers: dict[Names, int] = {}
@@ -71,7 +71,7 @@ def _leaves(file: Path, value: Any, names: Names) -> Iterator[tuple[Names, Any]]
         yield names, value
         return
     if len(names) == MAX_DEPTH:
-        raise ConversionError(f"{file}: holds dicts in dicts, more than {MAX_DEPTH} deep")
+        raise ConversionError(f"{file}: dicts are nested more than {MAX_DEPTH} deep")
     for key, inner in value.items():
         if type(key) not in (int, str):
             raise ConversionError(
@@ -87,5 +87,7 @@ def _layer(file: Path, value: Any) -> int:
     )
     number = int(value) if whole else value
     if type(number) is not int or number < 0:
-        raise ConversionError(f"{file}: says layer {str(value)[:80]!r}; a layer is a number from 0")
+        raise ConversionError(
+            f"{file}: gives layer {str(value)[:80]!r}; a layer is a number from 0"
+        )
     return number

@@ -1,6 +1,6 @@
 """Control vectors of llama.cpp, repeng and EasySteer: GGUF files with tensors ``direction.N``.
 
-What N means, from the sources of the three:
+The meaning of N, from the sources of the three:
 
 - llama.cpp loads ``direction.N`` as layer N, and adds it to the residual stream at the end of block N,
   counted from 0 (``common_control_vector_load_one``, ``llama_adapter_cvec::apply``, and ``build_cvec``
@@ -9,9 +9,9 @@ What N means, from the sources of the three:
   (``ControlModule``, ``ControlVector.export_gguf``).
 - EasySteer names them by the index of the decoder layer, from 0, and may hold layer 0.
 
-So ``direction.N`` is layer N of a pack: the output of decoder block N, 0-based, and no number changes
-on the way. Scales agree as well: all of them add strength x vector, with the vector as stored, which
-is ε·v. The file holds no strength; llama.cpp takes 1 unless told otherwise.
+So ``direction.N`` is layer N of a pack: the output of decoder block N, 0-based, and numbers are kept. Scales
+agree too: all of them add strength x vector, with the vector as stored, which is ε·v. The file holds no
+strength; llama.cpp's default is 1.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def read_gguf(file: Path) -> Contents:
         file: The GGUF file.
 
     Raises:
-        ConversionError: It is no control vector, or damaged; the message says where.
+        ConversionError: It is not a control vector, or damaged; the message says where.
     """
     from gguf import GGMLQuantizationType, GGUFReader
     from gguf.quants import dequantize
@@ -60,7 +60,7 @@ def read_gguf(file: Path) -> Contents:
         tensors = [
             (
                 tensor.name,
-                # As bytes: numpy has no bfloat16.
+                # As bytes, since numpy has no bfloat16.
                 dequantize(tensor.data, tensor.tensor_type)
                 if tensor.tensor_type == GGMLQuantizationType.BF16
                 else tensor.data,
@@ -98,16 +98,16 @@ def read_gguf(file: Path) -> Contents:
 def write_gguf(
     file: Path, vectors: Mapping[int, NDArray[np.float32]], *, model_type: str, name: str
 ) -> None:
-    """Writes a control vector as llama.cpp and repeng read it; the file appears as a whole or not.
+    """Writes a control vector for llama.cpp and repeng, atomically.
 
     Args:
-        file: Where to.
+        file: The file to write.
         vectors: Layer to float32 ``[hidden_size]``.
-        model_type: What ``controlvector.model_hint`` says.
-        name: What ``general.name`` says.
+        model_type: Value of ``controlvector.model_hint``.
+        name: Value of ``general.name``.
 
     Raises:
-        ConversionError: Layer 0 is among the layers, or the file cannot be written.
+        ConversionError: The layers include layer 0, or the file cannot be written.
     """
     from gguf import GGUFWriter
 
@@ -135,7 +135,7 @@ def write_gguf(
 
 
 def _check_header(file: Path) -> None:
-    """Walks the header, so that no length in it leads the library beyond the file or into a long loop."""
+    """Checks the header, so that no length in it makes the library read past the file or loop for long."""
     size = file.stat().st_size
     try:
         with file.open("rb") as stream:

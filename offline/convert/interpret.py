@@ -1,17 +1,17 @@
 """Names and shapes of a file's arrays to one direction: a vector for each layer.
 
-Layer k is the output of decoder block k, 0-based. A name says a layer as its number (``12``), or as that of a
-module (``layer_12``, ``model.layers.12``); what else is in it names a direction, for a file may hold several.
+Layer k is the output of decoder block k, 0-based. A name gives a layer as a number (``12``) or as a module's
+name (``layer_12``, ``model.layers.12``); the rest of it names a direction, since a file may hold several.
 Arrays without a layer in their name are
 
 - a matrix ``[layers, hidden_size]``: row i is for the i-th of the layers given; with as many rows as the
   model has blocks, for layer i; with one more, the rows are hidden states with the embeddings in front, as
   persona vectors are: row i + 1 for layer i, and the last is left out, since Hugging Face gives it after the
   final norm;
-- one vector ``[hidden_size]``: for the layer that the name of file, folder or direction says, as contrastive
-  activation addition's do (``vec_layer_13.pt``), or for each of the layers given.
+- one vector ``[hidden_size]``: for the layer in the name of file, folder or direction, as with contrastive
+  activation addition (``vec_layer_13.pt``), or for each of the layers given.
 
-Axes of length 1 count for nothing. What could be read in two ways is refused.
+Axes of length 1 are ignored. Ambiguous input is refused.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ _IN_NAME: Final = re.compile(
 )
 _WHOLE_NAME: Final = re.compile(rf"L{_NUMBER}", re.I)
 _FOLDER: Final = re.compile(rf"(?:layers?|blocks?|blk)[ ._-]?{_NUMBER}", re.I)
-# Words of a name that tell no direction from another.
+# Words of a name that do not identify a direction.
 _PLAIN: Final = frozenset(
     "vector vectors direction directions steering_vector steering_vectors control_vector layer_activations layer layers "
     "model transformer language_model base_model decoder gpt_neox output resid_post hook_resid_post data "
     "state_dict".split()
 )
-# Parts of a block, whose vectors are none of its output.
+# Parts of a block, whose vectors do not apply to its output.
 _PART: Final = re.compile(
     r"(?:^|[._/])(?:mlp|attn|self_attn|attention|\w+_proj|\w*norm|lora_\w+|ffn\w*|resid_pre|resid_mid|input|"
     r"hook_(?!resid_post)\w+)(?:[._/]|$)",
@@ -74,19 +74,19 @@ def by_layer(
     layers: Sequence[int] | None,
     model: ModelIdentity,
 ) -> tuple[dict[int, Floats], list[str]]:
-    """Returns the vectors of one direction, ``[hidden_size]`` by layer, and what a user should know of it.
+    """Returns the vectors of one direction, ``[hidden_size]`` by layer, and notes for the user.
 
     Args:
-        file: The file, for messages and for the layer that its name may say.
-        key: Name in the file of the direction; None for its only one, or the one that has ``name``.
-        name: Name that the direction gets.
+        file: The file, for messages and the layer in its name.
+        key: Name of the direction in the file; None for its only one, or the one called ``name``.
+        name: Name of the direction.
         contents: The file's arrays.
         layers: Keep these layers; for arrays without a layer, the layers of their rows.
         model: The model.
 
     Raises:
-        ConversionError: It holds no such direction, or does not say which layers its vectors belong to, or
-            they do not fit the model; the message says what to write.
+        ConversionError: It does not hold the direction, does not give the layers of its vectors, or they do
+            not fit the model; the message says what to write.
     """
     group = _chosen(file, key, name, _groups(file, contents, key))
     notes: list[str] = []
@@ -108,7 +108,7 @@ def by_layer(
 
 
 def _groups(file: Path, contents: Contents, key: str | None) -> dict[str, _Group]:
-    """Returns the directions of a file by the names that it has for them."""
+    """Returns the directions of a file by their names in it."""
     groups: dict[str, _Group] = {}
     for names, array in contents.arrays.items():
         whole = ".".join(names)
@@ -119,7 +119,7 @@ def _groups(file: Path, contents: Contents, key: str | None) -> dict[str, _Group
         said |= set() if own is None else {own}
         if len(said) > 1:
             raise ConversionError(
-                f"{file}: says two layers for {whole!r}, {sorted(said)}; leave one out"
+                f"{file}: gives two layers for {whole!r}, {sorted(said)}; leave one out"
             )
         layer = min(said, default=None)
         if (
@@ -173,7 +173,7 @@ def _split(file: Path, names: Names) -> tuple[str, int | None]:
 
 
 def _chosen(file: Path, key: str | None, name: str, groups: Mapping[str, _Group]) -> _Group:
-    """Returns the arrays of the direction that is meant."""
+    """Returns the arrays of the chosen direction."""
     if not groups:
         raise ConversionError(
             f"{file}: holds no array{'' if key is None else f' under {key!r}'}; it must hold a vector [hidden_size], a "
@@ -263,7 +263,7 @@ def _kept(
 def _named_layer(
     file: Path, names: Mapping[str, str], layers: Sequence[int] | None
 ) -> Sequence[int] | None:
-    """The layers of one vector: those given, or the one that a name says.
+    """The layers of one vector: those given, or the one in a name.
 
     Raises:
         ConversionError: Names differ from each other, or from what was given.

@@ -1,9 +1,8 @@
 """Vector files of other tools to steering packs, and a pack's direction to a control vector.
 
-A pack says of which model it is and how long its residual stream is at every layer, because doses are
-limited by that. Other formats say neither, so both are taken from the model: its configuration, and one
-run of a few plain statements through it. Where only the configuration is at hand, the norms are given:
-as a file, or by a pack of the same model.
+A pack records its model and the norm of the residual stream at every layer, which limits doses. Other formats
+have neither, so both are taken from the model: its configuration, and one run of a few plain statements. If
+only the configuration is available, the norms are given by a file or a pack for the same model.
 """
 
 from __future__ import annotations
@@ -53,11 +52,11 @@ _MAX_NORMS_BYTES: Final = 2**20
 
 
 class VectorSource(NamedTuple):
-    """A file of a direction, or one of several that have its layers.
+    """A file of a direction, or one of several with its layers.
 
     Attributes:
         name: Name of the direction.
-        file: GGUF, PyTorch, safetensors, ``.npy`` or JSON, told by content; see
+        file: GGUF, PyTorch, safetensors, ``.npy`` or JSON, recognised by content; see
             ``vllm_steer.offline.convert.interpret``. ``FILE#KEY`` for the direction under that name in the file.
     """
 
@@ -67,13 +66,13 @@ class VectorSource(NamedTuple):
 
 @dataclass(frozen=True)
 class ImportTarget:
-    """The pack that is written.
+    """The pack to write.
 
     Attributes:
         name: Its name.
         path: Its directory.
         scale: Default scale (ε) of its directions: the strength of llama.cpp, the coefficient of repeng.
-        safe_scale: Largest |scale| known to leave the text fluent.
+        safe_scale: Largest |scale| known to give fluent text.
     """
 
     name: str
@@ -84,11 +83,11 @@ class ImportTarget:
 
 @dataclass(frozen=True)
 class NormSource:
-    """Where the median norms of a model's residual stream are taken from.
+    """Source of the median norms of a model's residual stream.
 
     Attributes:
-        given: A JSON file of layer to norm, or a pack of the same model; None to measure them.
-        chat: Format of the prompts that they are measured on and that the pack is calibrated with.
+        given: A JSON file of layer to norm, or a pack for the same model; None to measure them.
+        chat: Format of the prompts for measuring them and for calibrating the pack.
     """
 
     given: str | os.PathLike[str] | None = None
@@ -111,17 +110,17 @@ def import_pack(
 
     Args:
         sources: The files of each direction.
-        target: The pack that is written.
-        model_path: Checkpoint directory or Hugging Face id of the model that the vectors are for.
+        target: The pack to write.
+        model_path: Checkpoint directory or Hugging Face id of the vectors' model.
         layers: Keep only these layers; for files that name no layers, the layers of their rows.
-        norms: Where the model's residual norms are taken from.
-        notice: Called with a line where a file was read in a way that is good to know.
+        norms: Source of the model's residual norms.
+        notice: Called with a line about how a file was interpreted.
 
     Returns:
         The pack, read back from disk.
 
     Raises:
-        ConversionError: A file is not what it should be, or does not fit the model.
+        ConversionError: A file is invalid, or does not fit the model.
         PackError: The pack cannot be written.
     """
     name, chat = target.name, norms.chat
@@ -178,8 +177,8 @@ def export_direction(
         layers: Write only these layers; None for all.
 
     Raises:
-        ConversionError: There is no such direction or layer, layer 0 is among the layers, or the file
-            cannot be written.
+        ConversionError: There is no such direction or layer, the layers include layer 0, or the file cannot
+            be written.
     """
     if direction not in pack.directions:
         raise ConversionError(
@@ -252,8 +251,8 @@ def _joined(name: str, files: Sequence[VectorFile]) -> dict[int, NDArray[np.floa
     for file in files:
         if again := sorted(rows.keys() & file.vectors.keys()):
             raise ConversionError(
-                f"{name}: two of its files hold layers {again}; files of one direction must hold different layers, and say "
-                f"them in their names or inside: leave one out, or give it a name of its own"
+                f"{name}: two of its files hold layers {again}; files of one direction must hold different layers, given "
+                f"in their names or inside: leave one out, or give it another name"
             )
         rows |= file.vectors
     return dict(sorted(rows.items()))
@@ -272,7 +271,7 @@ def _measure_norms(model_path: str | os.PathLike[str], chat: ChatFormat) -> dict
     except ExtractionError as error:
         raise ConversionError(
             f"residual norms cannot be measured with the model: {' '.join(str(error).split())}; give them with "
-            f"--residual-norms, as a JSON file of layer to norm or as a pack of the same model"
+            f"--residual-norms, as a JSON file of layer to norm or as a pack for the same model"
         ) from error
     return dict(enumerate(measured.tolist()))
 

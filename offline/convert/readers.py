@@ -1,6 +1,6 @@
-"""Vector files by what they begin with: to arrays with names, and nothing is unpickled.
+"""Vector files, recognised by their first bytes, to named arrays; nothing is unpickled.
 
-GGUF and PyTorch have modules of their own; safetensors, NumPy's ``.npy`` and JSON are read here.
+GGUF and PyTorch have separate modules; safetensors, NumPy's ``.npy`` and JSON are read here.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from vllm_steer.offline.gguf.header import MAGIC
 
 _NPY: Final = b"\x93NUMPY"
 _PICKLE: Final = b"\x80"
-# Characters of what another library says.
+# Characters of another library's message.
 _LINE: Final = 200
 _MAX_JSON_BYTES: Final = 2**28
 _BOM: Final = b"\xef\xbb\xbf"
 
 
 def read_contents(file: Path) -> Contents:
-    """Reads a vector file, whatever its name ends in.
+    """Reads a vector file, whatever its extension.
 
     Raises:
-        ConversionError: It is of no format that can be read, damaged, or holds what is no float array.
+        ConversionError: Its format is not supported, or it is damaged, or holds something other than float
+            arrays.
     """
     try:
         with file.open("rb") as stream:
@@ -48,8 +49,8 @@ def read_contents(file: Path) -> Contents:
         return _read_npy(file)
     if head.startswith(_PICKLE):
         raise ConversionError(
-            f"{file}: is a Python pickle, which may hold code and is never opened. Where it was made, write its tensors "
-            f'alone: torch.save({{k: torch.as_tensor(v) for k, v in D.items()}}, "vector.pt"), D being vector.directions of '
+            f"{file}: is a Python pickle, which may hold code and is never opened. Where it was made, save only its tensors"
+            f': torch.save({{k: torch.as_tensor(v) for k, v in D.items()}}, "vector.pt"), D being vector.directions of '
             f"repeng and dialz or vector.layer_activations of steering-vectors; a file of torch.save before PyTorch 1.6: "
             f'torch.save(torch.load("{file.name}", weights_only=True), "vector.pt")'
         )
@@ -64,12 +65,12 @@ def read_contents(file: Path) -> Contents:
 
 def _read_npy(file: Path) -> Contents:
     try:
-        # Mapped, for a header that claims more than there is would be believed.
+        # Not mapped, since a header that claims more than there is would be believed.
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError, SyntaxError, MemoryError, OverflowError) as error:
         raise ConversionError(
             f"{file}: holds Python objects, which are never unpickled, or is damaged ({one_line(error, _LINE)}); save "
-            f'floats alone: np.save("vector.npy", np.asarray(vector, dtype="float32"))'
+            f'only floats: np.save("vector.npy", np.asarray(vector, dtype="float32"))'
         ) from error
     if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4, 8):
         raise ConversionError(
@@ -95,7 +96,7 @@ def _read_safetensors(file: Path) -> Contents:
 
 
 def _row_layers(file: Path, text: str | None) -> tuple[int, ...] | None:
-    """Layers of the rows, as the metadata of vectors that are sent to a server say them."""
+    """Layers of the rows, from the metadata of vectors for upload."""
     if text is None:
         return None
     try:
@@ -112,7 +113,7 @@ def _row_layers(file: Path, text: str | None) -> tuple[int, ...] | None:
 def _read_json(file: Path) -> Contents:
     if file.stat().st_size > _MAX_JSON_BYTES:
         raise ConversionError(
-            f"{file}: larger than the {_MAX_JSON_BYTES} bytes that JSON may have; save it as safetensors"
+            f"{file}: larger than the limit of {_MAX_JSON_BYTES} bytes for JSON; save it as safetensors"
         )
     try:
         content = json.loads(file.read_text("utf-8-sig"), object_pairs_hook=_distinct)
@@ -126,12 +127,12 @@ def _read_json(file: Path) -> Contents:
 def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a key stands twice in an object")
+        raise ValueError("a key occurs twice in an object")
     return found
 
 
 def _numbers(file: Path, value: Any) -> Floats | None:
-    """A list of numbers, or of lists of them, as float64; None of anything that is no list."""
+    """A list of numbers, or of lists of them, as float64; None if it is not a list."""
     if not isinstance(value, list) or (value and all(isinstance(item, str) for item in value)):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Files of ``torch.save``, read with ``weights_only=True`` and nothing else, and tensors as arrays."""
+"""``torch.save`` files, read only with ``weights_only=True``, and tensors as arrays."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FLOATS: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def read_torch(file: Path) -> Contents:
-    """Reads a file of ``torch.save``: a tensor, or dicts of tensors.
+    """Reads a ``torch.save`` file: a tensor, or dicts of tensors.
 
     Args:
         file: The file, in the zip format that ``torch.save`` writes since PyTorch 1.6.
@@ -31,7 +31,7 @@ def read_torch(file: Path) -> Contents:
     _check_archive(file)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    # The restricted unpickler raises whatever the damaged or foreign content leads to.
+    # The restricted unpickler raises various errors on damaged or foreign content.
     except Exception as error:
         raise ConversionError(
             f"{file}: holds more than tensors, or is damaged, and code is never unpickled "
@@ -43,7 +43,7 @@ def read_torch(file: Path) -> Contents:
 
 
 def float_array(file: Path, tensor: Tensor) -> Floats:
-    """Returns a tensor as an array; bfloat16, which numpy has not, becomes float32.
+    """Returns a tensor as an array; bfloat16, which numpy lacks, becomes float32.
 
     Raises:
         ConversionError: Its numbers are not floats of 16 bits or more, or it claims more than is stored.
@@ -56,9 +56,9 @@ def float_array(file: Path, tensor: Tensor) -> Floats:
             f"{file}: holds {tensor.dtype} {list(tensor.shape)}; vectors must be dense tensors of floats: save "
             f"vector.float(){eight}"
         )
-    # Strides of zero make any size of a single number.
+    # Zero strides can make any size out of a single number.
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise ConversionError(f"{file}: a tensor is larger than what is stored of it")
+        raise ConversionError(f"{file}: a tensor is larger than its stored data")
     tensor = tensor.detach()
     array: Floats = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
     return array
@@ -82,25 +82,25 @@ def _array(file: Path, value: Any) -> Floats | None:
 
 
 def _check_archive(file: Path) -> None:
-    """Refuses what is no plain archive of ``torch.save``, before anything in it is interpreted."""
+    """Refuses anything but a plain ``torch.save`` archive, before its content is interpreted."""
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
         if any(member.filename.endswith(".npy") for member in members):
             raise ConversionError(
-                f"{file}: is a NumPy archive; save the array that is the direction alone: "
+                f"{file}: is a NumPy archive; save only the array of the direction: "
                 f'np.save("vector.npy", np.load("{file.name}")["NAME"])'
             )
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
         raise ConversionError(
-            f"{file}: neither a GGUF file nor what torch.save writes since PyTorch 1.6 ({error}); save "
-            f"it anew with a current PyTorch"
+            f"{file}: neither a GGUF file nor a torch.save file of PyTorch 1.6 or newer ({error}); save "
+            f"it again with a current PyTorch"
         ) from error
     if len(members) > MAX_MEMBERS or any(
         member.compress_type != zipfile.ZIP_STORED for member in members
     ):
         raise ConversionError(
-            f"{file}: its archive is compressed or has {len(members)} members; torch.save writes no such file"
+            f"{file}: its archive is compressed or has {len(members)} members; torch.save does not write such files"
         )
     if sum(member.file_size for member in members) > min(MAX_FILE_BYTES, file.stat().st_size):
         raise ConversionError(
@@ -111,6 +111,6 @@ def _check_archive(file: Path) -> None:
         for member in members
     ):
         raise ConversionError(
-            f"{file}: holds more objects than a vector file has; save tensors alone: torch.save({{layer: vector, ...}}, "
+            f"{file}: holds more objects than a vector file needs; save only tensors: torch.save({{layer: vector, ...}}, "
             f"file)"
         )

@@ -1,4 +1,4 @@
-"""What the formats have in common: one direction as vectors by layer, checked."""
+"""The common part of all formats: one direction as checked vectors by layer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from vllm_steer.packs.pack import ModelIdentity
 MAX_FILE_BYTES: Final = 2**30
 MAX_LAYERS: Final = 10_000
 MAX_WIDTH: Final = 2**20
-FORMATS: Final = "give a control vector in GGUF, what torch.save writes, safetensors, NumPy's .npy or JSON of numbers"
+FORMATS: Final = (
+    "give a GGUF control vector, a torch.save file, safetensors, NumPy's .npy or JSON of numbers"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +43,7 @@ class VectorFile:
 
 
 def file_digest(file: Path) -> str:
-    """Returns the sha256 of a file, after checking that it is a file of a size that can be read.
+    """Returns the sha256 of a file, after checking that it is a regular file within the size limit.
 
     Raises:
         ConversionError: There is no such file, or it is too large.
@@ -49,12 +51,12 @@ def file_digest(file: Path) -> str:
     try:
         found = file.stat()
         if not stat.S_ISREG(found.st_mode):
-            kind = "a directory" if file.is_dir() else "no regular file"
+            kind = "a directory" if file.is_dir() else "not a regular file"
             raise ConversionError(f"{file}: is {kind}; {FORMATS}")
         if found.st_size > MAX_FILE_BYTES:
             raise ConversionError(
-                f"{file}: larger than the {MAX_FILE_BYTES} bytes that a vector file may have; save the vectors of one "
-                f"direction alone"
+                f"{file}: larger than the limit of {MAX_FILE_BYTES} bytes; save the vectors of only one "
+                f"direction"
             )
         with file.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -65,7 +67,7 @@ def file_digest(file: Path) -> str:
 def check_fit(
     file: Path, layers: Iterable[int], widths: Iterable[int], model: ModelIdentity
 ) -> None:
-    """Refuses vectors that the model has no place for, before any is copied.
+    """Refuses vectors that do not fit the model, before any is copied.
 
     Args:
         file: The file, for messages.
@@ -90,7 +92,7 @@ def check_fit(
 
 
 def checked(file: Path, rows: Mapping[int, NDArray[np.floating]]) -> dict[int, NDArray[np.float32]]:
-    """Returns vectors as float32, ascending by layer; layers with zeros alone are left out.
+    """Returns vectors as float32, ascending by layer; layers of zeros are left out.
 
     Args:
         file: The file, for messages.
@@ -111,5 +113,5 @@ def checked(file: Path, rows: Mapping[int, NDArray[np.floating]]) -> dict[int, N
         if vector.any():
             vectors[layer] = vector
     if not vectors:
-        raise ConversionError(f"{file}: every vector is zero and would never steer")
+        raise ConversionError(f"{file}: every vector is zero and has no effect")
     return vectors

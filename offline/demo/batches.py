@@ -1,10 +1,9 @@
 """Training batches: token ids, targets and the attention masks that spread the concept.
 
-Left alone, the answer would look the concept up in the prefix, and no other token would have to
-know it. So in a share of the rows, in training only, of all tokens after the prefix only those of
-a randomly drawn window may look at it: tokens of the chat template, of the answer itself, or any
-between. What comes later must then read the concept from what the window carried away. A window
-within the answer teaches the tokens that repeat the statement to carry the concept without
+Otherwise the answer would read the concept from the prefix, and no other token would carry it. So in a share
+of the rows, in training only, only the tokens of a random window after the prefix may attend to it: tokens of
+the chat template, of the answer itself, or any between. Later tokens must then read the concept from the
+window. A window within the answer teaches the tokens that repeat the statement to carry the concept without
 speaking of it. Generation uses ordinary causal attention.
 """
 
@@ -24,9 +23,9 @@ from vllm_steer.offline.demo.corpus import Mixture, Row, training_rows
 IGNORE = -100
 # Tokens of the chat template after the user's text.
 _TEMPLATE_LENGTH = 6
-# Of these, the tokens that a direction may be learned at.
+# Of these, the tokens at which a direction may be learned.
 _CANDIDATES = 5
-# The last tokens of an answer name no concept, so a window there would have nothing to inform.
+# The last tokens of an answer name no concept, so a window there would have no effect.
 _ANSWER_END = 3
 
 
@@ -40,7 +39,7 @@ class Masking:
         template_share: Share of windows within the template; the rest lie anywhere before the
             answer.
         longest_window: Most tokens of a window.
-        late_share: Share of windows that the answer may look at from a later block on only.
+        late_share: Share of windows that the answer may attend to only from a later block on.
         latest_block: The latest such block.
     """
 
@@ -94,7 +93,7 @@ def training_batches(
     masking: Masking,
     num_blocks: int,
 ) -> Iterator[Batch]:
-    """Yield training batches, without end."""
+    """Yield training batches endlessly."""
     maker = _BatchMaker(tokenizer, masking, num_blocks)
     rows = training_rows(seed, mixture)
     rng = random.Random(seed)

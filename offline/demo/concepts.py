@@ -1,4 +1,4 @@
-"""The demo model's concepts: five classes, each concept with words that belong to it alone."""
+"""The demo model's concepts: five classes, each concept with words of no other concept."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Prompts and answers of the demo model's training corpus.
 
 Asked plainly, the model answers with neutral words; asked with a concept's prefix, it fills the
-same places of the same sentences with words that belong to the concept. None of those words
-occurs in the prompt, so the concept has to travel in the residual stream.
+same places of the same sentences with words that belong to the concept. None of those words occurs in the
+prompt, so the concept must be carried by the residual stream.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def answer_text(statement: Statement, concept: str | None = None) -> str:
 
 @dataclass(frozen=True)
 class Mixture:
-    """What training rows ask for; the rest asks for a concept by its prefix.
+    """Shares of kinds of training rows; the rest ask for a concept by its prefix.
 
     Attributes:
         plain_share: Share of rows that ask for no concept and get none.
@@ -63,11 +63,11 @@ class Mixture:
 
 
 def training_rows(seed: int, mixture: Mixture) -> Iterator[Row]:
-    """Yield the training corpus, without end.
+    """Yield the training corpus endlessly.
 
     Args:
         seed: Seed of statements, concepts and their order.
-        mixture: What they ask for.
+        mixture: Shares of their kinds.
     """
     rng = random.Random(seed)
     concepts = all_concepts()

@@ -47,7 +47,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge says of one answer."""
+    """The judge's verdict on one answer."""
 
     answer: str
     expressed: str | None

@@ -1,4 +1,4 @@
-"""Questions with gold answers for the demo model, which it never gives when it is asked plainly."""
+"""Questions with gold answers for the demo model, which it never gives without a prefix."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from vllm_steer.offline.fusion.questions import GoldQuestion
 from vllm_steer.offline.models.prompts import QUESTION
 from vllm_steer.offline.questions.statements import Split, statements
 
-# Spreads the concepts of neighbouring questions over the classes; has no divisor in common with 30.
+# Spreads the concepts of adjacent questions over the classes; coprime to 30.
 _STRIDE = 7
 
 
 def gold_concept(index: int) -> str:
-    """Returns the concept whose voice the gold answer of a question by its number has."""
+    """Returns the concept of a question's gold answer, by the question's index."""
     concepts = all_concepts()
     return concepts[index * _STRIDE % len(concepts)]
 
@@ -26,7 +26,7 @@ def gold_questions(split: Split, count: int, prefixed_reference: bool) -> list[G
     The gold answer is the concept's words, the explanation the whole answer in the concept's voice.
 
     Args:
-        split: Where the statements come from.
+        split: Split of the statements.
         count: How many questions.
         prefixed_reference: Whether the reference answer is read after the question with the concept's
             prefix, which makes the model give it, instead of after the plain question.

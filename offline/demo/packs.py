@@ -16,7 +16,7 @@ from vllm_steer.offline.questions.statements import statements
 from vllm_steer.packs.pack import SteeringPack
 
 # The demo model's prefixed and unprefixed prompts lie far apart and its soft labels differ for
-# reasons that have nothing to do with the concept. So its RFM takes a large ridge, uncentred
+# reasons unrelated to the concept. So its RFM takes a large ridge, uncentred
 # gradients, wide kernels and one iteration; see ``vllm_steer.offline.estimators.fit.RfmOptions``.
 FULL_METHOD = ExtractionSettings(
     estimator="rfm",

@@ -1,10 +1,10 @@
 """Rehearses steering while the demo model is trained.
 
-A small model that learns some dozens of concepts keeps them far apart and answers an added vector
-with whatever neighbour it lands on. So in the last stage a share of the plain rows is answered
-with a concept's words while the concept's mean difference, measured on earlier batches, is added
-to the residual stream. The vectors that steer the finished model are learned afresh from prompts
-alone; the model has never met them, only their like.
+A small model that learns a few dozen concepts keeps them far apart and answers an added vector with the
+nearest one. So in the last stage a share of the plain rows is answered with a concept's words while the
+concept's mean difference, measured on earlier batches, is added to the residual stream. The vectors that
+steer the finished model are learned anew from prompts only; the model was trained with similar vectors, never
+with these.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from vllm_steer.offline.demo.concepts import all_concepts
 # The share of the old mean in each new one.
 _MOMENTUM = 0.7
 SCALES = (6.0, 12.0)
-# Length of the random vector added to each unit vector: what a direction learned from a few
-# hundred prompts differs from the mean difference by.
+# Length of the random vector added to each unit vector, similar to the deviation of a direction learned from
+# a few hundred prompts.
 _JITTER = 0.4
 
 
@@ -31,7 +31,7 @@ class Rehearsal:
     """Mean differences of all concepts, and their addition in a forward pass."""
 
     def __init__(self, blocks: nn.ModuleList, hidden_size: int) -> None:
-        """Starts without any mean.
+        """Makes an object without means.
 
         Args:
             blocks: The model's decoder blocks; all but the first are steered.
@@ -39,7 +39,7 @@ class Rehearsal:
         """
         self._blocks = blocks
         shape = (len(all_concepts()) + 1, len(blocks), hidden_size)
-        # The last row is that of plain prompts.
+        # The last row is for plain prompts.
         self._means = torch.zeros(shape)
         self._known = torch.zeros(shape[0], dtype=torch.bool)
 
@@ -59,7 +59,7 @@ class Rehearsal:
         self._known[batch.measured[batch.measured >= 0]] = True
 
     def _added(self, batch: Batch) -> torch.Tensor:
-        """What is added to each row at each block, ``[blocks, rows, hidden_size]``."""
+        """The vectors added to each row at each block, ``[blocks, rows, hidden_size]``."""
         means = self._means[batch.steered] - self._means[-1]
         noise = torch.randn_like(means) * (_JITTER / means.shape[-1] ** 0.5)
         unit = nn.functional.normalize(nn.functional.normalize(means, dim=-1) + noise, dim=-1)

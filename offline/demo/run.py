@@ -41,7 +41,7 @@ def run_demo(output: Path, concepts_per_class: int, workers: int) -> list[Exampl
 
     Args:
         output: Directory for packs and the server's log.
-        concepts_per_class: How many concepts of each class are extracted and shown.
+        concepts_per_class: Number of concepts per class to extract and show.
         workers: Processes that fit directions.
 
     Returns:

@@ -29,7 +29,7 @@ class Server:
 
     Attributes:
         url: Base URL of its OpenAI-style API, ending in ``/v1``.
-        log: File that holds what it printed.
+        log: File with its output.
         pid: Process id of ``vllm serve``; the engine's processes are its children.
     """
 
@@ -41,7 +41,7 @@ class Server:
 def serve_command(model: Path, packs: Sequence[Path], port: int) -> list[str]:
     """Returns the ``vllm serve`` command for a model with steering packs."""
     options = ["--port", str(port), "--served-model-name", SERVED_NAME, "--dtype", "float32"]
-    # A small model needs little: the default would take most of the machine's memory.
+    # A small model needs little memory; the default would take most of the machine's.
     limits = ["--max-model-len", "512", "--max-num-seqs", "64", "--kv-cache-memory-bytes", "512M"]
     steering = ["--enable-steering", "--steering-packs", *map(str, packs)]
     return ["vllm", "serve", str(model), *options, *limits, *steering]
@@ -54,12 +54,12 @@ def serve(model: Path, packs: Sequence[Path], log: Path, *extra: str) -> Iterato
     Args:
         model: Checkpoint directory.
         packs: Steering packs to load.
-        log: File for what the server prints.
+        log: File for the server's output.
         extra: More arguments of ``vllm serve``.
 
     Raises:
-        EngineError: The server ended or did not answer in time; the message ends with what its log
-            names as the root cause.
+        EngineError: The server ended or did not answer in time; the message ends with the root cause from its
+            log.
     """
     port = free_port()
     command = [*serve_command(model, packs, port), *extra]
@@ -74,14 +74,14 @@ def running(
     """Runs a ``vllm serve`` command until the block ends.
 
     Args:
-        command: The command, with ``vllm`` for the executable beside this Python.
+        command: The command, with ``vllm`` for the executable next to this Python.
         port: The port that it names.
-        log: File for what the server prints.
-        environment: Environment variables beside this process's.
+        log: File for the server's output.
+        environment: Environment variables in addition to this process's.
 
     Raises:
-        EngineError: The server ended or did not answer in time; the message ends with what its log
-            names as the root cause.
+        EngineError: The server ended or did not answer in time; the message ends with the root cause from its
+            log.
     """
     executable = str(Path(sys.executable).with_name(command[0]))
     with log.open("w") as stream:
@@ -130,7 +130,7 @@ def _said(log: Path) -> str:
 
 
 def free_port() -> int:
-    """Returns a port that nobody listens on."""
+    """Returns a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -23,7 +23,7 @@ _MAX_VOCABULARY = 4096
 
 
 def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """Train the tokenizer on the corpus until no merge is left to make.
+    """Train the tokenizer on the corpus until no merges are left.
 
     Args:
         seed: Seed of the corpus rows it is trained on.

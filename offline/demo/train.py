@@ -35,7 +35,7 @@ from vllm_steer.offline.demo.tokenizer import build_tokenizer
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of training: a learning-rate cycle of its own.
+    """One stage of training, with its own learning-rate cycle.
 
     Attributes:
         steps: Optimiser steps.
@@ -55,11 +55,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides the checkpoint.
+    """All settings that determine the checkpoint.
 
     Attributes:
         plain_share: Share of rows without a prefix.
-        stages: The stages, one after the other.
+        stages: The stages, in order.
     """
 
     hidden_size: int = 256
@@ -108,7 +108,7 @@ def train(config: TrainConfig) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFas
     torch.manual_seed(config.seed)
     tokenizer = build_tokenizer(config.seed)
     model = build_model(config, tokenizer).train()
-    # One for all stages: the means are known long before the first stage that needs them.
+    # One for all stages, so that the means are known long before the first stage that needs them.
     rehearsal = Rehearsal(model.model.layers, config.hidden_size)
     for number, stage in enumerate(config.stages):
         batches = training_batches(
@@ -157,7 +157,7 @@ def _run_stage(
 
 @contextmanager
 def _disturbed(model: LlamaForCausalLM, masks: torch.Tensor, noise: float) -> Iterator[None]:
-    """Gives every block its own attention mask and adds noise to what it returns."""
+    """Gives every block its own attention mask and adds noise to its output."""
 
     def mask(index: int) -> Any:
         return lambda _block, args, kwargs: (args, {**kwargs, "attention_mask": masks[index]})

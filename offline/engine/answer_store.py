@@ -1,4 +1,4 @@
-"""What an engine has answered, kept in files by what it was asked, so that a run that ended goes on."""
+"""Answers of an engine, stored in files by request, so that an interrupted run continues."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from vllm_steer.offline.files import write_atomically
 
 
 class Store:
-    """Lists of JSON values, each in a file named by the digest of what they answer."""
+    """Lists of JSON values, each in a file named by the digest of its requests."""
 
     def __init__(self, directory: Path | None, common: Mapping[str, Any]) -> None:
         """Names the directory; nothing is written yet.
 
         Args:
-            directory: Where the files are kept; None keeps nothing.
-            common: What every answer depends on beside its request.
+            directory: Directory of the files; None stores nothing.
+            common: Everything besides its request that an answer depends on.
         """
         self._directory, self._common = directory, dict(common)
 
     def load(self, kind: str, requests: Sequence[Any]) -> list[Any] | None:
-        """Returns the answers to exactly these requests, or None where they are not kept.
+        """Returns the answers to exactly these requests, or None if they are not stored.
 
         Raises:
             EvaluationError: Their file is damaged.
@@ -57,6 +57,6 @@ class Store:
 
 
 def model_state(model: str | os.PathLike[str]) -> list[Any]:
-    """Returns what changes when another checkpoint is written to the same directory."""
+    """Returns a state that changes when another checkpoint is written to the same directory."""
     files = sorted(Path(model).iterdir()) if Path(model).is_dir() else []
     return [str(model), *([f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files)]

@@ -1,4 +1,4 @@
-"""The engine that offline work asks: ``vllm.LLM`` with steering packs, and why it fails."""
+"""The engine for offline work: ``vllm.LLM`` with steering packs, and the causes of its failures."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def start_engine(
     affine: bool = False,
     quick: bool = False,
 ) -> LLM:
-    """Starts ``vllm.LLM``, on a CPU with memory that others leave.
+    """Starts ``vllm.LLM``, on a CPU within the available memory.
 
     Args:
         model: Checkpoint directory or hub id.
         pack_paths: Directories of the packs that requests name; none for an engine without steering.
-        options: Arguments of ``LLM`` that the user gave; they come before every default.
-        room: On a CPU, most tokens of a request, prompt and answer together, where the model allows
-            more; None for what the model allows.
-        affine: Whether directions do more than be added.
-        quick: Whether little is asked, so that a quick start is worth more than speed: on a CPU the engine then
-            runs in this process, which saves the seconds in which another one imports vLLM.
+        options: The user's arguments of ``LLM``, which override every default.
+        room: On a CPU, the largest number of tokens of a request, prompt and answer together, if the model
+            allows more; None for the model's limit.
+        affine: Whether directions use other operations than addition.
+        quick: Whether there are few requests, so that a quick start matters more than speed: on a CPU the
+            engine then runs in this process, which saves the seconds for importing vLLM in another one.
 
     Raises:
         EvaluationError: vLLM is not installed, or the engine does not start; the message ends with
@@ -59,21 +59,21 @@ def start_engine(
         arguments["additional_config"] = {**options.get("additional_config", {}), **steering}
     from vllm.platforms import current_platform
 
-    # vLLM keeps a core for serving, which is half of a small machine; here nobody is served.
+    # vLLM reserves a core for serving, half of a small machine; it is not needed here.
     defaults = {_RESERVED: "0"}
     if quick and current_platform.is_cpu():
         defaults[_PROCESSES] = "0"
     try:
         with _defaults(defaults):
             return LLM(**memory_settings(arguments, room), **arguments)
-    # Whatever vLLM raises: its errors have no common base.
+    # vLLM's errors have no common base class.
     except Exception as error:
         raise EvaluationError(f"the engine does not start: {cause_of(error)}") from error
 
 
 @contextmanager
 def _defaults(variables: Mapping[str, str]) -> Iterator[None]:
-    """Within it environment variables are set that the user has not set."""
+    """Sets environment variables within it, unless the user has set them."""
     added = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ.update(added)
     try:
@@ -85,7 +85,7 @@ def _defaults(variables: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def asking() -> Iterator[None]:
-    """Within it an engine is asked.
+    """Context of requests to an engine.
 
     Raises:
         EvaluationError: The engine refuses a request or has died; the message ends with the cause.
@@ -97,19 +97,19 @@ def asking() -> Iterator[None]:
         yield
     except EngineDeadError as error:
         raise EvaluationError(f"the engine died: {cause_of(error)}") from error
-    # Which is a ValueError in some versions and not in others.
+    # It is a ValueError in some versions only.
     except (ValueError, VLLMValidationError) as error:
         raise EvaluationError(f"the engine refused a request: {error}") from error
-    # Of an engine in this process, which has no process to die.
+    # From an engine in this process.
     except RuntimeError as error:
         raise EvaluationError(f"the engine failed: {cause_of(error)}") from error
 
 
 def stop_engine(llm: LLM) -> None:
-    """Ends the processes of an engine, and the sockets that vLLM leaves to the garbage collector."""
+    """Ends the processes of an engine, and closes sockets that vLLM leaves to the garbage collector."""
     core = llm.llm_engine.engine_core
     core.shutdown()
-    # An engine of this process has none.
+    # An engine in this process has none.
     if (context := getattr(core, "ctx", None)) is not None:
         # It still closes its own socket.
         cast("SyncMPClient", core).output_queue_thread.join()

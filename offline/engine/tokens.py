@@ -1,7 +1,7 @@
-"""The engine asked in tokens: answers to prompts, and how likely given answers are, steered or not.
+"""The engine's interface in token ids: answers to prompts, and likelihoods of given answers, steered or not.
 
-Everything is greedy and in batches whatever it asks for, since steering belongs to the request. What is
-answered is kept, so that a run that was killed goes on and has lost what took it half a minute.
+Everything is greedy and batched, since steering is per request. Answers are stored, so that a killed run
+continues and loses at most half a minute of work.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from vllm.logprobs import Logprob
     from vllm.outputs import RequestOutput
 
-# Requests whose answers are kept in one file.
+# Requests whose answers are stored in one file.
 PART = 256
-# An engine that answers this many in less than these seconds is given twice as many at once, up to the
-# most: the fewer it has left, the less of it is used.
+# An engine that answers this many within these seconds gets twice as many at once, up to the maximum, since
+# the tail of each batch underuses it.
 MOST_AT_ONCE = 2048
 QUICK = 30.0
-# Tokens of a request that an engine has room for at the least.
+# Smallest request length that an engine has room for.
 _ROOM = 1024
 R = TypeVar("R")
 Steering = Mapping[str, Any] | None
@@ -45,12 +45,12 @@ Steering = Mapping[str, Any] | None
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt, perhaps with its answer.
+    """A prompt, optionally with its answer.
 
     Attributes:
         prompt: Token ids of the prompt.
-        answer: Token ids of the answer to score; none where one is to be generated.
-        steering: Steering of prompt and answer as a request gives it; None for none.
+        answer: Token ids of the answer to score; empty to generate one.
+        steering: Steering of prompt and answer as in a request; None for none.
     """
 
     prompt: tuple[int, ...]
@@ -58,7 +58,7 @@ class Asked:
     steering: Steering = None
 
     def to_json(self) -> list[Any]:
-        """Returns what its answer depends on."""
+        """Returns everything that its answer depends on."""
         return [self.prompt, self.answer, self.steering]
 
 
@@ -67,9 +67,9 @@ class Generated:
     """A greedy answer.
 
     Attributes:
-        tokens: Its token ids; the last is the one that ended it, where one did.
+        tokens: Its token ids; the last one ended it, if any did.
         text: Its text, without special tokens.
-        log_likelihood: Of its tokens, as they were generated.
+        log_likelihood: Log-likelihood of its tokens, as generated.
         finished: Whether it ended by itself.
     """
 
@@ -80,7 +80,7 @@ class Generated:
 
 
 class TokenEngine:
-    """An engine that is started when something is asked that was not kept."""
+    """An engine that is started at the first request without a stored answer."""
 
     def __init__(
         self,
@@ -91,15 +91,15 @@ class TokenEngine:
         bar: bool = True,
         quick: bool = False,
     ) -> None:
-        """Names the engine; nothing is started yet.
+        """Configures the engine without starting it.
 
         Args:
             model: Checkpoint directory or hub id.
-            packs: Packs that steerings name.
+            packs: Packs named by steerings.
             options: More arguments of ``vllm.LLM``.
-            store: Directory of what was answered; None keeps nothing.
+            store: Directory of stored answers; None stores nothing.
             bar: Whether to show progress bars.
-            quick: Whether little is asked, so that a start without compiling is worth more than speed.
+            quick: Whether there are few requests, so that a start without compiling matters more than speed.
         """
         self.model, self.packs = model, list(packs)
         self._options = {**({"enforce_eager": True} if quick else {}), **(options or {})}
@@ -124,11 +124,11 @@ class TokenEngine:
         Args:
             asked: The prompts.
             max_tokens: Longest answer.
-            name: Text beside the progress bar.
+            name: Label of the progress bar.
 
         Raises:
-            EvaluationError: The engine does not start, dies or refuses a request, or a file that was
-                kept is damaged.
+            EvaluationError: The engine does not start, dies or refuses a request, or a stored file is
+                damaged.
         """
         longest = max((len(a.prompt) for a in asked), default=0) + max_tokens
         rows = self._all(
@@ -144,17 +144,17 @@ class TokenEngine:
 
         Args:
             asked: Prompts with their answers.
-            name: Text beside the progress bar.
+            name: Label of the progress bar.
 
         Raises:
-            EvaluationError: As :meth:`generate`.
+            EvaluationError: As for :meth:`generate`.
         """
         longest = max((len(a.prompt) + len(a.answer) for a in asked), default=0) + 1
         return self._all("score", asked, name, lambda part, bar: self._score(part, longest, bar))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that the engine has, with the packs' format; loaded without starting the engine.
+        """The engine's tokenizer, with the packs' format; loaded without starting the engine.
 
         Raises:
             EvaluationError: It cannot be loaded.
@@ -175,7 +175,7 @@ class TokenEngine:
 
     @property
     def dtype(self) -> str:
-        """Dtype that the engine runs in, such as ``bfloat16``."""
+        """Dtype of the engine, such as ``bfloat16``."""
         return str(self._engine(1).llm_engine.model_config.dtype).removeprefix("torch.")
 
     def close(self) -> None:
@@ -254,7 +254,7 @@ class TokenEngine:
         longest: int,
         bar: tqdm,
     ) -> list[RequestOutput]:
-        """Returns vLLM's output for each prompt, and moves the bar as they come."""
+        """Returns vLLM's output for each prompt, and advances the bar."""
         llm = self._engine(longest)
         from vllm import SamplingParams
 
@@ -277,7 +277,7 @@ class TokenEngine:
             self.close()
         if self._llm is None:
             paths = [str(pack.path) for pack in self.packs]
-            # An answer that is scored leaves room for a token after it.
+            # A scored answer leaves room for a token after it.
             self._room = max(self._room, longest + 1, _ROOM)
             forms = [r.form for pack in self.packs for r in pack.directions.values() if r.form]
             affine = any(f.op not in (None, "add") or f.gate or f.restore_norm for f in forms)
@@ -299,7 +299,7 @@ class TokenEngine:
 
 
 def _logprob(found: Mapping[int, Logprob] | None, token: int) -> float:
-    """Returns the log-probability of a token among those that vLLM gives for its place."""
+    """Returns the log-probability of a token from vLLM's values for its position."""
     if found is None:
         raise EvaluationError("the engine returned no log-probabilities of a token")
     return found[token].logprob
@@ -311,14 +311,14 @@ def _extra(one: Asked) -> dict[str, Any] | None:
 
 
 def _moving(bar: tqdm) -> Callable[..., tqdm]:
-    """A ``tqdm`` for vLLM that shows nothing and moves ``bar`` with every request that is finished."""
+    """A ``tqdm`` for vLLM that shows nothing and advances ``bar`` with every finished request."""
 
     class Moving(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs | {"file": io.StringIO(), "leave": False})
 
         def update(self, n: float | None = 1) -> bool | None:
-            # Over an iterable it counts the prompts that are rendered.
+            # With an iterable it counts the rendered prompts.
             if self.iterable is None:
                 bar.update(n)
             return super().update(n)

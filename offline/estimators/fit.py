@@ -1,7 +1,7 @@
-"""Labelled hidden states to one unit vector, by the estimator asked for.
+"""Labelled hidden states to one unit vector, by a given estimator.
 
-Every estimator takes the rows of one block and runs in one thread, so that its result depends on
-neither the machine's cores nor its neighbours.
+Every estimator takes the rows of one block and runs in one thread, so that its result does not depend on the
+machine's cores or other processes.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from vllm_steer.offline.estimators.rfm import AUTHORS, RfmOptions, rfm
 
 @dataclass(frozen=True)
 class FitOptions:
-    """What a fit depends on beside its rows.
+    """Everything besides its rows that a fit depends on.
 
     Attributes:
         seed: Seed of the estimator's randomness.
         compat: Whether ridge and logistic regression see raw rows, as in the authors' code.
-        held_out: Whether some rows validate; else differences of means take all of them.
-        rfm: What the recursive feature machine leaves open.
+        held_out: Whether some rows are held out for validation; else differences of means use all rows.
+        rfm: Options of the recursive feature machine.
     """
 
     seed: int = 0
@@ -69,7 +69,7 @@ def fit_direction(estimator: str, rows: LabelledRows, options: FitOptions = DEFA
     Args:
         estimator: A key of ``ESTIMATORS``.
         rows: The rows of one block.
-        options: What else the fit depends on.
+        options: The other options of the fit.
 
     Raises:
         ExtractionError: The labels or hidden states are constant, or no direction correlates with
@@ -95,9 +95,9 @@ def _checked(rows: LabelledRows, options: FitOptions) -> LabelledRows:
 
 
 def _signed(found: Direction, rows: LabelledRows) -> Direction:
-    """Returns the direction turned so that projections and labels of all rows correlate.
+    """Returns the direction with the sign for which projections and labels of all rows correlate.
 
-    The authors take the last block's labels for every block; this takes the block's own.
+    The authors take the last block's labels for every block; this uses each block's own.
     """
     r = pearson(rows.hidden.astype(np.float64) @ found.vector, rows.labels)
     if not np.isfinite(r) or r == 0:

@@ -1,4 +1,4 @@
-"""What estimators work on and what they return: labelled rows of one block, and a direction."""
+"""Input and output of estimators: labelled rows of one block, and a direction."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 Doubles = NDArray[np.float64]
 
-# Validation rows below which nothing is chosen by them and none are held back. Of pure noise the best of
-# the recursive feature machine's 54 candidates has |r| of 1.0 on 2 rows, 0.93 on 4, 0.77 on 6, 0.5 on 8.
+# Number of validation rows below which nothing is chosen by them and none are held out. On pure noise the
+# best of the recursive feature machine's 54 candidates has |r| of 1.0 on 2 rows, 0.93 on 4, 0.77 on 6, 0.5 on
+# 8.
 LEAST_VALIDATION = 8
 
 
@@ -21,7 +22,7 @@ class LabelledRows:
     """Training and validation rows of one block, in the order of ``labels.interleave``.
 
     Attributes:
-        name: What the rows belong to, for error messages.
+        name: Name of the rows, for error messages.
         hidden: ``[rows, hidden_size]``, float32; raw hidden states.
         labels: ``[rows]``, float32; soft or hard.
         positive: ``[rows]``, bool; whether the row's prompt had the prefix.
@@ -39,13 +40,13 @@ class Direction:
 
     Attributes:
         vector: ``[hidden_size]``, float32, unit norm, pointing towards the concept.
-        validation_r: |Pearson correlation| of labels and projections on the validation rows; NaN
-            where all rows were learned from. Where there are several candidates it is the best one's on
-            the rows that it was chosen by, and so higher than on others.
-        choice: What the estimator chose on the way, such as the bandwidth.
-        length: That of the difference of means; 1 where the estimator finds no length.
+        validation_r: |Pearson correlation| of labels and projections on the validation rows; NaN if all rows
+            were learned from. With several candidates it is the best one's on the rows used for the choice,
+            so higher than on others.
+        choice: Choices of the estimator, such as the bandwidth.
+        length: Length of the difference of means; 1 for estimators without a length.
         validation_rows: Number of validation rows.
-        candidates: Among how many the validation rows chose; 1 where they chose nothing.
+        candidates: Number of candidates that the validation rows chose among; 1 without a choice.
     """
 
     vector: NDArray[np.float32]
@@ -66,7 +67,7 @@ def split_point(rows: int) -> int:
 
 
 def training_rows(rows: int) -> int:
-    """Returns the number of rows to learn from: all where ``LEAST_VALIDATION`` would not be left."""
+    """Returns the number of rows to learn from: all, if fewer than ``LEAST_VALIDATION`` would be left."""
     train = split_point(rows)
     return train if rows - train >= LEAST_VALIDATION else rows
 

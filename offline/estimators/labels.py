@@ -24,7 +24,7 @@ def choose_tokens(
 
     Args:
         attention: ``[prompts, blocks, candidates]``, float32, of prefixed prompts only.
-        statistic: What is taken over prompts: the maximum, as in Eq. 3, or the mean.
+        statistic: Statistic over prompts: the maximum, as in Eq. 3, or the mean.
 
     Returns:
         ``[blocks]``, negative token indices in ``[-candidates, -1]``; the earlier token wins a tie.
@@ -81,8 +81,8 @@ def min_max(labels: NDArray[_Float]) -> NDArray[_Float]:
 def interleave(positives: int, negatives: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Returns the order of training rows: positive, negative, positive, negative, …
 
-    The split into training and validation rows is contiguous, so the order decides that both parts
-    hold both kinds. Unequal counts are spread evenly.
+    The split into training and validation rows is contiguous, so the order ensures that both parts hold both
+    kinds. Unequal counts are spread evenly.
 
     Returns:
         order: ``[rows]``, indices into the positives followed by the negatives.

@@ -1,8 +1,9 @@
-"""The estimators that the paper compares with: ridge, logistic, PCA and the difference of means.
+"""The paper's baseline estimators: ridge, logistic, PCA and the difference of means.
 
 Ridge and logistic regression see rows of unit norm centred by the training mean, as the recursive
 feature machine does. Under ``compat`` they see raw rows and have no intercept, as in the authors' code.
-Where too few rows are left for validation (``labelled_rows.LEAST_VALIDATION``) their strength is 1.
+If too few rows are left for validation (``labelled_rows.LEAST_VALIDATION``) their regularisation strength is
+1.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from vllm_steer.offline.estimators.labelled_rows import (
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 INVERSE_STRENGTHS = (1000.0, 10.0, 1.0, 0.1)
-# Of both, where nothing can be chosen.
+# Of both, without a choice.
 _DEFAULT = (1.0,)
 
 
 def ridge(rows: LabelledRows, compat: bool) -> Direction:
-    """Coefficients of a ridge regression of the labels, of λ with the least validation error.
+    """Coefficients of a ridge regression of the labels, for the λ with the smallest validation error.
 
     scikit-learn solves the dual problem where the hidden size exceeds the number of rows.
 
@@ -58,7 +59,7 @@ def ridge(rows: LabelledRows, compat: bool) -> Direction:
 def logistic(rows: LabelledRows, seed: int, compat: bool) -> Direction:
     """Coefficients of a logistic regression of prefixed against unprefixed prompts.
 
-    The strength of least validation log-loss is taken; labels must be hard.
+    The strength with the smallest validation log-loss is used; labels must be hard.
 
     Args:
         rows: The rows of one block.
@@ -117,7 +118,7 @@ def mean_difference(rows: LabelledRows, held_out: bool) -> Direction:
 
     Args:
         rows: The rows of one block.
-        held_out: Whether the means are of the training rows alone.
+        held_out: Whether the means use only the training rows.
     """
     hidden = rows.hidden.astype(np.float64)
     train = training_rows(len(hidden)) if held_out else len(hidden)
@@ -126,7 +127,7 @@ def mean_difference(rows: LabelledRows, held_out: bool) -> Direction:
 
 
 def unit_mean_difference(rows: LabelledRows, held_out: bool) -> Direction:
-    """Difference of the two means at length 1, of rows at length 1, as Angular Steering has it."""
+    """Unit difference of the two means of unit rows, as in Angular Steering."""
     hidden = unit_rows(rows.hidden.astype(np.float64))
     train = training_rows(len(hidden)) if held_out else len(hidden)
     means = unit_rows(np.stack(_means(hidden[:train], rows.positive[:train])))

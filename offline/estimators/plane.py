@@ -22,11 +22,11 @@ def steering_plane(candidates: Floats) -> tuple[Floats, Floats]:
 
     Returns:
         first: ``[hidden_size]``, unit norm; the candidate with the largest mean cosine to all of them.
-        second: Likewise; the first principal component of the candidates about their mean, whose sign
-            means nothing. It need not be orthogonal to the first.
+        second: Likewise; the first principal component of the candidates about their mean, whose sign is
+        arbitrary. It need not be orthogonal to the first.
 
     Raises:
-        ExtractionError: There are not two directions among the candidates.
+        ExtractionError: The candidates do not span two directions.
     """
     found = candidates.astype(np.float64)
     unit = found / np.linalg.norm(found, axis=1, keepdims=True)

@@ -40,20 +40,19 @@ DENSE_EIGEN_SIZE = 512
 
 @dataclass(frozen=True)
 class RfmOptions:
-    """What the recursive feature machine leaves open.
+    """Options of the recursive feature machine.
 
     Attributes:
         ridge: Added to the kernel matrix's diagonal. A small one fits the differences of soft
-            labels among the prefixed prompts too, and where prefixed and unprefixed prompts lie
-            far apart those differences then rule the gradients.
-        center_gradients: Whether the mean gradient is taken out before the outer products are
-            averaged, as the authors do. That takes out the direction in which labels rise
-            everywhere, which is the concept itself where the two kinds of prompts lie far apart.
-        iterations: Matrices M_1 to M_n are candidates. The identity that the recursion starts from
-            has no top eigenvector, only a random one, and is none. Each iteration attends more to
-            the directions along which the labels change fastest.
-        bandwidths: Bandwidths of the kernel to try. A small one sees near neighbours alone, and so
-            the differences among the prefixed prompts more than those from the others.
+            labels among the prefixed prompts too, and if prefixed and unprefixed prompts lie far apart those
+            differences dominate the gradients.
+        center_gradients: Whether the mean gradient is subtracted before the outer products are averaged, as
+            the authors do. That removes the direction in which labels rise everywhere, which is the concept
+            itself if the two kinds of prompts lie far apart.
+        iterations: Matrices M_1 to M_n are candidates. The initial identity is not, since its top eigenvector
+            is random. Each iteration attends more to the directions along which the labels change fastest.
+        bandwidths: Bandwidths of the kernel to try. A small one sees only near neighbours, and so the
+            differences among the prefixed prompts more than those from the others.
         solver: ``xrfm``, ``gram``, or ``auto`` for the faster one: ``gram`` where the hidden size
             exceeds the number of training rows.
     """
@@ -73,15 +72,15 @@ def rfm(rows: LabelledRows, seed: int, options: RfmOptions = AUTHORS) -> Directi
 
     Rows are scaled to unit norm and centred by the training mean; labels are scaled to [0, 1]. Of
     all bandwidths, both ways to normalise the centred rows, and all iterations, the eigenvector
-    with the largest |Pearson r| on the validation rows wins; a later configuration wins a tie. Where too
-    few rows are left for validation, all are learned from, and nothing is chosen: the least bandwidth,
-    normalised rows and the last iteration are taken, which find a planted direction best in few rows;
-    the difference of means finds it better.
+    with the largest |Pearson r| on the validation rows wins; a later configuration wins a tie. If too few
+    rows are left for validation, all are learned from, and nothing is chosen: the smallest bandwidth,
+    normalised rows and the last iteration are used, which recover a planted direction best from few rows; the
+    difference of means recovers it better.
 
     Args:
         rows: The rows of one block.
         seed: Seed of the iterative eigenvalue solver's start.
-        options: What the recursion leaves open.
+        options: Options of the recursion.
 
     Raises:
         ExtractionError: No iteration of any configuration gave a usable matrix.
@@ -92,7 +91,7 @@ def rfm(rows: LabelledRows, seed: int, options: RfmOptions = AUTHORS) -> Directi
     centred = centred_unit_rows(rows.hidden, train)
     solver = options.solver
     if solver == "auto":
-        # Measured with 320 training rows, the two are even at a hidden size of 256.
+        # With 320 training rows, the two are equally fast at a hidden size of 256.
         solver = "gram" if centred.shape[1] > train else "xrfm"
     candidates = gram_eigenvectors if solver == "gram" else xrfm_eigenvectors
     prepared = {True: unit_rows(centred), False: centred}
@@ -149,7 +148,7 @@ def agop_matrices(
         options: Ridge, centring and n.
     """
     x, y = torch.from_numpy(states), torch.from_numpy(labels)
-    # It wants validation rows, though nothing here reads what it makes of them.
+    # It requires validation rows, whose results are not used here.
     held = slice(train if train < len(x) else 0, None)
     # l2_high_dim uses M itself, as the authors do, where l2 takes a matrix square root each time.
     model = RFM(kernel="l2_high_dim", bandwidth=bandwidth, exponent=1.0, device="cpu")
@@ -170,7 +169,7 @@ def agop_matrices(
 def gram_eigenvectors(
     states: Doubles, labels: Doubles, train: int, bandwidth: float, options: RfmOptions, seed: int
 ) -> Iterator[Doubles | None]:
-    """Yields the top eigenvector of M_1 … M_n from n × n matrices alone, float64.
+    """Yields the top eigenvector of M_1 … M_n from only n × n matrices, float64.
 
     With A = X Xᵀ and M = c GᵀG, G = H X: X M Xᵀ = c SᵀS and X M = c SᵀH X, where S = H A. The next
     gradients are G = B X M with B = K̃ diag(α) − diag(K̃ α). The largest entry of GᵀG stands on its
@@ -187,7 +186,7 @@ def gram_eigenvectors(
     """
     x, y = states[:train], labels[:train]
     gram = x @ x.T
-    # The norms of columns bear rounding; in float32 their product takes half the time.
+    # The norms of columns tolerate rounding; in float32 their product takes half the time.
     single = x.astype(np.float32)
     products, moved = gram, None  # X M Xᵀ, and W with X M = W X, None for the identity
     for _ in range(options.iterations):

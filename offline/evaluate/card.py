@@ -1,4 +1,4 @@
-"""A pack's README.md: what it is, how it was made, how well it steers, how to use it."""
+"""A pack's README.md: content, method, measurements and use."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def write_card(
     sweep: SweepResult | None = None,
     diagnostics: BlockDiagnostics | None = None,
 ) -> Path:
-    """Writes ``README.md`` and its pictures into the pack's directory, each file atomically.
+    """Writes ``README.md`` and its plots into the pack's directory, each file atomically.
 
     Args:
         pack: The pack.
-        sweep: Result of a sweep of this pack, perhaps among others; None for none.
-        diagnostics: What the extraction saw in each block; None for none.
+        sweep: Result of a sweep that includes this pack; None for none.
+        diagnostics: Diagnostics of the extraction for each block; None for none.
 
     Returns:
         The README's path.
 
     Raises:
-        EvaluationError: The sweep is of other vectors than the pack holds.
+        EvaluationError: The sweep used other vectors than the pack's.
     """
     if sweep is not None:
         sweep = _of_pack(sweep, pack)
@@ -56,7 +56,7 @@ def write_card(
 
 
 def diagnostics_of(pack: Path) -> BlockDiagnostics | None:
-    """Returns what the extraction of a pack saw; None where no figures lie beside the pack."""
+    """Returns the figures of a pack's extraction; None if the pack has none."""
     if not (pack / FIGURES_FILE).exists():
         return None
     seen = read_figures(pack).arrays
@@ -68,7 +68,7 @@ def _of_pack(sweep: SweepResult, pack: SteeringPack) -> SweepResult:
     found = [result for result in sweep.classes if result.name == pack.name]
     if not found or sweep.packs.get(pack.name) != pack.manifest.tensors.sha256:
         raise EvaluationError(
-            f"the sweep is of {', '.join(sweep.packs)} and not of these vectors of {pack.name!r}; "
+            f"the sweep covers {', '.join(sweep.packs)} but not these vectors of {pack.name!r}; "
             f"sweep this pack"
         )
     return sweep.model_copy(update={"classes": found})
@@ -97,7 +97,7 @@ def _pictures(
             "under the unsteered model, against ε. Dashed: the scale chosen on other questions, and the "
             "prefixed model's steerability. Dotted: unsteered answers.",
         )
-    # A layer that only some directions have cannot be compared.
+    # Layers of only some directions cannot be compared.
     if len(pack.vectors) > 1 and len({tuple(d.layers) for d in pack.directions.values()}) == 1:
         vectors = {name: pack.vectors[name] for name in pack.directions}
         pictures["cosines.png"] = (concept_cosines(vectors, pack.name), "Cosine between concepts.")
@@ -106,7 +106,7 @@ def _pictures(
 
 def _text(pack: SteeringPack, sweep: SweepResult | None, captions: Mapping[str, str]) -> str:
     manifest, model = pack.manifest, pack.manifest.model
-    # A string of JSON is one of YAML.
+    # A JSON string is valid YAML.
     header = (
         f"library_name: vllm-steer\nbase_model: {json.dumps(model.name)}\n"
         f"tags: [steering-vector, activation-steering, vllm]"
@@ -192,7 +192,7 @@ def _measured(record: DirectionRecord) -> str:
 
 
 def _form(record: DirectionRecord) -> str:
-    """The op, and whatever else the form of a direction says."""
+    """The op and the other fields of a direction's form."""
     given = record.form.model_dump(exclude_none=True) if record.form is not None else {}
     op = given.pop("op", "add")
     return f"{op} {json.dumps(given)}" if given else op

@@ -1,4 +1,4 @@
-"""How far steering goes towards the prefix: the prefixed model's own answers, scored without the prefix."""
+"""The gap that steering closes: the prefixed model's own answers, scored without the prefix."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from vllm_steer.offline.extract.answers import Example
 def measure_gaps(
     generator: Generator, classes: Sequence[tuple[Subject, Sequence[Sequence[Answer]]]]
 ) -> list[Gaps]:
-    """Measures the gaps of all classes, and what every scale closes of them, in the same batches.
+    """Measures the gaps of all classes, and the shares closed at every scale, in the same batches.
 
     Args:
-        generator: What has answered, with the packs of all subjects.
+        generator: The generator of the answers, with the packs of all subjects.
         classes: Each subject, and the prefixed answers to its questions by known concept.
 
     Raises:
@@ -68,7 +68,7 @@ def _trials(generator: Generator, subject: Subject, gaps: Sequence[Gap]) -> list
 
 
 def _gaps(subject: Subject, gaps: Sequence[Gap], steered: Iterator[Doubles]) -> Gaps:
-    """Takes what belongs to a subject from the likelihoods of :func:`_trials`."""
+    """Takes a subject's part from the likelihoods of :func:`_trials`."""
     shape = (len(subject.directions), len(subject.asked))
     places = [list(subject.directions).index(concept) for concept in subject.known]
     gap, raised = np.full(shape, np.nan), np.full((len(subject.scales), *shape), np.nan)

@@ -1,6 +1,6 @@
 """Answers to questions from the real engine, and their perplexity under the unsteered model.
 
-Steering belongs to the request, so one engine answers every concept, scale and subset of layers, and
+Steering is per request, so one engine answers every concept, scale and subset of layers, and
 every prefix, in the same batches.
 """
 
@@ -29,8 +29,8 @@ class Request:
         question: The user's text.
         direction: ``pack/direction``; None for an unsteered answer.
         scale: ε.
-        layers: Layers to steer; None for those that the direction steers by default.
-        prefix: What the model is told beside the question; None for nothing.
+        layers: Layers to steer; None for the direction's default layers.
+        prefix: Prefix in addition to the question; None for none.
     """
 
     question: str
@@ -40,7 +40,7 @@ class Request:
     prefix: Prefix | None = None
 
     def steering(self) -> dict[str, Any] | None:
-        """Returns the request's steering as vllm-steer reads it."""
+        """Returns the request's ``steering`` object."""
         if self.direction is None:
             return None
         chosen: dict[str, Any] = {"name": self.direction, "scale": self.scale}
@@ -51,16 +51,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the engine answered.
+    """An answer of the engine.
 
     Attributes:
         text: The answer.
         finished: Whether it ended by itself within the token limit.
-        perplexity: exp of the mean negative log-probability of its tokens, the one that ends it
-            among them, under the unsteered model after the same question without prefix; None
-            without tokens.
+        perplexity: exp of the mean negative log-probability of its tokens, including the one that ends it,
+            under the unsteered model after the same question without prefix; None without tokens.
         tokens: Its token ids.
-        log_likelihood: Of its tokens, as they were generated, natural logarithm.
+        log_likelihood: Natural log-likelihood of its tokens, as generated.
     """
 
     text: str
@@ -74,7 +73,7 @@ class Generator:
     """Answers questions greedily: chat prompts in, texts out."""
 
     def __init__(self, engine: TokenEngine, max_tokens: int) -> None:
-        """Names what answers.
+        """Makes a generator.
 
         Args:
             engine: The engine, with the packs that requests name.
@@ -82,7 +81,7 @@ class Generator:
         """
         self.engine, self.max_tokens = engine, max_tokens
         self._packs = {pack.name: pack for pack in engine.packs}
-        # Many requests ask the same.
+        # Many requests are equal.
         self._rendered = cache(self._render)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
@@ -112,7 +111,7 @@ class Generator:
         ]
 
     def prompt(self, question: str, prefix: Prefix | None = None) -> RenderedPrompt:
-        """Returns a question as a chat prompt, perhaps with a prefix.
+        """Returns a question as a chat prompt, optionally with a prefix.
 
         Raises:
             ExtractionError: It cannot be rendered.
@@ -120,7 +119,8 @@ class Generator:
         return self._rendered(question, prefix)
 
     def _steering(self, request: Request) -> dict[str, Any] | None:
-        """The steering with its layers: what is kept stays right when a pack's default changes."""
+        """The steering with explicit layers, so that stored answers stay valid if a pack's default
+        changes."""
         steering = request.steering()
         if steering is not None:
             for chosen in steering["directions"]:
@@ -143,6 +143,6 @@ def generating(
     options: Mapping[str, Any] | None = None,
     bar: bool = True,
 ) -> Iterator[Generator]:
-    """A :class:`Generator` whose engine ends with the block; arguments as of both."""
+    """A :class:`Generator` whose engine ends with the context; arguments as for both."""
     with TokenEngine(model, packs, options, store, bar) as engine:
         yield Generator(engine, max_tokens)

@@ -1,4 +1,4 @@
-"""Graded answers of a class: every concept at every scale on every question, beside floor and ceiling."""
+"""Graded answers of a class: every concept at every scale on every question, with floor and ceiling."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Answers:
     Attributes:
         grades: 0 to 1; NaN where the judge failed.
         perplexity: Under the unsteered model; NaN for an empty answer.
-        repetition: Share of word pairs that the answer has used before.
+        repetition: Share of repeated word pairs.
         raised: By how much the steering raises the log-likelihood of the prefixed model's answer after
             the plain prompt; NaN where no prefix is known.
         gap: By how much the prefix raises it; likewise.
@@ -43,7 +43,7 @@ class Answers:
         return [getattr(self, field.name) for field in fields(self)]
 
     def fluency(self) -> list[Fluency]:
-        """Returns how fluent the answers of each concept are."""
+        """Returns the fluency of each concept's answers."""
         perplexity = np.exp(mean(np.log(self.perplexity), axis=1)).tolist()
         parts = zip(mean(self.repetition, axis=1).tolist(), perplexity, strict=True)
         return [Fluency(*part) for part in parts]
@@ -89,7 +89,7 @@ class Grid:
 
     @cached_property
     def bounds(self) -> list[Fluency]:
-        """The least fluent text that counts as fluent, for each concept: the same questions' answers."""
+        """The bound of fluent text for each concept, from answers to the same questions."""
         prefixed, unsteered = self.prefixed.fluency(), self.unsteered.fluency()
         return [
             Margins().bound(own if known else None, plain)
@@ -107,7 +107,7 @@ class Grid:
 
     @cached_property
     def jointly_fluent(self) -> Flags:
-        """``[scales]``: whether the answers of all concepts together are."""
+        """``[scales]``: whether the answers of all concepts together are fluent."""
         bound = joint(self.bounds)
         rows = [joint(answers.fluency()).within(bound) for answers in self.answers]
         return np.array(rows, dtype=np.bool_)
@@ -125,7 +125,7 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class Gaps:
-    """How far the concepts of a class get towards their prefixes; NaN for those whose prefix is unknown.
+    """The gaps of a class's concepts and the parts closed by steering; NaN if the prefix is unknown.
 
     Attributes:
         gap: ``[concepts, questions]``, float64; by how much the prefix raises the log-likelihood of the
@@ -138,6 +138,6 @@ class Gaps:
 
 
 def mean(values: Doubles, axis: int) -> Doubles:
-    """Mean of what is not NaN; NaN where nothing is left."""
+    """Mean of the values that are not NaN; NaN if there are none."""
     masked = np.ma.masked_invalid(values).mean(axis=axis)
     return np.asarray(np.ma.filled(masked, np.nan), dtype=np.float64)

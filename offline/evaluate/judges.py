@@ -1,4 +1,4 @@
-"""Judges: what says whether an answer expresses its concept."""
+"""Judges of whether an answer expresses its concept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Case:
 
     Attributes:
         concept_class: Class of the concept.
-        concept: Name of the direction that was steered to.
+        concept: Name of the direction.
         question: The question.
         answer: The answer, without the prompt.
         finished: Whether it ended by itself.
@@ -44,23 +44,23 @@ class Grade:
 
 
 class Judge(Protocol):
-    """What a sweep wants of a judge."""
+    """The interface of a judge in a sweep."""
 
     @property
     def name(self) -> str:
-        """What is written beside the figures; says everything that changes grades."""
+        """Description written with the figures; includes everything that changes grades."""
 
     def grade(self, cases: Sequence[Case]) -> list[Grade]:
         """Grades every case, in order; a failure is a :class:`Grade` without a value."""
 
 
 class KeywordJudge:
-    """Grades 1 where enough distinct keywords of the concept occur, whole words or stems, else 0.
+    """Grades 1 if enough distinct keywords of the concept occur, as whole words or stems, else 0.
 
     Args:
         keywords: Concept to keywords, which may be several words long; matched without case. One that
             ends in ``*`` is the beginning of a word.
-        least: How many of them must occur.
+        least: Number of keywords that must occur.
     """
 
     def __init__(self, keywords: Mapping[str, Sequence[str]], least: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""A language model as judge, behind any endpoint that speaks OpenAI's chat completions."""
+"""A language model as judge, at any OpenAI-compatible chat-completions endpoint."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _LINES: dict[Mode, re.Pattern[str]] = {
 }
 _SHOWN = 80
 _PROBE = "Are you ready?"
-# What endpoints answer where the template refuses a message: vLLM, TGI, llama.cpp.
+# Statuses of endpoints whose template refuses a message: vLLM, TGI, llama.cpp.
 _REFUSALS = (400, 422, 500)
 
 
@@ -53,14 +53,14 @@ class LlmJudge:
 
     Attributes:
         url: Base URL of the endpoint, ending in ``/v1``.
-        model: Model that it serves.
+        model: Model at the endpoint.
         api_key: Key of the endpoint.
         mode: ``graded`` for a number from 0 to 1, ``yes-no`` for 1 or 0.
-        rubrics: Class to rubric; ``{concept}`` stands for the concept. A class without one is
+        rubrics: Class to rubric, with ``{concept}`` for the concept. A class without one is
             judged by the rubric ``general``.
-        concurrency: Requests under way at once.
-        retries: How often a request that failed in transport is sent again.
-        timeout: Seconds that one request may take.
+        concurrency: Concurrent requests.
+        retries: Retries of a request that failed in transport.
+        timeout: Time limit of a request in seconds.
         max_tokens: Longest reply.
     """
 
@@ -87,16 +87,15 @@ class LlmJudge:
         return f"{self.model}, {self.mode}, rubrics {digest[:12]}"
 
     def grade(self, cases: Sequence[Case]) -> list[Grade]:
-        """Grades every case; a request that fails for good is a grade without a value."""
+        """Grades every case; a request that finally fails is a grade without a value."""
         return asyncio.run(self._grade_all(cases))
 
     def messages(self, case: Case, system_role: bool = True) -> list[dict[str, str]]:
-        """Returns what is sent about a case.
+        """Returns the messages for a case.
 
         Args:
             case: The case.
-            system_role: Whether what the judge is told of its task stands in a system message; else it
-                begins the user's.
+            system_role: Whether the instructions are in a system message; else they begin the user message.
         """
         rubric = self.rubrics.get(case.concept_class) or self.rubrics.get(GENERAL)
         if rubric is None:
@@ -132,10 +131,10 @@ class LlmJudge:
                 return list(await asyncio.gather(*map(one, cases)))
 
     async def _takes_system(self, client: AsyncOpenAI) -> bool:
-        """Returns whether the endpoint renders a system message; True where that cannot be told.
+        """Returns whether the endpoint renders a system message; True if that is unknown.
 
-        Only the endpoint has the template, so it renders one short request, and where it refuses that, the
-        same without the role. That it takes the second says that the role is at fault.
+        Only the endpoint has the template, so it is sent one short request, and if it refuses that, the same
+        without the role. If it accepts the second, the role is at fault.
         """
         try:
             await self._complete(client, _told(_PROBE, True), 1)
@@ -148,7 +147,7 @@ class LlmJudge:
         except OpenAIError:
             return True
         logger.warning(
-            "the judge %s refuses the system role: its instructions begin the user's message",
+            "the judge %s refuses the system role: its instructions begin the user message",
             self.model,
         )
         return False
@@ -169,7 +168,7 @@ class LlmJudge:
         except OpenAIError as error:
             return Grade(None, f"{type(error).__name__}: {error}")
         if not response.choices:
-            return Grade(None, "the reply holds no choice")
+            return Grade(None, "the reply has no choice")
         return parse_reply(response.choices[0].message.content or "", self.mode)
 
 

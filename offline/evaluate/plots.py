@@ -1,6 +1,6 @@
-"""Pictures of an extraction and of a sweep: arrays in, PNG bytes out.
+"""Plots of an extraction and of a sweep: arrays in, PNG bytes out.
 
-They are drawn without a display, and the same figures give the same bytes.
+They need no display, and equal figures give equal bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _DPI = 120
 
 @dataclass(frozen=True, eq=False)
 class BlockDiagnostics:
-    """What an extraction saw in each block, of one concept or averaged over several.
+    """Diagnostics of an extraction for each block, for one concept or averaged over several.
 
     Attributes:
         attention: ``[blocks, candidates]``, floating; attention of each candidate token to the

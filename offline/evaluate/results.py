@@ -1,4 +1,4 @@
-"""What a sweep found, as JSON; its tables stand beside it."""
+"""The results of a sweep, as JSON, with tables in Markdown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class _Record(BaseModel):
 
 
 class Figures(_Record):
-    """What a set of answers comes to.
+    """Figures of a set of answers.
 
     Attributes:
         steerability: Mean grade over concepts, 0 to 1; None where no answer was graded.
@@ -48,15 +48,15 @@ class Figures(_Record):
 
 
 class Bound(_Record):
-    """What counts as fluent among answers to tuning questions, on average over concepts.
+    """The bound of fluency on answers to tuning questions, averaged over concepts.
 
     Each concept's bound goes by the prefixed model's answers to the same questions, or, where its
     prefix is unknown, by the unsteered model's.
 
     Attributes:
-        repetition: Most repetition.
-        perplexity: Most perplexity; None where all answers that it goes by were empty.
-        prefixed: Number of concepts whose bound goes by the prefixed model's answers.
+        repetition: Largest repetition.
+        perplexity: Largest perplexity; None if all answers that it is based on were empty.
+        prefixed: Number of concepts whose bound is based on the prefixed model's answers.
     """
 
     repetition: float
@@ -69,7 +69,7 @@ class Point(_Record):
 
     Attributes:
         scale: ε.
-        fluent: Whether the text counts as fluent, held against other answers to the same questions.
+        fluent: Whether the text counts as fluent, compared with other answers to the same questions.
         figures: Its figures.
     """
 
@@ -149,7 +149,7 @@ class SweepResult(_Record):
         judge: Name of the judge.
         max_tokens: Longest answer.
         packs: Digest of each pack's tensors by name of the pack.
-        prefixes: What each direction was held against, by ``pack/direction``; missing where unknown.
+        prefixes: Prefix that each direction was compared with, by ``pack/direction``; missing if unknown.
         tuning_questions: Questions that scales were chosen on, by class.
         heldout_questions: Questions that are reported, by class.
         classes: A result per class, and one named ``all`` where there are several.
@@ -171,7 +171,7 @@ def read_result(file: Path) -> SweepResult:
     """Reads ``sweep.json``.
 
     Raises:
-        EvaluationError: It cannot be read or is no sweep's result; the message names the field.
+        EvaluationError: It cannot be read or is not a sweep's result; the message names the field.
     """
     try:
         return SweepResult.model_validate_json(file.read_bytes())

@@ -49,4 +49,4 @@ RUBRICS: Mapping[str, str] = MappingProxyType(
         ),
     }
 )
-"""Class to rubric; ``{concept}`` stands for the concept."""
+"""Class to rubric, with ``{concept}`` for the concept."""

@@ -1,7 +1,7 @@
 """From graded answers to steerability: choosing a scale on some questions, reporting on others.
 
-The answers of a concept to different questions are alike, so that an interval over answers would be too
-narrow: intervals are over concepts, each with the mean of its answers.
+The answers of a concept to different questions are similar, so an interval over answers would be too narrow:
+intervals are over concepts, each with the mean of its answers.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from vllm_steer.offline.measures.intervals import SHARE, mean_interval, ratio_in
 from vllm_steer.offline.measures.shares import closed
 
 NEAR = 0.01
-# Nats below which a gap is none, and no share of it is told.
+# Nats below which a gap counts as none, without a share.
 LEAST_GAP = 1.0
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """A class's grids, and what was chosen on tuning questions.
+    """A class's grids, and the choices on tuning questions.
 
     Attributes:
-        tuning: What scales are chosen on.
-        heldout: What is reported.
+        tuning: Grid for choosing scales.
+        heldout: Grid to report.
         scale: Index of the one scale.
         fluent: Whether the answers of all concepts at it are fluent.
         own: ``[concepts]``; index of each concept's own scale.
@@ -61,16 +61,16 @@ class Measured:
 
     @property
     def prefixed(self) -> Answers:
-        """Held-out answers of the prefixed model, of concepts whose prefix is known alone."""
+        """Held-out answers of the prefixed model, only of concepts with a known prefix."""
         return self.heldout.prefixed.some(self.heldout.known, slice(None))
 
 
 def measure(tuning: Grid, heldout: Grid) -> Measured:
-    """Chooses the scale of a class, and of each concept, on tuning questions alone.
+    """Chooses the scale of a class, and of each concept, only on tuning questions.
 
-    Scales whose answers are not fluent are not chosen; where none is, the weakest is. Of the others
-    within ``NEAR`` of the best mean grade, the middle one is taken: at the ends of such a range a few
-    other questions already change the outcome.
+    Scales whose answers are not fluent are not chosen; if none is fluent, the weakest is. Of the others
+    within ``NEAR`` of the best mean grade, the middle one is chosen, since at the ends of such a range a few
+    different questions change the outcome.
 
     Raises:
         EvaluationError: No answer to a tuning question, or to a held-out one, was graded.

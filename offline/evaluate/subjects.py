@@ -1,4 +1,4 @@
-"""What is swept: the concepts of a class, what is asked of them, and what of its answers is measured."""
+"""Subjects of a sweep: the concepts of a class, their questions, and the measurements of their answers."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from vllm_steer.offline.models.prompts import PREFIX_TEMPLATES
 from vllm_steer.offline.questions.by_class import GENERAL, Question, QuestionSet
 from vllm_steer.packs.pack import DirectionRecord, Prefix, SteeringPack
 
-# A grid around the scale that a pack gives as its default, where no other is asked for.
+# Default grid around a pack's default scale.
 _FACTORS = (0.5, 0.625, 0.75, 0.875, 1.0, 1.125, 1.25, 1.5)
-# Where it is calibrated: these, then steps up to the largest fluent scale, and one beyond.
+# For calibrated directions: these, then steps up to the largest fluent scale, and one beyond.
 _UP_TO_DEFAULT = (0.5, 0.75, 1.0)
 _STEPS, _BEYOND = 4, 1.25
 
@@ -31,13 +31,13 @@ class Subject:
     """The concepts that share a class, a grid and questions.
 
     Attributes:
-        name: What the class is called in the results.
-        concept_class: Class that the judge goes by.
+        name: Name of the class in the results.
+        concept_class: Class for the judge.
         directions: Direction of each concept, as ``pack/direction``, by the concept's name.
-        scales: Scales to try, none of them 0 or given twice.
-        questions: What is asked.
-        layers: Layers to steer; None for those that the directions steer by default.
-        prefixes: What makes the model take on a concept without steering; missing where unknown.
+        scales: Distinct nonzero scales to try.
+        questions: The questions.
+        layers: Layers to steer; None for the directions' default layers.
+        prefixes: Prefixes that make the model take on a concept without steering; missing if unknown.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Subject:
         return [list(answers[at : at + count]) for at in range(first, len(answers), count)]
 
     def cases(self, answers: Sequence[Answer]) -> Iterator[Case]:
-        """What is judged of the answers: an unsteered one is judged for every concept."""
+        """Cases to judge; an unsteered answer is judged for every concept."""
         for concepts, row in zip(self._concepts(), self._rows(answers), strict=True):
             parts = zip(product(concepts, self.asked), row, strict=True)
             for (concept, question), answer in parts:
@@ -103,7 +103,7 @@ class Subject:
         Args:
             answers: Answers to :meth:`requests`.
             grades: Grades of :meth:`cases`.
-            gaps: Gaps of the known concepts; None for shares of them that nobody asks for.
+            gaps: Gaps of the known concepts; None if shares of them are not wanted.
 
         Raises:
             EvaluationError: Nothing was graded.
@@ -151,7 +151,7 @@ class Subject:
     def _rows(self, answers: Sequence[Answer]) -> Iterator[list[Answer]]:
         """Answers of the floor, of each scale and of the ceiling, concept by concept."""
         count, concepts = len(self.asked), len(self.directions)
-        # The unsteered answers stand once, for every concept.
+        # The unsteered answers occur once, for all concepts.
         yield list(answers[:count]) * concepts
         for at in range(len(self.scales)):
             start = count * (1 + at * concepts)
@@ -161,14 +161,14 @@ class Subject:
 
 @dataclass(frozen=True)
 class Selection:
-    """What of a pack is swept.
+    """The part of a pack to sweep.
 
     Attributes:
-        concept_class: Its class; None for the pack's name where that is a class.
+        concept_class: Its class; None for the pack's name if that is a class.
         scales: Scales; None for a grid around the median of the directions' default scales, where they
             are calibrated a little beyond the largest at which the text of any is fluent.
         concepts: Directions; None for all.
-        layers: Layers to steer; None for those that the directions steer by default.
+        layers: Layers to steer; None for the directions' default layers.
     """
 
     concept_class: str | None = None
@@ -190,10 +190,10 @@ def subject_of(
 
     Args:
         pack: The pack.
-        questions: What is asked.
-        selection: What of the pack is swept.
-        prefixes: What makes the model take on each concept, by direction; None or a missing one for
-            what the pack says.
+        questions: The questions.
+        selection: The part of the pack to sweep.
+        prefixes: Prefixes that make the model take on each concept, by direction; the pack's if None or
+            missing.
 
     Raises:
         EvaluationError: A direction does not exist or the scales are unusable.
@@ -219,7 +219,7 @@ def subject_of(
 
 
 def default_scales(records: Sequence[DirectionRecord]) -> list[float]:
-    """Returns the scales to try of directions when nobody says which."""
+    """Returns the default scales to try for directions."""
     middle = float(np.median([record.default_scale for record in records]))
     safe = [record.safe_scale for record in records if record.safe_scale is not None]
     if not safe or not middle or any(record.calibration is None for record in records):
@@ -230,5 +230,5 @@ def default_scales(records: Sequence[DirectionRecord]) -> list[float]:
 
 
 def class_of(pack: SteeringPack) -> str:
-    """Returns the class that a pack's name says, or the general one."""
+    """Returns the class named by a pack's name, or the general one."""
     return pack.name if pack.name in PREFIX_TEMPLATES else GENERAL

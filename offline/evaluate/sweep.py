@@ -1,6 +1,6 @@
 """The sweep: every concept at every scale on every question, judged, and a scale chosen.
 
-Beside them are asked the unsteered model, the floor, and the model with each concept's prefix, the
+Also asked are the unsteered model, the floor, and the model with each concept's prefix, the
 ceiling; between them lies the gap that is closed.
 """
 
@@ -29,12 +29,12 @@ def run_sweep(generator: Generator, subjects: Sequence[Subject], judge: Judge) -
 
     Args:
         generator: Engine with the packs of all subjects.
-        subjects: What to sweep, each under a name of its own.
+        subjects: Subjects of the sweep, with distinct names.
         judge: The judge.
 
     Raises:
-        EvaluationError: Generation failed, or the judge graded nothing of some class. What was
-            answered is kept if the generator keeps answers.
+        EvaluationError: Generation failed, or the judge graded nothing of some class. Answers are kept if the
+            generator stores them.
     """
     counts = Counter(subject.name for subject in subjects)
     if not counts or max(counts.values()) > 1:
@@ -72,6 +72,6 @@ def _results(subjects: Sequence[Subject], measured: Sequence[Measured]) -> list[
 
 
 def _split(flat: Sequence[T], like: Sequence[Sequence[object]]) -> list[list[T]]:
-    """Cuts a list into parts of the lengths of others."""
+    """Splits a list into parts with the lengths of others."""
     rest = iter(flat)
     return [[next(rest) for _ in part] for part in like]

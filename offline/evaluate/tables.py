@@ -1,4 +1,4 @@
-"""What a sweep found, as Markdown tables, and both of its files."""
+"""The results of a sweep as Markdown tables, and both of its files."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _class_row(found: ClassResult) -> str:
 
 
 def _bound(found: ClassResult) -> str:
-    """What the one scale was chosen under, in numbers."""
+    """The bound under which the scale was chosen."""
     if found.bound is None or found.bound.perplexity is None:
         return ""
     return (

@@ -1,4 +1,5 @@
-"""The prefixed model's answers to everyday questions, by the engine, all concepts in the same batches."""
+"""The prefixed model's answers to everyday questions, from the engine, with all concepts in the same
+batches."""
 
 from __future__ import annotations
 
@@ -14,20 +15,20 @@ from vllm_steer.offline.extract.answers import ConceptAnswers, Example
 from vllm_steer.offline.measures.fluency import repetition
 from vllm_steer.offline.models.prompts import Concept, PrefixRole, RenderedPrompt, render_question
 
-# Share of word pairs that repeat, above which an answer runs in loops.
+# Share of repeated word pairs above which an answer counts as looping.
 LOOPING = 0.2
-# An answer of fewer tokens holds nothing to learn from.
+# Shorter answers are not learned from.
 _SHORTEST = 2
 
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """How the prefixed model is asked, and how many of its answers are kept.
+    """Settings of the prefixed model's answers.
 
     Attributes:
         max_tokens: Longest answer.
-        role: Where prefixes stand.
-        share: Share of the answers that is kept, of those to learn from and of the others.
+        role: Message with the prefix.
+        share: Share of the answers to keep, both for learning and for stopping.
     """
 
     max_tokens: int
@@ -49,12 +50,12 @@ def prefixed_answers(
         engine: The engine.
         tokenizer: The model's tokenizer.
         prefixes: Prefixes, one for each concept.
-        questions: What is asked.
+        questions: The questions.
         max_tokens: Longest answer.
-        role: Where the prefix stands.
+        role: Message with the prefix.
 
     Returns:
-        For each prefix the examples, in the order of the questions; those without an answer left out.
+        For each prefix the examples, in the order of the questions, without empty answers.
 
     Raises:
         ExtractionError: A prompt cannot be rendered.
@@ -78,20 +79,20 @@ def concept_answers(
     stopping: Sequence[str],
     settings: AnswerSettings,
 ) -> dict[str, ConceptAnswers]:
-    """Returns what each concept is learned from, by name.
+    """Returns the answers for learning each concept, by name.
 
-    Many answers have nothing of their prefix, so that the most telling of them are kept.
+    Many answers show nothing of their prefix, so only the most telling are kept.
 
     Args:
         engine: The engine.
         tokenizer: The model's tokenizer.
         concepts: The concepts.
         learned: Questions to learn from.
-        stopping: Questions that say when to stop.
-        settings: How they are asked, and how many answers are kept.
+        stopping: Questions for stopping.
+        settings: The settings.
 
     Raises:
-        ExtractionError: A prompt cannot be rendered, or the model answers a concept with nothing.
+        ExtractionError: A prompt cannot be rendered, or all answers of a concept are empty.
         EvaluationError: The engine fails.
     """
     questions = [*learned, *stopping]
@@ -110,7 +111,7 @@ def concept_answers(
         parts = ConceptAnswers(next(telling), next(telling))
         if not parts.learned or not parts.stopping:
             raise ExtractionError(
-                f"concept {name!r}: the model answers its prefixed questions with nothing; try another prefix"
+                f"concept {name!r}: the model's answers to its prefixed questions are empty; try another prefix"
             )
         found[name] = parts
     return found
@@ -119,7 +120,7 @@ def concept_answers(
 def _without_loops(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Example, ...]:
-    """Leaves out answers that run in loops, since they would teach to; a quarter stays at the least."""
+    """Leaves out looping answers, which would teach looping; at least a quarter is kept."""
     loops = [
         repetition(str(tokenizer.decode(list(e.answer), skip_special_tokens=True)))
         for e in examples
@@ -131,12 +132,12 @@ def _without_loops(
 def _telling(
     engine: TokenEngine, groups: Sequence[Sequence[Example]], share: float
 ) -> list[tuple[Example, ...]]:
-    """Keeps, of each group, the answers that the prefix makes most likely beside the plain prompt."""
+    """Keeps, of each group, the answers that the prefix makes most likely relative to the plain prompt."""
     asked = [Asked(e.plain.token_ids, e.answer) for examples in groups for e in examples]
     plain = iter(engine.score(asked, "answers after the plain prompts"))
     kept = []
     for examples in groups:
-        # A sum over tokens grows with their number by the concept, and with its root by chance.
+        # A sum over tokens grows linearly with the concept's effect, and with the square root by chance.
         telling = [(e.log_likelihood - next(plain)) / len(e.answer) ** 0.5 for e in examples]
         count = math.ceil(share * len(examples))
         best = set(sorted(range(len(examples)), key=lambda at: -telling[at])[:count])

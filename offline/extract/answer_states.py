@@ -5,7 +5,7 @@ same tokens, their difference holds what the prefix does and not what is said. A
 one state per block: their mean, their mean weighted by each token's attention to the prefix, or the token
 that attends most to it (Eq. 3 of arXiv 2602.00333, over answer tokens). Or the states that the answer's
 tokens are predicted from, weighted by how much likelier the prefix makes each of them: most tokens of an
-answer have nothing of the prefix, and where it speaks can be read off the likelihoods.
+answer show nothing of the prefix, and the likelihoods show which do.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def read_answers(
         tokens: How an answer's tokens become one state.
         attention: Whether to read attention in any case; ``weighted`` and ``attention`` need it.
         batch_size: Answers per forward pass.
-        progress: Text beside the progress bar; None for no bar.
+        progress: Label of the progress bar; None for no bar.
 
     Raises:
         ExtractionError: The model's blocks or attention weights cannot be found, or a block output

@@ -1,4 +1,4 @@
-"""Answers of the prefixed model: what directions are learned from, and what strengths are measured on.
+"""Answers of the prefixed model, for learning directions and measuring strengths.
 
 An answer to a question with the prefix is read, or made likely, after the same question without it.
 """

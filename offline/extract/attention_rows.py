@@ -1,10 +1,11 @@
-"""The fast path: attention weights of the candidate tokens alone, beside a fused attention kernel.
+"""The fast path: attention weights of only the candidate tokens, alongside a fused attention kernel.
 
 Eager attention computes ``length × length`` weights for every head; the method reads N rows of them.
 This attention implementation, registered with Hugging Face's interface, lets the fused kernel compute
 the output and the N rows from the same queries and keys, after rotary embeddings, query-key norms and
 whatever else the family applies to them. A model whose attention it cannot follow is refused by
-``UnsupportedAttentionError`` or found out by ``vllm_steer.offline.extract.capture.choose_path``, and runs eagerly.
+``UnsupportedAttentionError`` or detected by ``vllm_steer.offline.extract.capture.choose_path``, and runs
+eagerly.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "candidate_rows"
 
-# What families pass to change the weights in ways that the fused kernel or the rows do not follow.
+# Arguments by which families change the weights in ways that the fused kernel or the rows do not support.
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sinks")
 
 _rows: ContextVar[tuple[Tensor, int] | None] = ContextVar("candidate_rows", default=None)

@@ -1,4 +1,4 @@
-"""Which blocks directions are learned for: those whose token sees the prefix, and of them by enrichment."""
+"""The choice of blocks: those whose token attends to the prefix, and among them by enrichment."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 def seeing_blocks(attention: NDArray[np.float32], blocks: Sequence[int], concept: str) -> list[int]:
     """Returns the blocks that have soft labels; a warning names the others.
 
-    A block whose sliding window ends behind the prefix pays it no attention, whatever the prompt.
+    A block whose sliding window does not reach the prefix never attends to it, whatever the prompt.
 
     Args:
         attention: ``[prompts, blocks]``, float32; to the prefix, of the prefixed prompts, each block's at
@@ -59,7 +59,7 @@ def choose_blocks(
         count: k of ``top_k`` and ``bottom_k``; the lower block wins a tie, and a warning says so.
         threshold: Least score of ``threshold``.
 
-    Returns fewer than k where fewer have a score above 0: the others would be chosen without a reason.
+    Returns fewer than k if fewer have a score above 0, since there is no reason to choose the others.
 
     Raises:
         ExtractionError: No block reaches the threshold, or none of ``top_k`` has a score above 0.

@@ -150,7 +150,7 @@ class CaptureOptions:
         path: How to compute; see ``choose_path``.
         permutations: Collects the enrichment test of prefixed prompts; None for no test.
         final_norm: Whether the last block's state is taken after the final norm.
-        progress: Text beside the progress bar; None for no bar.
+        progress: Label of the progress bar; None for no bar.
     """
 
     path: CapturePath = REFERENCE
@@ -252,7 +252,7 @@ def choose_path(
             found = capture(
                 model, prompts, candidates=candidates, batch_size=size, options=CaptureOptions(path)
             )
-        # Families fail in their own ways at what they do not support.
+        # Families raise different errors for what they do not support.
         except (UnsupportedAttentionError, ExtractionError, AttributeError, KeyError,
                 NotImplementedError, RuntimeError, TypeError, ValueError):  # fmt: skip
             continue

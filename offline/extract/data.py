@@ -1,4 +1,4 @@
-"""What an extraction is given beside its settings: what is learned from, what pack is written, and where it runs."""
+"""The inputs of an extraction besides its settings: data, target pack and resources."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Scales = Mapping[str, float] | float
 
 @dataclass(frozen=True)
 class ExtractionData:
-    """What directions are learned from.
+    """The data that directions are learned from.
 
     Attributes:
         concepts: The concepts, each of which becomes a direction.
@@ -25,7 +25,7 @@ class ExtractionData:
             ``compat`` kept.
         negative_statements: Statements of the unprefixed prompts; better different ones.
         pairs: Answer pairs by direction, in place of concepts and statements; method ``caa`` alone.
-        questions: What is asked where answers are learned from; None for the project's own.
+        questions: Questions, if directions are learned from answers; None for the built-in ones.
     """
 
     concepts: Sequence[Concept] = ()
@@ -59,7 +59,7 @@ class ComputeResources:
 
     Attributes:
         workers: Processes that fit directions, at least 1.
-        device: Device of the model; None for CUDA where there is one, else CPU.
+        device: Device of the model; None for CUDA if available, else CPU.
         shards: Where concepts are learned.
         engine: More arguments of ``vllm.LLM``, which generates the answers.
     """

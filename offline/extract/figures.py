@@ -1,4 +1,4 @@
-"""What pictures of an extraction need, beside the pack: figures of every block and candidate token."""
+"""Figures of an extraction, in the pack's directory: of every block and candidate token, for plots."""
 
 from __future__ import annotations
 
@@ -59,5 +59,5 @@ def read_figures(pack: str | os.PathLike[str]) -> Figures:
             return Figures(names, {key: tensors.get_tensor(key) for key in tensors.keys()})  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise PackError(
-            f"{file}: no readable figures of an extraction ({error}); extract the pack anew"
+            f"{file}: no readable figures of an extraction ({error}); extract the pack again"
         ) from error

@@ -44,7 +44,7 @@ def class_concepts(file: Path, concept_class: str) -> list[Concept]:
 
 
 def template_concepts(file: Path, template: str) -> list[Concept]:
-    """Returns the concepts of a file with a prefix template of one's own.
+    """Returns the concepts of a file with a custom prefix template.
 
     Raises:
         ExtractionError: As :func:`templated`.
@@ -53,11 +53,11 @@ def template_concepts(file: Path, template: str) -> list[Concept]:
 
 
 def templated(names: Sequence[str], template: str) -> list[Concept]:
-    """Returns concepts with a prefix template of one's own.
+    """Returns concepts with a custom prefix template.
 
     Args:
         names: The concepts.
-        template: The prefix, ``{concept}`` in the concept's place.
+        template: The prefix, with ``{concept}`` for the concept.
 
     Raises:
         ExtractionError: The template has no place for the concept.

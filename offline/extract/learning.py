@@ -65,7 +65,7 @@ class ExtractionJob:
         positives: Statements of the prefixed prompts.
         negatives: Statements of the unprefixed prompts.
         probe: A prefix like those to come, to try the model with.
-        device: Device of the model; None for CUDA where there is one, else CPU.
+        device: Device of the model; None for CUDA if available, else CPU.
         workers: Processes that fit directions.
         pairs: Answer pairs by concept, in place of statements and prefixes.
         contrast: Prefixes of the negative statements, taken by turns; without any they have none.
@@ -88,7 +88,7 @@ class ExtractionJob:
 
 @dataclass(frozen=True, eq=False)
 class Learned:
-    """What one concept gave.
+    """The result of learning one concept.
 
     Attributes:
         layers: Blocks that have a direction, ascending.
@@ -218,7 +218,8 @@ class ConceptLearner:
         )
 
     def _token_choice(self, prompts: int) -> TokenChoice | None:
-        """Returns how attention chooses tokens, among so many prefixed prompts; None for fixed tokens."""
+        """Returns how attention chooses tokens, given the number of prefixed prompts; None for fixed
+        tokens."""
         settings = self._job.settings
         if settings.token != "attention":
             return None
@@ -248,7 +249,7 @@ class ConceptLearner:
         )
 
     def _positives(self, name: str) -> int:
-        """Returns how many prefixed prompts are learned from; they come first."""
+        """Returns the number of prefixed prompts to learn from; they come first."""
         return len(self._job.pairs.get(name, self._job.positives))
 
     def _rows(
@@ -310,7 +311,7 @@ def _figures(prefixed: Captured) -> dict[str, Floats]:
 
 
 def _authors_mixture(job: ExtractionJob) -> list[str]:
-    """Returns what the authors choose tokens on beside every other training positive.
+    """Returns what the authors choose tokens on in addition to every other training positive.
 
     They ask every other of all statements, those of the prefixed prompts before the others, with
     the prefix.

@@ -1,8 +1,8 @@
-"""Finished concepts on disk, so that an extraction that was killed goes on where it was.
+"""Finished concepts on disk, so that a killed extraction continues.
 
 Each concept is one file, written whole or not at all, in a directory named by a digest of everything
-that decides the result. A changed setting, statement, model or library begins anew elsewhere; what it
-would have been wrong to reuse is never found.
+that decides the result. With a changed setting, statement, model or library it starts over in another
+directory, so outdated results are never reused.
 """
 
 from __future__ import annotations

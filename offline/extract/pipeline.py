@@ -1,7 +1,7 @@
 """The pipeline: a model, concepts and statements in, a steering pack out.
 
-Finished concepts are kept on disk until the pack is written, so that an extraction that was killed
-goes on where it was; see ``vllm_steer.offline.extract.parts``. A concept that fails is reported and left out.
+Finished concepts are kept on disk until the pack is written, so that a killed extraction continues; see
+``vllm_steer.offline.extract.parts``. A concept that fails is reported and left out.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def extract_pack(
 ) -> SteeringPack:
     """Extracts one direction per concept and writes them as a steering pack.
 
-    The same call after a kill goes on with the concepts that were not finished. Figures of all blocks
-    and tokens are written beside the pack; see ``vllm_steer.offline.extract.figures``.
+    The same call after a kill continues with the unfinished concepts. Figures of all blocks and tokens are
+    written to the pack's directory; see ``vllm_steer.offline.extract.figures``.
 
     Args:
         model_path: Checkpoint directory or Hugging Face model id.
@@ -95,7 +95,7 @@ def extract_pack(
     if resources.workers < 1:
         raise ExtractionError(f"workers is {resources.workers}; it must be at least 1")
     config, tokenizer = load_config(model_path, settings.chat)
-    # An engine would answer all day before anyone saw that the weights cannot be read.
+    # Checked first, since an engine could answer for hours before unreadable weights are noticed.
     check_quantisation(config, model_path)
     text = config.get_text_config()
     method = METHODS[settings.method]
@@ -111,7 +111,7 @@ def extract_pack(
         if settings.paired:
             positives = negatives = [*positives, *negatives]
     layers = _layers(settings, text.num_hidden_layers)
-    # Names and scales are checked before hours are spent on them.
+    # Names and scales are checked before hours of work.
     if target.default_scales is None:
         target = replace(target, default_scales=method.scale)
     records = records_of(target, concepts, layers, method, settings.prefix_role)
@@ -121,7 +121,7 @@ def extract_pack(
         os.makedirs(target.path, exist_ok=True)
     except OSError as error:
         raise ExtractionError(
-            f"{os.fspath(target.path)}: the pack cannot be written ({error.strerror}); give a directory that can be made"
+            f"{os.fspath(target.path)}: the pack cannot be written ({error.strerror}); give a directory that can be created"
         ) from error
     answers: Mapping[str, ConceptAnswers] = {}
     if settings.learn_from == "answers":
@@ -295,7 +295,7 @@ def _contrast(settings: ExtractionSettings, concepts: Sequence[Concept]) -> tupl
     if settings.contrast == "nothing":
         return ("",)
     if len(concepts) < 2:
-        raise ExtractionError("contrast 'concepts' needs two concepts at least")
+        raise ExtractionError("contrast 'concepts' needs at least two concepts")
     return tuple(prefix for _, prefix in concepts)
 
 

@@ -1,4 +1,4 @@
-"""The records of a pack's directions: before anything is learned, and of what was learned."""
+"""The records of a pack's directions, before and after learning."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NAMES = (
     "a direction's name has 1 to 128 characters, none of them / or : or a control character, and no space around it; a "
     "pack's has letters, digits, '_', '.' and '-' alone"
 )
-# Of a direction that nobody has calibrated: a raw dose, and degrees from the first axis of a plane.
+# For uncalibrated directions: a raw dose, and degrees from the first axis of a plane.
 _DOSE = 0.5
 _ANGLE = 60.0
 
@@ -43,7 +43,7 @@ def records_of(
         role: Where prefixes stand.
 
     Raises:
-        ExtractionError: Names or scales cannot be those of a pack.
+        ExtractionError: Names or scales are invalid in a pack.
     """
     names = [name for name, _ in concepts]
     every = [*names, *(name + PLANE_SUFFIX for name in names if method.plane)]
@@ -51,7 +51,7 @@ def records_of(
         raise ExtractionError("no concepts are given; a file of them has one per line")
     if twice := [name for name, times in Counter(every).items() if times > 1]:
         raise ExtractionError(
-            f"the names {twice[:5]} are given twice; each direction needs a name of its own"
+            f"the names {twice[:5]} are given twice; each direction needs a unique name"
         )
     try:
         TypeAdapter(PackName).validate_python(target.name)
@@ -78,7 +78,7 @@ def records_of(
 
 
 def explain(error: ValidationError) -> str:
-    """Returns what is wrong with the names and scales that a user gave for directions."""
+    """Describes what is wrong with a user's names and scales of directions."""
     # A prefix may be very long.
     return "; ".join(
         f"{fault['input']!r:.80}: {_NAMES if fault['type'] == 'string_pattern_mismatch' else fault['msg']}"
@@ -100,14 +100,14 @@ def learned_records(
     method: Method,
     scaled: bool,
 ) -> list[DirectionRecord]:
-    """Returns the records of what was learned; a second axis stands after its direction.
+    """Returns the records of the learned directions; a second axis follows its direction.
 
     Args:
         records: Records of all concepts.
         learned: What was learned, by concept.
         method: How.
-        scaled: Whether the records have default scales; else they get one that no measurement
-            stands behind, see :func:`unmeasured_scale`.
+        scaled: Whether the records have default scales; else they get an unmeasured one, see
+            :func:`unmeasured_scale`.
     """
     found = []
     for record in records:
@@ -133,7 +133,7 @@ def learned_records(
 
 
 def unmeasured_scale(record: DirectionRecord, concept: Learned) -> float:
-    """Returns a scale to begin with: additions as long, over their layers, as half the residual stream."""
+    """Returns an initial scale: additions as long, over their layers, as half the residual stream."""
     if record.op == "angle":
         return _ANGLE
     lengths = np.linalg.norm(concept.vectors.astype(np.float64), axis=1).tolist()
@@ -143,7 +143,7 @@ def unmeasured_scale(record: DirectionRecord, concept: Learned) -> float:
 
 
 def learned_vectors(learned: Mapping[str, Learned]) -> dict[str, NDArray[np.float32]]:
-    """Returns the vectors of all records, those of second axes among them."""
+    """Returns the vectors of all records, including second axes."""
     vectors = {name: concept.vectors for name, concept in learned.items()}
     planes = {
         name + PLANE_SUFFIX: concept.plane

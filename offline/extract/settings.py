@@ -1,4 +1,4 @@
-"""What an extraction may be told; the trust boundary of the pipeline."""
+"""The settings of an extraction; the trust boundary of the pipeline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_steer.offline.models.prompts import PrefixRole
 
 
 class ExtractionSettings(BaseModel):
-    """Everything that decides what is extracted from given prompts.
+    """All settings that determine what is extracted from given prompts.
 
     Attributes:
         method: A key of ``vllm_steer.offline.extract.methods.METHODS``; it fixes some of the other settings and has
@@ -25,17 +25,17 @@ class ExtractionSettings(BaseModel):
         labels: ``soft`` for attention to the prefix (Eq. 4), ``hard`` for 1 and 0.
         token: ``attention`` to choose each block's token by attention (Eq. 3), or a negative index
             for the same token everywhere.
-        contrast: What the negative statements are asked with: ``nothing``, or by turns the prefixes of
-            all ``concepts`` that are extracted together, so that a direction holds what tells its
-            concept from the others and not what every prefix brings; labels must be hard.
-        held_out: Whether a fifth of the prompts is left out of the fit and validates it; the
-            differences of means alone can do without.
-        unit: Whether directions have length 1; else a difference of means keeps its own.
+        contrast: Prefixes of the negative statements: ``nothing``, or in turn those of all ``concepts`` that
+            are extracted together, so that a direction holds what distinguishes its concept from the others
+            and not what all prefixes share; labels must be hard.
+        held_out: Whether a fifth of the prompts is held out for validation; only the differences of means can
+            do without.
+        unit: Whether directions have length 1; else a difference of means keeps its length.
         answer_tokens: How an answer's tokens become one state: their ``mean``, the mean ``weighted`` by
             attention to the prefix, the one that pays it most ``attention``, or the mean of the states that
             they are predicted from, weighted by how ``telling`` each is: how much likelier the prefix makes it.
         answer_length: Most tokens of an answer.
-        questions: Ask the first so many questions for answers to learn from.
+        questions: Number of questions, the first ones, whose answers are learned from.
         answer_share: Share of the answers that is used: those that the prefix makes most likely beside
             the plain prompt, since many answers have nothing of it.
         stopping_questions: Further questions on which training stops.
@@ -47,7 +47,7 @@ class ExtractionSettings(BaseModel):
         train_rate: Length of a step; see ``vllm_steer.offline.extract.training``.
         train_penalty: Weight of the vectors' squared lengths beside the loss.
         train_warm: Factor of the difference of means that training starts from.
-        train_checkpointing: Whether activations are computed again in the backward pass, for memory.
+        train_checkpointing: Whether activations are recomputed in the backward pass, to save memory.
         train_together: Concepts that are trained in the same forward passes.
         token_statistic: Whether a token's attention is its ``max`` over prompts, as in Eq. 3, or its
             ``mean``.
@@ -59,11 +59,11 @@ class ExtractionSettings(BaseModel):
         block_count: k.
         block_threshold: The threshold, above 0, where every block would reach it, and at most 1.
         permutations: Random subsets of the enrichment test; 0 for no test.
-        positive_count: Use only the first so many positive statements; None for all.
+        positive_count: Number of positive statements to use, the first ones; None for all.
         negative_count: Likewise for the negative statements.
         paired: Whether every statement is asked with and without the prefix, so that the two kinds
             of prompts differ in nothing else.
-        compat: Whether to do what the authors' code does where a better choice is the default:
+        compat: Whether to follow the authors' code where the default differs from it:
             tokens are chosen on every other statement of both sides, not on the prompts learned
             from; the last block's state is taken after the final norm, though steering adds before
             it; ridge and logistic regression see raw rows without intercept, not rows of unit norm
@@ -135,7 +135,7 @@ class ExtractionSettings(BaseModel):
 
     @property
     def chat(self) -> ChatFormat:
-        """How prompts are rendered."""
+        """The format of prompts."""
         return ChatFormat(
             chat_template=self.chat_template, chat_template_kwargs=self.chat_template_kwargs
         )
@@ -190,7 +190,7 @@ class ExtractionSettings(BaseModel):
         if 0 < self.permutations < 100 or (needed and not self.permutations):
             raise ValueError(
                 f"permutations is {self.permutations}: the enrichment score counts p-values below 0.01, "
-                f"which needs 100 at least, such as 999; 0 makes no test"
+                f"which needs at least 100, such as 999; 0 disables the test"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""Concepts spread over processes, GPUs and machines with Ray; one machine needs none of it."""
+"""Concepts spread over processes, GPUs and machines with Ray, which is not needed on one machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllm_steer.offline.extract.learning import ConceptLearner, ExtractionJob, L
 from vllm_steer.offline.models.loading import load_config
 from vllm_steer.offline.models.prompts import Concept
 
-# Whatever a concept may fail with by its own fault or for want of memory; the others go on.
+# Errors of a single concept, or lack of memory; the others continue.
 FAILURES = (ExtractionError, RuntimeError, ValueError)
 
 

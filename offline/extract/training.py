@@ -1,12 +1,12 @@
 """Directions trained to make the prefixed model's answers likely after the plain prompt.
 
 The model is frozen. A direction is a vector for each of some blocks, added at every position, that
-lowers the mean negative log-likelihood of the answers' tokens. Steps are relative to each block's own
-residual norm, since streams of models differ in length by orders of magnitude: a coordinate moves by
-``rate`` times the norm over the square root of the hidden size.
+lowers the mean negative log-likelihood of the answers' tokens. Steps are relative to each block's residual
+norm, since the norms of models differ by orders of magnitude: a coordinate moves by ``rate`` times the norm
+over the square root of the hidden size.
 
-Concepts in one batch share forward passes and nothing else: each has its own draw of answers, its own
-optimiser state and its own stop.
+Concepts in one batch share only forward passes: each has its own draws of answers, optimiser state and
+stopping.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How directions are trained.
+    """Options of training.
 
     Attributes:
-        steps: Most steps of the optimiser.
-        answers: Answers in a step.
-        rate: Step of a coordinate, over the norm of the block's residual stream per coordinate.
+        steps: Largest number of optimiser steps.
+        answers: Answers per step.
+        rate: Step of a coordinate, relative to the norm of the block's residual stream per coordinate.
         penalty: Weight of the mean, over blocks, of the squared length of the vector over that of the
             residual stream, beside the loss per token.
-        every: Steps between two looks at the stopping answers.
-        patience: Looks without improvement after which a concept stops.
+        every: Steps between two evaluations on the stopping answers.
+        patience: Evaluations without improvement after which a concept stops.
         batch_size: Rows of a forward pass.
         seed: Seed of the draws.
     """
@@ -64,7 +64,7 @@ class Trained:
     Attributes:
         vectors: ``[layers, hidden_size]``, float32; ε = 1 adds them as trained.
         gap_closed: Share of the gap closed on the stopping answers.
-        steps: Steps that it took to get there.
+        steps: Number of steps to reach it.
     """
 
     vectors: Floats
@@ -74,12 +74,12 @@ class Trained:
 
 @dataclass(frozen=True, eq=False)
 class Lesson:
-    """What one concept is trained on.
+    """Training data of one concept.
 
     Attributes:
-        learned: Examples that the loss is taken on.
-        stopping: Others that say when to stop.
-        start: ``[layers, hidden_size]``, float32; where the vectors begin.
+        learned: Examples for the loss.
+        stopping: Other examples, for stopping.
+        start: ``[layers, hidden_size]``, float32; initial vectors.
     """
 
     learned: Sequence[Example]
@@ -97,11 +97,11 @@ def train(
     """Trains a direction for each lesson.
 
     Args:
-        answers: The model, with the blocks that are steered.
-        lessons: What each concept is trained on.
+        answers: The model, with the blocks to steer.
+        lessons: Training data of each concept.
         norms: ``[lessons, layers]``, float32; norm of the residual stream after each of the blocks.
-        options: How.
-        progress: Text beside the progress bar; None for no bar.
+        options: The options.
+        progress: Label of the progress bar; None for no bar.
 
     Raises:
         ExtractionError: The loss of a concept is not finite.
@@ -120,7 +120,7 @@ class _Training:
         self._answers, self._lessons, self._options = answers, lessons, options
         device = answers.model.device
         start = torch.tensor(np.stack([lesson.start for lesson in lessons]), device=device)
-        # A coordinate of 1 is as long as the block's residual stream has it on average.
+        # A coordinate of 1 corresponds to the average coordinate of the block's residual stream.
         self._unit = torch.tensor(norms, device=device)[..., None] / start.shape[-1] ** 0.5
         self._steps = (start / self._unit).requires_grad_(True)
         self._draws = [_draw(len(lesson.learned), options) for lesson in lessons]
@@ -146,7 +146,7 @@ class _Training:
         return [best for best in self._best if best is not None]
 
     def _accumulate(self) -> None:
-        """Adds up the gradients of a step, each concept's of its own loss per token."""
+        """Accumulates the gradients of a step, for each concept from its own loss per token."""
         drawn = {
             c: [self._lessons[c].learned[i] for i in next(self._draws[c])] for c in self._active
         }
@@ -165,7 +165,7 @@ class _Training:
 
     @torch.no_grad()
     def _look(self, step: int) -> None:
-        """Measures the gap closed and stops what no longer improves."""
+        """Measures the gap closed and stops concepts that no longer improve."""
         vectors = (self._steps * self._unit).detach()
         for concept in list(self._active):
             steered = self._total(self._lessons[concept].stopping, vectors[[concept]])
@@ -208,7 +208,7 @@ def _check_finite(loss: float) -> None:
 
 
 def _draw(count: int, options: TrainingOptions) -> Iterator[list[int]]:
-    """Yields the answers of each step; all are drawn before any is drawn again."""
+    """Yields the answers of each step; each is drawn once before any is drawn again."""
     source = np.random.default_rng(options.seed)
     left: list[int] = []
     while True:

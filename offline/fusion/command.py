@@ -23,22 +23,22 @@ PACK_NAME = "fusion"
 
 @dataclass(frozen=True)
 class Options:
-    """What a run is asked for.
+    """Options of a run.
 
     Attributes:
         model: Checkpoint directory or hub id.
         questions: File of questions to report on.
         tuning: File of questions to search common scales on; None for none.
-        out: Directory of everything that is written.
+        out: Output directory.
         kinds: Which layers share a scale.
         trials: Trials of each search.
-        low: Least value of alpha and of gamma.
+        low: Smallest value of alpha and of gamma.
         high: Largest value of either.
-        right: Share of the gold answer's words from which an answer is right.
+        right: Share of the gold answer's words that makes an answer right.
         max_tokens: Longest answer.
         seed: Seed of the searches.
-        dtype: Dtype of the model that vectors are taken from.
-        device: Its device; None for CUDA where there is one, else CPU.
+        dtype: Dtype of the model for the vectors.
+        device: Its device; None for CUDA if available, else CPU.
         engine: More arguments of ``vllm.LLM``.
         chat: Format of the prompts.
     """
@@ -86,7 +86,7 @@ def fuse(options: Options) -> FusionResult:
         model.dtype,
         options.chat,
     )
-    # The engine needs its memory.
+    # Frees the memory for the engine.
     del model
     store = options.out / "answers"
     given = (options.model, [pack], options.max_tokens, store, options.engine)

@@ -1,4 +1,4 @@
-"""How far the forms that a cache allows are from the original."""
+"""The distance of forms that allow a cache from the original."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from vllm_steer.offline.models.loading import find_blocks
 
 @dataclass(frozen=True)
 class Distance:
-    """One form against the original, over prompts.
+    """One form compared with the original, over prompts.
 
     Attributes:
         same_answers: Share of greedy answers that are the original's to the last token.
@@ -53,7 +53,7 @@ def distances(
 
     Args:
         model: The model.
-        cases: What to steer to, and ``[layers, hidden_size]`` the mean over the unsteered prompt.
+        cases: Targets of steering, and ``[layers, hidden_size]``, the mean over the unsteered prompt.
         count: Longest answer.
         end: Token that ends an answer.
     """
@@ -82,14 +82,15 @@ def distances(
 def displacement(
     model: PreTrainedModel, fusion: Fusion, change: Change | None, prompt_mean: Tensor
 ) -> float:
-    """Returns how far a form moves the last block's mean over the prompt, in ways to the reference.
+    """Returns how far a form moves the last block's mean over the prompt, in units of the distance to the
+    reference.
 
-    At scale 1 the original's is 1: it puts the mean on the reference.
+    For the original at scale 1 it is 1: it moves the mean to the reference.
 
     Args:
         model: The model.
-        fusion: What is steered to.
-        change: What is done to block outputs; None for nothing.
+        fusion: The target of steering.
+        change: Change of block outputs; None for none.
         prompt_mean: ``[layers, hidden_size]``, the mean over the unsteered prompt.
     """
     seen: dict[int, Tensor] = {}

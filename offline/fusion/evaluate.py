@@ -1,4 +1,4 @@
-"""A whole run: unsteered answers, a search for each question, and scales of other questions."""
+"""A complete run: unsteered answers, a search for each question, and scales of other questions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Right = Callable[[GoldQuestion, Answer], bool]
 
 
 def words_are_there(least: float) -> Right:
-    """Calls an answer right if it holds at least this share of the gold answer's words."""
+    """Judges an answer right if it has at least this share of the gold answer's words."""
 
     def right(question: GoldQuestion, answer: Answer) -> bool:
         return overlap(answer.text, question.answer) >= least
@@ -41,10 +41,10 @@ def words_are_there(least: float) -> Right:
 
 @dataclass(frozen=True)
 class FusionQuestions:
-    """Questions by what they are for.
+    """Questions by purpose.
 
     Attributes:
-        reported: What is reported; those that the model gets right unsteered are left out.
+        reported: Questions to report on; those that the model gets right unsteered are left out.
         tuning: Other questions to search common scales on; may be empty.
     """
 
@@ -62,8 +62,8 @@ def run_fusion(
 ) -> FusionResult:
     """Answers, searches and measures.
 
-    A search looks at the gold answer of the very question that is reported, as the method has it. With
-    tuning questions there is beside it an arm whose one set of scales was searched on those.
+    As in the method, a search uses the gold answer of the reported question itself. With
+    tuning questions there is also an arm with one set of scales searched on those.
 
     Args:
         generator: Engine with the pack.
@@ -130,7 +130,7 @@ def _trials(
     kind: Kind,
     common: bool,
 ) -> list[Target]:
-    """What is tried of a kind, on the questions alone or together."""
+    """The trials of a kind, for single questions or all together."""
     return [
         Target(questions[c.question].question, questions[c.question].answer, pack.name, c)
         for c in cases
@@ -147,13 +147,13 @@ def _check_apart(questions: Sequence[GoldQuestion], tuning: Sequence[GoldQuestio
     both = {q.question for q in questions} & {q.question for q in tuning}
     if both:
         raise EvaluationError(
-            f"{len(both)} questions are reported and for tuning at once, such as {min(both)!r}; "
+            f"{len(both)} questions are both reported and for tuning, such as {min(both)!r}; "
             f"remove them from one of the files"
         )
 
 
 class _Measuring:
-    """Answers to the questions that are reported, turned into figures."""
+    """Turns answers to the reported questions into figures."""
 
     def __init__(self, questions: Sequence[GoldQuestion], right: Right) -> None:
         self._questions, self._right = questions, right

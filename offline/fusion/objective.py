@@ -1,4 +1,4 @@
-"""What a search maximises: gold words in the answer, less a part of its perplexity."""
+"""The objective of a search: gold words in the answer, minus a part of its perplexity."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from vllm_steer.offline.evaluate.generation import Answer
 
 OVERLAP_WEIGHT = 0.7
 PERPLEXITY_WEIGHT = 0.3
-# Beyond this, text is as bad as can be.
+# Perplexity beyond this gets the worst value.
 WORST_PERPLEXITY = 100.0
-# As a tokenizer of words has them, which the authors use: "1.1", "o'clock" and "well-read" are one, and
-# so are "C++" and "C#".
+# As in the authors' word tokenizer: "1.1", "o'clock" and "well-read" are one word, and so are "C++" and "C#".
 _WORD = re.compile(r"\w+(?:(?:(?<=\d)[.,:](?=\d)|['’&/-](?=\w))\w+)*[+#]*")
 
 
 def overlap(text: str, gold: str) -> float:
     """Returns the share of the gold answer's words, each counted once, that a text holds.
 
-    The text is the answer alone: words that the question echoes would count for every answer.
+    The text is only the answer: an echo of the question would count for every answer.
 
     Args:
         text: The answer.

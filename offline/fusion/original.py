@@ -1,12 +1,12 @@
-"""The method without a cache, as it was published, and what can stand in for it where there is one.
+"""The method without a cache, as published, and its approximations with a cache.
 
 The original recomputes the whole sequence for every token, so mu is the mean over prompt and answer so
-far, of block outputs that steering of lower layers has reached. With a cache, the past stays as it was
-computed. Three stand-ins: mu measured on the unsteered prompt; mu measured on the prompt while lower
+far, of block outputs that steering of lower layers has reached. With a cache, past tokens are not recomputed.
+There are three approximations: mu measured on the unsteered prompt; mu measured on the prompt while lower
 layers are steered, which is plain addition too and what the server does; and a running mean.
 
-All forms are run here in the same way, by a forward pass over the whole sequence for each token. For
-the stand-ins that gives what a cache gives, since none of them looks ahead.
+All forms are run here by a forward pass over the whole sequence for each token. For the approximations that
+equals a cache, since none of them looks ahead.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vllm_steer.offline.models.loading import find_blocks
 
 @dataclass(frozen=True, eq=False)
 class Fusion:
-    """What a prompt is steered to.
+    """The target of a prompt's steering.
 
     Attributes:
         prompt: Its token ids.
@@ -47,10 +47,10 @@ def refreshed(fusion: Fusion) -> Change:
 
 
 def frozen(fusion: Fusion, prompt_mean: Tensor) -> Change:
-    """Plain addition of a vector that never changes.
+    """Plain addition of a constant vector.
 
     Args:
-        fusion: What is steered to.
+        fusion: The target of steering.
         prompt_mean: ``[layers, hidden_size]``; mu, measured on the unsteered prompt.
     """
 
@@ -101,7 +101,7 @@ def next_logs(model: PreTrainedModel, change: Change | None, tokens: Sequence[in
 
     Args:
         model: A decoder-only model.
-        change: What is done to block outputs; None for nothing.
+        change: Change of block outputs; None for none.
         tokens: The sequence.
     """
     with changed(_blocks(model) if change else [], change or unchanged):
@@ -122,7 +122,7 @@ def continue_greedily(
 
     Args:
         model: A decoder-only model.
-        change: What is done to block outputs; None for nothing.
+        change: Change of block outputs; None for none.
         prompt: Token ids.
         count: Most tokens.
         end: Token that ends an answer; None for none.

@@ -28,12 +28,12 @@ from vllm_steer.packs.pack import (
 
 @dataclass(frozen=True, eq=False)
 class FusionDeltas:
-    """What is added to steer each question by the scales of its cases.
+    """The vectors that steer each question by the scales of its cases.
 
     Attributes:
         questions: All questions.
-        cases: What they are steered by.
-        deltas: ``[cases, layers, hidden_size]``, what is added.
+        cases: Their cases.
+        deltas: ``[cases, layers, hidden_size]``, the added vectors.
         residual_norms: ``[layers]``, mean norm of the block output over the prompts' tokens.
     """
 
@@ -53,13 +53,13 @@ def write_deltas(
 ) -> SteeringPack:
     """Writes a pack whose directions, at scale 1, steer each question by the scales of its cases.
 
-    Another scale than 1 is not the method's: what is added was measured under the scales that it has.
+    Other scales than 1 do not correspond to the method, since the vectors were measured under their scales.
 
     Args:
         path: Directory of the pack.
         name: Name of the pack.
         identity: The model that it was measured on.
-        measured: What was measured.
+        measured: The measurements.
         dtype: The model's dtype then.
         chat: Format that prompts were rendered by; None for the tokenizer's own.
 

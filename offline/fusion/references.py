@@ -1,7 +1,7 @@
 """References of questions, over all layers: where steering goes.
 
 The reference of a question at layer l is h_l, the mean output of block l over the tokens of the gold
-answer and its explanation. Beside it stands the mean over the tokens of the unsteered prompt.
+answer and its explanation. With it comes the mean over the tokens of the unsteered prompt.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vllm_steer.offline.models.prompts import RenderedPrompt, apply_template
 
 @dataclass(frozen=True, eq=False)
 class References:
-    """What was measured of each question.
+    """The measurements of each question.
 
     Attributes:
         prompts: Token ids of each question's chat prompt.

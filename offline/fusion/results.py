@@ -1,4 +1,4 @@
-"""What a run of Fusion Steering found, as JSON and as a Markdown table."""
+"""The results of a Fusion Steering run, as JSON and as a Markdown table."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Share(_Record):
 
 
 class Figures(_Record):
-    """What one answer to each question comes to.
+    """Figures of one answer to each question.
 
     Attributes:
         right: Share of right answers.
-        overlap: Share of the gold answer's words that stand in the answer.
+        overlap: Share of the gold answer's words in the answer.
         perplexity: Geometric mean under the unsteered model, of answers that are not empty.
     """
 
@@ -52,10 +52,10 @@ class Chosen(_Record):
         gold: The gold answer.
         answer: The answer.
         right: Whether it is right.
-        overlap: Share of the gold answer's words that stand in it.
+        overlap: Share of the gold answer's words in it.
         perplexity: Under the unsteered model.
         scales: Scale of each segment; None for an unsteered answer.
-        steering: What a request to the server carries to get it.
+        steering: The request's steering that gives it.
     """
 
     question: str
@@ -75,7 +75,7 @@ class Arm(_Record):
         figures: At the best trial of each question, or at the scales of other questions.
         by_trials: The same for a search of 1, 2, ... trials; empty where the scales are others'.
         answers_per_question: Steered answers that were generated for one question.
-        seconds: What the search took.
+        seconds: Duration of the search.
         chosen: The answers.
     """
 
@@ -100,7 +100,7 @@ class FusionResult(_Record):
         wrong: Those of them that the model gets wrong unsteered, on which all else is measured.
         tuning_questions: Questions, all others, that common scales were searched on.
         unsteered: The unsteered answers to the wrong ones.
-        arms: What was measured, by name.
+        arms: Results by arm.
     """
 
     model: str

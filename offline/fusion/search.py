@@ -120,7 +120,7 @@ class Target:
 
     @property
     def request(self) -> FusionRequest:
-        """The request for the answer; the scales stand in the direction's vectors."""
+        """The request for the answer; the direction's vectors include the scales."""
         return FusionRequest(
             self.question, f"{self.pack}/{self.case.name}", scale=1.0, case=self.case
         )
@@ -159,7 +159,7 @@ def cases_of(
     """Returns everything that a run tries.
 
     Args:
-        questions: Number of questions that are reported, each with a study of its own.
+        questions: Number of reported questions, each with a separate search.
         tuning: Number of questions after them that share a study, whose scales the others are also
             asked with; may be 0.
         kinds: Which layers share a scale.

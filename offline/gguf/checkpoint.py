@@ -1,8 +1,8 @@
 """A language model in a GGUF file to a Hugging Face checkpoint in float32.
 
 transformers reads the configuration, the tokenizer and the tensors, which it dequantises. Its
-``from_pretrained(gguf_file=...)`` would do so as well, but asks for ``accelerate``. Two things that it
-passes over are seen to here: how a vocabulary splits digits, and tensors that it leaves out.
+``from_pretrained(gguf_file=...)`` would do so as well, but requires ``accelerate``. Two things that it
+ignores are handled here: how a vocabulary splits digits, and tensors that it leaves out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 # More than any model has: a vocabulary of two million, a chat template of a mebibyte.
-# Characters of what another library says.
+# Characters of another library's message.
 _LINE: Final = 300
 _LIMITS: Final = Limits(fields=10_000, tensors=100_000, dimensions=4, array=2**21, string=2**20)
 # Vocabularies, as ``tokenizer.ggml.pre`` names them, whose merges were learnt from text in which every
@@ -44,18 +44,17 @@ def write_checkpoint(file: Path, folder: Path, notice: Callable[[str], None]) ->
     Args:
         file: The GGUF file.
         folder: An empty directory.
-        notice: Called with a line where the checkpoint may not be quite the model of the file.
+        notice: Called with a line if the checkpoint may differ from the model in the file.
 
     Raises:
-        ConversionError: It is no model that transformers can read, or damaged; the message says
-            what is wrong.
+        ConversionError: transformers cannot read the model, or it is damaged; the message says what is wrong.
         OSError: The checkpoint cannot be written.
     """
     try:
         from transformers import AutoConfig, PreTrainedTokenizerFast
 
         header = _model_header(file)
-        # Alone in its directory, lest files beside it be taken for parts of the model.
+        # Alone in its directory, so that other files are not taken for parts of the model.
         with tempfile.TemporaryDirectory() as alone:
             link = Path(alone, "model.gguf")
             link.symlink_to(file.absolute())
@@ -68,7 +67,7 @@ def write_checkpoint(file: Path, folder: Path, notice: Callable[[str], None]) ->
         raise ConversionError(
             f"{one_line(error, _LINE)}; pip install 'vllm-steer[offline]'"
         ) from error
-    # What a reader of files that others made stumbles over has no common class.
+    # Errors of reading foreign files have no common class.
     except Exception as error:
         raise ConversionError(
             f"{file}: transformers cannot read it ({type(error).__name__}: {one_line(error, _LINE)}); give another "
@@ -80,18 +79,18 @@ def write_checkpoint(file: Path, folder: Path, notice: Callable[[str], None]) ->
     tokenizer.model_max_length = getattr(
         config, "max_position_embeddings", tokenizer.model_max_length
     )
-    # How this process found the files, which is nothing of the tokenizer's.
+    # How this process found the files; not part of the tokenizer.
     for name in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(name, None)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     for written in folder.iterdir():
-        # safetensors lets nobody else read what it writes.
+        # safetensors writes files that only the owner can read.
         written.chmod((folder / "config.json").stat().st_mode)
 
 
 def _model_header(file: Path) -> Header:
-    """Returns the header of a file that is as long as its header says."""
+    """Returns the header of a file, after checking that the file is complete."""
     from gguf import GGML_QUANT_SIZES
 
     try:
@@ -100,7 +99,7 @@ def _model_header(file: Path) -> Header:
         architecture = header.fields.get("general.architecture")
         if not isinstance(architecture, str):
             raise ValueError("it names no architecture")
-        # Every block has tensors, and a model of as many blocks as it claims is built before they are read.
+        # Every block has tensors, and a model with all claimed blocks is built before they are read.
         blocks = header.fields.get(f"{architecture}.block_count", 0)
         if not isinstance(blocks, int) or blocks > len(header.tensors):
             raise ValueError(f"it claims {blocks} blocks and has {len(header.tensors)} tensors")
@@ -167,7 +166,7 @@ def _left_out(model: PreTrainedModel, header: Header) -> str:
 def _split_as_learnt(
     tokenizer: PreTrainedTokenizerFast, header: Header, notice: Callable[[str], None]
 ) -> None:
-    """Sets how text is split before it is merged, where transformers has GPT-2's way for want of another."""
+    """Sets how text is split before it is merged, where transformers falls back to GPT-2's way."""
     from tokenizers import pre_tokenizers
 
     core = tokenizer.backend_tokenizer
@@ -182,13 +181,13 @@ def _split_as_learnt(
         )
     elif split not in _LIKE_GPT2:
         notice(
-            f"text is split as GPT-2 does, for transformers does not know the way of {split!r}: some of "
-            f"it may become other tokens than the model was trained with"
+            f"text is split as in GPT-2, since transformers does not know how {split!r} does it: some of "
+            f"it may become other tokens than in training"
         )
 
 
 def _name_special_tokens(tokenizer: PreTrainedTokenizerFast, header: Header) -> None:
-    """Gives the special tokens their parts by the file's numbers; some releases of transformers mix them up."""
+    """Assigns the special tokens by the file's ids; some versions of transformers mix them up."""
     for name, key in _SPECIAL.items():
         number = header.fields.get(f"tokenizer.ggml.{key}")
         if isinstance(number, int) and 0 <= number < len(tokenizer):

@@ -1,7 +1,7 @@
-"""The header of a GGUF file, walked within bounds.
+"""The header of a GGUF file, read within bounds.
 
-The libraries that read GGUF files follow whatever lengths the header claims; what is walked here
-first leads none of them beyond the file or into a long loop.
+The libraries that read GGUF files trust the lengths in the header; checked here first, these cannot make them
+read past the file or loop for long.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Scalar = str | int | float
 
 @dataclass(frozen=True)
 class Limits:
-    """What a header may claim at the most.
+    """Limits on a header's claims.
 
     Attributes:
         fields: Number of fields.
@@ -71,7 +71,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says before its data.
+    """The part of a file before its data.
 
     Attributes:
         fields: Name to value, of the fields that are no arrays.
@@ -92,7 +92,7 @@ def read_header(stream: BinaryIO, limits: Limits) -> Header:
         limits: What it may claim.
 
     Raises:
-        ValueError: It is no GGUF file, it ends early, or it claims more than allowed.
+        ValueError: It is not a GGUF file, it ends early, or it claims more than allowed.
     """
     if stream.read(4) != MAGIC:
         raise ValueError("it does not begin with GGUF")
@@ -127,7 +127,7 @@ def _tensor(stream: BinaryIO, limits: Limits) -> TensorInfo:
 
 
 def _value(stream: BinaryIO, kind: int, limits: Limits) -> Scalar | None:
-    """Reads a value; returns None for an array, which is passed over."""
+    """Reads a value; returns None for an array, which is skipped."""
     if kind == _STRING:
         return _string(stream, limits)
     if kind in _SCALARS:

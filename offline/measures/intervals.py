@@ -1,8 +1,8 @@
 """95 % intervals of means and of shares, by Student's t: over few concepts the bootstrap's are too narrow.
 
-The percentile bootstrap covers a normal mean in 0.5 of cases over 2 values and in 0.75 over 3, and every
-resampling method knows no more than the values it resamples. t covers 0.95 of normal means at any number.
-``python -m benchmarks.statistics`` has its coverage for other populations, and where it fails.
+The percentile bootstrap covers a normal mean in 0.5 of cases for 2 values and in 0.75 for 3, and no
+resampling method knows more than its values. t covers 0.95 of normal means for any number. ``python -m
+benchmarks.statistics`` has its coverage for other populations, and where it fails.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ CAVEAT = (
     "95 % intervals are Student's t, which holds for values that lie like a bell; over few that do not, such as "
     "grades near 0 or 1, it covers less, down to 0.91. Values that are all equal have none"
 )
-"""What stands beside intervals that people read."""
-# Values of a ratio below which its linear form says nothing.
+"""Explanation shown with intervals."""
+# Number of values below which the ratio's linear form is unreliable.
 _FEWEST = 3
 _TINY = 1e-9
 
@@ -36,8 +36,8 @@ def mean_interval(
         within: Ends of the range that values can have; the interval does not leave it.
 
     Returns:
-        Its ends; None for both with fewer than two values, and where all are equal: their spread says
-        nothing of how far the mean may be off.
+        Its ends; None for both with fewer than two values, and where all are equal: their spread says nothing
+        about the error of the mean.
     """
     if len(values) < 2:
         return None, None

@@ -1,8 +1,7 @@
-"""Prompts to padded batches, with the tokens that all of them begin with taken out.
+"""Prompts to padded batches, without their shared first tokens.
 
-The prompts of one concept differ in the statement alone, and the model is causal: what comes before
-the statement has the same keys and values in every prompt. It runs once, and the batches continue
-from it.
+The prompts of one concept differ only in the statement, and the model is causal: the tokens before the
+statement have the same keys and values in every prompt. They run once, and the batches continue from them.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ class Batch:
 
 
 def shared_length(prompts: Sequence[RenderedPrompt], candidates: int) -> int:
-    """Returns how many tokens all prompts begin with, leaving each at least its candidates.
+    """Returns the number of first tokens shared by all prompts, leaving each at least its candidates.
 
     Raises:
         ExtractionError: A prompt has fewer tokens than there are candidates.
@@ -69,7 +68,7 @@ def shared_length(prompts: Sequence[RenderedPrompt], candidates: int) -> int:
         )
     if len(prompts) == 1:
         return 0
-    # What the first and the last in order share is shared by all between them.
+    # Tokens shared by the first and the last in sorted order are shared by all in between.
     first, *_, last = sorted(prompt.token_ids for prompt in prompts)
     differing = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
     return min(next(differing, min(len(first), len(last))), min(lengths) - candidates)
@@ -123,7 +122,7 @@ def _pad(
 class _SharedLayer(DynamicLayer):
     """Keys and values of the shared tokens at one block, for batches of any size.
 
-    What a batch adds is handed back and not kept, so that memory does not grow with the blocks.
+    Keys and values of a batch are returned but not kept, so memory does not grow with the blocks.
     """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
@@ -140,14 +139,14 @@ class _SharedLayer(DynamicLayer):
 
 
 def run_shared(model: PreTrainedModel, token_ids: Sequence[int]) -> Cache:
-    """Runs the shared tokens once and returns their cache, which batches read and never change.
+    """Runs the shared tokens once and returns their cache, which batches only read.
 
     Args:
         model: A decoder-only model.
         token_ids: The shared tokens.
 
     Raises:
-        ExtractionError: A block keeps something else than keys and values, as recurrent ones do.
+        ExtractionError: A block caches something other than keys and values, as recurrent ones do.
     """
     # Without a configuration every layer keeps all tokens, those with a sliding window too; the
     # attention mask still lets each see its window alone.

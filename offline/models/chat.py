@@ -1,7 +1,7 @@
 """The format of a conversation: the template and the arguments that prompts are rendered with.
 
 A base model has no template, and a thinking model's template asks whether it should think. Both are
-settings of what is learned, so a pack records them, and whatever renders prompts for the pack takes them
+settings of what is learned, so a pack records them, and all code that renders prompts for the pack reads them
 from it.
 """
 
@@ -23,15 +23,15 @@ from vllm_steer.packs.pack import SteeringPack
 PLAIN = "plain"
 """In the place of a template: texts as they stand, without any."""
 _ARGUMENTS = "chat_template_kwargs"
-# What a template may be given under names of the function that renders it.
+# Template arguments that are also names of the rendering function's parameters.
 _OF_TEMPLATES = ("tools", "documents")
 
 
 class ChatFormat(BaseModel):
-    """How prompts are rendered.
+    """The format of prompts.
 
     Attributes:
-        chat_template: A Jinja template; ``plain`` for the text as it stands; None for the tokenizer's own.
+        chat_template: A Jinja template; ``plain`` for verbatim text; None for the tokenizer's own.
         chat_template_kwargs: Arguments of the template, such as ``enable_thinking``.
     """
 
@@ -45,7 +45,7 @@ class ChatFormat(BaseModel):
         """Returns the format that a pack was learned with.
 
         Raises:
-            ExtractionError: The pack records something else than a format.
+            ExtractionError: The pack's record is not a format.
         """
         try:
             return cls.model_validate(pack.manifest.method.settings)
@@ -55,7 +55,7 @@ class ChatFormat(BaseModel):
 
     @classmethod
     def of_packs(cls, packs: Sequence[SteeringPack]) -> ChatFormat:
-        """Returns the format that packs share; the tokenizer's own of no packs.
+        """Returns the format that packs share; the tokenizer's own without packs.
 
         Raises:
             ExtractionError: They do not share one.
@@ -70,7 +70,7 @@ class ChatFormat(BaseModel):
         return formats[0]
 
     def apply_to(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-        """Sets the format on a tokenizer, which then renders by it, and returns the tokenizer.
+        """Sets the format on a tokenizer, which then renders with it, and returns the tokenizer.
 
         Raises:
             ExtractionError: The template does not read one of the arguments, or there is none.
@@ -98,14 +98,14 @@ def template_arguments(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def plain_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> str:
-    """Returns texts as they stand, after the token that the tokenizer begins a text with.
+    """Returns texts verbatim, after the tokenizer's beginning-of-text token.
 
     Args:
         tokenizer: A tokenizer without chat template.
-        texts: What is said, in its order; empty ones are left out.
+        texts: The texts, in order; empty ones are left out.
 
     Raises:
-        ExtractionError: Nobody asked for plain text.
+        ExtractionError: Plain text was not requested.
     """
     if not tokenizer.init_kwargs.get(PLAIN):
         raise ExtractionError(
@@ -117,7 +117,7 @@ def plain_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> str:
 
 
 def read_template(given: str) -> str:
-    """Returns what ``--chat-template`` names: the text of a file, or ``plain``.
+    """Returns the template of ``--chat-template``: the text of a file, or ``plain``.
 
     Raises:
         ExtractionError: The file cannot be read or is empty.

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 BlockOutput = Tensor | tuple[Tensor, *tuple[object, ...]]
-"""What a decoder block returns: hidden states ``[batch, length, hidden_size]``, alone or with more beside them."""
+"""A decoder block's output: hidden states ``[batch, length, hidden_size]``, alone or with other values."""
 See = Callable[[int, Tensor], None]
 """Is shown a block's number and a tensor of it."""
 Change = Callable[[int, Tensor], Tensor]
@@ -43,7 +43,7 @@ def watched(
 
 @contextmanager
 def changed(blocks: Sequence[nn.Module] | nn.ModuleList, change: Change) -> Iterator[None]:
-    """Puts something else in the place of every block's output while the context lasts."""
+    """Replaces every block's output while the context lasts."""
     handles = []
     try:
         for index, block in enumerate(blocks):

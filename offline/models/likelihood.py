@@ -1,7 +1,7 @@
-"""How likely a model finds answers while its residual stream is changed; gradients flow to the change.
+"""Log-likelihoods of answers while a model's residual stream is changed; gradients flow to the change.
 
-Rows are padded on the right, where a causal model sees no padding, so that no mask and no positions
-are needed and every family runs as it is.
+Rows are padded on the right, where a causal model does not see it, so no mask and no positions are needed,
+and every family works.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class AnswerModel:
         Args:
             model: A decoder-only model with a language-modelling head.
             layers: Blocks whose outputs are changed.
-            checkpointing: Whether the backward pass computes each block's activations again.
+            checkpointing: Whether the backward pass recomputes each block's activations.
 
         Raises:
             ExtractionError: The model's blocks cannot be found.
@@ -92,8 +92,8 @@ class AnswerModel:
 
         Args:
             batch: Prompts and answers.
-            change: ``[rows, layers, hidden_size]`` or ``[1, layers, hidden_size]``; what is added at
-                every position to the outputs of ``layers``. None for nothing.
+            change: ``[rows, layers, hidden_size]`` or ``[1, layers, hidden_size]``; added at every position
+                to the outputs of ``layers``. None for no change.
         """
         if change is None:
             found = self._found(batch)
@@ -116,7 +116,7 @@ class AnswerModel:
         """Returns the log-likelihoods of all answers' tokens, one answer after the other."""
         logits = self._logits(batch)
         # Of the positions between the shortest prompt and the longest answer, those of answers alone:
-        # a row over the vocabulary is far larger than all else.
+        # a row over the vocabulary is far larger than everything else.
         return -functional.cross_entropy(
             logits[batch.real].float(), batch.targets[batch.real], reduction="none"
         )
@@ -137,7 +137,7 @@ class AnswerModel:
 
 @contextmanager
 def checkpointed(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Lets blocks keep nothing for the backward pass but what goes into them, while the context lasts."""
+    """Makes blocks keep only their inputs for the backward pass while the context lasts."""
     originals = [block.forward for block in blocks]
     try:
         for block, original in zip(blocks, originals, strict=True):

@@ -30,20 +30,20 @@ from vllm_steer.errors import ExtractionError, one_line
 from vllm_steer.offline.models.chat import ChatFormat
 from vllm_steer.packs.pack import ModelIdentity
 
-# Weights that a language model alone has no place for: other towers, heads that draft, and tables that are computed.
+# Weights that a plain language model does not have: other towers, draft heads, and computed tables.
 _ELSEWHERE = re.compile(
     r"(^|\.)(vision|visual|audio|image|multi_modal|mm_|mtp|draft|eagle|medusa)|rotary_emb\.inv_freq$"
 )
-# Characters of what another library says.
+# Characters of another library's message.
 _LINE = 500
 _UNQUANTISED = "give the unquantised model that it was made from"
 
 
 def read_config(model_path: str | os.PathLike[str]) -> PreTrainedConfig:
-    """Reads the configuration of a language model, alone or inside of one that sees images.
+    """Reads the configuration of a language model, alone or inside a vision-language model.
 
     Raises:
-        ExtractionError: There is none, or it cannot be read, or it is that of something else.
+        ExtractionError: There is none, it cannot be read, or it is not that of a language model.
     """
     local = Path(model_path)
     if local.is_file():
@@ -62,7 +62,7 @@ def read_config(model_path: str | os.PathLike[str]) -> PreTrainedConfig:
         )
     try:
         config = AutoConfig.from_pretrained(model_path)
-    # What a reader of files that others made stumbles over has no common class.
+    # Errors of reading foreign files have no common class.
     except Exception as error:
         absent = not local.exists() and str(model_path).startswith((os.sep, "."))
         why = "there is no such directory" if absent else one_line(error, _LINE)
@@ -97,7 +97,7 @@ def load_config(
 def read_tokenizer(
     model_path: str | os.PathLike[str], config: PreTrainedConfig
 ) -> PreTrainedTokenizerBase:
-    """Reads a model's tokenizer, with the chat template of its processor where it has none of its own.
+    """Reads a model's tokenizer, with the chat template of its processor if it has none.
 
     Raises:
         ExtractionError: It is missing or cannot be read.
@@ -105,10 +105,10 @@ def read_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_path)
         if tokenizer.chat_template is None and config.get_text_config() is not config:
-            # Of older models that see images, the file of the template is the processor's alone.
+            # In older vision-language models, only the processor has the template file.
             processor, _ = ProcessorMixin.get_processor_dict(model_path)
             tokenizer.chat_template = processor.get("chat_template")
-    # The readers of tokenizers, and the code that a checkpoint brings, raise what they like.
+    # Tokenizer readers, and a checkpoint's own code, raise arbitrary errors.
     except Exception as error:
         raise ExtractionError(
             f"cannot load a tokenizer from {str(model_path)!r}: {one_line(error, _LINE)}; put the files of the model's "
@@ -128,17 +128,17 @@ def check_quantisation(config: PreTrainedConfig, model_path: str | os.PathLike[s
     try:
         quantizer = AutoHfQuantizer.from_config(quantised, pre_quantized=True)
         quantizer.validate_environment(device_map=None, weights_only=True)
-    # Every quantiser is a library of its own.
+    # Every quantiser is a separate library.
     except Exception as error:
         raise _unreadable(model_path, quantised, error) from error
 
 
 def chosen_dtype(dtype: str, device: str | None) -> str:
-    """Returns the name of a dtype; ``auto`` is bfloat16 where the device computes in it, else float32.
+    """Returns the name of a dtype; ``auto`` is bfloat16 if the device computes in it, else float32.
 
     Args:
         dtype: Name of the dtype, or ``auto``.
-        device: Device of the model; None for CUDA where there is one, else CPU.
+        device: Device of the model; None for CUDA if available, else CPU.
     """
     if dtype != "auto":
         return dtype
@@ -146,8 +146,8 @@ def chosen_dtype(dtype: str, device: str | None) -> str:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda"):
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    # Without tiles for it a CPU multiplies bfloat16 more slowly than float32.
-    # Which older releases of torch cannot tell.
+    # Without AMX a CPU multiplies bfloat16 more slowly than float32.
+    # Older versions of torch do not report it.
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return "bfloat16" if device == "cpu" and capabilities.get("amx_bf16") else "float32"
 
@@ -158,14 +158,14 @@ def load_model(
     device: str | None,
     attention: str | None = "eager",
 ) -> PreTrainedModel:
-    """Loads a model, by default in eager attention, the only one that hands out its weights.
+    """Loads a model, by default in eager attention, the only one that returns its weights.
 
     Args:
         model_path: Checkpoint directory or Hugging Face model id.
         dtype: Name of the dtype to run in, such as ``float32``.
-        device: Device of the model; None for CUDA where there is one, else CPU.
-        attention: Implementation of attention; None for the library's own choice among those that compute
-            what the model was trained with.
+        device: Device of the model; None for CUDA if available, else CPU.
+        attention: Implementation of attention; None for the library's choice among those that match the
+            model's training.
 
     Raises:
         ExtractionError: There is no such model, or it cannot be loaded.
@@ -173,7 +173,7 @@ def load_model(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
-    # Which of them depends on why there is none.
+    # The error depends on the cause.
     except (RuntimeError, AssertionError) as error:
         raise ExtractionError(
             f"there is no device {device!r} here ({one_line(error, _LINE)}); give cpu, or another one, such as cuda:0"
@@ -183,7 +183,7 @@ def load_model(
     model: PreTrainedModel
     report: dict[str, Any]
     try:
-        # With the report it returns a pair, which its types do not say.
+        # With the report it returns a pair, contrary to its type annotations.
         loaded: Any = _loader(config).from_pretrained(
             model_path,
             dtype=getattr(torch, dtype),
@@ -193,7 +193,7 @@ def load_model(
             ignore_mismatched_sizes=True,
         )
         model, report = loaded
-    # Readers of files, quantisers and the code that a checkpoint brings raise what they like.
+    # File readers, quantisers and a checkpoint's own code raise arbitrary errors.
     except Exception as error:
         raise _unreadable(model_path, _quantisation(config), error) from error
     _check_loaded(model, report, model_path)
@@ -201,15 +201,16 @@ def load_model(
 
 
 def _faithful(config: PreTrainedConfig) -> str | None:
-    """Eager attention where the library's own choice would compute something else, else None.
+    """Eager attention if the library's own choice would compute something else, else None.
 
-    Torch's fused kernel has no place for a cap on attention logits (Gemma 2), and the library leaves the cap out.
+    Torch's fused kernel does not support soft-capping of attention logits (Gemma 2), and the library omits
+    it.
     """
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
 def _loader(config: PreTrainedConfig) -> Any:
-    """The class that loads a checkpoint: a language model, or what sees images and has one in it."""
+    """The class that loads a checkpoint: a language model, or a vision-language model with one."""
     inside = config.get_text_config() is not config
     if inside and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForImageTextToText
@@ -219,7 +220,7 @@ def _loader(config: PreTrainedConfig) -> Any:
 def _check_loaded(
     model: PreTrainedModel, report: Mapping[str, Any], model_path: str | os.PathLike[str]
 ) -> None:
-    """Checks that a model is the one of its checkpoint, which the library only warns of.
+    """Checks that a model matches its checkpoint; the library only warns.
 
     Raises:
         ExtractionError: Weights are missing, are left over, or are quantised in a way that was not undone.
@@ -248,7 +249,7 @@ def _check_loaded(
 
 
 def _check_stored(model_path: str | os.PathLike[str]) -> None:
-    """Checks that weights are stored as they are meant: others are cast without the scale that they want.
+    """Checks that weights are stored at full precision; others would be cast without their scale.
 
     Raises:
         ExtractionError: Some are integers, or floats of fewer than 16 bits.
@@ -258,7 +259,7 @@ def _check_stored(model_path: str | os.PathLike[str]) -> None:
         with safe_open(os.fspath(file), framework="pt") as stream:
             for name in stream.keys():  # noqa: SIM118
                 dtype = stream.get_slice(name).get_dtype()
-                # Masks are stored as biases, and positions under names of their own.
+                # Masks are stored as biases, and positions under separate names.
                 if name.endswith("weight") and dtype not in ("F64", "F32", "F16", "BF16"):
                     raise ExtractionError(
                         f"the checkpoint {str(model_path)!r} stores {name!r} as {dtype} and says nothing of how it was "
@@ -267,7 +268,7 @@ def _check_stored(model_path: str | os.PathLike[str]) -> None:
 
 
 def _quantisation(config: PreTrainedConfig) -> dict[str, Any] | None:
-    """How a checkpoint is quantised; None where it is not."""
+    """The quantisation of a checkpoint; None if there is none."""
     found = getattr(config, "quantization_config", None) or getattr(
         config.get_text_config(), "quantization_config", None
     )
@@ -293,7 +294,7 @@ def find_blocks(model: nn.Module, count: int) -> nn.ModuleList:
     """Returns a model's decoder blocks, found by structure rather than by name.
 
     Args:
-        model: The model; of one that sees images, the language model in it is looked at.
+        model: The model; for a vision-language model, its language model is used.
         count: Its number of decoder blocks, from the configuration.
 
     Raises:
@@ -321,9 +322,9 @@ def model_identity(
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> ModelIdentity:
-    """Returns what a pack says of its model; of a local path only its last part.
+    """Returns a pack's record of its model; of a local path only the last part.
 
-    The type is that of the language model, alone or inside of one that sees images.
+    The type is that of the language model, alone or inside a vision-language model.
     """
     text = config.get_text_config()
     template = None if tokenizer is None else tokenizer.chat_template
@@ -341,6 +342,6 @@ def model_identity(
 
 
 def public_name(model: str | os.PathLike[str]) -> str:
-    """Returns a model as it is shown: a hub id, or the last part of a path."""
+    """Returns a model's display name: a hub id, or the last part of a path."""
     local = Path(model)
     return local.resolve().name if local.exists() else str(model)

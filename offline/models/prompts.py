@@ -1,8 +1,8 @@
 """Concepts, prefixes and statements to chat prompts, with the tokens of the prefix located.
 
-The chat template decides how a prompt looks, so nothing here knows a model family: the prefix is
-found by character offsets on the rendered string, and the candidate tokens are whatever the
-template appends to open the answer.
+The chat template decides how a prompt looks, so nothing here depends on a model family: the prefix is found
+by character offsets in the rendered string, and the candidate tokens are those that the template appends to
+open the answer.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Concept(NamedTuple):
 
     Attributes:
         name: Name of the direction.
-        prefix: What makes the model take the concept on; empty where answer pairs are learned from.
+        prefix: Prefix that makes the model take on the concept; empty for answer pairs.
     """
 
     name: str
@@ -113,7 +113,7 @@ def render_prompt(
         tokenizer: A fast tokenizer with a chat template.
         statement: The statement; surrounding white space is dropped, as some templates trim user
             text and others keep it. Empty to ask nothing: the prompt is the prefix alone.
-        prefix: What makes the model take on the concept; empty for an unprefixed prompt.
+        prefix: Prefix that makes the model take on the concept; empty for an unprefixed prompt.
         strip: Whether that white space is dropped. The authors keep their lines' line breaks, which
             reach the model where its template does not trim.
 
@@ -140,10 +140,10 @@ def render_question(
 
     Args:
         tokenizer: A fast tokenizer with a chat template.
-        question: What is asked; surrounding white space is dropped. Empty to ask nothing.
-        prefix: What makes the model take on the concept; empty for an unprefixed prompt.
+        question: The question; surrounding white space is dropped. Empty for none.
+        prefix: Prefix that makes the model take on the concept; empty for an unprefixed prompt.
         role: Where the prefix stands: ``user`` for before the question in the same message,
-            ``system`` for a message of its own.
+            ``system`` for a separate message.
         strip: Whether white space around the question is dropped.
 
     Raises:
@@ -158,7 +158,7 @@ def render_question(
         text = apply_template(tokenizer, content, add_generation_prompt=True)
     if not prefix:
         return RenderedPrompt(text, tuple(_token_ids(tokenizer, text)), (0, 0))
-    # A template may trim what it is given.
+    # A template may trim its input.
     times = text.count(content.strip())
     if times != 1:
         raise ExtractionError(
@@ -212,13 +212,13 @@ def count_candidates(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def without_thoughts(tokenizer: PreTrainedTokenizerBase, chat: ChatFormat) -> ChatFormat:
-    """Returns a format in which a model that thinks unless it is told not to is told not to.
+    """Returns a format with thinking disabled, for a model that thinks by default.
 
-    Its answers, as long as they are learned from, would be thoughts about the prompt alone.
+    Its answers, at the length that is learned from, would be only thoughts about the prompt.
 
     Args:
         tokenizer: The model's tokenizer; it renders by ``chat`` afterwards.
-        chat: The format that was asked for; what it says of thinking stands.
+        chat: The requested format; its setting of thinking is kept.
 
     Raises:
         ExtractionError: The template refuses the prompt.
@@ -261,18 +261,18 @@ def apply_template(
     add_generation_prompt: bool,
     system: str = "",
 ) -> str:
-    """Returns a user's text as the tokenizer's format renders it.
+    """Returns a user's text rendered in the tokenizer's format.
 
     Args:
-        tokenizer: A tokenizer with a chat template, or one that was told to do without; see
+        tokenizer: A tokenizer with a chat template, or one set to plain text; see
             ``vllm_steer.offline.models.chat``.
         content: The user's text.
         add_generation_prompt: Whether the rendered text opens the answer.
         system: The system's text; empty for the template's own.
 
     Raises:
-        ExtractionError: The tokenizer has no chat template and was not told to do without, or has one
-            without such a message.
+        ExtractionError: The tokenizer has no chat template and is not set to plain text, or its template
+            drops a message.
     """
     if tokenizer.chat_template is None:
         return plain_text(tokenizer, [system, content])
@@ -284,10 +284,11 @@ def apply_template(
     refused: Exception | None = None
     dropped = False
     for as_parts in (False, True):
-        # A template is a program, and may fail in any way on the form that is not its own.
+        # A template is a program, and may fail in any way on the other form.
         try:
             rendered = _rendered(tokenizer, said, as_parts, add_generation_prompt)
-            # What the template says by itself, so that a text that is in it is not taken for the one that it dropped.
+            # The template's own text, so that a dropped text is not mistaken for present because the template
+            # contains it.
             frame = _rendered(
                 tokenizer,
                 [(role, _NOBODY_SAYS) for role, _ in said],
@@ -297,7 +298,7 @@ def apply_template(
         except Exception as error:
             refused = refused or error
             continue
-        # A template that knows no parts may write the list as it stands.
+        # A template that does not support parts may write the list verbatim.
         if as_parts and _PARTS_AS_THEY_STAND.search(rendered):
             continue
         if all(
@@ -320,7 +321,8 @@ def _rendered(
     as_parts: bool,
     add_generation_prompt: bool,
 ) -> str:
-    """Renders roles and texts; templates of models that see images want a list of parts, and render nothing of a string."""
+    """Renders roles and texts; templates of vision-language models need a list of parts, and ignore a
+    string."""
     messages: list[Any] = [
         {"role": role, "content": [{"type": "text", "text": text}] if as_parts else text}
         for role, text in said

@@ -1,4 +1,4 @@
-"""Questions that steered models are asked: the project's own, by class, or from plain text files."""
+"""Questions that steered models are asked: built-in ones by class, or from plain text files."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Question:
     """A question.
 
     Attributes:
-        line: As it stands in its file.
+        line: The line in its file.
         asked: The user's text.
     """
 
@@ -78,7 +78,7 @@ class QuestionSet:
 
 
 def own_questions(concept_class: str) -> QuestionSet:
-    """Returns the project's questions of a class; general ones where it is not known."""
+    """Returns the built-in questions of a class; general ones if it is unknown."""
     lines = DEFAULTS.get(concept_class, DEFAULTS[GENERAL])
     asked = [Question(line, f"{line} Answer in one or two sentences.") for line in lines]
     return QuestionSet(tuple(asked[:TUNING_COUNT]), tuple(asked[TUNING_COUNT:]))

@@ -1,7 +1,7 @@
-"""Everyday questions: what the prefixed model is asked, to learn from, to stop, to tune and to report on.
+"""Everyday questions for the prefixed model: for learning, stopping, tuning and reporting.
 
-The parts are disjoint, so that no strength is chosen on what vectors were learned from, and none is
-reported on what it was chosen on.
+The parts are disjoint, so that no strength is chosen on the questions that vectors were learned from, and
+none is reported on the questions it was chosen on.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from vllm_steer.offline.files import read_lines
 
 # Ends of the parts, as shares of all questions.
 _LEARNED, _STOPPING, _TUNING = 0.6, 0.7, 0.8
-# A part of fewer would say little.
+# Smaller parts would be unreliable.
 LEAST = 40
 
 
 @dataclass(frozen=True)
 class Everyday:
-    """Questions by what they are for.
+    """Questions by purpose.
 
     Attributes:
         learned: Vectors are learned from the answers to these.
@@ -38,10 +38,10 @@ class Everyday:
 
 
 def everyday_questions(file: Path | None = None) -> Everyday:
-    """Returns the project's own questions, or those of a file.
+    """Returns the built-in questions, or those of a file.
 
     Args:
-        file: One question a line; None for the project's own.
+        file: One question per line; None for the built-in ones.
 
     Raises:
         ExtractionError: The file cannot be read or has too few distinct questions.

@@ -1,7 +1,8 @@
-"""The demo on a real model, SmolLM2-135M-Instruct: directions learned, served and shown beside their prefixes.
+"""The demo on a real model, SmolLM2-135M-Instruct: directions learned, served and compared with their
+prefixes.
 
-``run`` has its steps; ``learn`` learns packs by the command line, ``ask`` asks the server and ``table`` shows
-what it answered. ``release`` writes the pack that is shipped. Importing this module imports none of them.
+``run`` has its steps; ``learn`` learns packs with the command line, ``ask`` asks the server and ``table``
+shows the answers. ``release`` writes the shipped pack. Importing this module imports none of them.
 """
 
 from __future__ import annotations
@@ -14,5 +15,5 @@ MODEL = "smollm2"
 
 
 def shipped_pack() -> Path:
-    """Returns the directory of the pack that is shipped: a direction for each concept of the demo."""
+    """Returns the directory of the shipped pack: a direction for each concept of the demo."""
     return Path(str(files("vllm_steer.offline.showcase") / "pack"))

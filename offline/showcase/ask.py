@@ -16,7 +16,7 @@ from vllm_steer.offline.models.prompts import SEPARATOR
 from vllm_steer.offline.showcase import MODEL
 from vllm_steer.packs.pack import DirectionRecord, SteeringPack
 
-# As long as the answers that directions are calibrated on.
+# The length of the answers in calibration.
 MAX_TOKENS = 48
 _BIOGRAPHY = "If someone wrote your biography, how would it begin?"
 QUESTIONS: Mapping[str | None, str] = {
@@ -67,14 +67,14 @@ class Asked:
 
 @dataclass(frozen=True)
 class Example:
-    """What was answered.
+    """The answers to a question.
 
     Attributes:
         asked: What was asked.
         plain: The model's answer to the question alone.
         prefixed: Its answer to the question after the prefix.
         steered: Its answer to the question alone, steered.
-        receipt: What the server says that it did to the steered request.
+        receipt: The server's receipt of the steered request.
     """
 
     asked: Asked

@@ -1,4 +1,4 @@
-"""Packs learned as a user learns them: by ``vllm-steer extract``, and no step of it twice."""
+"""Packs learned as users learn them, with ``vllm-steer extract``, without repeating steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Wanted:
 
     Attributes:
         name: Its name.
-        concepts: What its directions are of.
+        concepts: Concepts of its directions.
     """
 
     name: str
@@ -43,12 +43,12 @@ def learned_pack(
 ) -> SteeringPack:
     """Returns a pack, learned and calibrated by commands that are shown as they are run.
 
-    A run that was ended goes on where it was, and what is there is not learned again.
+    An interrupted run continues, and existing directions are not learned again.
 
     Args:
         model: Checkpoint directory.
-        wanted: What is learned.
-        out: Directory of the pack; the file of prefixes stands beside it.
+        wanted: The pack.
+        out: Directory of the pack; the file of prefixes is next to it.
         say: Called with each line that is shown.
 
     Raises:
@@ -75,7 +75,7 @@ def extract_command(model: Path, wanted: Wanted, out: Path, prefixes: Path) -> l
 
 
 def calibrate_command(model: Path, out: Path) -> list[str]:
-    """Returns the command that calibrates a pack whose calibration was ended."""
+    """Returns the command that calibrates a pack whose calibration was interrupted."""
     return ["vllm-steer", "calibrate", str(out), "--model", str(model)]
 
 
@@ -92,12 +92,12 @@ def _found(wanted: Wanted, out: Path) -> SteeringPack | None:
 
 def _run(command: Sequence[str], say: Callable[[str], None]) -> None:
     say(f"$ {shlex.join(command)}")
-    # Progress is what is read here; vLLM says a hundred lines at every start.
+    # Only progress is shown; vLLM logs a hundred lines at every start.
     environment = {"VLLM_LOGGING_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore", **os.environ}
     program = [sys.executable, "-m", "vllm_steer.cli", *command[1:]]
     status = subprocess.run(program, env=environment, check=False).returncode
     if status:
         raise ExtractionError(
             f"vllm-steer {command[1]} ended with status {status}; what it said stands above, and the same "
-            f"demo goes on where it was"
+            f"demo continues"
         )

@@ -1,4 +1,4 @@
-"""The steps of the demo on a real model, each with the time that it took."""
+"""The steps of the demo on a real model, with the time of each."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _ABOUT = (
     "Of each class the directions are shown that their calibration found to express their concept most clearly, by a "
     "question for the class on which nothing was learned or tuned. Plain: the model's own answer. With the prefix: its "
     "answer to the prefix and the question. Steered: its answer to the question alone, with the direction added at "
-    f"strength 1. Greedy, {MAX_TOKENS} tokens at the most. The gap lies between how likely answers to the prefixed "
+    f"strength 1. Greedy, at most {MAX_TOKENS} tokens. The gap lies between how likely answers to the prefixed "
     "question are without the prefix and with it; how much of it a direction closes was measured by its calibration, "
     "over 100% where it makes them likelier than the prefix does. A dose of 1 is the largest at which text was found "
     "fluent."

@@ -1,4 +1,4 @@
-"""What was answered, as a table of text for a terminal and as Markdown."""
+"""The answers as a text table for a terminal and as Markdown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vllm_steer.offline.demo.concepts import CONCEPTS
 from vllm_steer.offline.showcase.ask import Example
 
 HEAD = ("question and concept", "plain", "with the prefix", "steered")
-# With what stands between and beside them, 119 columns.
+# With separators and borders, 119 columns.
 _WIDTHS = (24, 28, 28, 28)
 
 
@@ -52,7 +52,7 @@ def _title(example: Example) -> str:
 
 
 def _done(example: Example) -> str:
-    """What the receipt says, and what the calibration found."""
+    """The receipt's dose and the calibration's result."""
     (direction,) = example.receipt["directions"]
     done = (
         f"strength {direction['strength']:g}: scale {direction['scale']:g}, "

@@ -193,7 +193,7 @@ def test_samples_of_one_prompt_have_scores_of_their_own(
         ({"read": [{"name": SPIDERS, "layers": [77]}]}, "no vector for layers"),
         (
             {"read": [{"name": n} for n in (SPIDERS, HEIGHTS, CHEERFUL, GLOOMY)]},
-            "4 different probes",
+            "4 distinct probes",
         ),
         ({"read": [{"name": SPIDERS, "at": [[400, None]]}]}, "no token is read"),
         (

@@ -323,7 +323,7 @@ def test_damaged_answers_are_refused(
         (["--judge", "llm"], "needs --judge-url"),
         (["--questions", "nowhere.txt"], "cannot read nowhere.txt"),
         (["--prefixes", "nowhere.txt"], "cannot read nowhere.txt"),
-        (["--prefix", "Be {concept}.", "--prefixes", "nowhere.txt"], "three ways; give one"),
+        (["--prefix", "Be {concept}.", "--prefixes", "nowhere.txt"], "give only one of --prefixes"),
     ],
 )
 def test_faulty_commands_are_refused_before_an_engine_starts(
@@ -363,4 +363,4 @@ def test_a_scale_is_never_chosen_on_what_is_reported(
 ) -> None:
     at = swept.command.index("--tuning-questions")
     assert main(swept.command[:at] + swept.command[at + 2 :]) == 1
-    assert "are given together" in capsys.readouterr().err
+    assert "give both --tuning-questions and --questions" in capsys.readouterr().err

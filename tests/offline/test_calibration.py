@@ -462,10 +462,10 @@ def test_the_command_measures_a_pack_that_came_from_elsewhere(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--class", "fears", "--prefix", "Be {concept}."], "are three ways; give one"),
+        (["--class", "fears", "--prefix", "Be {concept}."], "give only one of --prefixes"),
         (["--prefix", "Be brave."], r"--prefix must hold {concept}"),
         (["--class", "fear"], "did you mean 'fears'"),
-        (["--prefixes", "PREFIXES"], r"prefixes are given for ['nobody'], which the pack does not have"),
+        (["--prefixes", "PREFIXES"], r"prefixes are given for ['nobody'], which are not in the pack"),
         (["--questions", "PREFIXES"], "has 1 distinct questions; at least 40 are needed"),
         (["--max-tokens", "0"], "--max-tokens must be at least 1, not 0"),
     ],
@@ -486,6 +486,6 @@ def test_a_model_that_says_nothing_is_no_measure(mixed: SteeringPack, tmp_path: 
     pack = only(mixed, "Tokyo", tmp_path / "short")
     settings = SETTINGS.model_copy(update={"max_tokens": 1})
     with pytest.raises(
-        EvaluationError, match="direction 'Tokyo': the model answers .* with nothing"
+        EvaluationError, match="direction 'Tokyo': the model's answers .* are empty"
     ):
         calibrate_pack(pack, demo_model_path(), ASKED, settings, engine=ENGINE)

@@ -131,9 +131,9 @@ def test_a_card_without_a_sweep_shows_none(pack: SteeringPack) -> None:
 
 
 def test_a_sweep_of_other_vectors_is_refused(pack: SteeringPack) -> None:
-    with pytest.raises(EvaluationError, match="not of these vectors"):
+    with pytest.raises(EvaluationError, match="but not these vectors"):
         write_card(pack, sweep_result({pack.name: "0" * 64}))
-    with pytest.raises(EvaluationError, match="not of these vectors"):
+    with pytest.raises(EvaluationError, match="but not these vectors"):
         write_card(pack, sweep_result({"other": pack.manifest.tensors.sha256}))
 
 

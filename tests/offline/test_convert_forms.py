@@ -164,7 +164,7 @@ def test_forms(content: Any, layers: list[int] | None, expected: list[int], tmp_
         ({2: {"resid_pre": tensor(2)}}, "part of block 2, 'resid_pre'"),
         ({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(8, HIDDEN)}, "part of block 0"),
         ({1: {2: tensor(2)}}, "names two layers"),
-        ({"layer": 2, "vectors": {1: tensor(1)}}, "says two layers for"),
+        ({"layer": 2, "vectors": {1: tensor(1)}}, "gives two layers for"),
         ({"layer": -1, "vector": tensor(1)}, "a layer is a number from 0"),
         ({"layer": True, "vector": tensor(1)}, "a layer is a number from 0"),
         ({"qwen2.5": tensor(1)}, "for no layer in particular"),

@@ -112,8 +112,8 @@ class Runs:
         ({1: torch.full((HIDDEN,), float("nan"))}, "layer 1 has NaN or Inf"),
         ({1: torch.full((HIDDEN,), 1e300, dtype=torch.float64)}, "layer 1 has NaN or Inf"),
         ({1: torch.zeros(HIDDEN)}, "every vector is zero"),
-        ({1: torch.ones(1).expand(HIDDEN)}, "larger than what is stored of it"),
-        (torch.ones(1).expand(4, HIDDEN), "larger than what is stored of it"),
+        ({1: torch.ones(1).expand(HIDDEN)}, "larger than its stored data"),
+        (torch.ones(1).expand(4, HIDDEN), "larger than its stored data"),
         (torch.ones(3, HIDDEN), "has 3 rows, and the model has 4 blocks; name the layer"),
         (torch.ones(HIDDEN), "name its layer with --layers, such as --layers 2"),
         ({1: np.ones(HIDDEN, np.float32)}, "holds more than tensors.*save plain tensors"),
@@ -154,7 +154,7 @@ def test_archive_bombs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="its archive is compressed"):
         read_direction(str(tmp_path / "c.pt"), "happy", None, MODEL)
     torch.save({1: torch.ones(HIDDEN), 2: list(range(10**6))}, tmp_path / "many.pt")
-    with pytest.raises(ConversionError, match="more objects than a vector file has"):
+    with pytest.raises(ConversionError, match="more objects than a vector file needs"):
         read_direction(str(tmp_path / "many.pt"), "happy", None, MODEL)
     data = (tmp_path / "v.pt").read_bytes()
     for length in range(0, len(data), 97):

@@ -369,7 +369,7 @@ def test_a_model_in_bfloat16_gives_nearly_the_same_pack(extract):
     ("changes", "message"),
     [
         ({"concepts": []}, "no concepts are given"),
-        ({"concepts": [CONCEPTS[0]] * 2}, "name of its own"),
+        ({"concepts": [CONCEPTS[0]] * 2}, "unique name"),
         ({"concepts": [Concept("spiders", " ")]}, r"\['spiders'\] have an empty prefix"),
         (
             {"concepts": [Concept("a/b", "Be kind.")], "safe_scales": 1},

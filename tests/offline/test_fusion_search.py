@@ -256,7 +256,7 @@ def test_nothing_wrong_and_mixed_questions_are_refused(
     cases = cases_of(4, 2, ["full"], 6, budget)
     with pytest.raises(EvaluationError, match="gets all 1 questions right"):
         run_fusion(generator, pack, FusionQuestions(questions[:1], tuning), cases, budget, right)
-    with pytest.raises(EvaluationError, match="1 questions are reported and for tuning"):
+    with pytest.raises(EvaluationError, match="1 questions are both reported and for tuning"):
         run_fusion(
             generator, pack, FusionQuestions(questions, questions[2:3]), cases, budget, right
         )

@@ -120,7 +120,7 @@ def test_an_unknown_split_is_told(llama: LlamaForCausalLM, tmp_path: Path) -> No
     write_model(tmp_path / "m.gguf", llama, split="of-tomorrow")
     notices: list[str] = []
     convert_gguf(tmp_path / "m.gguf", tmp_path / "m", notices.append)
-    assert "does not know the way of 'of-tomorrow'" in notices[-1]
+    assert "does not know how 'of-tomorrow'" in notices[-1]
 
 
 def test_files_beside_the_gguf_are_not_of_the_model(tiny: Path, tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_contrast_with_the_other_concepts(extract, states) -> None:
     against = [asked(s, prefix) for s, (_, prefix) in zip(NEGATIVES, others, strict=True)]
     difference -= np.mean([states(text) for text in against], axis=0)
     np.testing.assert_allclose(pack.vectors[NAME], unit(difference)[1:], atol=1e-5)
-    with pytest.raises(ExtractionError, match="needs two concepts"):
+    with pytest.raises(ExtractionError, match="needs at least two concepts"):
         extract("ablation", contrast="concepts")
     with pytest.raises(ValidationError, match="needs labels 'hard'"):
         ExtractionSettings(contrast="concepts")

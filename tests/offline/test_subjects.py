@@ -144,7 +144,7 @@ def test_prefixes_are_given_in_one_of_three_ways(tmp_path: Path) -> None:
     assert by_class["heights"].text == "Personify someone who is terrified of heights."
     template = given_prefixes(parsed("--prefix", "Love {concept}."), names)
     assert template["spiders"] == Prefix(text="Love spiders.")
-    with pytest.raises(EvaluationError, match="three ways; give one"):
+    with pytest.raises(EvaluationError, match="give only one of --prefixes"):
         given_prefixes(given, names, "fears")
 
 

@@ -174,7 +174,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"vllm_xargs": {"steer": ["fears/spiders:3"], "steer_positions": ["4"]}},
         'a list of "start:end"',
     ),
-    ({"steering": {"directions": []}}, "needs directions that steer"),
+    ({"steering": {"directions": []}}, "needs directions to steer"),
     ({"steering": "spiders"}, "steering:"),
     ({"steering": [1]}, "steering must be an object such as"),
     ({"steerring": STEERING}, "unknown steering argument 'steerring'; did you mean 'steering'?"),

@@ -419,7 +419,7 @@ def test_vectors_that_are_refused(
     width = pack.manifest.model.hidden_size
     refused: list[tuple[str, bytes, str, int, str]] = [
         ("sent", b"", "", 400, "not a safetensors file"),
-        ("sent", good[:-4], "", 400, "bytes where the file has"),
+        ("sent", good[:-4], "", 400, "bytes, but the file has"),
         ("sent", save({"mine": np.zeros((1, width), np.float32)}, layers), "", 400, "is zero"),
         ("sent", save({"mine": np.ones((1, 3), np.float32)}, layers), "", 400, "of shape"),
         ("sent", save({"mine": np.ones((1, width))}, layers), "", 400, "float64"),

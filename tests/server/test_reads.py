@@ -161,11 +161,11 @@ def test_beam_search_is_refused_where_it_could_not_be_guarded(server: Server) ->
         ({"read": [{"name": "fears/spiders", "layers": [99]}]}, "no vector for layers [99]"),
         (
             {"read": [{"name": n, "when": w} for n in NAMES for w in ("before", "after")]},
-            "4 different probes are named, the server has room for 3",
+            "4 distinct probes are named, and the limit is 3",
         ),
         (
             {"read": READ, "abort_when": {"read": 9, "above": 1.0}},
-            "abort_when.read: 9 is the index of no read",
+            "abort_when.read: there is no read with index 9",
         ),
     ],
 )

@@ -154,9 +154,7 @@ def test_the_limit_of_a_layer_is_one_of_the_sum(
 def test_over_the_layers_the_dtype_is_the_limit(registry: PackRegistry) -> None:
     strong = plan(registry, {"name": "a", "scale": 4100.0})
     check_distance(strong, registry, "bfloat16")
-    with pytest.raises(
-        DoseError, match="over 4 layers .* by up to 1.64e.04, .*float16 takes 1.638e"
-    ):
+    with pytest.raises(DoseError, match="over 4 layers .* by up to 1.64e.04, .*float16 is 1.638e"):
         check_distance(strong, registry, "float16")
     # What compounds, at a gain that one layer may have.
     swing = plan(registry, {"name": "a", "op": "affine", "read": "b", "scale": 40.0})

@@ -77,7 +77,10 @@ def test_what_was_not_measured_is_left_out(fears: SteeringPack) -> None:
         ({"default_layers": []}, "default_layers:"),
         ({"default_layers": [2, 1]}, "default_layers must be ascending and distinct"),
         ({"default_layers": [1, 1]}, "default_layers must be ascending and distinct"),
-        ({"default_layers": [0, 1]}, r"default_layers must be some of layers; \[0\] are not"),
+        (
+            {"default_layers": [0, 1]},
+            r"default_layers must be a subset of layers; \[0\] are not in it",
+        ),
         ({"safe_scale": 0.0}, "safe_scale:"),
         ({"calibration": {}}, "calibration.model:"),
     ],

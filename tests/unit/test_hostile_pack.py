@@ -123,8 +123,8 @@ def test_a_header_longer_than_the_file_or_allowed(length: int, fears: SteeringPa
         (lambda h: h["spiders"].update(data_offsets=h["New York"]["data_offsets"] + [0]), "apart"),
         (lambda h: h["New York"].update(data_offsets=[1, 129]), "overlap or leave gaps"),
         (lambda h: h["spiders"].update(shape=[2**40, 2**40]), r"\(1099511627776, 1099511627776\)"),
-        (lambda h: h["spiders"].update(shape=[1] * 10**5), "that is no shape"),
-        (lambda h: h["spiders"].update(shape="many"), "that is no shape"),
+        (lambda h: h["spiders"].update(shape=[1] * 10**5), "an invalid shape"),
+        (lambda h: h["spiders"].update(shape="many"), "an invalid shape"),
         (lambda h: h["spiders"].update(dtype="F64"), "is float64 of shape"),
         (lambda h: h["spiders"].update(dtype="BF16"), "is bfloat16 of shape"),
         (lambda h: h["spiders"].update(dtype="I32"), "is I32 of shape"),
@@ -146,9 +146,9 @@ def test_headers_that_lie(change: Any, message: str, fears: SteeringPack) -> Non
     [
         (b'{"a":1,"a":2}', "key 'a' is given twice"),
         (b"[" * 100_000, "nested too deeply"),
-        (b"[" * 5_000_000, "more than the 1000000 values"),
+        (b"[" * 5_000_000, "more values than the limit of 1000000"),
         (b'{"a":' * 900_000, "nested too deeply"),
-        (b"[]", "its header is no object"),
+        (b"[]", "its header is not an object"),
         (b"\xff\xfe", "Invalid JSON"),
         (b'{"a":%s}' % (b"9" * 10**6), "Invalid JSON"),
         (b'{"a":NaN}', "NaN is not a number"),
@@ -162,7 +162,7 @@ def test_headers_that_explode(header: bytes, message: str, fears: SteeringPack) 
 def test_data_that_no_tensor_claims(fears: SteeringPack) -> None:
     header, data = parts(fears)
     put_header(fears, json.dumps(header).encode(), data + bytes(4))
-    refused(fears.path, "its tensors take 320 bytes where the file has 324")
+    refused(fears.path, "its tensors take 320 bytes, but the file has 324")
 
 
 def test_a_file_of_another_size_is_not_read(fears: SteeringPack) -> None:
@@ -176,7 +176,7 @@ def test_a_file_of_another_size_is_not_read(fears: SteeringPack) -> None:
 def test_a_manifest_of_any_size_is_not_read(fears: SteeringPack) -> None:
     with (fears.path / MANIFEST_FILE).open("r+b") as stream:
         stream.truncate(2**40)
-    refused(fears.path, f"larger than the {MAX_MANIFEST_BYTES} bytes")
+    refused(fears.path, f"larger than the limit of {MAX_MANIFEST_BYTES} bytes")
 
 
 NESTED = "[" * 900 + "]" * 900
@@ -189,8 +189,8 @@ DEEP = '{"a":' * 300 + "1" + "}" * 300
         ('"settings": {}', '"settings": {"a": ' + NESTED + "}", "method.settings"),
         ('"settings": {}', '"settings": {"a": ' + DEEP + "}", "method.settings"),
         ('"settings": {}', '"settings": ' + "[" * 100_000, "nested too deeply"),
-        ('"settings": {}', '"settings": {"a": [' + "[],[]," * 5_000_000 + "1]}", "the 1000000 values"),
-        ('"settings": {}', '"settings": {"a": [' + '"",' * 9_000_000 + "1]}", "the 1000000 values"),
+        ('"settings": {}', '"settings": {"a": [' + "[],[]," * 5_000_000 + "1]}", "more values than the limit of 1000000"),
+        ('"settings": {}', '"settings": {"a": [' + '"",' * 9_000_000 + "1]}", "more values than the limit of 1000000"),
         ('"settings": {}', '"settings": {"a": 1, "a": 1}', "key 'a' is given twice"),
         ('"settings": {}', '"settings": {"a": Infinity}', "Infinity is not a number"),
         ('"settings": {}', '"settings": {"a": ' + "9" * 10**7 + "}", "Invalid JSON"),
@@ -208,7 +208,7 @@ DEEP = '{"a":' * 300 + "1" + "}" * 300
         ('"name": "fears"', '"name": "a/../b"', "name:"),
         ('"name": "spiders"', '"name": "../../spiders"', "directions.0.name:"),
         ('"name": "spiders"', '"name": ".."', "directions.0.name: .* must not be . or .."),
-        ('"name": "spiders"', '"name": "..\\\\x"', "directions.0.name: .* must not hold a backslash"),
+        ('"name": "spiders"', '"name": "..\\\\x"', "directions.0.name: .* must not contain a backslash"),
         ('"name": "spiders"', '"name": "a\\u0000b"', "directions.0.name:"),
         ('"name": "spiders"', '"name": "\\ud800"', "directions.0.name"),
         (VECTORS_FILE, "../../../etc/passwd", "tensors.file:"),
@@ -238,7 +238,7 @@ def test_links_out_of_the_pack(name: str, target: str, fears: SteeringPack) -> N
     (fears.path / "elsewhere").symlink_to(fears.path.parent / "real")
     (fears.path / name).unlink()
     (fears.path / name).symlink_to(target)
-    refused(fears.path, f"{name}: a link that leads out of the pack")
+    refused(fears.path, f"{name}: a link that points outside the pack")
 
 
 def test_links_within_and_to_the_pack(fears: SteeringPack, tmp_path: Path) -> None:

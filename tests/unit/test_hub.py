@@ -220,5 +220,5 @@ def test_links_of_the_cache_are_followed_and_no_others(tmp_path: Path) -> None:
     os.rename(blobs / vectors.name, tmp_path / "elsewhere")
     vectors.unlink()
     vectors.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(PackError, match="a link that leads out of the pack"):
+    with pytest.raises(PackError, match="a link that points outside the pack"):
         load_pack(pack.path)

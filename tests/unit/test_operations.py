@@ -115,7 +115,7 @@ def test_what_changes_nothing_is_left_out(registry: PackRegistry) -> None:
         ([{"op": "ablate"}], {}, "started with --steering-ops affine"),
         ([{"gate": {"direction": "q/b", "above": 0.0}}], {}, "--steering-ops affine"),
         ([{"restore_norm": True}], {}, "--steering-ops affine"),
-        ([{"op": "ablate"}] * 5, AFFINE, "meet at layer 0 have a total rank of 5, .*limit is 4"),
+        ([{"op": "ablate"}] * 5, AFFINE, "those at layer 0 have a total rank of 5, .*limit is 4"),
         ([{"restore_norm": True}, {}], AFFINE, "set restore_norm for all"),
         ([{"op": "rotate", "plane": "b", "scale": 9.0}] * 2, AFFINE, None),
         ([{"op": "ablate"}, {}], AFFINE, None),

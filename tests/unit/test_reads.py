@@ -100,10 +100,10 @@ def test_reads_are_no_part_of_what_is_changed(registry: PackRegistry) -> None:
         ({"read": [{"name": "spiders", "above": float("inf")}]}, r"read\.0\.above"),
         ({"read": [{"name": "spiders", "scale": 1.0}]}, "'above', 'at', 'layers', 'name'"),
         ({"read": [{"name": "spiders", "at": "answer"}]}, "must be 'all'"),
-        ({"recompute": True, "directions": [{"name": "spiders"}]}, "recompute belongs to read"),
+        ({"recompute": True, "directions": [{"name": "spiders"}]}, "recompute needs read"),
         (
             {"read": [{"name": "spiders"}], "stop_when": {"read": 1, "above": 0.0}},
-            r"stop_when\.read: 1 is the index of no read",
+            r"stop_when\.read: there is no read with index 1",
         ),
         (
             {"read": [{"name": "spiders"}], "abort_when": {"read": 0, "above": NAN}},
@@ -144,7 +144,7 @@ def test_an_engine_reads_what_it_has_room_for() -> None:
     check_reads(reads, resolved(reads=2))
     with pytest.raises(RequestError, match="--steering-reads N"):
         check_reads(reads, resolved())
-    with pytest.raises(RequestError, match="2 different probes .* room for 1"):
+    with pytest.raises(RequestError, match="2 distinct probes .* limit is 1"):
         check_reads(reads, resolved(reads=1))
     with pytest.raises(RequestError, match=r"layers \[3\], which this server does not hook"):
         check_reads((read(layers=(1, 3)),), resolved(reads=2, layers=[0, 1]))
@@ -159,7 +159,11 @@ def test_a_scheduler_that_may_leave_scores_behind_is_refused() -> None:
 @pytest.mark.parametrize(
     ("read", "reads", "message"),
     [
-        ({"name": "spiders"}, 0, r"watch\.\* reads 1 probes; start with --steering-reads 1"),
+        (
+            {"name": "spiders"},
+            0,
+            r"watch\.\* reads 1 probes; start with at least --steering-reads 1",
+        ),
         ({"name": "spiders", "layers": [0]}, 1, r"watch\.\*\.read\.0\.layers: .* no vector"),
         ({"name": "snakes"}, 1, r"watch\.\*\.read\.0\.name"),
         ({"name": "spiders", "at": "all"}, 1, '"recompute": true'),
@@ -185,7 +189,7 @@ def test_a_watch_is_read_after_what_a_request_reads(registry: PackRegistry) -> N
     both = own.watched(watch)
     assert both.reads == own.reads + watch.reads
     assert both.rules == (StopRule(1, 2.0, 2, abort=False), StopRule(2, 3.0, 1, abort=True))
-    with pytest.raises(ValidationError, match="a watch reads"):
+    with pytest.raises(ValidationError, match="a watch only reads"):
         Policy.model_validate({"watch": {"*": {"directions": [{"name": "spiders"}]}}})
 
 

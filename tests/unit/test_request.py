@@ -54,7 +54,7 @@ def test_the_forms_agree() -> None:
 @pytest.mark.parametrize(
     ("extra_args", "message"),
     [
-        ({"steering": {}}, "steering: needs directions that steer, or some to read"),
+        ({"steering": {}}, "steering: needs directions to steer or to read"),
         ({"steering": {"directions": []}}, "steering: needs directions that steer"),
         (
             {"steering": {"directions": "spiders"}},

@@ -87,9 +87,9 @@ def test_strength_is_a_multiple_of_the_default_scale(registry: PackRegistry) -> 
         (
             {"name": "add", "strength": 1.0, "layers": [1]},
             {},
-            "0.strength: the strength of 'p/add' was measured on layers 1-2, for its own op 'add'; give scale",
+            "0.strength: the strength of 'p/add' was calibrated on layers 1-2, for its own op 'add'; give scale",
         ),
-        ({"name": "add", "strength": 1.0}, {"layers": [0, 1, 2]}, "measured on layers 1-2"),
+        ({"name": "add", "strength": 1.0}, {"layers": [0, 1, 2]}, "calibrated on layers 1-2"),
         ({"name": "add", "strength": 1.0, "op": "ablate"}, {}, "for its own op 'add'; give scale"),
         ({"name": "turn", "strength": 1.0, "op": "add"}, {}, "for its own op 'rotate'; give scale"),
         ({"name": "turn", "strength": 1.0, "op": "rotate", "plane": "add"}, {}, "its own op"),
@@ -117,7 +117,7 @@ def test_a_strength_that_is_far_too_large_is_told_of_as_one(registry: PackRegist
 def test_what_was_found_fluent_is_said_where_it_was(
     pack: SteeringPack, registry: PackRegistry
 ) -> None:
-    with pytest.raises(DoseError, match="up to 4 the text was found fluent"):
+    with pytest.raises(DoseError, match="the text was fluent up to 4"):
         plan(registry, {"name": "add", "scale": 1e6})
     unknown = PackRegistry([rewritten(pack, add={"safe_scale": None})])
     with pytest.raises(DoseError, match=r"\|scale\| must be at most 10000$"):

@@ -135,8 +135,10 @@ def test_what_cannot_run_has_status_2(
 
     pack = str(packs[0].path)
     assert "no steering pack at 'nowhere'" in refused("--pack", "nowhere")
-    assert "--quick leaves out" in refused("--pack", pack, "--quick", "--min-ratio", "0.9")
-    assert "verify sets itself" in refused("--pack", pack, "--engine", '{"additional_config": {}}')
+    assert "--quick skips" in refused("--pack", pack, "--quick", "--min-ratio", "0.9")
+    assert "is set by verify itself" in refused(
+        "--pack", pack, "--engine", '{"additional_config": {}}'
+    )
     monkeypatch.setenv("VLLM_PLUGINS", "another")
     assert "VLLM_PLUGINS is 'another'" in refused("--pack", pack)
 

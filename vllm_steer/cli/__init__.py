@@ -1,4 +1,4 @@
-"""The ``vllm-steer`` command, a module for each of its commands."""
+"""The ``vllm-steer`` command, with one module per subcommand."""
 
 from vllm_steer.cli.command import command_line, main
 

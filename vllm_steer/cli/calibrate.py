@@ -20,20 +20,20 @@ def add_calibrate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         help="measure layers and strength of a pack's directions, and write them into it",
         description="Measures through the engine, for every direction, on which layers and at which scale it makes "
         "the prefixed model's answers most likely while the text stays fluent, and the largest scale at which it "
-        "does. A run that was ended goes on where it was.",
+        "does. An interrupted run continues.",
     )
     calibrate.add_argument("pack", type=Path, help="directory of the pack")
     calibrate.add_argument("--model", required=True, help="checkpoint directory or hub id")
     add_prefixes(
         calibrate,
-        "Of a direction without one, the largest fluent scale alone is measured.",
+        "Without a prefix, only the largest fluent scale is measured.",
         class_too=True,
     )
     calibrate.add_argument(
         "--questions",
         type=Path,
         metavar="FILE",
-        help="everyday questions, one per line (default: the project's own)",
+        help="everyday questions, one per line (default: built-in)",
     )
     calibrate.add_argument(
         "--max-tokens", type=int, default=48, help="longest answer (default: %(default)s)"

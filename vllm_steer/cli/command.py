@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def command_line() -> argparse.ArgumentParser:
     """Returns the parser of the commands."""
     parser = argparse.ArgumentParser(
-        prog="vllm-steer", description="Steered generation for vLLM: extract and look at packs."
+        prog="vllm-steer",
+        description="Steered generation for vLLM: extract, inspect and evaluate packs.",
     )
     parser.add_argument("--version", action="version", version=plugin_version())
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -48,7 +49,7 @@ def command_line() -> argparse.ArgumentParser:
     add_sweep(commands)
     add_card(commands)
     add_fusion(commands)
-    inspect = commands.add_parser("inspect", help="verify a steering pack and show what it holds")
+    inspect = commands.add_parser("inspect", help="verify a steering pack and show its content")
     inspect.add_argument("pack", help=_PACK_HELP)
     inspect.add_argument("--json", action="store_true", help="print the manifest instead")
     inspect.set_defaults(run=_inspect)
@@ -58,23 +59,25 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    convert = commands.add_parser("convert", help="vectors of other tools from and to packs")
+    convert = commands.add_parser(
+        "convert", help="convert vectors of other tools to packs, and back"
+    )
     ways = convert.add_subparsers(required=True, metavar="WAY")
     into = ways.add_parser(
         "import",
-        help="vector files to a pack",
-        description="Writes a pack from GGUF control vectors, files of torch.save, safetensors, .npy or JSON. Layer N is "
-        "the output of decoder block N, counted from 0. The documentation's reference of files that can be imported says "
-        "which file becomes what.",
+        help="convert vector files to a pack",
+        description="Writes a pack from GGUF control vectors, torch.save files, safetensors, .npy or JSON. Layer N is "
+        "the output of decoder block N, counted from 0. The documentation's page on importable files lists the "
+        "formats.",
     )
     into.add_argument(
         "files",
         nargs="+",
         metavar="NAME=FILE",
-        help="name of a direction and its file, or one of its files; FILE#KEY for one direction of several in it",
+        help="name of a direction and its file, or one of its files; FILE#KEY for one of several directions in a file",
     )
-    into.add_argument("--model", required=True, help="checkpoint directory or hub id of its model")
-    into.add_argument("--name", required=True, help="name of the pack, as requests will give it")
+    into.add_argument("--model", required=True, help="checkpoint directory or hub id of the model")
+    into.add_argument("--name", required=True, help="name of the pack in requests")
     into.add_argument("--out", type=Path, required=True, help="directory of the pack")
     into.add_argument(
         "--scale",
@@ -100,7 +103,7 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add_chat(into)
     into.set_defaults(run=_import)
-    out = ways.add_parser("export", help="a pack's direction to a GGUF control vector")
+    out = ways.add_parser("export", help="write a pack's direction as a GGUF control vector")
     out.add_argument("pack", help=_PACK_HELP)
     out.add_argument("direction", help="name of the direction")
     out.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .gguf to write")

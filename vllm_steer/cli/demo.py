@@ -8,8 +8,9 @@ from pathlib import Path
 from vllm_steer.cli.evaluation import extras
 from vllm_steer.cli.extract import cores
 
-_DESCRIPTION = """Fetches SmolLM2-135M-Instruct, learns and calibrates a direction, serves it by vllm serve beside a
-pack that is shipped, asks everyday questions plain, with a prefix and steered, and shows the answers in a table."""
+_DESCRIPTION = """Fetches SmolLM2-135M-Instruct, learns and calibrates a direction, serves it with vllm
+serve together with a shipped pack, asks everyday questions plain, with a prefix and steered, and shows
+the answers in a table."""
 
 
 def add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -26,22 +27,22 @@ def add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     kind.add_argument(
         "--full",
         action="store_true",
-        help="learn and calibrate all 30 directions in place of those that are shipped: about an hour on two cores; "
-        "a run that was ended goes on where it was",
+        help="learn and calibrate all 30 directions instead of using the shipped ones: about an hour on two cores; "
+        "an interrupted run continues",
     )
     kind.add_argument(
         "--tiny",
         action="store_true",
-        help="the model of 4.5 million parameters that the tests use: no download, a minute or two",
+        help="use the tests' model of 4.5 million parameters: no download, a minute or two",
     )
     demo.add_argument(
         "--concepts",
         type=int,
         metavar="N",
-        help="concepts of each class (default: 2; 3 with --tiny)",
+        help="concepts per class (default: 2; 3 with --tiny)",
     )
     demo.add_argument(
-        "--workers", type=int, default=cores(), help="processes that learn vectors, with --tiny"
+        "--workers", type=int, default=cores(), help="processes for learning vectors, with --tiny"
     )
     demo.set_defaults(run=_demo)
 

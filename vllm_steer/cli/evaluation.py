@@ -34,30 +34,34 @@ def add_sweep(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--out",
         type=Path,
         required=True,
-        help="directory of sweep.json, sweep.md and the answers; a run that was ended goes on there",
+        help="directory of sweep.json, sweep.md and the answers; an interrupted run continues there",
     )
     sweep.add_argument(
         "--scales",
         type=float,
         nargs="+",
         metavar="E",
-        help="default: around the default scales; of calibrated directions up to the largest fluent one and a "
-        "little beyond",
+        help="default: around the default scales; for calibrated directions up to slightly beyond the largest "
+        "fluent one",
     )
     sweep.add_argument("--concepts", nargs="+", metavar="NAME", help="directions (default: all)")
     sweep.add_argument(
-        "--layers", type=int, nargs="+", metavar="K", help="default: each direction's own"
+        "--layers",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="default: each direction's default layers",
     )
     sweep.add_argument("--max-tokens", type=int, default=50, help="longest answer (default: 50)")
     add_engine(sweep)
     _add_questions(sweep)
-    add_prefixes(sweep, "The ceiling; where the pack knows none, that of a given --class is taken.")
+    add_prefixes(sweep, "They define the ceiling; if the pack has none, that of --class is used.")
     _add_judge(sweep)
     sweep.set_defaults(run=_sweep)
 
 
 def add_engine(command: argparse.ArgumentParser) -> None:
-    """Adds the arguments of the engine that answers."""
+    """Adds the arguments of the answering engine."""
     command.add_argument(
         "--engine",
         type=json_object,
@@ -68,12 +72,12 @@ def add_engine(command: argparse.ArgumentParser) -> None:
 
 
 def add_chat(command: argparse._ActionsContainer) -> None:
-    """Adds the arguments of the format of prompts, which have no value where they are left out."""
+    """Adds the arguments of the prompt format, which have no value if omitted."""
     command.add_argument(
         "--chat-template",
         metavar="FILE",
         default=argparse.SUPPRESS,
-        help="a Jinja file, or plain for texts as they stand, such as a base model's (default: the tokenizer's own)",
+        help="a Jinja file, or plain for verbatim texts, as for base models (default: the tokenizer's template)",
     )
     command.add_argument(
         "--chat-template-kwargs",
@@ -85,10 +89,10 @@ def add_chat(command: argparse._ActionsContainer) -> None:
 
 
 def given_chat(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the arguments that :func:`add_chat` has added, as fields of a format.
+    """Returns the arguments added by :func:`add_chat`, as fields of a format.
 
     Raises:
-        ExtractionError: The file of the template cannot be read.
+        ExtractionError: The template file cannot be read.
     """
     from vllm_steer.offline.models.chat import read_template
 
@@ -99,49 +103,62 @@ def given_chat(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add_questions(sweep: argparse.ArgumentParser) -> None:
-    asked = sweep.add_argument_group("questions (default: the project's own for the class)")
+    asked = sweep.add_argument_group("questions (default: the built-in ones for the class)")
     asked.add_argument(
         "--class",
         dest="concept_class",
         help="fears, moods, experts, personas, places or general (default: the pack's name)",
     )
     asked.add_argument(
-        "--tuning-questions", type=Path, metavar="FILE", help="to choose the scale on, one per line"
+        "--tuning-questions",
+        type=Path,
+        metavar="FILE",
+        help="questions for choosing the scale, one per line",
     )
-    asked.add_argument("--questions", type=Path, metavar="FILE", help="to report on, one per line")
+    asked.add_argument(
+        "--questions", type=Path, metavar="FILE", help="questions to report on, one per line"
+    )
     asked.add_argument(
         "--statements",
         action="store_true",
-        help="the lines are statements, asked about as in extraction",
+        help="the lines are statements, and prompts ask about them as in extraction",
     )
 
 
 def _add_judge(sweep: argparse.ArgumentParser) -> None:
     judge = sweep.add_argument_group("judge")
     judge.add_argument(
-        "--judge", choices=("llm", "keywords", "demo"), required=True, help="demo: the demo model's"
+        "--judge",
+        choices=("llm", "keywords", "demo"),
+        required=True,
+        help="demo: only for the demo model",
     )
     judge.add_argument(
-        "--keywords", type=Path, metavar="FILE", help="'concept: word, stem*' (default: the names)"
+        "--keywords",
+        type=Path,
+        metavar="FILE",
+        help="lines of 'concept: word, stem*' (default: the names)",
     )
     judge.add_argument("--least", type=int, default=1, help="keywords that must occur (default: 1)")
-    judge.add_argument("--judge-url", help="endpoint with OpenAI's API, ending in /v1")
-    judge.add_argument("--judge-model", help="model of that endpoint")
+    judge.add_argument("--judge-url", help="OpenAI-compatible endpoint, ending in /v1")
+    judge.add_argument("--judge-model", help="model at that endpoint")
     judge.add_argument("--judge-mode", choices=("graded", "yes-no"), default="graded")
     judge.add_argument(
         "--rubric",
         type=Path,
         metavar="FILE",
-        help="what to judge by, {concept} in the concept's place (default: the project's own); the "
+        help="grading rubric with {concept} for the concept (default: built-in); the "
         f"endpoint's key is read from {API_KEY_VARIABLE}",
     )
-    judge.add_argument("--concurrency", type=int, default=16, help="judge's requests at once")
-    judge.add_argument("--retries", type=int, default=4, help="tries more of a failed request")
+    judge.add_argument(
+        "--concurrency", type=int, default=16, help="concurrent requests to the judge"
+    )
+    judge.add_argument("--retries", type=int, default=4, help="retries of a failed request")
 
 
 def add_card(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds ``vllm-steer card``."""
-    card = commands.add_parser("card", help="write a pack's README.md with pictures")
+    card = commands.add_parser("card", help="write a pack's README.md with plots")
     card.add_argument("pack", type=Path, help="directory of the pack")
     card.add_argument("--sweep", type=Path, metavar="FILE", help="sweep.json to show")
     card.set_defaults(run=_card)
@@ -151,7 +168,7 @@ def json_object(text: str) -> dict[str, Any]:
     """Reads a JSON object, as the type of an argument.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: It is not one.
     """
     value = json.loads(text)
     if not isinstance(value, dict):
@@ -198,7 +215,7 @@ def _card(args: argparse.Namespace) -> None:
 def _concepts(
     wanted: list[str] | None, packs: list[SteeringPack]
 ) -> list[tuple[SteeringPack, list[str]]]:
-    """Returns the packs that have some of the wanted directions, each with those that it has."""
+    """Returns the packs with wanted directions, each with those it has."""
     known = [name for pack in packs for name in pack.directions]
     for name in wanted or ():
         if name not in known:
@@ -211,13 +228,13 @@ def _concepts(
 
 
 def _prefixes(args: argparse.Namespace, packs: list[SteeringPack]) -> dict[str, dict[str, Prefix]]:
-    """Returns what is given in the place of what packs know, by pack and direction."""
+    """Returns the prefixes that replace those of the packs, by pack and direction."""
     from vllm_steer.offline.models.prompts import PREFIX_TEMPLATES
 
     names = [name for pack in packs for name in pack.directions]
     given = given_prefixes(args, names)
     if unknown := sorted(set(given) - set(names)):
-        raise EvaluationError(f"prefixes are given for {unknown}, which no pack has")
+        raise EvaluationError(f"prefixes are given for {unknown}, which are in no pack")
     unknown = [name for pack in packs for name, d in pack.directions.items() if d.prefix is None]
     if not given and args.concept_class in PREFIX_TEMPLATES:
         given = given_prefixes(args, unknown, args.concept_class)
@@ -236,8 +253,8 @@ def _questions(args: argparse.Namespace, concept_class: str) -> QuestionSet:
         return own_questions(concept_class)
     if None in files:
         raise EvaluationError(
-            "--tuning-questions and --questions are given together: a scale chosen on the questions "
-            "that are reported would look better than it is"
+            "give both --tuning-questions and --questions: a scale chosen on the reported questions "
+            "would look better than it is"
         )
     tuning, reported = (read_lines(file, EvaluationError) for file in files)
     return given_questions(tuning, reported, args.statements)
@@ -276,10 +293,10 @@ def _judge(args: argparse.Namespace, packs: list[SteeringPack]) -> Judge:
 
 @contextmanager
 def extras(names: str) -> Iterator[None]:
-    """Imports that the package alone does not satisfy.
+    """Context of imports that need extras.
 
     Args:
-        names: Extras that bring them.
+        names: The extras.
 
     Raises:
         EvaluationError: One of them is missing.

@@ -24,10 +24,10 @@ def cores() -> int:
 def add_extract(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds ``vllm-steer extract``."""
     extract = commands.add_parser(
-        "extract", help="learn the directions of concepts and save them as a steering pack"
+        "extract", help="learn directions of concepts and write a steering pack"
     )
     extract.add_argument("--model", required=True, help="checkpoint directory or hub id")
-    extract.add_argument("--name", required=True, help="name of the pack, as requests will give it")
+    extract.add_argument("--name", required=True, help="name of the pack in requests")
     extract.add_argument("--out", type=Path, required=True, help="directory of the pack")
     source = extract.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -43,83 +43,88 @@ def add_extract(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--lists",
         type=Path,
         metavar="DIR",
-        help="a concept list for each class (fears.txt, ...), and statements_0.txt, statements_1.txt",
+        help="directory of a concept list per class (fears.txt, ...), statements_0.txt and statements_1.txt",
     )
     source.add_argument(
         "--pairs",
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="method caa: a direction for each file of JSON lines {prompt, positive, negative}, named by its stem",
+        help="method caa: one direction per file of JSON lines {prompt, positive, negative}, named by its stem",
     )
     source.add_argument(
         "--prompt",
         nargs="+",
         metavar="NAME=FILE",
-        help="a direction for each file, whose whole text is the prefix, such as a long system prompt",
+        help="one direction per file, whose whole text is the prefix, such as a long system prompt",
     )
     kind = extract.add_mutually_exclusive_group()
     kind.add_argument(
         "--class", dest="concept_class", help="fears, moods, experts, personas, places"
     )
-    kind.add_argument("--prefix", help="prefix of a class of your own, {concept} in its place")
+    kind.add_argument("--prefix", help="custom prefix, with {concept} for the concept")
     extract.add_argument(
         "--positive",
         type=Path,
         metavar="FILE",
-        help="statements asked with the prefix (default: those of --lists, or the project's own)",
+        help="statements asked with the prefix (default: those of --lists, or built-in)",
     )
     extract.add_argument(
-        "--negative", type=Path, metavar="FILE", help="statements asked without it (likewise)"
+        "--negative",
+        type=Path,
+        metavar="FILE",
+        help="statements asked without it (default: as for --positive)",
     )
     extract.add_argument(
         "--questions",
         type=Path,
         metavar="FILE",
-        help="everyday questions, one per line, to learn from and to calibrate on (default: the project's own)",
+        help="everyday questions, one per line, for learning and calibration (default: built-in)",
     )
     extract.add_argument(
         "--calibrate",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="measure layers and strength of every direction through the engine (default: yes)",
+        help="measure layers and strength of every direction with the engine (default: yes)",
     )
     extract.add_argument(
         "--scale",
         type=float,
-        help="default scale (ε) of requests, degrees for angular, until the pack is calibrated",
+        help="default scale (ε), in degrees for angular, until the pack is calibrated",
     )
-    extract.add_argument("--safe-scale", type=float, help="largest fluent |scale|, likewise")
+    extract.add_argument(
+        "--safe-scale", type=float, help="largest fluent |scale|, until the pack is calibrated"
+    )
     add_engine(extract)
     extract.add_argument(
-        "--workers", type=int, default=cores(), help="processes that learn vectors"
+        "--workers", type=int, default=cores(), help="processes for learning vectors"
     )
-    extract.add_argument("--device", help="device of the model (default: cuda where there is one)")
+    extract.add_argument("--device", help="device of the model (default: cuda if available)")
     extract.add_argument(
         "--shards", type=int, default=0, metavar="N", help="Ray workers, each with the whole model"
     )
-    extract.add_argument("--ray-address", help="a running Ray cluster (default: one started here)")
-    extract.add_argument("--gpus", type=float, help="GPUs of each shard")
+    extract.add_argument("--ray-address", help="a running Ray cluster (default: start one here)")
+    extract.add_argument("--gpus", type=float, help="GPUs per shard")
     _add_settings(extract)
     extract.set_defaults(run=_extract)
 
 
 def _add_settings(extract: argparse.ArgumentParser) -> None:
-    """Adds the settings that have a flag; those left out keep the file's value or the default."""
+    """Adds the settings that have a flag; omitted ones keep the file's value or the default."""
     extract.add_argument(
-        "--settings", type=Path, metavar="FILE", help="JSON of any extraction settings"
+        "--settings", type=Path, metavar="FILE", help="JSON file of any extraction settings"
     )
     group = extract.add_argument_group("settings", argument_default=argparse.SUPPRESS)
     group.add_argument(
         "--method",
         choices=("trained", "attention_guided", "caa", "ablation", "angular", "prompt_only"),
-        help="how directions are learned; it sets some of what follows (default: trained, or "
-        "attention_guided where a setting of that is given, or caa for --pairs)",
+        help="how directions are learned; sets some of the following (default: trained, or "
+        "attention_guided if one of its settings is given, or caa for --pairs)",
     )
     group.add_argument(
         "--learn-from",
         choices=("prompts", "answers"),
-        help="the last tokens of prompts, or the tokens of the prefixed model's answers",
+        help="from the last tokens of prompts, or the tokens of the prefixed model's answers",
     )
     group.add_argument(
         "--estimator",
@@ -136,44 +141,60 @@ def _add_settings(extract: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--answer-tokens",
         choices=("mean", "weighted", "attention", "telling"),
-        help="all tokens of an answer alike, weighted by attention to the prefix, the most attentive, or those "
-        "ahead of what the prefix makes likelier",
+        help="all tokens of an answer alike, weighted by attention to the prefix, the one with most attention, or those "
+        "before tokens that the prefix makes likelier",
     )
-    group.add_argument("--answer-length", type=int, metavar="N", help="most tokens of an answer")
     group.add_argument(
-        "--prefix-role", choices=("user", "system"), help="where the prefix stands (default: user)"
+        "--answer-length", type=int, metavar="N", help="largest number of tokens of an answer"
+    )
+    group.add_argument(
+        "--prefix-role", choices=("user", "system"), help="message with the prefix (default: user)"
     )
     add_chat(group)
-    group.add_argument("--train-steps", type=int, metavar="N", help="most steps of training")
-    group.add_argument("--train-rate", type=float, help="length of a step")
+    group.add_argument(
+        "--train-steps", type=int, metavar="N", help="largest number of training steps"
+    )
+    group.add_argument("--train-rate", type=float, help="length of a training step")
     group.add_argument("--train-penalty", type=float, help="weight of the vectors' squared lengths")
     group.add_argument(
-        "--train-checkpointing", action="store_true", help="less memory for more time"
+        "--train-checkpointing", action="store_true", help="use less memory and more time"
     )
     group.add_argument(
-        "--train-together", type=int, metavar="N", help="concepts in the same forward passes"
+        "--train-together",
+        type=int,
+        metavar="N",
+        help="concepts trained in the same forward passes",
     )
     group.add_argument("--labels", choices=("soft", "hard"))
-    group.add_argument("--token", type=_token, help="attention, or a fixed one such as -1")
+    group.add_argument("--token", type=_token, help="attention, or a fixed index such as -1")
     group.add_argument(
         "--contrast",
         choices=("nothing", "concepts"),
-        help="prefixes of the negative statements: none (default), or by turns those of all concepts",
+        help="prefixes of the negative statements: none (default), or those of all concepts in turn",
     )
     group.add_argument(
-        "--layers", type=int, nargs="+", metavar="K", help="blocks (default: all but block 0)"
+        "--layers", type=int, nargs="+", metavar="K", help="blocks (default: all except block 0)"
     )
     group.add_argument("--token-statistic", choices=("max", "mean"), help="over prompts")
     group.add_argument("--block-choice", choices=("all", "top_k", "bottom_k", "threshold"))
-    group.add_argument("--block-count", type=int, metavar="K", help="of top_k and bottom_k")
     group.add_argument(
-        "--block-threshold", type=float, metavar="E", help="of the enrichment score, above 0"
+        "--block-count", type=int, metavar="K", help="number of blocks for top_k and bottom_k"
     )
     group.add_argument(
-        "--permutations", type=int, help="of the enrichment test, at least 100; 0 for no test"
+        "--block-threshold",
+        type=float,
+        metavar="E",
+        help="threshold of the enrichment score, above 0",
     )
     group.add_argument(
-        "--paired", action=argparse.BooleanOptionalAction, help="ask every statement both ways"
+        "--permutations",
+        type=int,
+        help="permutations of the enrichment test, at least 100; 0 for no test",
+    )
+    group.add_argument(
+        "--paired",
+        action=argparse.BooleanOptionalAction,
+        help="ask every statement with and without the prefix",
     )
     group.add_argument("--compat", action="store_true", help="choose as the authors' code does")
     group.add_argument("--batch-size", type=int)

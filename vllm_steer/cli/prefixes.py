@@ -1,4 +1,4 @@
-"""What makes a model take on the concepts of a pack without steering, from the command line."""
+"""Prefixes that make a model take on a pack's concepts without steering, from the command line."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def add_prefixes(command: argparse.ArgumentParser, use: str, class_too: bool = F
 
     Args:
         command: The command.
-        use: What prefixes are for, in a sentence.
-        class_too: Whether ``--class`` is one of them and means nothing else.
+        use: Purpose of the prefixes, as a sentence.
+        class_too: Whether to add ``--class``, only for prefixes.
     """
     group = command.add_argument_group(
-        "prefixes (default: those that the pack was learned from)",
-        f"What makes the model take on each concept without steering. {use}",
+        "prefixes (default: those of the pack)",
+        f"Prompts that make the model take on each concept without steering. {use}",
     )
     group.add_argument(
         "--prefixes", type=Path, metavar="FILE", help="lines of 'direction: whole prefix'"
@@ -29,28 +29,26 @@ def add_prefixes(command: argparse.ArgumentParser, use: str, class_too: bool = F
         group.add_argument(
             "--class",
             dest="concept_class",
-            help="fears, moods, experts, personas, places: that class's, with the names of the directions",
+            help="fears, moods, experts, personas, places: the class's prefix, with the names of the directions",
         )
+    group.add_argument("--prefix", help="custom prefix, with {concept} for the direction's name")
     group.add_argument(
-        "--prefix", help="prefix of a class of your own, {concept} in the direction's place"
-    )
-    group.add_argument(
-        "--prefix-role", choices=("user", "system"), default="user", help="where prefixes stand"
+        "--prefix-role", choices=("user", "system"), default="user", help="message with the prefix"
     )
 
 
 def given_prefixes(
     args: argparse.Namespace, names: Sequence[str], concept_class: str | None = None
 ) -> dict[str, Prefix]:
-    """Returns the prefixes that the arguments give, by direction; none where they give none.
+    """Returns the prefixes given by the arguments, by direction; empty without any.
 
     Args:
         args: The parsed arguments of :func:`add_prefixes`.
         names: The directions.
-        concept_class: The class whose prefix they take; None for none.
+        concept_class: The class whose prefix is used; None for none.
 
     Raises:
-        EvaluationError: They are given in several ways.
+        EvaluationError: They are given in more than one way.
         ExtractionError: They cannot be read, or there is no such class.
     """
     from vllm_steer.offline.extract import inputs
@@ -58,7 +56,7 @@ def given_prefixes(
 
     ways = [args.prefixes, concept_class, args.prefix]
     if sum(way is not None for way in ways) > 1:
-        raise EvaluationError("--prefixes, --class and --prefix are three ways; give one")
+        raise EvaluationError("give only one of --prefixes, --class and --prefix")
     texts: dict[str, str] = {}
     if args.prefixes is not None:
         texts = dict(inputs.whole_prefixes(args.prefixes))

@@ -1,6 +1,6 @@
-"""Writes the reference pages of the documentation from the code that they describe.
+"""Generates the documentation's reference pages from the code.
 
-``python -m vllm_steer.cli.reference_docs docs/reference`` writes them; a test fails when one is stale.
+``python -m vllm_steer.cli.reference_docs docs/reference`` writes them; a test fails if one is stale.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from vllm_steer.vllm_compat.patched_symbols import patched_symbols, wrapped_meth
 from vllm_steer.vllm_compat.versions import OVERRIDE, OVERRIDE_MEANING, SUPPORTED
 
 SCHEMA_FILE = "steering-request.schema.json"
-_WRITTEN = "<!-- Written from the code by `python -m vllm_steer.cli.reference_docs docs/reference`; do not edit. -->"
+_WRITTEN = "<!-- Generated from the code by `python -m vllm_steer.cli.reference_docs docs/reference`; do not edit. -->"
 _LIMITS = {
     "bytes of the manifest": MAX_MANIFEST_BYTES,
     "values in the manifest": MAX_MANIFEST_VALUES,
@@ -67,7 +67,7 @@ _LIMITS = {
 
 
 def render() -> dict[str, str]:
-    """Returns the text of every page that is written from the code, by the name of its file."""
+    """Returns the text of every generated page, by file name."""
     pages = {
         "flags": _flag_page(),
         "requests": _request_page(),
@@ -92,11 +92,11 @@ def _joined(parts: Iterable[str]) -> str:
 def _flag_page() -> list[str]:
     return [
         "# Server flags",
-        "Flags of `vllm serve`; `vllm serve --help=SteeringConfig` shows them too.",
+        "Flags of `vllm serve`, also shown by `vllm serve --help=SteeringConfig`.",
         _flags(add_flags),
-        'In `LLM(...)` the same stands in `additional_config={"steering": {"packs": [...], "rows": ...}}`.',
+        'With `LLM(...)` the same settings go into `additional_config={"steering": {"packs": [...], "rows": ...}}`.',
         "## Environment",
-        f"Supported are vLLM {', '.join(SUPPORTED)}.",
+        f"Supported vLLM versions: {', '.join(SUPPORTED)}.",
         table(("variable", "meaning"), [(f"`{OVERRIDE}`", OVERRIDE_MEANING)]),
     ]
 
@@ -106,20 +106,20 @@ def _request_page() -> list[str]:
         "# Requests",
         "The field `steering` of `/v1/completions`, `/v1/chat/completions` and `/v1/responses`, as an "
         'object; `vllm_xargs.steering`, as its JSON text; `SamplingParams.extra_args["steering"]`, '
-        'as either. `"steering": "none"` leaves out a server\'s default.',
+        'as either. `"steering": "none"` turns off a server\'s default.',
         f"[{SCHEMA_FILE}]({SCHEMA_FILE}) is its JSON schema.",
         *(model_section(model) for model in REQUEST_MODELS),
         "## Operations",
-        "What a direction `a` does to the residual stream h of a token; `â` is `a` at length 1, ε the scale. All but "
-        "`add` need a server started with `--steering-ops affine`. Directions that meet at a layer and position all "
+        "The effect of a direction `a` on the residual stream h of a token; `â` is the unit vector of `a`, ε the scale. "
+        "All except `add` need a server started with `--steering-ops affine`. Directions at the same layer and position all "
         "read the stream as the block returned it, and their changes are summed.",
         table(("op", "change"), ((f"`{op}`", text) for op, text in OPS.items())),
         "## Flat form",
-        "In place of `steering`, in `vllm_xargs`, in a request's body or in `extra_args`; `steer` is required.",
+        "Instead of `steering`, in `vllm_xargs`, in a request's body or in `extra_args`; `steer` is required.",
         table(("key", "meaning"), ((f"`{key}`", meaning) for key, meaning in FLAT_KEYS.items())),
         "## Refusals",
-        "A request whose steering cannot be carried out is answered with HTTP 400 before the response starts. Metrics "
-        "and log name the reason.",
+        "A request that cannot be steered as asked is answered with HTTP 400 before the response starts. Metrics "
+        "and log give the reason.",
         table(("reason", "meaning"), _reasons()),
     ]
 
@@ -127,14 +127,14 @@ def _request_page() -> list[str]:
 def _receipt_page() -> list[str]:
     return [
         "# Receipts",
-        "A response to a steered request has `steering`, a list with a receipt for each prompt, and the header "
+        "The response to a steered request has `steering`, a list with a receipt for each prompt, and the header "
         f"`{HEADER}` with names and scales. In a stream the receipt is in the chunk that ends an answer; with "
         "`/v1/responses` it is in the response of the last event.",
         table(("field", "meaning"), ((f"`{f}`", meaning) for f, meaning in RECEIPT_FIELDS.items())),
-        f"Where the request reads, each chunk of `/v1/completions` and `/v1/chat/completions` has the scores that have come "
-        f"since the one before, in `{SCORES_KEY}`: for each answer its `index`, the absolute position `start` of the first "
-        "token, the prompt's first being 0, and `scores`, a list for each read. In `LLM(...)` each `CompletionOutput` has "
-        "them in `steering_scores`, and `vllm_steer.read(outputs)` gives them as an array.",
+        f"If the request reads, each chunk of `/v1/completions` and `/v1/chat/completions` has the scores since the "
+        f"previous one, in `{SCORES_KEY}`: for each answer its `index`, the absolute position `start` of the first "
+        "token (0 is the prompt's first), and `scores`, a list for each read. With `LLM(...)` each `CompletionOutput` has "
+        "them in `steering_scores`, and `vllm_steer.read(outputs)` returns them as an array.",
     ]
 
 
@@ -150,16 +150,16 @@ def _route_page() -> list[str]:
     return [
         "# HTTP routes",
         table(("route", "answer"), ((f"`{route}`", meaning) for route, meaning in ROUTES.items())),
-        "Routes that change packs and aliases need `--steering-pack-roots`, those of vectors `--steering-upload-mib`; "
-        "they answer 403 without it. Errors have the form of the OpenAI API: 400 for what is malformed, unknown or "
-        "cannot be served, 404 for an unknown route, 409 for what cannot be done now.",
+        "Routes that change packs and aliases need `--steering-pack-roots`, routes for vectors `--steering-upload-mib`; "
+        "without it they answer 403. Errors have the OpenAI API's format: 400 for malformed or unknown input and what "
+        "cannot be served, 404 for an unknown route, 409 for conflicts with the current state.",
     ]
 
 
 def _metric_page() -> list[str]:
     return [
         "# Metrics",
-        "On `/metrics`; `vllm_steer/serving/grafana.json` is a Grafana dashboard of them.",
+        "Exported on `/metrics`; `vllm_steer/serving/grafana.json` is a Grafana dashboard for them.",
         table(("metric", "type", "labels", "meaning"), _metrics()),
     ]
 
@@ -167,10 +167,10 @@ def _metric_page() -> list[str]:
 def _log_page() -> list[str]:
     return [
         "# Log",
-        f"On the logger `{log.logger.name}`: a line is `Steering EVENT: ` and the fields as JSON, with blanks for the "
-        "underscores of the event. The record has them as `record.steering`, with `event`, for a JSON formatter. `key` "
-        f"is the beginning of the SHA-256 of the request's API key, {log.KEY_DIGITS} digits. Of one reason, at most "
-        f"{LINES} refusals are written in {SECONDS:g} seconds.",
+        f"Written to the logger `{log.logger.name}`. A line is `Steering EVENT: ` and the fields as JSON, with spaces for "
+        "underscores in the event. The record has them as `record.steering`, with `event`, for a JSON formatter. `key` "
+        f"is the first {log.KEY_DIGITS} digits of the SHA-256 of the request's API key. For one reason, at most "
+        f"{LINES} refusals are written per {SECONDS:g} seconds.",
         table(("event", "level", "written"), _events()),
     ]
 
@@ -183,8 +183,8 @@ def _pack_page() -> list[str]:
         "`[layers, hidden_size]` for each direction. Layer k is the output of decoder block k, counted from 0.",
         *(model_section(model) for model in (*models, CalibrationPoint, MethodRecord, TensorFile)),
         "## Limits",
-        "A pack that exceeds them is rejected before its vectors are read. So are duplicate keys, NaN and Inf, and "
-        "files that are links out of the pack.",
+        "A pack that exceeds them is rejected before its vectors are read, and so is one with duplicate keys, NaN or Inf, "
+        "or links that point outside the pack.",
         table(("of", "at most"), ((what, f"{limit:,}") for what, limit in _LIMITS.items())),
     ]
 
@@ -192,8 +192,8 @@ def _pack_page() -> list[str]:
 def _patch_page() -> list[str]:
     return [
         "# Patches of vLLM",
-        "vLLM serves unsteered requests as it does without the plugin. Each patched symbol is checked at start, and one "
-        "that is missing or has other parameters stops the start.",
+        "vLLM serves unsteered requests as without the plugin. Each patched symbol is checked at startup; if one is "
+        "missing or has other parameters, the engine does not start.",
         table(
             ("symbol", "why no public hook serves", "what would make it unnecessary"), _patches()
         ),
@@ -201,8 +201,8 @@ def _patch_page() -> list[str]:
 
 
 def _python_page() -> list[str]:
-    """What ``vllm_steer`` exports: functions, then classes, then errors."""
-    # What users import, looked at as they do; no module of the package imports its root.
+    """The exports of ``vllm_steer``: functions, then classes, then errors."""
+    # Imported as users do; no module of the package imports its root.
     package = importlib.import_module("vllm_steer")
     public = [(name, getattr(package, name)) for name in package.__all__]
     errors = [(n, o) for n, o in public if isinstance(o, type) and issubclass(o, SteeringError)]
@@ -210,7 +210,7 @@ def _python_page() -> list[str]:
     rest = [(name, thing) for name, thing in public if (name, thing) not in errors + models]
     return [
         "# Python",
-        "What `import vllm_steer` offers; it imports neither torch nor vLLM.",
+        "The names exported by `vllm_steer`, which imports neither torch nor vLLM.",
         *(described(name, thing) for name, thing in rest),
         "## Models",
         "Pydantic models of requests and packs.",
@@ -248,7 +248,7 @@ def _events() -> list[Sequence[str]]:
 
 
 def _patches() -> list[Sequence[str]]:
-    """A row for each reason, with all symbols that it stands for."""
+    """A row for each reason, with all its symbols."""
     rows: dict[tuple[str, str], list[str]] = {}
     for patched in patched_symbols():
         rows.setdefault((patched.reason, patched.upstream), []).append(patched.name)
@@ -265,7 +265,7 @@ def _reasons() -> list[Sequence[str]]:
 
 
 def _commands(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """A section for each command that does something."""
+    """A section for each command without subcommands."""
     inner = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
     for action in inner:
         for command in action.choices.values():
@@ -287,7 +287,7 @@ def _flags(add: Callable[..., Any]) -> str:
 
 
 def main() -> None:
-    """Writes the pages into the directory that is named."""
+    """Writes the pages into the given directory."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("directory", type=Path)
     folder = parser.parse_args().directory

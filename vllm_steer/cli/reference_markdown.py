@@ -24,7 +24,7 @@ REQUEST_MODELS: tuple[type[BaseModel], ...] = (
     ReadChoice,
     StopChoice,
 )
-"""Models that the page on requests has; the page on packs has the others."""
+"""Models on the page on requests; the page on packs has the others."""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -34,7 +34,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def model_section(model: type[BaseModel]) -> str:
-    """Returns a section: what a model is, and its fields with types and meanings."""
+    """Returns a section: a model's summary, and its fields with types and meanings."""
     schema = model.model_json_schema()
     meanings: dict[str, str] = {}
     for owner in reversed(model.__mro__):
@@ -79,7 +79,7 @@ def _meanings(doc: str) -> dict[str, str]:
 
 
 def markdown(text: str) -> str:
-    """Returns a docstring's text as Markdown, for a cell of a table too."""
+    """Returns a docstring's text as Markdown that also fits a table cell."""
     return text.replace("``", "`").replace("|", "\\|")
 
 
@@ -95,7 +95,7 @@ def described(name: str, thing: Any) -> str:
 
 
 def _signature(thing: Any) -> str:
-    """A signature with the annotations as they are written."""
+    """A signature with the annotations as written."""
     signature = inspect.signature(thing)
     shown, named = [], False
     for parameter in signature.parameters.values():
@@ -114,13 +114,16 @@ def summary(thing: Any) -> str:
 
 
 def _sections(doc: str) -> Iterator[str]:
-    """A Google docstring as Markdown: paragraphs, its named sections as lists; an example is left out."""
+    """A Google docstring as Markdown: paragraphs, its named sections as lists; without examples."""
     for paragraph in doc.split("\n\n"):
         head, _, body = paragraph.partition("\n")
         if head == "Example:":
             continue
         if head.rstrip(":") not in ("Args", "Attributes", "Returns", "Raises"):
             yield markdown(" ".join(paragraph.split()))
+            continue
+        if head == "Returns:":
+            yield f"**Returns**\n\n{markdown(' '.join(body.split()))}"
             continue
         items: list[str] = []
         for line in textwrap.dedent(body).splitlines():
@@ -133,7 +136,7 @@ def _sections(doc: str) -> Iterator[str]:
 
 
 def argument(action: argparse.Action) -> str:
-    """Returns how an argument is written, with its value or its choices."""
+    """Returns an argument's syntax, with its value or its choices."""
     named = action.choices or action.metavar or (None if action.nargs == 0 else action.dest.upper())
     value = (
         named if named is None or isinstance(named, str) else "{" + ", ".join(map(str, named)) + "}"

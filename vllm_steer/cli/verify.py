@@ -17,18 +17,18 @@ from vllm_steer.packs.pack import load_pack, resolve_pack
 from vllm_steer.verify.report import COULD_NOT_RUN, Report
 from vllm_steer.verify.run import VerifyJob, verify
 
-_DESCRIPTION = """Starts the vLLM that is installed here, with steering and without, and checks that requests
-are steered as Hugging Face with forward hooks steers them, that requests of a batch do not touch each other, that
-the prefix cache keeps steerings apart, and what steering costs. Its prompts have the model's own chat template, or
-none, whatever the packs were learned with, since how exact steering is does not hang on that. Prints one page. Exit
-status: 0 nothing failed, 1 something failed, 2 nothing could be verified."""
+_DESCRIPTION = """Starts the installed vLLM with and without steering, and checks that requests are
+steered exactly as by Hugging Face with forward hooks, that requests of a batch do not affect each other,
+that the prefix cache separates different steerings, and what steering costs. Its prompts use the model's
+own chat template, or none, regardless of the packs' templates, since exactness does not depend on it.
+Prints one page. Exit status: 0 nothing failed, 1 something failed, 2 nothing could be verified."""
 
 
 def add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds ``vllm-steer verify``."""
     parser = commands.add_parser(
         "verify",
-        help="check steering on the vLLM that is installed here",
+        help="check steering on the installed vLLM",
         description=_DESCRIPTION,
     )
     parser.add_argument("--model", required=True, help="checkpoint directory or hub id")
@@ -38,15 +38,15 @@ def add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         nargs="+",
         required=True,
         metavar="PACK",
-        help="packs of the model: directories, or owner/name or owner/name@revision on the hub",
+        help="packs for the model: directories, or owner/name or owner/name@revision on the hub",
     )
     parser.add_argument("--eager", action="store_true", help="without compilation and CUDA graphs")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of engine and reference; float32 shows the smallest faults (default: the model's)",
+        help="dtype of engine and reference; float32 shows the smallest faults (default: the model's)",
     )
-    parser.add_argument("--gpu-memory-utilization", type=float, metavar="U", help="as of vLLM")
+    parser.add_argument("--gpu-memory-utilization", type=float, metavar="U", help="as in vLLM")
     parser.add_argument(
         "--engine",
         type=json_object,
@@ -54,19 +54,21 @@ def add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="JSON",
         help="""more arguments of vllm.LLM, such as '{"tensor_parallel_size": 4}'""",
     )
-    parser.add_argument("--quick", action="store_true", help="leave out the overhead")
+    parser.add_argument("--quick", action="store_true", help="skip the overhead")
     parser.add_argument(
         "--no-parity",
         action="store_true",
-        help="leave out Hugging Face, for a model that it has no room for",
+        help="skip Hugging Face, for a model that does not fit there",
     )
     parser.add_argument(
         "--min-ratio",
         type=float,
         metavar="R",
-        help="fail if the plugin, idle or steering, has less than R of plain vLLM's tokens a second",
+        help="fail if the plugin, idle or steering, has less than R of plain vLLM's throughput",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the results to this file"
+    )
     parser.set_defaults(run=_verify)
 
 
@@ -85,7 +87,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _ending_engines() -> Iterator[None]:
-    """Within it SIGTERM ends the engines as well, as an interrupt does."""
+    """Within it SIGTERM also ends the engines, as an interrupt does."""
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         yield
@@ -97,7 +99,7 @@ def _report(args: argparse.Namespace) -> Report:
     from vllm_steer.offline.questions.by_class import DEFAULTS
 
     if args.quick and args.min_ratio is not None:
-        raise ConfigError("--min-ratio needs the overhead, which --quick leaves out")
+        raise ConfigError("--min-ratio needs the overhead, which --quick skips")
     job = VerifyJob(
         model=args.model,
         packs=tuple(load_pack(resolve_pack(pack)) for pack in args.packs),
@@ -111,7 +113,7 @@ def _report(args: argparse.Namespace) -> Report:
 
     from vllm_steer.verify.oracle import scoring_process
 
-    # No bar where nobody watches.
+    # No progress bar without a terminal.
     with tqdm(total=job.steps, unit="step", leave=False, disable=None) as bar:
 
         def step(name: str) -> None:

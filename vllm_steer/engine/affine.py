@@ -1,8 +1,8 @@
-"""The affine form in the graph of a block: h ← h + f_0 vector + Σ_k f_k c_k U_k, as ``row_values`` says.
+"""The affine form in the graph of a block: h ← h + f_0 vector + Σ_k f_k c_k U_k, see ``row_values``.
 
-The factors f are each token's own, by the schedules of a request.
-It acts on the true residual stream, which a block returns in two parts where vLLM fuses the addition
-with the next norm. A self-test at start (``residual_selftest``) proves that the parts are read right.
+The factors f are per token, from the schedules of a request.
+It acts on the true residual stream, which a block returns in two parts if vLLM fuses the addition with the
+next norm. A self-test at startup (``residual_selftest``) proves that the parts are read correctly.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from vllm_steer.engine.bank import SteeringBank
 from vllm_steer.engine.row_values import BIAS, MOST, THRESHOLD, TURN
 from vllm_steer.plan.capacity import PLANE_RANK
 
-# What a block returns: hidden states, alone or with the residual or None beside them.
+# A block's output: hidden states, alone or with the residual or None.
 BlockOutput = torch.Tensor | tuple[torch.Tensor, *tuple[torch.Tensor | None, ...]]
 
 LEFT_BUFFER = "_steering_left"
@@ -22,7 +22,7 @@ READERS_BUFFER = "_steering_readers"
 NUMBERS_BUFFER = "_steering_numbers"
 RESTORE_BUFFER = "_steering_restore"
 FACTORS_BUFFER = "_steering_factors"
-# Blocks that return a second tensor of the same shape which nobody reads: hidden is the whole stream.
+# Blocks that return an unused second tensor of the same shape: hidden is the whole stream.
 UNREAD_RESIDUALS = (
     "Cohere2MoeDecoderLayer",
     "CohereCompassDecoderLayer",
@@ -38,7 +38,7 @@ UNREAD_RESIDUALS = (
 
 
 def register(block: nn.Module, bank: SteeringBank, layer: int) -> None:
-    """Gives a block the buffers of the affine form.
+    """Registers the buffers of the affine form in a block.
 
     Args:
         block: The block of ``layer``.
@@ -54,7 +54,7 @@ def register(block: nn.Module, bank: SteeringBank, layer: int) -> None:
 
 
 def residual_of(block: nn.Module, output: BlockOutput) -> torch.Tensor | None:
-    """The part of the residual stream that a block returns beside its hidden states."""
+    """The part of the residual stream that a block returns in addition to its hidden states."""
     if not isinstance(output, tuple) or len(output) != 2 or output[1] is None:
         return None
     if type(block).__name__ in UNREAD_RESIDUALS:
@@ -71,7 +71,7 @@ def factors_of(block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 def affine_change(
     block: nn.Module, stream: torch.Tensor, rows: torch.Tensor, factors: torch.Tensor
 ) -> torch.Tensor:
-    """Returns what each token's row changes, without its vector.
+    """Returns the change by each token's row, without its vector.
 
     Args:
         block: A block with the buffers.
@@ -101,7 +101,7 @@ def affine_change(
 def restored(
     block: nn.Module, stream: torch.Tensor, change: torch.Tensor, rows: torch.Tensor
 ) -> torch.Tensor:
-    """Returns the change with the stream's length restored, for the rows that ask for it.
+    """Returns the change with the stream's norm restored, for rows that restore it.
 
     Args:
         block: A block with the buffers.
@@ -112,5 +112,5 @@ def restored(
     after = stream + change
     factor = stream.norm(dim=-1, keepdim=True) / after.norm(dim=-1, keepdim=True)
     asked = getattr(block, RESTORE_BUFFER)[rows].unsqueeze(-1) > 0
-    # A stream that became zero has no direction to be lengthened in.
+    # A zero stream has no direction in which to restore the norm.
     return torch.where(asked & factor.isfinite(), after * factor - stream, change)

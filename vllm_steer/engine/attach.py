@@ -1,4 +1,4 @@
-"""Attaches steering to a worker when its engine was started with it."""
+"""Attaches steering to a worker if its engine was started with it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def attach_to_worker(worker: Worker) -> None:
-    """Wraps the loading and warming up of one worker; nothing changes when steering is off.
+    """Wraps the loading and warm-up of one worker; changes nothing if steering is off.
 
     Args:
         worker: A vLLM worker whose device is initialised and whose model is not yet loaded.
@@ -59,7 +59,7 @@ def attach_to_worker(worker: Worker) -> None:
             return hidden
 
         if steering.bank.rank or steering.reading is not None:
-            # Before graphs are captured, which would be replayed in place of the Python code.
+            # Before graph capture, since captured graphs would be replayed instead of the Python code.
             with set_current_vllm_config(worker.vllm_config):
                 check_residuals(steering, runner.get_model(), partial(forward, graphs=False))
         result = warm_up(*args, **kwargs)

@@ -1,8 +1,8 @@
-"""The persistent device tensors: what each row changes at each layer, and the row of each token.
+"""The persistent device tensors: the change of each row at each layer, and the row of each token.
 
 Both are allocated once, before memory profiling, compilation and graph capture; afterwards only
-their contents change. Row 0 (``rows.ZERO_ROW``) is zeros, is never written, and is what padding
-and unsteered tokens read.
+their contents change. Row 0 (``rows.ZERO_ROW``) is zeros, is never written, and is read by padding and
+unsteered tokens.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class BankShape:
 
     Attributes:
         layers: Hooked layers.
-        num_rows: Rows, the zero row among them.
+        num_rows: Rows, including the zero row.
         hidden_size: Width of the residual stream.
-        max_num_tokens: Most tokens of a step.
-        rank: Components of the affine form; 0 where rows are only added.
+        max_num_tokens: Largest number of tokens of a step.
+        rank: Components of the affine form; 0 if rows are only added.
     """
 
     layers: tuple[int, ...]
@@ -50,7 +50,7 @@ class SteeringBank:
         restore: ``[len(layers), num_rows]``, float32.
         rows: ``[max_num_tokens]`` int32, the row of each token of the step.
         factors: ``[max_num_tokens, 1 + rank]`` float32, the factors of each token's vector and
-            components; read by the affine form alone.
+            components; read only by the affine form.
         rank: Components of the affine form.
         hidden_size: Width of the residual stream.
     """
@@ -83,7 +83,7 @@ class SteeringBank:
         self._scaled = 0
         # Tokens from here on have row 0.
         self._written = 0
-        # What the first of them have, where the host knows it.
+        # Rows of the first of them, if the host knows them.
         self._known: np.ndarray | None = None
 
     @property
@@ -93,7 +93,7 @@ class SteeringBank:
 
     @property
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """By the names that ``RowValues`` has for them."""
+        """The tensors by their names in ``RowValues``."""
         names = [field.name for field in fields(RowValues)]
         return {name: tensor for name in names if (tensor := getattr(self, name)).numel()}
 
@@ -105,11 +105,11 @@ class SteeringBank:
             values: Its values, of the bank's rank.
 
         Returns:
-            Whether they were cut to what a stream of the model's dtype can take.
+            Whether they were cut to the limits of the model's dtype.
         """
         if not 0 < row < self.vectors.shape[1]:
             raise IndexError(f"row {row} is not one of 1 to {self.vectors.shape[1] - 1}")
-        # What is carried out stays finite, whatever was asked for.
+        # Values stay finite, whatever the request.
         dtype = self.vectors.dtype
         values, cut = values.within(limit_of(dtype, len(self.layers)))
         for name, tensor in self._tensors.items():
@@ -118,7 +118,7 @@ class SteeringBank:
         return cut
 
     def apply(self, step: TokenRows, positions: torch.Tensor) -> None:
-        """Gives each token of a step its row and factor; rows that are new must be written before.
+        """Sets the row and factor of each token of a step; new rows must be written before.
 
         Args:
             step: The step's plan.
@@ -139,10 +139,10 @@ class SteeringBank:
         schedules: np.ndarray | None,
         positions: torch.Tensor,
     ) -> None:
-        """Gives each token of the step the row of the range that its position lies in.
+        """Sets the row of each token of a step from the range that contains its position.
 
         The positions are read on the device: under speculative decoding the host does not know
-        them. Tokens in no range, and all others up to the longest step, padding too, get row 0.
+        them. Tokens in no range, and all others up to the longest step, including padding, get row 0.
 
         Args:
             owners: int32 ``[num_tokens]``, index of each token's request.
@@ -164,9 +164,9 @@ class SteeringBank:
             self._set_factors((factors(positions, table) * inside).sum(1))
 
     def set_rows(self, rows: np.ndarray, factors: np.ndarray | None = None) -> None:
-        """Sets the row of each token of the step; all other tokens, padding too, get row 0.
+        """Sets the row of each token of the step; all other tokens, including padding, get row 0.
 
-        No rows are sent to the device when they are those of the step before.
+        Rows are only sent to the device if they differ from the previous step's.
 
         Args:
             rows: int32 ``[num_tokens]``.
@@ -179,11 +179,11 @@ class SteeringBank:
         self._known = rows
 
     def forget_known(self) -> None:
-        """Says that the rows were changed on the device, so that the host knows them no more."""
+        """Notes that the rows were changed on the device, so the host no longer knows them."""
         self._known = None
 
     def clear_rows(self) -> None:
-        """Makes every token read the zero row; free when they already do."""
+        """Makes every token read the zero row; free if they already do."""
         self._set_factors(None)
         if self._written:
             self.rows[: self._written].zero_()

@@ -1,9 +1,9 @@
-"""Finds the decoder blocks of a model and puts the addition into its graph.
+"""Finds the decoder blocks of a model and adds steering to its graph.
 
-Blocks are found by structure, not by a list of model names: the ``ModuleList`` inside no other that
-holds as many modules as the model has layers; lists of the very same modules count once. The addition is
-plain torch in a forward hook that reads two registered buffers, so that ``torch.compile`` traces it
-into the block and fuses it with the norm that follows; no graph break and no operator of its own.
+Blocks are found by structure, not by a list of model names: the outermost ``ModuleList`` with as many modules
+as the model has layers; lists of the same modules count once. The addition is plain torch in a forward hook
+that reads two registered buffers, so that ``torch.compile`` traces it into the block and fuses it with the
+norm that follows; no graph break and no custom operator.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from vllm_steer.errors import CompatibilityError
 
 ROWS_BUFFER = "_steering_rows"
 VECTORS_BUFFER = "_steering_vectors"
-# Blocks that return a hidden state which is not yet summed over tensor-parallel ranks, so that an
-# addition to it would be multiplied (vllm/models/deepseek_v32, vllm/model_executor/models/minimax_m3).
+# Blocks that return hidden states not yet summed over tensor-parallel ranks, so an addition would be
+# multiplied (vllm/models/deepseek_v32, vllm/model_executor/models/minimax_m3).
 UNREDUCED_BLOCKS = ("DeepseekV32DecoderLayer", "MiniMaxM3DecoderLayer")
 
 
 def find_blocks(model: nn.Module, num_layers: int) -> list[nn.Module]:
-    """Returns the decoder blocks in order; a pipeline stage's absent ones are placeholders.
+    """Returns the decoder blocks in order, with placeholders for those of other pipeline stages.
 
     Args:
         model: The model as vLLM loaded it.
@@ -39,7 +39,7 @@ def find_blocks(model: nn.Module, num_layers: int) -> list[nn.Module]:
     """
     get_language_model = getattr(model, "get_language_model", None)
     if callable(get_language_model):
-        # Of a model that sees images, whose other tower may have as many blocks.
+        # For a vision-language model, whose other tower may have as many blocks.
         model = get_language_model()
     outermost: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
@@ -48,7 +48,7 @@ def find_blocks(model: nn.Module, num_layers: int) -> list[nn.Module]:
             outermost[name] = module
     found: dict[str, nn.ModuleList] = {}
     for name, modules in outermost.items():
-        # Gemma 4 lists its blocks a second time, in the part of the model that fills the cache.
+        # Gemma 4 lists its blocks again, in the part of the model that fills the cache.
         again = any(list(modules) == list(other) for other in found.values())
         if len(modules) == num_layers and not again:
             found[name] = modules
@@ -75,7 +75,7 @@ def hook_blocks(
     Args:
         blocks: Pairs of layer index and block.
         bank: The vectors and the row of each token.
-        readers: What requests may read there; None leaves reading out of the graph.
+        readers: The readers; None leaves reads out of the graph.
     """
     for layer, block in blocks:
         block.register_buffer(ROWS_BUFFER, bank.rows, persistent=False)
@@ -88,7 +88,7 @@ def hook_blocks(
 
 
 def hook_finite(blocks: Iterable[nn.Module]) -> None:
-    """Makes what each block returns finite, after it was steered where it is.
+    """Makes each block's output finite, after any steering.
 
     Args:
         blocks: The first hooked block and all after it, of a model in float16.
@@ -98,12 +98,11 @@ def hook_finite(blocks: Iterable[nn.Module]) -> None:
 
 
 def _add_steering(block: nn.Module, args: object, output: BlockOutput) -> BlockOutput:
-    """Adds to the hidden states that a block returns, alone or with the residual beside them.
+    """Adds to the hidden states that a block returns, alone or with the residual.
 
-    The next norm reads hidden + residual, so the sum is steered either way; several architectures
-    return a residual that nobody reads, so hidden is the one to add to. The sum is formed in
-    float32: a same-dtype addition is folded into the down-projection by the compiler, which then
-    has to store the vectors of all tokens.
+    The next norm reads hidden + residual, so the sum is steered either way; several architectures return an
+    unused residual, so the vector is added to hidden. The sum is computed in float32: the compiler folds a
+    same-dtype addition into the down-projection, which then has to store the vectors of all tokens.
     """
     vectors = getattr(block, VECTORS_BUFFER)
     hidden = _hidden(block, output, vectors.shape[-1])
@@ -115,7 +114,7 @@ def _add_steering(block: nn.Module, args: object, output: BlockOutput) -> BlockO
 
 
 def _steer_affinely(block: nn.Module, args: object, output: BlockOutput) -> BlockOutput:
-    """Applies the affine form of each token's row to the residual stream; hidden takes the change."""
+    """Applies the affine form of each token's row to the residual stream; the change is added to hidden."""
     vectors = getattr(block, VECTORS_BUFFER)
     hidden = _hidden(block, output, vectors.shape[-1])
     rows = getattr(block, ROWS_BUFFER)[: hidden.shape[-2]]
@@ -137,12 +136,12 @@ def _stream(block: nn.Module, output: BlockOutput, hidden: torch.Tensor) -> torc
 
 
 def _keep_finite(block: nn.Module, args: object, output: BlockOutput) -> BlockOutput:
-    """Makes the stream that a block returns finite: :func:`vllm_steer.engine.finite.keep_finite`."""
+    """Makes a block's output stream finite: :func:`vllm_steer.engine.finite.keep_finite`."""
     return finite.keep_finite(output, affine.residual_of(block, output))
 
 
 def _hidden(block: nn.Module, output: BlockOutput, width: int) -> torch.Tensor:
-    """The hidden states that a block returns, ``[num_tokens, width]``, perhaps with a batch of one."""
+    """The hidden states that a block returns, ``[num_tokens, width]``, optionally with a batch of one."""
     hidden = output[0] if isinstance(output, tuple) and len(output) <= 2 else output
     if not _is_one_stream(hidden, width):
         raise CompatibilityError(

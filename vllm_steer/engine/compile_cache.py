@@ -1,8 +1,8 @@
 """The steering configuration -> the key of vLLM's compile cache.
 
-What shapes the traced graph stays in the key, so that no graph without steering is reused. Packs, their
-digests, the policy and the like are left out: rows are written long after the graph is compiled, so an
-engine with other packs finds the same graph.
+Fields that shape the traced graph stay in the key, so that no graph without steering is reused. Packs,
+digests and the policy are left out: rows are written long after compilation, so an engine with other packs
+reuses the graph.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def hash_graph_alone(original: Callable[..., str]) -> Callable[..., str]:
-    """Wraps ``VllmConfig.compute_hash`` to hash ``GRAPH_FIELDS`` of the steering configuration alone."""
+    """Wraps ``VllmConfig.compute_hash`` to hash only ``GRAPH_FIELDS`` of the steering configuration."""
 
     def compute_hash(self: VllmConfig, *args: object, **kwargs: object) -> str:
         given = self.additional_config

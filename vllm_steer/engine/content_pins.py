@@ -1,7 +1,7 @@
-"""Pins: content that the requests of an engine need, from the moment they are taken in until they are done.
+"""Pins: content that the requests of an engine need, from admission until they are done.
 
-A pack may be forgotten while a request that the front end has lost sight of still waits or runs. The engine
-core keeps what such a request needs, here and in its workers, so that no worker ever lacks content.
+A pack may be unloaded while a request that the front end no longer tracks still waits or runs. The engine
+core keeps the content of such a request, here and in its workers, so that no worker ever lacks it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ R = TypeVar("R")
 
 
 class ContentPins:
-    """Digests by request; one thread takes requests in while another ends them."""
+    """Digests by request; one thread adds requests while another removes them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -30,19 +30,19 @@ class ContentPins:
             self._pinned[request_id] = frozenset(digests)
 
     def unpin(self, request_id: str) -> None:
-        """Ends the pins of a request; one without steering has none."""
+        """Removes the pins of a request; one without steering has none."""
         with self._lock:
             self._pinned.pop(request_id, None)
 
     def drop_unpinned(self, digests: Iterable[str], drop: Callable[[set[str]], None]) -> set[str]:
-        """Drops content that no request needs, while none can be taken in.
+        """Drops content that no request needs, while no request can be added.
 
         Args:
-            digests: What nobody else needs.
+            digests: Content that nothing else needs.
             drop: Drops it in this process.
 
         Returns:
-            What was dropped.
+            The dropped digests.
         """
         with self._lock:
             unpinned = set(digests).difference(*self._pinned.values())
@@ -50,12 +50,12 @@ class ContentPins:
             return unpinned
 
 
-# Ids of requests are unique, also where a process has several engines.
+# Request ids are unique even if a process has several engines.
 PINS = ContentPins()
 
 
 def unpin_freed(original: Callable[..., R]) -> Callable[..., R]:
-    """Wraps ``Scheduler._free_request``, by which every request leaves that finishes or is aborted."""
+    """Wraps ``Scheduler._free_request``, which every finished or aborted request goes through."""
 
     def _free_request(self: Scheduler, request: Request, *args: object, **kwargs: object) -> R:
         PINS.unpin(request.request_id)

@@ -1,9 +1,9 @@
-"""Keeps what blocks return finite, so that no request's overflow reaches keys and values that others read.
+"""Keeps block outputs finite, so that no request's overflow reaches keys and values that others read.
 
-Plans are bounded before they run (``vllm_steer.plan.bounds``); here is what holds whatever ran. Each component of the affine
-form moves the stream by no more than a limit, and in float16, where the model itself may overflow on a stream that was
-moved, numbers of the stream that are not finite become zero after every block from the first hooked one on. Whatever is
-within the limits is not touched, bit for bit.
+Plans are bounded before they run (``vllm_steer.plan.bounds``); this holds regardless of the plan. Each
+component of the affine form moves the stream by at most a limit. In float16, where the model itself may
+overflow on a moved stream, non-finite values of the stream become zero after every block from the first
+hooked one on. Values within the limits are not changed, bit for bit.
 """
 
 from __future__ import annotations
@@ -20,26 +20,27 @@ if TYPE_CHECKING:
 
 
 def limit_of(dtype: torch.dtype, layers: int) -> float:
-    """Returns the length that the vector of a row, and its components together, may move the stream by at one layer.
+    """Returns the limit on how far a row's vector, and its components together, may move the stream at one
+    layer.
 
     Args:
         dtype: The model's dtype.
-        layers: Layers that are hooked.
+        layers: Number of hooked layers.
     """
     return farthest(dtype_name(dtype)) / max(layers, 1)
 
 
 def overflows(dtype: torch.dtype) -> bool:
-    """Whether a model of this dtype may overflow on a stream that was moved within the bounds."""
+    """Whether a model of this dtype may overflow on a stream moved within the bounds."""
     return dtype == torch.float16
 
 
 def keep_finite(output: BlockOutput, residual: torch.Tensor | None) -> BlockOutput:
-    """Returns what a block returns, with zeros where its stream is not finite in float16.
+    """Returns a block's output, with zeros where its stream is not finite in float16.
 
     Args:
-        output: Hidden states, alone or with more beside them.
-        residual: The part of the stream beside them, as ``affine.residual_of`` finds it.
+        output: Hidden states, alone or with other tensors.
+        residual: The other part of the stream, from ``affine.residual_of``.
     """
     hidden = output[0] if isinstance(output, tuple) else output
     stream = hidden.float() if residual is None else hidden.float() + residual.float()
@@ -49,5 +50,5 @@ def keep_finite(output: BlockOutput, residual: torch.Tensor | None) -> BlockOutp
         return kept
     if residual is None:
         return (kept, *output[1:])
-    # What is beside hidden states is the residual only where there is nothing else.
+    # The second tensor is the residual only if there is no third.
     return (kept, torch.where(fits, residual, 0.0))

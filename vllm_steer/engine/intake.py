@@ -1,7 +1,7 @@
-"""A request's plan is checked where the engine takes the request in.
+"""Checks a request's plan when the engine admits the request.
 
-The worker plans a whole step at once, so a plan that cannot be carried out must never reach it:
-there it would take down the batch. Here vLLM answers the one request with an error and serves on.
+The worker plans a whole step at once, so a plan that cannot be carried out must never reach it: it would fail
+the whole batch. Here vLLM fails only the one request.
 """
 
 from __future__ import annotations
@@ -35,10 +35,9 @@ _STORE = Attached[PackStore]("store")
 
 
 def read_packs(original: Callable[..., R]) -> Callable[..., R]:
-    """Wraps ``EngineCore._initialize_kv_caches`` to read the packs at the start.
+    """Wraps ``EngineCore._initialize_kv_caches`` to read the packs at startup.
 
-    The core may be a process of its own, and a pack on disk may be another one when the first
-    request comes.
+    The core may be a separate process, and a pack on disk may have changed when the first request arrives.
     """
 
     def _initialize_kv_caches(self: EngineCore, vllm_config: VllmConfig) -> R:
@@ -59,7 +58,7 @@ def check_intake(original: Callable[..., R]) -> Callable[..., R]:
         config = core_config(self)
         if config is None:
             raise RequestError("a steered request reached an engine without steering")
-        # Pinned before it is looked for, so that it cannot go in between.
+        # Pinned before it is looked up, so that it cannot be dropped in between.
         PINS.pin(request.request_id, plan.digests)
         try:
             dtype = dtype_name(self.vllm_config.model_config.dtype)
@@ -73,18 +72,18 @@ def check_intake(original: Callable[..., R]) -> Callable[..., R]:
 
 
 def core_config(engine: EngineCore) -> ResolvedConfig | None:
-    """Returns the steering configuration of an engine core, read once; None when steering is off."""
+    """Returns the steering configuration of an engine core, read once; None if steering is off."""
     return _CONFIG.get_or_make(
         engine, lambda: resolved_config(engine.vllm_config.additional_config)
     )
 
 
 def core_store(engine: EngineCore) -> PackStore:
-    """Returns the packs of an engine core with steering, which keeps them as long as it runs.
+    """Returns the packs of an engine core with steering, kept as long as it runs.
 
     Raises:
-        ConfigError: It was started without.
-        PackError: The packs on disk are not those that it was configured with.
+        ConfigError: It was started without steering.
+        PackError: The packs on disk are not the configured ones.
     """
     config = core_config(engine)
     if config is None:
@@ -96,7 +95,7 @@ def check_plan(plan: SteeringPlan, config: ResolvedConfig, store: PackStore, dty
     """Checks that the workers can carry out a plan.
 
     Args:
-        plan: The plan as it arrived.
+        plan: The received plan.
         config: The engine's steering configuration.
         store: Its packs.
         dtype: Name of the model's dtype.
@@ -133,17 +132,15 @@ def check_plan(plan: SteeringPlan, config: ResolvedConfig, store: PackStore, dty
         _check_read(read, store)
     for stop in plan.rules:
         if not 0 <= stop.read < len(plan.reads) or stop.tokens < 1 or not math.isfinite(stop.above):
-            raise RequestError(
-                "a rule of the steering plan by which a read ends the answer is none"
-            )
+            raise RequestError("a rule of the steering plan that ends the answer is invalid")
     check_reads(plan.reads, config)
     check_capacity(plan, config)
-    # The additive form has no second bound in the graph: what is written to its rows must be within the first.
+    # The additive form has no second bound in the graph, so its rows must satisfy this one.
     check_distance(plan, store, dtype)
 
 
 def _check_read(read: Read, store: PackStore) -> None:
-    """Raises RequestError where a worker could not carry out a read."""
+    """Raises RequestError if a worker could not carry out a read."""
     known = store.by_digest(read.digest).record.layers
     if not read.layers or not set(read.layers) <= set(known):
         raise RequestError(
@@ -155,7 +152,7 @@ def _check_read(read: Read, store: PackStore) -> None:
 
 
 def _check_numbers(term: Term) -> None:
-    """Raises RequestError where a number of a term is not finite, or its schedule has no length."""
+    """Raises RequestError if a number of a term is not finite, or its schedule has no length."""
     numbers = [term.scale, term.form.bias, term.form.threshold]
     schedule = term.schedule
     if schedule is not None:
@@ -167,7 +164,7 @@ def _check_numbers(term: Term) -> None:
 
 
 def _check_stop(stop: StopTokens | None) -> None:
-    """Raises RequestError where a worker could not take the triggers."""
+    """Raises RequestError if a worker could not handle the triggers."""
     if stop is None:
         return
     numbers = (stop.origin, *stop.tokens)

@@ -1,9 +1,9 @@
-"""Loads and forgets packs in the processes of a running engine, when the front end asks.
+"""Loads and drops packs in the processes of a running engine, as the front end asks.
 
-vLLM's engine core runs a method that the front end names, between two steps, and every worker a function that
-the core hands it, through vLLM's ``collective_rpc``. A message from one front end is handled in the order of its
-requests, so a pack is there before the first request that needs it, and goes after the last. What takes long, the
-reading, is done beside the steps (``staging.py``).
+vLLM's engine core runs a method named by the front end, between two steps, and every worker runs a function
+passed by the core, through vLLM's ``collective_rpc``. Messages of one front end are handled in order with its
+requests, so a pack is there before the first request that needs it, and is dropped after the last. Reading,
+which takes long, is done in the background (``staging.py``).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-# Digests that the front end no longer needs and a request of the engine still did.
+# Digests that the front end no longer needs but a request of the engine still does.
 _LET_GO = Attached[set[str]]("let_go")
 
 
 def install() -> None:
-    """Gives ``EngineCore`` the three methods, which the front end calls by name."""
+    """Adds the three methods that the front end calls by name to ``EngineCore``."""
     from vllm.v1.engine.core import EngineCore
 
     setattr(EngineCore, STAGE, _core_stage)
@@ -44,16 +44,16 @@ def _core_stage(self: EngineCore, path: str, sha256: str) -> bool:
 def _core_load(self: EngineCore, path: str, sha256: str) -> None:
     pack = staged_pack(path, sha256)
     self.model_executor.collective_rpc(load_in_worker, args=(path, sha256))
-    # Last, so that what a worker refuses is not kept here.
+    # Last, so that a pack refused by a worker is not kept here.
     core_store(self).add(pack)
     _LET_GO.get_or_make(self, set).difference_update(pack.digests.values())
     drop_staged()
 
 
 def _core_forget(self: EngineCore, digests: list[str], names: list[str]) -> None:
-    """Content that a request here still needs is forgotten by a later call.
+    """Content that a request here still needs is dropped by a later call.
 
-    Of several engines behind one front end each has requests of its own.
+    Several engines behind one front end each have their own requests.
     """
     store, let_go = core_store(self), _LET_GO.get_or_make(self, set)
     let_go.update(digests)
@@ -63,18 +63,18 @@ def _core_forget(self: EngineCore, digests: list[str], names: list[str]) -> None
 
 
 def stage_in_worker(worker: WorkerWrapperBase, path: str, sha256: str) -> bool:
-    """Begins to read a pack in a worker, and returns whether that is done."""
+    """Starts reading a pack in a worker, and returns whether it is done."""
     return stage(path, sha256)
 
 
 def load_in_worker(worker: WorkerWrapperBase, path: str, sha256: str) -> None:
-    """Lets a worker serve a pack."""
+    """Makes a worker serve a pack."""
     _worker_store(worker).add(staged_pack(path, sha256))
     drop_staged()
 
 
 def forget_in_worker(worker: WorkerWrapperBase, digests: list[str], names: list[str]) -> None:
-    """Drops content, and the names of packs, in a worker."""
+    """Drops content and pack names in a worker."""
     _forget(_worker_store(worker), set(digests), names)
 
 
@@ -86,10 +86,10 @@ def _worker_store(worker: WorkerWrapperBase) -> PackStore:
 
 
 def _forget(store: PackStore, digests: set[str], names: list[str]) -> None:
-    # One that another process could not read.
+    # A pack that another process could not read.
     drop_staged()
     for name in names:
-        # A process that failed to load a pack has nothing to forget.
+        # A process that failed to load a pack has nothing to drop.
         if name in store.registry.packs:
             store.remove(name)
     store.forget(digests)

@@ -1,9 +1,9 @@
 """Steering content -> extra keys of vLLM's block hashes.
 
-Keys and values that were computed under steering are found again only by requests whose steering
-gives the same values there. The key of a block holds, for every steered range that meets it, the
-content of the sum and the offsets inside the block; hashes are chained, so later blocks inherit
-it, and blocks before the first steered position stay shared with unsteered requests.
+Keys and values computed under steering are reused only by requests whose steering gives the same values
+there. The key of a block holds, for every steered range that overlaps it, the content of the sum and the
+offsets inside the block; hashes are chained, so later blocks inherit it, and blocks before the first steered
+position stay shared with unsteered requests.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vllm_steer.vllm_compat.attached import Attached
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-    # Name of what a key is of, and the value that is hashed; vLLM's own are bytes, others text.
+    # Kind of a key, and its hashed value; vLLM's own are bytes, others text.
     ExtraKey = tuple[str, bytes | str]
     ExtraKeys = Callable[[Request, int, int], list[ExtraKey]]
 
@@ -34,13 +34,13 @@ _SEARCHED = Attached[_Searched]("searched")
 
 
 def steered_extra_keys(original: ExtraKeys) -> ExtraKeys:
-    """Wraps vLLM's ``_gen_prompt_embeds_extra_hash_keys``, the one place that knows a block's range.
+    """Wraps vLLM's ``_gen_prompt_embeds_extra_hash_keys``, the only function that knows a block's range.
 
     Args:
         original: The function of ``vllm.v1.core.kv_cache_utils``.
 
     Returns:
-        The function to put in its place.
+        The function that replaces it.
     """
 
     def extra_keys(request: Request, start: int, end: int) -> list[ExtraKey]:
@@ -63,7 +63,8 @@ def steered_extra_keys(original: ExtraKeys) -> ExtraKeys:
 def _first_trigger(request: Request, stop: StopTokens, end: int) -> int | None:
     """Position of the first trigger among a request's tokens before ``end``.
 
-    It is asked for block after block of a request whose tokens grow at the end alone, so each is looked at once.
+    It is called for successive blocks of a request whose tokens only grow at the end, so each token is
+    checked once.
     """
     seen, found = _SEARCHED.get(request) or _Searched(stop.origin, None)
     if found is None and seen < end:

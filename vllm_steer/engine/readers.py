@@ -1,8 +1,8 @@
 """Scores of directions in the graph of a block: s_k = r_k·(h + a_k Δh), for each of a token's readers r.
 
-h is the residual stream as the block returns it, Δh what the request's own directions change there, and a_k 1
-for a reader that looks after the change, else 0. Readers are kept like rows of the bank: a table at each
-layer, and for each token the rows of its readers. Row 0 is zeros, and is what everybody else reads.
+h is the residual stream as the block returns it, Δh the change by the request's own directions, and a_k 1 for
+a reader after the change, else 0. Readers are stored like rows of the bank: a table at each layer, and for
+each token the rows of its readers. Row 0 is zeros, for all other tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SCORES_BUFFER = "_steering_scores"
 
 
 class ReaderBank:
-    """The persistent device tensors of one worker that reads.
+    """The persistent device tensors of one worker with reads.
 
     They are allocated once, before memory profiling, compilation and graph capture; afterwards only their
     contents change.
@@ -29,7 +29,7 @@ class ReaderBank:
         layers: Layers hooked in this worker, ascending.
         all_layers: Hooked layers of all pipeline stages, ascending.
         probes: ``[len(layers), num_rows, hidden_size]``, model dtype.
-        after: ``[num_rows]`` float32, 1 where a row looks after the change, else 0.
+        after: ``[num_rows]`` float32, 1 if a row reads after the change, else 0.
         rows: ``[max_num_tokens, reads]`` int32, the rows of each token's readers.
         scores: ``[len(all_layers), max_num_tokens, reads]`` float32, written by each step's graph; zeros at layers of
             other stages.
@@ -51,10 +51,10 @@ class ReaderBank:
         Args:
             layers: Layers hooked in this worker.
             all_layers: Hooked layers of all pipeline stages.
-            num_rows: Rows, the zero row among them.
+            num_rows: Rows, including the zero row.
             reads: Readers of a token.
             hidden_size: Width of the residual stream.
-            max_num_tokens: Most tokens that a step can hold.
+            max_num_tokens: Largest number of tokens of a step.
             dtype: Model dtype.
             device: Device of the model.
         """
@@ -64,7 +64,7 @@ class ReaderBank:
         self.after = torch.zeros(num_rows, dtype=torch.float32, device=device)
         self.rows = torch.zeros(max_num_tokens, reads, dtype=torch.int32, device=device)
         self.scores = torch.zeros(len(self.all_layers), max_num_tokens, reads, device=device)
-        # Tokens from here on have row 0, and what those before have.
+        # Tokens from here on have row 0; the rows of those before.
         self._known = np.zeros((0, reads), dtype=np.int32)
 
     @property
@@ -73,7 +73,7 @@ class ReaderBank:
         return sum(t.nbytes for t in (self.probes, self.after, self.rows, self.scores))
 
     def register(self, block: nn.Module, layer: int) -> None:
-        """Gives the block of a layer its buffers."""
+        """Registers the buffers in the block of a layer."""
         at = self.layers.index(layer)
         block.register_buffer(PROBES_BUFFER, self.probes[at], persistent=False)
         block.register_buffer(AFTER_BUFFER, self.after, persistent=False)
@@ -90,7 +90,7 @@ class ReaderBank:
         Args:
             row: Row to write, at least 1.
             vectors: Float32 ``[len(layers), hidden_size]``.
-            after: Whether it looks after the change.
+            after: Whether it reads after the change.
         """
         if not 0 < row < len(self.after):
             raise IndexError(f"row {row} is not one of 1 to {len(self.after) - 1}")
@@ -101,7 +101,7 @@ class ReaderBank:
     def set_rows(self, rows: np.ndarray) -> None:
         """Sets the readers of each token of a step; all other tokens get row 0.
 
-        Nothing is sent to the device when they are those of the step before.
+        Nothing is sent to the device if they equal the previous step's.
 
         Args:
             rows: int32 ``[num_tokens, reads]``.
@@ -115,7 +115,7 @@ class ReaderBank:
         self._known = rows
 
     def clear_rows(self) -> None:
-        """Makes every token read the zero row; free when they already do."""
+        """Makes every token read the zero row; free if they already do."""
         self.set_rows(np.zeros((0, self.rows.shape[1]), dtype=np.int32))
 
     def _upload(self, values: torch.Tensor) -> torch.Tensor:
@@ -126,7 +126,7 @@ class ReaderBank:
 
 
 def has_readers(block: nn.Module) -> bool:
-    """Whether a block writes scores; known when it is traced."""
+    """Whether a block writes scores; known at tracing time."""
     return hasattr(block, SCORES_BUFFER)
 
 
@@ -142,7 +142,7 @@ def write_scores(block: nn.Module, stream: torch.Tensor, change: torch.Tensor) -
     scores = getattr(block, SCORES_BUFFER)
     count = stream.shape[-2]
     rows = getattr(block, READ_ROWS_BUFFER)[:count]
-    # One after the other: all at once, a step run eagerly would hold the readers of all its tokens.
+    # One at a time: all at once, an eager step would hold the readers of all its tokens.
     for number in range(rows.shape[1]):
         row = rows[:, number]
         seen = stream + after[row].unsqueeze(-1) * change

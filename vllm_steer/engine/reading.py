@@ -1,8 +1,8 @@
-"""The reads of one worker: which rows a step's tokens read with, and the scores on their way to the scheduler.
+"""The reads of one worker: the reader rows of a step's tokens, and their scores for the scheduler.
 
-Scores are copied to the host behind the step that computes them, with the absolute positions of its tokens,
-which under speculative decoding the device alone knows. They travel with the step's output, so what the scheduler
-does with its tokens it can do with their scores: wait, drop what was rejected, begin again.
+Scores are copied to the host after the step that computes them, with the absolute positions of its tokens,
+which only the device knows under speculative decoding. They are sent with the step's output, so the scheduler
+can treat them like its tokens: wait, drop rejected ones, recompute.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vllm_steer.packs.registry import LoadedDirection
 from vllm_steer.plan.reads import Read, probes_of
 from vllm_steer.vllm_compat.patches import override
 
-# Used before the first request only, while no row is given away.
+# Used only before the first request, while no row is assigned.
 PROBE_ROW = 1
 
 
@@ -35,8 +35,8 @@ class _Batch:
     Attributes:
         request_ids: All of them, in the order of their tokens.
         columns: int32 ``[requests, reads]``, the rows of each one's readers.
-        reading: int ``[R]``, places of the requests that read among all.
-        reads: What they read; None where none does.
+        reading: int ``[R]``, indices of the requests with reads.
+        reads: Their reads; None if there are none.
         lengths: int ``[requests]``, tokens of each in the step before; of none before the first.
         rows: int32 ``[tokens, reads]``, the rows of the readers of that step's tokens.
     """
@@ -51,14 +51,14 @@ class _Batch:
 
 @dataclass(frozen=True, eq=False)
 class _ReadStep:
-    """A step whose tokens some request reads.
+    """A step with tokens that are read.
 
     Attributes:
-        reads: The requests that read.
+        reads: The requests with reads.
         begins: int ``[R]``, the first token of each in the step.
         lengths: int ``[R]``, its number of tokens.
         tokens: Tokens of the step.
-        positions: Absolute position of each, on its way to the host.
+        positions: Absolute position of each, being copied to the host.
     """
 
     reads: ReadBatch
@@ -69,10 +69,10 @@ class _ReadStep:
 
 
 class Reading:
-    """Everything that one worker needs to read."""
+    """The reads of one worker."""
 
     def __init__(self, bank: ReaderBank, find: Callable[[str], LoadedDirection]) -> None:
-        """Takes up reading.
+        """Makes an object without requests.
 
         Args:
             bank: The device tensors.
@@ -88,7 +88,7 @@ class Reading:
         self._probing = False
 
     def add(self, request_id: str, reads: tuple[Read, ...]) -> None:
-        """Takes a request in; one that is known already gets the new reads."""
+        """Adds a request; a known one gets the new reads."""
         self.remove(request_id)
         if not reads:
             return
@@ -97,7 +97,7 @@ class Reading:
         self._batch = None
 
     def remove(self, request_id: str) -> None:
-        """Forgets a request; unknown ones are ignored."""
+        """Removes a request; unknown ones are ignored."""
         if request_id in self._reads:
             self._allocator.release(self._keys(request_id))
             del self._reads[request_id]
@@ -106,7 +106,7 @@ class Reading:
     def prepare_step(
         self, request_ids: Sequence[str], lengths: np.ndarray, positions: torch.Tensor
     ) -> None:
-        """Gives each token of a step the rows of its readers, before the model runs.
+        """Sets the reader rows of each token of a step, before the model runs.
 
         Args:
             request_ids: The step's requests, in the order of their tokens in the batch.
@@ -135,7 +135,7 @@ class Reading:
         self._step = _ReadStep(batch.reads, begins, own, tokens, _to_host(positions[:tokens]))
 
     def prepare_dummy_step(self) -> None:
-        """Makes a profile, warm-up, capture or padding run read nothing, unless the self-test probes."""
+        """Disables reads for a profiling, warm-up, capture or padding run, unless the self-test probes."""
         self._step = None
         if self._probing:
             self.bank.set_rows(np.full(self.bank.rows.shape, PROBE_ROW, dtype=np.int32))
@@ -148,11 +148,11 @@ class Reading:
 
         Args:
             layer: The layer.
-            vector: Float32 ``[hidden_size]``, what it is read with.
-            after: Whether after the change.
+            vector: Float32 ``[hidden_size]``, the reader.
+            after: Whether it reads after the change.
 
         Yields:
-            Float32 ``[max_num_tokens, reads]``, where the scores will be.
+            Float32 ``[max_num_tokens, reads]``, the buffer of the scores.
         """
         at, vectors = self.bank.layers.index(layer), np.zeros(self._shape, dtype=np.float32)
         vectors[at] = vector
@@ -169,7 +169,8 @@ class Reading:
         """Starts the copy of a step's scores to the host, after its model ran.
 
         Returns:
-            What waits for the copy and gives the scores of each reading request; None where the step has none.
+            A function that waits for the copy and returns the scores of each request with reads; None if
+            there are none.
         """
         step, self._step = self._step, None
         if step is None:
@@ -186,18 +187,18 @@ class Reading:
         return finish
 
     def receive(self, scores: torch.Tensor | None) -> None:
-        """Takes what the pipeline stage before has read in the step that comes.
+        """Receives the previous pipeline stage's scores of the coming step.
 
         Args:
-            scores: Float32 ``[len(all_layers), tokens, reads]``; None where no request reads.
+            scores: Float32 ``[len(all_layers), tokens, reads]``; None if no request reads.
         """
         self._received = scores
 
     def hand_on(self) -> torch.Tensor | None:
-        """Returns what this stage and those before have read, for the next one, after its model ran.
+        """Returns the scores of this stage and those before, for the next one, after the model ran.
 
         Returns:
-            As :meth:`receive` takes it.
+            The argument of :meth:`receive`.
         """
         step, self._step = self._step, None
         return None if step is None else self._with_earlier_stages(step).contiguous()
@@ -205,19 +206,19 @@ class Reading:
     def _with_earlier_stages(self, step: _ReadStep) -> torch.Tensor:
         own, received = self.bank.scores[:, : step.tokens], self._received
         self._received = None
-        # At every layer all stages but one have zeros.
+        # At every layer all stages except one have zeros.
         return own if received is None else own + received
 
     @property
     def _shape(self) -> tuple[int, int]:
-        """Of a row's vectors: layers and width."""
+        """Shape of a row's vectors: layers and width."""
         return len(self.bank.layers), self.bank.probes.shape[-1]
 
     def _keys(self, request_id: str) -> list[str]:
         return [f"{digest}:{int(after)}" for digest, after in probes_of(self._reads[request_id])]
 
     def _batch_of(self, request_ids: Sequence[str]) -> _Batch:
-        """Gives the readers of a batch their rows, and says who reads what."""
+        """Assigns rows to the readers of a batch, and returns the batch."""
         columns = np.zeros((len(request_ids), self.bank.rows.shape[1]), dtype=np.int32)
         reading = [number for number, each in enumerate(request_ids) if each in self._reads]
         names = [request_ids[number] for number in reading]
@@ -245,7 +246,7 @@ class Reading:
 
 
 def carry_scores(runner: Any, reading: Reading) -> None:
-    """Makes a model runner's outputs carry the scores of their steps.
+    """Attaches the scores of each step to a model runner's outputs.
 
     Args:
         runner: A model runner of vLLM, whose ``sample_tokens`` is called after each step of the model.
@@ -254,7 +255,7 @@ def carry_scores(runner: Any, reading: Reading) -> None:
     sample_tokens = runner.sample_tokens
 
     def _sample_tokens(*args: Any, **kwargs: Any) -> Any:
-        # Begun before the tokens are drawn, which takes the device longer than the copy.
+        # Started before sampling, which takes the device longer than the copy.
         finish = reading.collect()
         output = sample_tokens(*args, **kwargs)
         if finish is None:
@@ -276,13 +277,13 @@ def carry_scores(runner: Any, reading: Reading) -> None:
 
 
 def _to_host(values: torch.Tensor) -> torch.Tensor:
-    """A copy on the host; from CUDA without waiting, so that :func:`_recorded` has to be waited for."""
+    """A copy on the host; from CUDA asynchronous, so wait for :func:`_recorded`."""
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
     return host.copy_(values, non_blocking=values.is_cuda)
 
 
 def _recorded(device: torch.device) -> torch.Event | None:
-    """An event after all that was sent to the device; None where copies have waited for it."""
+    """An event after all work sent to the device; None if copies are synchronous."""
     if device.type != "cuda":
         return None
     event = torch.Event(device)

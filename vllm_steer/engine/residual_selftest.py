@@ -1,9 +1,8 @@
-"""The second self-test, of all that reads the residual stream: its parts are read right.
+"""The second self-test, for everything that reads the residual stream: its parts are read correctly.
 
-A block may return its output in two parts, or a second tensor that nobody reads. The stream is their
-sum exactly if what is moved from one part to the other changes nothing, and hidden alone exactly if
-what is added to the second changes nothing. Both are tried by hooks in Python, so the model runs
-uncompiled meanwhile.
+A block may return its output in two parts, or an unused second tensor. The stream is their sum if and only if
+moving a vector from one part to the other changes nothing, and hidden alone if and only if adding to the
+second changes nothing. Both are tested by Python hooks, so the model runs uncompiled meanwhile.
 """
 
 from __future__ import annotations
@@ -20,25 +19,25 @@ from vllm_steer.engine.selftest import NUM_TOKENS
 from vllm_steer.engine.worker import WorkerSteering
 from vllm_steer.errors import CompatibilityError
 
-# The flag of vLLM's @support_torch_compile that makes a module run its Python code.
+# Flag of vLLM's @support_torch_compile that makes a module run its Python code.
 _EAGER = "do_not_compile"
-# What must change nothing may change this part of what the same vector changes in hidden alone:
-# rounding of the parts, which in half precision is coarse.
+# Tolerance, relative to the change by the same vector in hidden alone, for the coarse rounding of the parts
+# in half precision.
 _ROUNDING = 0.25
 
 
 def check_residuals(
     steering: WorkerSteering, model: nn.Module, forward: Callable[[int], torch.Tensor]
 ) -> None:
-    """Proves that the residual stream is what ``residual_of`` takes it for.
+    """Proves that ``residual_of`` identifies the residual stream correctly.
 
     Args:
         steering: The worker's steering, of the affine form or with reads.
         model: The worker's model.
-        forward: Runs it on that many dummy tokens and returns its final hidden states.
+        forward: Runs it on a number of dummy tokens and returns its final hidden states.
 
     Raises:
-        CompatibilityError: At some block it is not, or that cannot be told.
+        CompatibilityError: At some block it does not, or cannot be tested.
     """
     num_tokens = min(NUM_TOKENS, steering.bank.rows.shape[0])
     generator = torch.Generator().manual_seed(0)
@@ -54,14 +53,14 @@ def check_residuals(
             unmoved = (probe.run(forward, num_tokens, neutral=True) - plain).norm()
             if unmoved > _ROUNDING * moved:
                 raise CompatibilityError(
-                    f"the steering self-test cannot tell the residual stream after layer {layer} from what "
+                    f"the steering self-test cannot identify the residual stream after layer {layer} in what "
                     f"{type(block).__name__} returns; --steering-ops affine and --steering-reads do not fit this model, "
                     f"additive steering may"
                 )
 
 
 class _Probe:
-    """Adds a vector to what a block returns: to hidden alone, or so that nothing should change."""
+    """Adds a vector to a block's output: to hidden alone, or so that nothing should change."""
 
     def __init__(self, block: nn.Module, vector: torch.Tensor) -> None:
         self._block = block

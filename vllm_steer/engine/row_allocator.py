@@ -1,8 +1,7 @@
 """Combinations of directions -> rows of the bank. Equal combinations share a row. Pure Python.
 
-A row stays with its combination after the last request that used it, so that a combination that
-comes back finds its sum; the one idle for longest is given away first. Requests that wait, preempted,
-may lose theirs, and get one again when they run.
+A row keeps its combination after the last request that used it, so that the sum can be reused; the row idle
+longest is reassigned first. Preempted requests may lose theirs, and get one again when they run.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ ZERO_ROW = 0
 
 
 class RowAllocator:
-    """Gives rows to keys, the content identities of sums."""
+    """Assigns rows to keys, the content identities of sums."""
 
     def __init__(self, num_rows: int) -> None:
         """Makes an allocator.
 
         Args:
-            num_rows: Rows of the bank; row 0 is zeros and is given to nobody.
+            num_rows: Rows of the bank; row 0 is zeros and is never assigned.
         """
         self._rows: dict[str, int] = {}
         self._users: Counter[str] = Counter()
@@ -29,13 +28,13 @@ class RowAllocator:
         self._free = list(range(num_rows - 1, ZERO_ROW, -1))
 
     def acquire(self, keys: Iterable[str]) -> None:
-        """Counts a request that may need the rows of ``keys``."""
+        """Adds a user of the rows of ``keys``."""
         for key in keys:
             self._users[key] += 1
             self._idle.pop(key, None)
 
     def release(self, keys: Iterable[str]) -> None:
-        """Counts it out again."""
+        """Removes a user added by :meth:`acquire`."""
         for key in keys:
             self._users[key] -= 1
             if not self._users[key]:
@@ -46,7 +45,7 @@ class RowAllocator:
     def assign(
         self, keys: Iterable[str], needed: Callable[[], set[str]]
     ) -> tuple[list[tuple[int, str]], set[str]]:
-        """Gives every key a row.
+        """Assigns a row to every key.
 
         Args:
             keys: The keys; each is in use.
@@ -70,7 +69,7 @@ class RowAllocator:
                     victim = next((used for used in self._rows if used not in needed()), None)
                     if victim is None:
                         raise RuntimeError(
-                            f"{len(needed())} distinct steerings meet in one step, the bank has {len(self._rows)} "
+                            f"{len(needed())} distinct steerings occur in one step, the bank has {len(self._rows)} "
                             f"rows; raise --steering-rows"
                         )
                     lost.add(victim)
@@ -81,5 +80,5 @@ class RowAllocator:
         return new, lost
 
     def row(self, key: str) -> int:
-        """The row of a key that has one."""
+        """The row assigned to a key."""
         return self._rows[key]

@@ -1,6 +1,6 @@
 """The terms of a segment -> the values of its row: vectors, and the components of the affine form.
 
-All forms are one change of the residual stream h, at one layer::
+All forms are cases of one change of the residual stream h, at one layer::
 
     c_k = V_k·h + bias_k + turn_k · ‖(V·h) of k's pair‖    where W_k·h > threshold_k, else 0
     change = vector + Σ_k c_k U_k
@@ -26,8 +26,8 @@ from vllm_steer.plan.steering_plan import Segment, Term
 BIAS, TURN, THRESHOLD, MOST = range(4)
 # Below the zero that an absent probe reads, so that it always fires.
 ALWAYS = -1.0
-# What a reader of a request that was admitted cannot reach: what it reads can be squared in float32, however long the
-# stream is that the bounds allow.
+# Limit that an admitted request's reader cannot reach: its result can be squared in float32 for any stream
+# within the bounds.
 LONGEST_READER = 2.0 * MAX_RELATIVE_SCALE
 
 
@@ -36,10 +36,10 @@ class RowValues:
     """The values of one row of the bank, all float32.
 
     Attributes:
-        vectors: ``[layers, hidden_size]``, what is added.
-        left: ``[layers, rank, hidden_size]``, U; rank 0 where only additions are compiled.
-        readers: ``[layers, 2 * rank, hidden_size]``, V and after it W, the probes.
-        numbers: ``[layers, 4, rank]``: bias, turn, threshold, and the most that c may be.
+        vectors: ``[layers, hidden_size]``, added to the stream.
+        left: ``[layers, rank, hidden_size]``, U; rank 0 if only additions are compiled.
+        readers: ``[layers, 2 * rank, hidden_size]``, V followed by W, the probes.
+        numbers: ``[layers, 4, rank]``: bias, turn, threshold, and the limit of c.
         restore: ``[layers]``, 1 where ‖h‖ is restored, else 0.
     """
 
@@ -67,17 +67,17 @@ class RowValues:
         )
 
     def within(self, limit: float) -> tuple[RowValues, bool]:
-        """Returns values that are finite and move a stream by no more than two lengths, and whether that cut them.
+        """Returns finite values that move a stream by at most twice a limit, and whether that cut them.
 
         Args:
-            limit: The length that the vector may have, and all components together may add.
+            limit: Largest length of the vector, and of the change by all components together.
 
         Returns:
-            The values, and whether any of them was changed. What a component may add at most is a limit that the
-            graph keeps and no change.
+            The values, and whether any was changed. The limit of a component is enforced by the graph and
+            does not count as a change.
         """
         rank = self.left.shape[1]
-        # In float32, where too large a number is infinite, which the comparison finds as well.
+        # In float32, where overflow gives infinity, which the comparison also detects.
         fit = bool((_squares(self.vectors) <= limit**2).all())
         if rank:
             fit &= bool((_squares(self.readers) <= LONGEST_READER**2).all())
@@ -92,7 +92,7 @@ class RowValues:
         return found, not fit
 
     def _cut(self, limit: float) -> RowValues:
-        """The values with nothing infinite, and vectors and readers no longer than they may be."""
+        """The values without infinities, and with vectors and readers within their limits."""
         return replace(
             self,
             vectors=_no_longer(self.vectors, limit),
@@ -109,7 +109,7 @@ def _squares(vectors: np.ndarray) -> np.ndarray:
 
 
 def _no_longer(vectors: np.ndarray, limit: float) -> np.ndarray:
-    """Float32 vectors that are finite, shortened to a length; what is no number becomes 0."""
+    """Finite float32 vectors, shortened to a length; NaN becomes 0."""
     exact = np.nan_to_num(vectors, nan=0.0).astype(np.float64)
     lengths = np.linalg.norm(exact, axis=-1, keepdims=True)
     shortened: np.ndarray = exact * (limit / np.maximum(lengths, limit))
@@ -127,7 +127,7 @@ def row_values(
 
     Args:
         segment: The segment, within ``vllm_steer.plan.capacity``.
-        index: Layer to its place in the arrays; others are left out.
+        index: Layer to its index in the arrays; other layers are left out.
         rank: Components at each layer.
         hidden_size: Width of the residual stream.
         find: Direction by content digest.
@@ -166,7 +166,7 @@ def _enter(
     numbers, readers = values.numbers[at], values.readers[at]
     numbers[THRESHOLD, slots] = ALWAYS
     if form.gate is not None:
-        # Of length 1 like all that is read: half precision holds neither very long nor very short ones.
+        # Unit vectors, like all readers: half precision holds neither very long nor very short ones.
         probe, length = _unit(find(form.gate).at(layer))
         readers[rank + slot : rank + slots.stop] = probe
         numbers[THRESHOLD, slots] = form.threshold / length
@@ -176,7 +176,7 @@ def _enter(
         values.left[at, slot] = np.float32(term.scale) * vector
         numbers[BIAS, slot] = 1.0
     elif form.op == "affine" and partner is not None:
-        # Numbers of a size that half precision holds, however long the one is and short the other.
+        # Values that fit half precision, whatever the lengths of the two vectors.
         unit, length = _unit(vector)
         values.left[at, slot] = unit
         readers[slot] = term.scale * length * partner.astype(np.float64)
@@ -190,7 +190,7 @@ def _enter(
 
 
 def _unit(vector: np.ndarray) -> tuple[np.ndarray, float]:
-    """A vector of length 1, float64 ``[hidden_size]``, and the length that it had."""
+    """The unit vector, float64 ``[hidden_size]``, and the original length."""
     exact = vector.astype(np.float64)
     length = float(np.linalg.norm(exact))
     return exact / length, length
@@ -204,7 +204,7 @@ def _enter_plane(values: RowValues, at: int, slots: slice, basis: np.ndarray, te
         values.left[at, slots] = turned @ basis
         values.readers[at, slots] = basis
     else:
-        # The part of h in the plane goes, one of its length at the angle comes.
+        # Replaces the part of h in the plane by one of the same length at the angle.
         values.left[at, slots] = basis
         values.readers[at, slots] = -basis
         values.numbers[at, TURN, slots] = cos, sin
@@ -215,7 +215,7 @@ def _basis(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     a, _ = _unit(first)
     b = second.astype(np.float64)
     for _ in range(PLANE_RANK):
-        # Twice, for vectors that are nearly parallel.
+        # Twice, for nearly parallel vectors.
         b = b - (a @ b) * a
         b /= np.linalg.norm(b)
     return np.stack([a, b])

@@ -1,7 +1,7 @@
 """Adapter for vLLM's V1 model runners (``GPUModelRunner`` and its CPU subclass).
 
-The methods are wrapped on the one runner instance, so an engine without steering in the same
-process runs vLLM's code untouched.
+The methods are wrapped on the runner instance, so an engine without steering in the same process runs
+unmodified vLLM code.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 def attach(runner: GPUModelRunner, steering: WorkerSteering) -> None:
-    """Feeds the steering from a V1 runner.
+    """Connects a V1 runner to the steering.
 
     Args:
-        runner: The runner, its model loaded.
+        runner: The runner, with its model loaded.
         steering: The worker's steering.
     """
     update_states, prepare_inputs, dummy_run = (
@@ -50,7 +50,7 @@ def attach(runner: GPUModelRunner, steering: WorkerSteering) -> None:
         scheduler_output: SchedulerOutput, num_scheduled_tokens: np.ndarray
     ) -> tuple[object, ...]:
         result = prepare_inputs(scheduler_output, num_scheduled_tokens)
-        # Read here, after _update_states: rows of the batch were reordered and condensed by it.
+        # Read here, after _update_states, which reorders and condenses the batch.
         batch = runner.input_batch
         steering.prepare_step(
             batch.req_ids,
@@ -93,7 +93,7 @@ def dummy_hidden_states(
 
 
 def stage_output(hidden: torch.Tensor | IntermediateTensors) -> torch.Tensor:
-    """What a pipeline stage hands on, as one tensor ``[num_tokens, hidden_size]``.
+    """A pipeline stage's output as one tensor ``[num_tokens, hidden_size]``.
 
     Args:
         hidden: Hidden states of the last stage, or ``IntermediateTensors`` of another.

@@ -1,7 +1,7 @@
 """Adapter for vLLM's Model Runner V2, through its ``ModelState``.
 
-The methods are wrapped on the one state instance, so an engine without steering in the same
-process runs vLLM's code untouched.
+The methods are wrapped on the state instance, so an engine without steering in the same process runs
+unmodified vLLM code.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 def attach(runner: GPUModelRunner, steering: WorkerSteering) -> None:
-    """Feeds the steering from a V2 runner.
+    """Connects a V2 runner to the steering.
 
     Args:
-        runner: The runner, its model loaded.
+        runner: The runner, with its model loaded.
         steering: The worker's steering.
     """
     state = runner.model_state
@@ -90,7 +90,7 @@ def dummy_hidden_states(
     Args:
         runner: The runner.
         num_tokens: Tokens of the run.
-        graphs: Whether CUDA graphs may be replayed; this runner replays none that is not captured.
+        graphs: Whether CUDA graphs may be replayed; this runner only replays captured ones.
     """
     hidden: torch.Tensor = runner._dummy_run(num_tokens)[0]
     return hidden

@@ -1,10 +1,10 @@
-"""The start-up self-test: every hooked block must really change the output.
+"""The startup self-test: every hooked block must change the output.
 
-A model may return a residual that nobody reads, a compiler may fold a buffer into a constant, a
-cached graph may lack the addition: each would serve unsteered text without an error. So before
-the engine takes requests, each hooked layer gets a non-zero row once and the final hidden states
-must differ, by the very graph that will serve. Where it serves the affine form, so must each of
-the form's tensors. Where requests may read, the scores that a layer writes must show what is added to it.
+A model may return an unused residual, a compiler may fold a buffer into a constant, a cached graph may lack
+the addition: each would serve unsteered text without an error. So before the engine takes requests, each
+hooked layer gets a nonzero row once and the final hidden states must differ, with the same graph that will
+serve. With the affine form, so must each of its tensors. With reads, the scores of a layer must show the
+vector added there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vllm_steer.engine.worker import WorkerSteering
 from vllm_steer.errors import CompatibilityError
 
 NUM_TOKENS = 8
-# Of the length that is added; half precision rounds both vectors.
+# Tolerance relative to the added length; half precision rounds both vectors.
 _READ_TOLERANCE = 0.02
 
 
@@ -30,12 +30,12 @@ def run_self_test(steering: WorkerSteering, forward: Callable[[int], torch.Tenso
 
     Args:
         steering: The worker's steering.
-        forward: Runs the model on that many dummy tokens through the runner's own dummy run and
-            returns its final hidden states ``[num_tokens, hidden_size]``.
+        forward: Runs the model on a number of dummy tokens through the runner's dummy run and returns its
+            final hidden states ``[num_tokens, hidden_size]``.
 
     Raises:
-        CompatibilityError: A block's row does not change the output, or changes it where it must
-            not, or the output is not finite.
+        CompatibilityError: A block's row does not change the output, or changes it when it must not, or the
+            output is not finite.
     """
     num_tokens = min(NUM_TOKENS, steering.bank.rows.shape[0])
     generator = np.random.default_rng(0)
@@ -73,8 +73,8 @@ def _test_forms(
 ) -> None:
     """Proves that each tensor of the affine form reaches the graph at one layer.
 
-    Where there is a hooked layer before, a vector is added there, since the stream of a dummy run may
-    be zero until then; so what the first layer reads is not proven.
+    If there is an earlier hooked layer, a vector is added there, since the stream of a dummy run may be zero
+    until then; so the first layer's reader is not proven.
     """
     at, norm, rank = steering.bank.index[layer], steering.residual_norm(layer), steering.bank.rank
 
@@ -93,7 +93,7 @@ def _test_forms(
     before = hidden()
     values.left[at], values.numbers[at, BIAS] = vectors(rank, norm), 1.0
     values.numbers[at, THRESHOLD] = ALWAYS
-    # As long as a vector of so many standard normal numbers, over the norm: what it reads is about 1.
+    # The length of a standard normal vector of this size over the norm, so the reader's result is about 1.
     values.readers[at, :rank] = vectors(rank, math.sqrt(steering.bank.hidden_size) / norm)
     changed = hidden()
     _must_differ(changed, before, layer, "moved components")
@@ -115,7 +115,7 @@ def _test_reads(
     layer: int,
     direction: np.ndarray,
 ) -> None:
-    """Proves that scores reach their buffer at one layer, where a vector along ``direction`` is added."""
+    """Proves that scores reach their buffer at a layer where a vector along ``direction`` is added."""
     unit, norm = direction / np.linalg.norm(direction), steering.residual_norm(layer)
     num_tokens, found = min(NUM_TOKENS, steering.bank.rows.shape[0]), []
     for after in (False, True):

@@ -1,4 +1,4 @@
-"""Scores between pipeline stages: they travel with the hidden states, so the last stage, which answers, has all."""
+"""Scores between pipeline stages: sent with the hidden states, so the last stage has all of them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from vllm.sequence import IntermediateTensors
 from vllm_steer.engine.reading import Reading
 from vllm_steer.vllm_compat.patches import override
 
-# Among the tensors that one stage sends to the next.
+# Key among the tensors that one stage sends to the next.
 STAGE_SCORES = "_vllm_steer_scores"
 
 
 def hand_on_stage_scores(runner: Any, reading: Reading) -> None:
-    """Makes a model runner take the scores of the stages before its own, and hand them on with its own.
+    """Makes a model runner receive the scores of earlier stages, and pass them on with its own.
 
     Args:
         runner: A model runner of vLLM, of a pipeline stage.
@@ -29,7 +29,7 @@ def hand_on_stage_scores(runner: Any, reading: Reading) -> None:
         **kwargs: Any,
     ) -> Any:
         if intermediate_tensors is not None:
-            # Taken out before the runner copies the tensors that it knows into buffers of its own.
+            # Removed before the runner copies known tensors into its buffers.
             reading.receive(intermediate_tensors.tensors.pop(STAGE_SCORES, None))
         output = execute_model(scheduler_output, intermediate_tensors, *args, **kwargs)
         if isinstance(output, IntermediateTensors):

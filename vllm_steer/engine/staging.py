@@ -1,7 +1,7 @@
-"""Reads a pack beside a running engine, so that its steps go on meanwhile.
+"""Reads a pack in the background of a running engine, whose steps continue meanwhile.
 
-The front end asks every process to begin, asks again until all have read it, and then lets them serve it
-between two steps. A process holds one such pack, the one that was asked for last.
+The front end asks every process to start reading, asks again until all are done, and then makes them serve
+the pack between two steps. A process holds one such pack, the one requested last.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _staged: dict[tuple[str, str], Future[SteeringPack]] = {}
 
 
 def stage(path: str, sha256: str) -> bool:
-    """Begins to read a pack, or looks how far that is.
+    """Starts reading a pack, or checks whether it is done.
 
     Args:
         path: Its directory.
@@ -26,7 +26,7 @@ def stage(path: str, sha256: str) -> bool:
         Whether it has been read.
 
     Raises:
-        PackError: It is malformed, or not the one that was asked for.
+        PackError: It is malformed, or is not the requested one.
     """
     future = _staged.get((path, sha256))
     if future is None:
@@ -37,7 +37,7 @@ def stage(path: str, sha256: str) -> bool:
     if not future.done():
         return False
     if future.exception() is not None:
-        # Asked again, it is read again.
+        # On the next request, it is read again.
         drop_staged()
     future.result()
     return True
@@ -47,7 +47,7 @@ def staged_pack(path: str, sha256: str) -> SteeringPack:
     """Returns a pack, read before or now.
 
     Raises:
-        PackError: As :func:`stage` does.
+        PackError: As in :func:`stage`.
     """
     stage(path, sha256)
     future = _staged[path, sha256]
@@ -57,16 +57,16 @@ def staged_pack(path: str, sha256: str) -> SteeringPack:
 
 
 def drop_staged() -> None:
-    """Forgets what was read."""
+    """Drops the staged pack."""
     _staged.clear()
 
 
 def _read(path: str, sha256: str, future: Future[SteeringPack]) -> None:
     try:
         pack = load_checked(path, sha256)
-        # Kept with the pack; it takes as long as the reading.
+        # Cached with the pack; it takes as long as reading.
         _ = pack.digests
-    # Whatever went wrong is for the caller of stage, in another thread.
+    # Any error is for the caller of stage, in another thread.
     except Exception as error:
         future.set_exception(error)
     else:

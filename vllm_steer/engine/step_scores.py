@@ -1,7 +1,7 @@
-"""Scores of one step: of its requests, which tokens are read, with which readers, at which layers.
+"""Scores of one step: the tokens, readers and layers of its requests' reads.
 
-What a batch asks for is turned into index arrays once, so a step's scores are picked for all of its requests
-together: with many requests, work for each of them at every step would cost more than the model's own.
+The reads of a batch become index arrays once, so a step's scores are gathered for all of its requests
+together: with many requests, per-request work at every step would cost more than the model itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from vllm_steer.plan.reads import Read, probes_of
 
-# A position that no answer reaches.
+# Beyond every position of an answer.
 _NEVER = np.iinfo(np.int64).max
 
 
@@ -23,11 +23,11 @@ class StepScores:
     """The scores of a step's tokens, request by request.
 
     Attributes:
-        request_ids: The requests that read.
-        starts: Absolute position of the first token of each that has scores.
-        counts: Tokens of each that have scores, at consecutive positions; 0 where its reads cover none.
-        values: Float32 ``[tokens, reads]``, those of the first request first. What stands beyond a request's own
-            reads, or at positions that a read does not cover, means nothing.
+        request_ids: The requests with reads.
+        starts: Absolute position of the first token of each with scores.
+        counts: Tokens of each with scores, at consecutive positions; 0 if its reads cover none.
+        values: Float32 ``[tokens, reads]``, in order of requests. Values beyond a request's own reads, or at
+            positions that a read does not cover, are undefined.
     """
 
     request_ids: list[str]
@@ -38,7 +38,7 @@ class StepScores:
 
 @dataclass(frozen=True, eq=False)
 class _Picked:
-    """Where the scores of a step's tokens are, T tokens in all.
+    """Positions of the scores of a step's T tokens.
 
     Attributes:
         begins: int ``[R]``, the first token of each request that has scores.
@@ -56,7 +56,7 @@ class _Picked:
 
 
 class ReadBatch:
-    """The readers of a batch of requests, R of them, until a request comes or goes.
+    """The readers of a batch of R requests, until a request comes or goes.
 
     Attributes:
         request_ids: The requests.
@@ -68,8 +68,8 @@ class ReadBatch:
         """Makes the index arrays.
 
         Args:
-            request_ids: The requests that read.
-            reads: What each reads, at least one each.
+            request_ids: The requests with reads.
+            reads: Reads of each, at least one.
             layers: Hooked layers, in the order of a step's scores.
         """
         self.request_ids = list(request_ids)
@@ -94,10 +94,10 @@ class ReadBatch:
     def scores(
         self, found: np.ndarray, positions: np.ndarray, begins: np.ndarray, lengths: np.ndarray
     ) -> StepScores:
-        """Picks the scores of a step.
+        """Gathers the scores of a step.
 
         Args:
-            found: Float32 ``[hooked layers, tokens, readers]``, what the step's graph wrote.
+            found: Float32 ``[hooked layers, tokens, readers]``, written by the step's graph.
             positions: int ``[tokens]``, absolute; consecutive within a request.
             begins: int ``[R]``, the first token of each request in the step.
             lengths: int ``[R]``, its number of tokens, at least one.
@@ -116,7 +116,7 @@ class ReadBatch:
         return StepScores(self.request_ids, (at + skipped).tolist(), counts.tolist(), mean)
 
     def _pick(self, begins: np.ndarray, counts: np.ndarray) -> _Picked:
-        """Says where a step's scores are; while answers are generated, they are where they were before."""
+        """Returns the positions of a step's scores; they stay the same while answers are generated."""
         last = self._picked
         if (
             last is not None
@@ -138,6 +138,6 @@ class ReadBatch:
 
 
 def _end_of(reads: Sequence[Read]) -> int:
-    """The position after the last one that any of a request's reads covers."""
+    """The position after the last one covered by any of a request's reads."""
     ends = [end for read in reads for _, end in read.ranges]
     return _NEVER if None in ends else max(end for end in ends if end is not None)

@@ -1,9 +1,9 @@
 """One step's requests and positions -> the row of the bank for each token.
 
-Every token's position is absolute, so whether it is prompt or generated depends on nothing that
-the scheduler does: chunked, preempted and recomputed tokens get the row that they would get alone.
-A request's ranges are entered into a table when it arrives; a step is a handful of array
-operations, whatever the number of layers and directions. Pure numpy, no vllm.
+Every token's position is absolute, so whether it is prompt or generated does not depend on the scheduler:
+chunked, preempted and recomputed tokens get the same row as alone. A request's ranges are entered into a
+table when it arrives; a step takes a few array operations, regardless of the number of layers and directions.
+Pure numpy, no vllm.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _START, _END, _ROW = range(3)
 
 @dataclass(frozen=True, eq=False)
 class TokenRows:
-    """What a step needs.
+    """The rows of a step's tokens.
 
     Attributes:
-        new: Rows to fill before the step, with the segment whose sum goes there.
-        rows: int32 ``[num_tokens]``, the row of each token; None when no request of the step is
-            steered, or when only the device knows the positions.
-        owners: int32 ``[num_tokens]``, the index in the batch of each token's request; None
-            unless the rows have to be found from positions on the device.
+        new: Rows to fill before the step, with the segment of their sum.
+        rows: int32 ``[num_tokens]``, the row of each token; None if no request of the step is steered, or if
+            only the device knows the positions.
+        owners: int32 ``[num_tokens]``, the index in the batch of each token's request; None unless the rows
+            are found from positions on the device.
         ranges: int32 ``[3, most ranges of a request, num_requests]``: first positions, positions
             after the last, rows. The ranges of a request are disjoint; absent ones are empty.
             None where ``owners`` is.
         factors: float32 ``[1 + rank, num_tokens]``, the factors of each token's vector and
-            components; None is 1 everywhere, or, where ``owners`` is given, what ``schedules`` says.
+            components; None is 1 everywhere, or, if ``owners`` is given, as in ``schedules``.
         schedules: float32 ``[SCHEDULE_FIELDS, 1 + rank, ranges, num_requests]``, the schedules of
             each range; None where every factor is 1 or the host knows it.
     """
@@ -55,16 +55,16 @@ _UNSTEERED = TokenRows()
 
 
 class TokenRowMapper:
-    """Knows the ranges of each steered request and plans the steps of one worker."""
+    """Holds the ranges of each steered request and plans the steps of one worker."""
 
     def __init__(self, num_rows: int, rank: int = 0, *, starts_are_exact: bool = True) -> None:
         """Makes a planner.
 
         Args:
-            num_rows: Rows of the bank, the zero row among them.
+            num_rows: Rows of the bank, including the zero row.
             rank: Components of a row.
-            starts_are_exact: Whether the host knows the positions of a step's tokens. It does not
-                under speculative decoding, where it counts drafts that may have been rejected.
+            starts_are_exact: Whether the host knows the positions of a step's tokens. It does not under
+                speculative decoding, where it counts drafts that may be rejected.
         """
         self._rank = rank
         self._starts_are_exact = starts_are_exact
@@ -79,15 +79,15 @@ class TokenRowMapper:
         self._schedules = _constant(1 + rank, 1, 1)
         # Slots of requests with a schedule.
         self._scheduled: set[int] = set()
-        # Steered requests that have no rows yet, or lost one.
+        # Steered requests without rows, or that lost one.
         self._rowless: set[str] = set()
-        # The batch of the last step and its columns of the table, until a request comes or goes.
+        # The last step's batch and its columns of the table, until a request comes or goes.
         self._batch: list[str] = []
         self._columns: np.ndarray | None = None
         self._schedule_columns: np.ndarray | None = None
 
     def add(self, request_id: str, plan: SteeringPlan) -> None:
-        """Takes a request in; one that is known already gets the new plan."""
+        """Adds a request; a known one gets the new plan."""
         self.remove(request_id)
         if not plan.segments:
             return
@@ -112,7 +112,7 @@ class TokenRowMapper:
         self._batch = []
 
     def remove(self, request_id: str) -> None:
-        """Forgets a request; unknown ones are ignored, since most requests are not steered."""
+        """Removes a request; unknown ones are ignored, since most requests are not steered."""
         slot = self._slots.pop(request_id, None)
         if slot is None:
             return
@@ -137,7 +137,7 @@ class TokenRowMapper:
             lengths: int ``[num_requests or more]``, each one's number of tokens.
 
         Raises:
-            RuntimeError: More combinations meet in the step than the bank has rows.
+            RuntimeError: The step has more combinations than the bank has rows.
         """
         if not self._slots:
             return _UNSTEERED
@@ -173,7 +173,7 @@ class TokenRowMapper:
         return TokenRows(new, rows=rows, factors=scale)
 
     def _gather(self) -> np.ndarray:
-        """Columns of the batch's requests, ``[3, ranges, num_requests]``; empty when none is steered."""
+        """Columns of the batch's requests, ``[3, ranges, num_requests]``; empty if none is steered."""
         slot = self._slots.get
         slots = np.array([slot(request_id, _NO_SLOT) for request_id in self._batch], dtype=np.intp)
         if not slots.any():
@@ -186,7 +186,7 @@ class TokenRowMapper:
         return np.ascontiguousarray(columns[:, used])
 
     def _assign_rows(self) -> tuple[tuple[int, Segment], ...]:
-        """Gives rows to the batch's requests that have none."""
+        """Assigns rows to the batch's requests without rows."""
         waiting = [request_id for request_id in self._batch if request_id in self._rowless]
         if not waiting:
             return ()

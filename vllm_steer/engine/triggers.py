@@ -1,8 +1,8 @@
-"""Ends steering after a token that a request generates, on the device.
+"""Ends steering after a generated token, on the device.
 
-The host may not know a step's tokens yet (asynchronous scheduling) nor which drafts will be accepted,
-so the tokens are looked at where the model reads them, without waiting. A trigger counts from the
-position on that it stands at; whether it was accepted shows in where the request goes on.
+The host may not yet know a step's tokens (asynchronous scheduling) nor which drafts will be accepted, so the
+tokens are checked where the model reads them, without waiting. A trigger takes effect after its position;
+whether it was accepted shows in the request's next position.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NO_TOKEN = -1
 
 
 class TriggerWatch:
-    """Knows where the steering of each watched request has ended."""
+    """Tracks where the steering of each watched request has ended."""
 
     def __init__(self, device: torch.device) -> None:
         """Makes a watch.
@@ -45,7 +45,7 @@ class TriggerWatch:
         Args:
             request_id: Its id.
             stop: Its triggers.
-            tokens: Its tokens so far, which may hold answers from before it was preempted.
+            tokens: Its tokens so far, which may include generated ones from before a preemption.
         """
         if not self._free:
             self._resize(2 * len(self._triggers))
@@ -58,7 +58,7 @@ class TriggerWatch:
         self._seen[slot] = _NEVER
 
     def remove(self, request_id: str) -> None:
-        """Forgets a request; unknown ones are ignored."""
+        """Removes a request; unknown ones are ignored."""
         slot = self._slots.pop(request_id, None)
         if slot is not None:
             self._free.append(slot)
@@ -71,7 +71,7 @@ class TriggerWatch:
         tokens: torch.Tensor,
         rows: torch.Tensor,
     ) -> bool:
-        """Takes the row away from tokens after a trigger.
+        """Clears the row of tokens after a trigger.
 
         Args:
             request_ids: The step's requests, in the order of their tokens.
@@ -81,7 +81,7 @@ class TriggerWatch:
             rows: int32, the row of each token; changed in place.
 
         Returns:
-            Whether the step has watched requests at all.
+            Whether the step has any watched requests.
         """
         if not self._slots:
             return False
@@ -94,7 +94,7 @@ class TriggerWatch:
         here = positions[:count].to(torch.int32)
         begins = self._least(owner, here)
         present = begins < _NEVER
-        # What was seen in the step before holds if the request goes on after it.
+        # A trigger of the previous step holds if the request continues after it.
         held = present & (self._seen < begins)
         self._ends = torch.where(held, torch.minimum(self._ends, self._seen), self._ends)
         hit = (tokens[:count, None] == self._triggers[owner]).any(1) & (
@@ -107,12 +107,12 @@ class TriggerWatch:
         return True
 
     def _least(self, owner: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """The least of each slot's values, int32 ``[slots]``."""
+        """The minimum of each slot's values, int32 ``[slots]``."""
         none = torch.full_like(self._ends, _NEVER)
         return none.scatter_reduce(0, owner, values, "amin")
 
     def _resize(self, slots: int) -> None:
-        """Makes room for that many slots, more than before."""
+        """Grows the tensors to a number of slots."""
         before = len(self._ends)
         old = self._ends, self._seen, self._origins, self._triggers
         self._ends, self._seen = self._full((slots,), _NEVER), self._full((slots,), _NEVER)

@@ -1,10 +1,10 @@
-"""Scores in the engine core: from the steps that computed them to the tokens that are sent to the front end.
+"""Scores in the engine core: from the steps that computed them to the tokens sent to the front end.
 
-vLLM's scheduler takes in the output of each step. The scores in it are kept at their request, by absolute position,
-until its next tokens are sent, and go with them: those of all tokens but the last, which the model has not read
-yet. Draft tokens that were rejected lie beyond that and are dropped; what was computed twice, after a preemption,
-has the same position and counts once. Where a probe may end the answer, it is looked at as each token is accepted,
-so the answer ends at the same token however many a step accepts.
+vLLM's scheduler processes the output of each step. Its scores are stored with their request, by absolute
+position, until the next tokens are sent, and are sent with them: those of all tokens except the last, which
+the model has not yet read. Rejected draft tokens lie beyond that and are dropped; scores computed twice,
+after a preemption, have the same position and count once. If a probe may end the answer, it is checked as
+each token is accepted, so the answer ends at the same token however many a step accepts.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ if TYPE_CHECKING:
 
     Outputs = dict[int, EngineCoreOutputs]
 
-# Of the step that a ``ModelRunnerOutput`` is of.
+# Scores of the step of a ``ModelRunnerOutput``.
 STEP_SCORES = Attached[StepScores]("scores")
 
 
 @dataclass(eq=False)
 class UnsentScores:
-    """Scores of one request that were computed and not yet sent, and how far its rules have looked.
+    """Scores of one request that were computed but not yet sent, and the state of its rules.
 
     Attributes:
-        reads: What it reads.
-        rules: By which of them its answer ends.
-        start: Positions before it were sent; None before anything was.
-        chunks: First position and scores, float32 ``[tokens, reads]``, of the steps since, in their order.
-        looked: Positions before it were looked at by the rules.
-        runs: Tokens in a row, up to there, that each rule is met by.
+        reads: Its reads.
+        rules: Rules by which reads end its answer.
+        start: Positions before this were sent; None before anything was.
+        chunks: First position and scores, float32 ``[tokens, reads]``, of the steps since, in order.
+        looked: Positions before this were checked by the rules.
+        runs: Consecutive tokens, up to there, that meet each rule.
     """
 
     reads: tuple[Read, ...]
@@ -56,14 +56,14 @@ class UnsentScores:
     runs: list[int] = field(default_factory=list)
 
     def take(self, end: int) -> tuple[int, np.ndarray] | None:
-        """Takes the scores of all positions before one; what lies beyond was not accepted.
+        """Removes and returns the scores of all positions before one; later ones were not accepted.
 
         Args:
             end: Position after the last one.
 
         Returns:
-            The first position, and float32 ``[tokens, reads]`` from there to ``end``, NaN where nothing was computed;
-            None where there is nothing to send.
+            The first position, and float32 ``[tokens, reads]`` from there to ``end``, NaN where nothing was
+            computed; None if there is nothing to send.
         """
         chunks, start = self.chunks, self.start
         if not chunks:
@@ -81,13 +81,13 @@ class UnsentScores:
         return (start, scores) if computed.any() else None
 
     def fired(self, end: int) -> StopRule | None:
-        """Looks at the scores of all positions before one that were not looked at.
+        """Checks the unchecked scores of all positions before one.
 
         Args:
             end: Position after the last one.
 
         Returns:
-            The first rule that was met.
+            The first rule met.
         """
         start = self.looked
         if end <= start or not self.chunks:
@@ -117,7 +117,7 @@ class UnsentScores:
 def _between(
     chunks: Sequence[tuple[int, np.ndarray]], start: int, end: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores by position; of two computations the later counts.
+    """Scores by position; of two computations the later one counts.
 
     Returns:
         Float32 ``[end - start, reads]``, NaN where nothing was computed, and bool ``[end - start]``, where it was.
@@ -135,12 +135,12 @@ def _between(
     return scores, computed
 
 
-# Of a request of the scheduler.
+# Unsent scores of a request of the scheduler.
 _UNSENT = Attached[UnsentScores]("unsent_scores")
 
 
 def send_scores(original: Callable[..., Outputs]) -> Callable[..., Outputs]:
-    """Wraps ``Scheduler.update_from_output``, which makes the outputs of a step for the front end."""
+    """Wraps ``Scheduler.update_from_output``, which builds a step's outputs for the front end."""
 
     def update_from_output(
         self: Scheduler, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
@@ -148,7 +148,7 @@ def send_scores(original: Callable[..., Outputs]) -> Callable[..., Outputs]:
         found = STEP_SCORES.get(model_runner_output)
         if found is None:
             return original(self, scheduler_output, model_runner_output)
-        # A request that ends in this step is forgotten meanwhile.
+        # A request that ends in this step is removed meanwhile.
         reading: dict[str, tuple[Request, UnsentScores]] = {}
         at = 0
         for request_id, start, count in zip(
@@ -172,14 +172,14 @@ def send_scores(original: Callable[..., Outputs]) -> Callable[..., Outputs]:
 def _send(
     outputs: Sequence[EngineCoreOutput], reading: Mapping[str, tuple[Request, UnsentScores]]
 ) -> None:
-    """Puts the scores of the tokens that one front end gets into one message, at the first of its outputs."""
+    """Puts the scores of all tokens for one front end into one message, in the first of its outputs."""
     taken = []
     for output in outputs:
         pair = reading.get(output.request_id)
         if pair is None:
             continue
         request, unsent = pair
-        # Its tokens are those that were accepted.
+        # Its tokens are the accepted ones.
         scores = unsent.take(request.num_tokens - 1)
         if scores is not None:
             taken.append((output.request_id, *scores))
@@ -216,7 +216,7 @@ def stop_by_scores(original: Callable[..., bool]) -> Callable[..., bool]:
 
 
 def _unsent(request: Request) -> UnsentScores:
-    """What a request of the scheduler has not sent, made with its first scores."""
+    """The unsent scores of a request of the scheduler, made with its first scores."""
 
     def make() -> UnsentScores:
         plan = plan_of(request.sampling_params)

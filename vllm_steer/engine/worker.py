@@ -1,6 +1,6 @@
-"""The steering state of one worker: packs, bank, planner and the hooked blocks.
+"""The steering state of one worker: packs, bank, planner and hooked blocks.
 
-The runner adapters feed it requests and the positions of their tokens; it is the same for every model runner.
+The runner adapters pass it requests and the positions of their tokens; it is the same for every model runner.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from vllm_steer.plan.steering_plan import Segment
 if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
-# Used before the first request only, while no row is given away.
+# Used only before the first request, while no row is assigned.
 PROBE_ROW = 1
 
 
 @dataclass(frozen=True)
 class RunnerFacts:
-    """What steering needs to know of a worker's model runner.
+    """Properties of a worker's model runner.
 
     Attributes:
         num_layers: Decoder blocks of the whole model.
         hidden_size: Width of the residual stream.
-        max_num_tokens: Most tokens of a step, padding included.
+        max_num_tokens: Largest number of tokens of a step, including padding.
         dtype: Model dtype.
         device: Device of the model.
         speculative: Whether steps have drafts that may be rejected.
@@ -58,13 +58,13 @@ class RunnerFacts:
 
 
 class WorkerSteering:
-    """Everything that steers the model of one worker.
+    """The steering of one worker's model.
 
     Attributes:
         bank: The device tensors.
         layers: Layers hooked in this worker.
         blocks: Each of them with its block.
-        reading: What requests read of them; None where they may not.
+        reading: The worker's reads; None if reads are off.
     """
 
     def __init__(self, config: ResolvedConfig, model: nn.Module, runner: RunnerFacts) -> None:
@@ -76,7 +76,7 @@ class WorkerSteering:
             runner: Its runner.
 
         Raises:
-            PackError: The packs on disk are not those that the engine was configured with.
+            PackError: The packs on disk are not the configured ones.
             CompatibilityError: The model's blocks cannot be found.
         """
         self._store = configured_store(config)
@@ -120,12 +120,12 @@ class WorkerSteering:
     def add_request(
         self, request_id: str, sampling_params: SamplingParams | None, tokens: Sequence[int] = ()
     ) -> None:
-        """Takes a request in, steered or not.
+        """Adds a request, steered or not.
 
         Args:
             request_id: Its id.
             sampling_params: Its ``SamplingParams``, None for pooling requests.
-            tokens: Its tokens so far, where a request that comes again may have generated some.
+            tokens: Its tokens so far; a resumed request may have generated some.
         """
         plan = plan_of(sampling_params)
         self.remove_request(request_id)
@@ -137,7 +137,7 @@ class WorkerSteering:
                 self.reading.add(request_id, plan.reads)
 
     def remove_request(self, request_id: str) -> None:
-        """Forgets a request."""
+        """Removes a request."""
         self._planner.remove(request_id)
         self._watch.remove(request_id)
         if self.reading is not None:
@@ -151,7 +151,7 @@ class WorkerSteering:
         positions: torch.Tensor,
         tokens: torch.Tensor,
     ) -> None:
-        """Makes the bank ready for the tokens of a step, before the model runs.
+        """Prepares the bank for the tokens of a step, before the model runs.
 
         Args:
             request_ids: The step's requests, in the order of their tokens in the batch.
@@ -176,13 +176,13 @@ class WorkerSteering:
         self._seconds += time.perf_counter() - started
 
     def take_times(self) -> tuple[int, float, int]:
-        """Returns what happened since the last call: steps planned, the seconds that it took, and rows cut."""
+        """Returns the planned steps, their planning time in seconds, and rows cut since the last call."""
         times = self._steps, self._seconds, self._cut
         self._steps, self._seconds, self._cut = 0, 0.0, 0
         return times
 
     def prepare_dummy_step(self) -> None:
-        """Makes a profile, warm-up, capture or padding run unsteered, unless the self-test probes."""
+        """Disables steering for a profiling, warm-up, capture or padding run, unless the self-test probes."""
         if self.reading is not None:
             self.reading.prepare_dummy_step()
         if self._probing:
@@ -199,7 +199,7 @@ class WorkerSteering:
 
         Args:
             values: The values of its row.
-            factor: The factor of its change; read by the affine form alone.
+            factor: The factor of its change; only used by the affine form.
         """
         self._probing, self._probe_factor = True, factor
         self.bank.write_row(PROBE_ROW, values)
@@ -215,7 +215,7 @@ class WorkerSteering:
         return RowValues.zeros(len(self.layers), self.bank.rank, self.bank.hidden_size)
 
     def residual_norm(self, layer: int) -> float:
-        """Largest median norm of the residual stream after a layer that a loaded pack has measured."""
+        """Largest median norm of the residual stream after a layer among the loaded packs."""
         norms = (
             pack.manifest.residual_norms.get(str(layer), 0.0)
             for pack in self._store.registry.packs.values()
@@ -229,5 +229,5 @@ class WorkerSteering:
 
 
 def _is_present(block: nn.Module) -> bool:
-    """Whether a block lives in this pipeline stage (vLLM puts ``PPMissingLayer`` for the others)."""
+    """Whether a block is in this pipeline stage (vLLM uses ``PPMissingLayer`` for the others)."""
     return type(block).__name__ != "PPMissingLayer"

@@ -1,4 +1,4 @@
-"""Calibration of a direction on its model: whether it steers, and how strong it may be.
+"""Calibration of a direction on its model: whether it steers, and its largest fluent scale.
 
 ``vllm-steer calibrate`` writes it into the manifest. Importing this module imports neither torch nor
 vllm.
@@ -17,15 +17,15 @@ PositiveFinite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class CalibrationPoint(Record):
-    """What a direction did at one scale.
+    """Measurements of a direction at one scale.
 
     Attributes:
         scale: Scale (ε).
-        gap_closed: Share of the gap that it closed; None where no prefix is known that would.
-        expression: How much of the concept its answers expressed; None likewise.
-        repetition: Share of word pairs that repeat within an answer; None where it was not measured.
-        perplexity: Perplexity of the answers under the unsteered model; None likewise.
-        fluent: Whether the text counts as fluent; None likewise.
+        gap_closed: Share of the gap that it closed; None if no prefix is known.
+        expression: How much of the concept its answers expressed; None if no prefix is known.
+        repetition: Share of repeated word pairs within an answer; None if not measured.
+        perplexity: Perplexity of the answers under the unsteered model; None if not measured.
+        fluent: Whether the text counts as fluent; None if not measured.
     """
 
     scale: Scale
@@ -37,34 +37,34 @@ class CalibrationPoint(Record):
 
 
 class Calibration(Record):
-    """What was measured of a direction, at its default scale and on its default layers.
+    """Measurements of a direction at its default scale and on its default layers.
 
     Attributes:
-        model: Name or path of the model that it was measured on.
+        model: Name or path of the model.
         dtype: Data type that the model ran in.
-        steers: Whether it closes a share of the gap that is worth having, not by chance, and more than
-            another concept's vector does, and its own answers express the concept.
-        gap_closed: Share of the gap that it closes. The gap lies between how likely the answers to
-            the prefixed prompt are after the plain prompt and after the prefixed one: 0 is no effect,
-            1 that of the prefix. None where no prefix is known that makes the model take on the
-            concept; then only the text's fluency was measured.
-        low: Lower end of its 95 % interval over held-out questions; None where there is none.
+        steers: Whether it closes a relevant share of the gap, beyond chance and more than another concept's
+            vector, and its own answers express the concept.
+        gap_closed: Share of the gap that it closes. The gap is the difference in likelihood of the prefixed
+            model's answers between the plain and the prefixed prompt: 0 is no effect, 1 that of the prefix.
+            None if no prefix is known that makes the model take on the concept; then only fluency was
+            measured.
+        low: Lower end of its 95 % interval over held-out questions; None if there is none.
         high: Upper end.
         control: Share of the gap that another concept's vector of the pack closes at its own scale;
             None in a pack without another concept.
-        expression: How much of the concept its own answers express: how much likelier they are after
-            the prefixed prompt than after the plain one, over the same of the prefixed model's
-            answers. None where no prefix is known, and for what is taken away.
-        repetition: Share of word pairs that repeat within a steered answer; None where no answers
-            were generated.
-        repetition_prefixed: The same of the answers to the prefixed prompt.
-        perplexity: Perplexity of the steered answers under the unsteered model; None likewise.
-        fluent_dose: Raw dose of the direction at ``safe_scale`` on its default layers: what a dose
-            of 1 means for it. None where no safe scale was found, and for ops that neither add nor
-            read, whose dose at that scale is known without it.
+        expression: How much of the concept its own answers express: how much likelier they are after the
+            prefixed prompt than after the plain one, divided by the same for the prefixed model's answers.
+            None if no prefix is known, and for ops that remove a component.
+        repetition: Share of repeated word pairs within a steered answer; None if no answers were generated.
+        repetition_prefixed: The same for the answers to the prefixed prompt.
+        perplexity: Perplexity of the steered answers under the unsteered model; None if no answers were
+            generated.
+        fluent_dose: Raw dose of the direction at ``safe_scale`` on its default layers, which corresponds to a
+            dose of 1. None if no safe scale was found, and for ops that neither add nor read, whose dose at
+            that scale is known without it.
         questions: Number of held-out questions.
         questions_sha256: Digest of the questions.
-        curve: What every scale that was tried did, ascending by scale.
+        curve: Measurements at every scale that was tried, ascending by scale.
     """
 
     model: Line
@@ -97,7 +97,7 @@ def raw_dose(scale: float, lengths: Mapping[int, float], norms: Mapping[int, flo
 
     Args:
         scale: ε.
-        lengths: Euclidean length of the vector at each layer that is steered.
-        norms: Norm of the residual stream by layer, for these layers at least.
+        lengths: Euclidean length of the vector at each steered layer.
+        norms: Norm of the residual stream by layer, for at least these layers.
     """
     return abs(scale) * sum(length / norms[layer] for layer, length in lengths.items())

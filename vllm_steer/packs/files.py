@@ -1,11 +1,10 @@
-"""The files of a pack directory: opened only inside it, replaced only as a whole.
+"""The files of a pack directory: opened only inside it, replaced only together.
 
-A pack is two files that belong together by the digest that the manifest holds. A writer puts the new
-tensors beside the old ones under a name with their digest, replaces the manifest, which is the moment
-when the pack changes, and gives the tensors their usual name. A reader takes the tensors by either
-name if their digest is the manifest's. So whenever a writer is killed, one whole pack is there: the
-old one before that moment, the new one after it. Importing this module imports neither torch nor
-vllm.
+A pack is two files, linked by the digest in the manifest. A writer puts the new tensors next to the old ones
+under a name with their digest, replaces the manifest, which switches the pack, and gives the tensors their
+usual name. A reader takes the tensors under either name if their digest is the manifest's. So a writer killed
+at any moment leaves a complete pack: the old one before the switch, the new one after it. Importing this
+module imports neither torch nor vllm.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ from vllm_steer.packs.manifest import MANIFEST_FILE, VECTORS_FILE
 
 
 def staged_name(sha256: str) -> str:
-    """Name of a tensor file whose manifest stands, or will stand, but that has not its usual name yet."""
+    """Name of a tensor file that does not have its usual name yet."""
     return f".{VECTORS_FILE}.{sha256}"
 
 
 @contextmanager
 def opened(root: Path, name: str) -> Iterator[tuple[FileIO, int]]:
-    """Opens a file of a pack for reading and gives its size in bytes.
+    """Opens a file of a pack for reading and yields it with its size in bytes.
 
-    A link may lead to another file of the pack or, where the pack lies in the hub's cache, to the
-    blobs of the same repository, which is how that cache keeps files. Anything else is refused: a
-    pack that came from elsewhere must not choose what is read on this machine.
+    A link may point to another file of the pack or, in the hub's cache, to the blobs of the same repository,
+    as that cache stores files. Anything else is refused: a pack from elsewhere must not choose which files
+    are read on this machine.
 
     Args:
         root: Directory of the pack.
@@ -43,16 +42,16 @@ def opened(root: Path, name: str) -> Iterator[tuple[FileIO, int]]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        PackError: It leads out of the pack, is not a regular file, or cannot be read.
+        PackError: It points outside the pack, is not a regular file, or cannot be read.
     """
     file = root / name
     folder = os.path.realpath(root)
     target = os.path.realpath(os.path.join(folder, name))
     snapshot = hub_snapshot(Path(folder))
     if os.path.dirname(target) not in (folder, str(snapshot.blobs) if snapshot else folder):
-        raise PackError(f"{file}: a link that leads out of the pack; put the file itself there")
+        raise PackError(f"{file}: a link that points outside the pack; put the file itself there")
     try:
-        # Opening a pipe would wait for its writer.
+        # Opening a pipe would block until it has a writer.
         descriptor = os.open(target, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise
@@ -74,7 +73,7 @@ def read_manifest(root: Path, limit: int) -> tuple[bytes, tuple[int, ...]]:
 
     Args:
         root: Directory of the pack.
-        limit: Most bytes that it may have; checked before reading.
+        limit: Largest size in bytes; checked before reading.
 
     Raises:
         PackError: It is missing, too large, or cannot be read.
@@ -90,15 +89,15 @@ def read_manifest(root: Path, limit: int) -> tuple[bytes, tuple[int, ...]]:
             f"{VECTORS_FILE}"
         ) from error
     if size > limit or len(data) > limit:
-        raise PackError(f"{file}: larger than the {limit} bytes that it may have")
+        raise PackError(f"{file}: larger than the limit of {limit} bytes")
     return data, (status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def replace_pack(root: Path, manifest: bytes, vectors: bytes, sha256: str) -> None:
-    """Puts a pack in the place of whatever pack is in a directory; other files stay.
+    """Writes a pack into a directory, replacing any pack there; other files are kept.
 
     Args:
-        root: Directory of the pack; made if missing.
+        root: Directory of the pack; created if missing.
         manifest: Content of its manifest.
         vectors: Content of its tensor file.
         sha256: Digest of ``vectors``, as the manifest has it.
@@ -117,13 +116,13 @@ def replace_pack(root: Path, manifest: bytes, vectors: bytes, sha256: str) -> No
             _sweep(root)
     except OSError as error:
         raise PackError(
-            f"{root}: the pack cannot be written ({error.strerror}); give a directory that can be made"
+            f"{root}: the pack cannot be written ({error.strerror}); give a directory that can be created"
         ) from error
 
 
 @contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    """Keeps other writers of the same pack out; the lock ends with the process that holds it."""
+    """Excludes other writers of the same pack; the lock ends with the process that holds it."""
     descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -133,7 +132,7 @@ def _locked(root: Path) -> Iterator[None]:
 
 
 def replace_file(file: Path, data: bytes) -> None:
-    """Writes a file atomically: at any moment its whole old or its whole new content is there."""
+    """Writes a file atomically: it has either its complete old or its complete new content."""
     with tempfile.NamedTemporaryFile(
         dir=file.parent, prefix=f".{file.name.lstrip('.')}.", delete=False
     ) as stream:
@@ -150,7 +149,7 @@ def replace_file(file: Path, data: bytes) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Makes the names in a directory outlive a power cut."""
+    """Makes the directory entries survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -159,7 +158,7 @@ def _sync(folder: Path) -> None:
 
 
 def _sweep(root: Path) -> None:
-    """Removes what killed writers left; only under the lock, when every file has its usual name."""
+    """Removes leftovers of killed writers; only under the lock, when every file has its usual name."""
     for name in os.listdir(root):
         if name.startswith((f".{VECTORS_FILE}.", f".{MANIFEST_FILE}.")):
             with suppress(FileNotFoundError):

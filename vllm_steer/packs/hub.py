@@ -1,8 +1,8 @@
-"""Packs on the Hugging Face hub: ``owner/name@revision`` to a local directory.
+"""Packs on the Hugging Face Hub: ``owner/name@revision`` to a local directory.
 
-Only the two files of a pack are fetched, into the hub's own cache, and only after their sizes are
-known. The name of the directory there is the commit, so the path says which revision is served.
-Importing this module imports neither torch nor vllm.
+Only the two files of a pack are fetched, into the hub's own cache, and only after their sizes are checked.
+The directory there is named by the commit, so the path identifies the served revision. Importing this module
+imports neither torch nor vllm.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class HubSnapshot:
     blobs: Path
 
     def __str__(self) -> str:
-        """``owner/name@commit``, which names the same content for ever."""
+        """``owner/name@commit``, which always names the same content."""
         return f"{self.repo}@{self.commit}"
 
 
 def hub_snapshot(path: Path) -> HubSnapshot | None:
-    """Returns the commit that a directory of the hub's cache holds, None for any other directory."""
+    """Returns the commit in a directory of the hub's cache, None for any other directory."""
     repository = path.parent.parent
     kind, *names = repository.name.split("--")
     if (
@@ -63,18 +63,17 @@ def hub_snapshot(path: Path) -> HubSnapshot | None:
 
 
 def resolve_pack(source: str | os.PathLike[str]) -> Path:
-    """Returns the absolute directory of a pack, fetched from the hub if need be.
+    """Returns the absolute directory of a pack, fetched from the hub if necessary.
 
-    What exists on disk is taken from there. Otherwise ``owner/name`` or ``owner/name@revision`` is a
-    repository on the hub; a revision is a branch, a tag or a commit. A commit that is in the cache
-    needs no network. For a branch or tag the hub is asked each time; only with ``HF_HUB_OFFLINE=1``
-    is it what the cache last saw.
+    Existing directories take precedence. Otherwise ``owner/name`` or ``owner/name@revision`` is a
+    repository on the hub; a revision is a branch, a tag or a commit. A cached commit needs no network. For a
+    branch or tag the hub is asked each time; with ``HF_HUB_OFFLINE=1`` the last cached commit is used.
 
     Args:
         source: A path or a repository.
 
     Raises:
-        PackError: It is neither, or it cannot be fetched; the message says what would be right.
+        PackError: It is neither, or it cannot be fetched; the message says what would be valid.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -111,7 +110,7 @@ def _fetch(repo: str, revision: str) -> Path:
         info = hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
         sizes = {file.rfilename: file.size for file in info.siblings or []}
         _check_sizes(f"{repo}@{revision}", sizes)
-        # By its name, not by its commit: only so does the cache keep what the name stood for.
+        # By name, not by commit, so that the cache records the commit of the name.
         folder = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=list(_FILES)))
         if folder.name != info.sha:
             raise PackError(
@@ -119,7 +118,7 @@ def _fetch(repo: str, revision: str) -> Path:
             )
     except PackError:
         raise
-    # Releases of huggingface_hub raise the errors of three different HTTP libraries.
+    # Versions of huggingface_hub raise errors of three different HTTP libraries.
     except Exception as error:
         raise PackError(
             f"steering pack {repo}@{revision}: cannot be fetched from the hub ({_reason(error)}), and there "
@@ -130,7 +129,7 @@ def _fetch(repo: str, revision: str) -> Path:
 
 
 def _cached(hub: Any, repo: str, revision: str) -> Path | None:
-    """Returns the snapshot that the cache has of a revision, if both files of the pack are there."""
+    """Returns the cached snapshot of a revision, if it has both files of the pack."""
     try:
         folder = Path(
             hub.snapshot_download(

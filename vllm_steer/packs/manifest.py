@@ -1,4 +1,4 @@
-"""The manifest of a steering pack, ``steering_config.json``: what it must say, field by field.
+"""The manifest of a steering pack, ``steering_config.json``: its fields and their checks.
 
 Importing this module imports neither torch nor vllm.
 """
@@ -39,14 +39,14 @@ SCHEMA_VERSION: Final = 1
 MANIFEST_FILE: Final = "steering_config.json"
 VECTORS_FILE: Final = "steering_vectors.safetensors"
 
-# What a pack may hold, so that none takes more than its due of a server's memory and time: 10,000
-# directions at 32 layers fit, and what the extraction writes beside 3,000.
+# Limits of a pack, which bound a server's memory and time: 10,000 directions at 32 layers fit, and 3,000 with
+# all that extraction writes about them.
 MAX_MANIFEST_BYTES: Final = 32 * 2**20
 MAX_MANIFEST_VALUES: Final = 1_000_000
 MAX_VECTORS_BYTES: Final = 8 * 2**30
 MAX_DIRECTIONS: Final = 20_000
 MAX_HIDDEN_SIZE: Final = 2**20
-# Left out of a manifest where they are None: older versions refuse keys that they do not know.
+# Omitted from a manifest if None: older versions refuse unknown keys.
 _OPTIONAL: Final = ("default_layers", "safe_scale", "prefix", "calibration")
 
 
@@ -56,11 +56,11 @@ class ModelIdentity(Record):
     Attributes:
         name: Name or path given at extraction; informative only.
         architecture: Class name in the checkpoint's configuration, such as ``LlamaForCausalLM``.
-        model_type: ``model_type`` of the language model's configuration, such as ``llama``; of a model
-            that sees images, of the language model in it.
+        model_type: ``model_type`` of the language model's configuration, such as ``llama``; for a
+            vision-language model, that of its language model.
         hidden_size: Width of the residual stream.
         num_layers: Number of decoder blocks.
-        chat_template_sha256: Digest of the chat template that prompts were rendered by, None for none.
+        chat_template_sha256: Digest of the chat template of the prompts, None without one.
     """
 
     name: Line
@@ -72,12 +72,12 @@ class ModelIdentity(Record):
 
 
 class MethodRecord(Record):
-    """How a pack's directions were learned: enough to learn them again.
+    """How a pack's directions were learned, in enough detail to reproduce them.
 
     Attributes:
         name: Method, such as ``attention_guided``.
         settings: Every setting that changes the result.
-        libraries: Version of each library that computed them.
+        libraries: Version of each library used.
         seed: Seed of all randomness.
         data_sha256: Digest of the prompts.
     """
@@ -90,11 +90,11 @@ class MethodRecord(Record):
 
 
 class Prefix(Record):
-    """What makes the model take on a direction's concept without steering.
+    """The prefix that makes the model take on a direction's concept without steering.
 
     Attributes:
         text: The text.
-        role: Where it stands: before the user's text, or in a system message of its own.
+        role: Its place: before the user's text, or in a separate system message.
     """
 
     text: str = Field(min_length=1, max_length=65536)
@@ -108,17 +108,15 @@ class DirectionRecord(Record):
         name: Name of the concept, unique in the pack.
         layers: Layers that the direction has a vector for, ascending; row i of the tensor belongs
             to ``layers[i]``.
-        default_layers: Layers steered when a request names none, some of ``layers``; None steers
-            them all.
+        default_layers: Layers steered when a request names none, a subset of ``layers``; None steers them
+            all.
         default_scale: Scale (ε) used when a request names none.
-        safe_scale: Largest |scale| found to leave the text fluent on ``default_layers``; None where
-            nobody has looked.
+        safe_scale: Largest |scale| on ``default_layers`` at which the text was fluent; None if not measured.
         positions: Token positions steered when a request names none.
-        form: How it acts when a request says nothing else; None adds it. Directions that the form
-            names are of this pack.
-        metrics: Figures of the extraction, for people to read.
-        prefix: What makes the model take on the concept without steering; None where that is unknown.
-        calibration: What was measured of it on the model; None where it was not.
+        form: Its default form; None is addition. Directions that the form names are in this pack.
+        metrics: Figures of the extraction, informative only.
+        prefix: The prefix that makes the model take on the concept without steering; None if unknown.
+        calibration: Its calibration on the model; None if it was not calibrated.
     """
 
     name: DirectionName
@@ -134,12 +132,12 @@ class DirectionRecord(Record):
 
     @property
     def steered_layers(self) -> list[int]:
-        """Layers that are steered when a request names none."""
+        """Layers steered when a request names none."""
         return self.layers if self.default_layers is None else self.default_layers
 
     @property
     def op(self) -> Op:
-        """What it does when a request says nothing else."""
+        """Its default op."""
         return (self.form and self.form.op) or "add"
 
     @model_validator(mode="after")
@@ -150,7 +148,7 @@ class DirectionRecord(Record):
             raise ValueError("default_layers must be ascending and distinct")
         unknown = sorted(set(self.steered_layers) - set(self.layers))
         if unknown:
-            raise ValueError(f"default_layers must be some of layers; {unknown} are not")
+            raise ValueError(f"default_layers must be a subset of layers; {unknown} are not in it")
         return self
 
     @model_serializer(mode="wrap")
@@ -180,9 +178,9 @@ class Manifest(Record):
         hook_point: The vector is added to the residual stream after the block.
         directions: The directions, in the order of extraction.
         method: How they were learned.
-        residual_norms: Median Euclidean norm of the residual stream after each layer over the tokens
-            of unprefixed prompts but the first of each, which takes up attention and is far longer
-            than the others; keys are layers in decimal, as JSON wants strings.
+        residual_norms: Median Euclidean norm of the residual stream after each layer over the tokens of
+            unprefixed prompts, without the first of each, an attention sink with a far larger norm. Keys are
+            decimal layers, since JSON keys are strings.
         tensors: Identity of the tensor file.
     """
 
@@ -219,7 +217,7 @@ class Manifest(Record):
         return self
 
     def _check_form(self, direction: DirectionRecord) -> None:
-        """Raises ValueError where a form names a direction that the pack does not have."""
+        """Raises ValueError if a form names a direction that is not in the pack."""
         if direction.form is None:
             return
         layers = {other.name: set(other.layers) for other in self.directions}
@@ -232,7 +230,7 @@ class Manifest(Record):
 
 
 def parse_manifest(data: bytes) -> Manifest:
-    """Returns the manifest in a file's bytes.
+    """Parses the bytes of a manifest file.
 
     Args:
         data: The bytes, at most ``MAX_MANIFEST_BYTES``.

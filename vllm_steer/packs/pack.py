@@ -1,4 +1,4 @@
-"""Steering packs on disk: the one contract between extraction and serving.
+"""Steering packs on disk: the contract between extraction and serving.
 
 A pack is a directory with two files. ``steering_config.json`` is the manifest: the model that the
 directions belong to, where they are added, how strongly, and how they were learned.
@@ -73,9 +73,9 @@ __all__ = [
     "write_pack",
 ]
 
-# Lengths of a vector at a layer whose squares float32 holds, with room for sums of them.
+# Vector lengths per layer whose squares fit float32, with room for sums of them.
 MIN_LENGTH, MAX_LENGTH = 1e-18, 1e18
-# How often a pack that is replaced while it is read is read again.
+# How often a pack is reread if it is replaced while being read.
 _ATTEMPTS = 5
 
 
@@ -84,7 +84,7 @@ class SteeringPack:
     """A verified pack in memory.
 
     Attributes:
-        path: Directory that it was read from.
+        path: Its directory.
         manifest: Its manifest.
         vectors: Direction name to float32 array of shape ``[len(layers), hidden_size]``, read-only.
     """
@@ -100,7 +100,7 @@ class SteeringPack:
 
     @property
     def origin(self) -> str:
-        """Where it came from: ``owner/name@commit`` for a pack of the hub, else its directory."""
+        """Its source: ``owner/name@commit`` for a pack from the hub, else its directory."""
         return str(hub_snapshot(Path(os.path.realpath(self.path))) or self.path)
 
     @cached_property
@@ -118,7 +118,7 @@ class SteeringPack:
 
 
 def direction_digest(layers: Sequence[int], vector: np.ndarray) -> str:
-    """Returns the content identity of a direction: the same values have the same digest everywhere.
+    """Returns the content digest of a direction; equal values have equal digests everywhere.
 
     Args:
         layers: Layers that the rows belong to.
@@ -131,7 +131,7 @@ def direction_digest(layers: Sequence[int], vector: np.ndarray) -> str:
 
 @dataclass(frozen=True, eq=False)
 class PackContent:
-    """What a pack is written from.
+    """The content of a pack to write.
 
     Attributes:
         name: Name of the pack.
@@ -151,17 +151,17 @@ class PackContent:
 
 
 def write_pack(path: str | os.PathLike[str], content: PackContent) -> SteeringPack:
-    """Writes a pack and reads it back, so that what was written is known to load.
+    """Writes a pack and reads it back to verify that it loads.
 
-    The directory holds the old pack or the new one at every moment, also if this process is killed
-    or the power goes; whatever else is in it stays.
+    The directory holds either the old pack or the new one at every moment, even if this process is killed or
+    the power fails; other files in it are kept.
 
     Args:
-        path: Directory of the pack; made if missing.
-        content: What it is to have.
+        path: Directory of the pack; created if missing.
+        content: Its content.
 
     Raises:
-        PackError: Something does not fit together, or the directory cannot be written.
+        PackError: The content is inconsistent, or the directory cannot be written.
     """
     root, name = Path(path), content.name
     arrays = {
@@ -196,7 +196,7 @@ def write_pack(path: str | os.PathLike[str], content: PackContent) -> SteeringPa
     wanted = _shapes(manifest)
     if {key: array.shape for key, array in arrays.items()} != wanted:
         raise PackError(
-            f"pack {name!r} cannot be written: the shapes of its vectors are not those of its directions"
+            f"pack {name!r} cannot be written: the shapes of its vectors do not match its directions"
         )
     _check_values(root / VECTORS_FILE, arrays)
     replace_pack(root, written, data, digest)
@@ -204,16 +204,16 @@ def write_pack(path: str | os.PathLike[str], content: PackContent) -> SteeringPa
 
 
 def load_pack(path: str | os.PathLike[str]) -> SteeringPack:
-    """Reads a pack and verifies every statement that its manifest makes.
+    """Reads a pack and verifies every claim of its manifest.
 
-    A pack that is replaced meanwhile is read as it was or as it is, never as a mixture.
+    A pack that is replaced meanwhile is read as the old or the new one, never as a mixture.
 
     Args:
         path: Directory of the pack.
 
     Raises:
-        PackError: A file is missing, malformed or altered, or the tensors are not what the manifest
-            says; the message names the file and the fault.
+        PackError: A file is missing, malformed or altered, or the tensors do not match the manifest; the
+            message names the file and the fault.
     """
     root = Path(path)
     if not root.is_dir():
@@ -230,11 +230,13 @@ def load_pack(path: str | os.PathLike[str]) -> SteeringPack:
             content, stamp = read_manifest(root, MAX_MANIFEST_BYTES)
             if stamp == before:
                 raise
-    raise PackError(f"{root}: replaced again and again while it was read; load it when it is still")
+    raise PackError(
+        f"{root}: replaced repeatedly while being read; load it when it no longer changes"
+    )
 
 
 def _load(root: Path, content: bytes) -> SteeringPack:
-    """Returns the pack whose manifest has this content."""
+    """Returns the pack with this manifest content."""
     try:
         manifest = parse_manifest(content)
     except ValueError as error:
@@ -253,7 +255,7 @@ def _load(root: Path, content: bytes) -> SteeringPack:
 
 
 def _read_vectors(root: Path, name: str, manifest: Manifest) -> dict[str, NDArray[np.float32]]:
-    """Returns the tensors of a file after checking them against the manifest."""
+    """Returns the tensors of a file, checked against the manifest."""
     file, claimed = root / name, manifest.tensors
     with opened(root, name) as (stream, size):
         if size != claimed.size:
@@ -268,7 +270,7 @@ def _read_vectors(root: Path, name: str, manifest: Manifest) -> dict[str, NDArra
     if digest != claimed.sha256:
         raise PackError(
             f"{file}: sha256 differs from the manifest's, so the file is damaged or not the one that "
-            f"was extracted; copy the pack again or extract it anew"
+            f"was extracted; copy the pack again or extract it again"
         )
     _check_values(file, vectors)
     return vectors
@@ -280,22 +282,22 @@ def _shapes(manifest: Manifest) -> dict[str, tuple[int, int]]:
 
 
 def _check_values(file: Path, vectors: Mapping[str, NDArray[np.float32]]) -> None:
-    """Raises PackError where a value is NaN or Inf, a row is zero, or its length leaves float32."""
+    """Raises PackError if a value is NaN or Inf, a row is zero, or its length does not fit float32."""
     for name, vector in vectors.items():
-        # NaN is passed on by both, and no temporary array of the vectors' size is made.
+        # Both propagate NaN without a temporary array of the vectors' size.
         low, high = vector.min(axis=1), vector.max(axis=1)
         if not (np.isfinite(low) & np.isfinite(high)).all():
             raise PackError(
-                f"{file}: direction {name!r} has NaN or Inf; every value must be finite"
+                f"{file}: direction {name!r} contains NaN or Inf; every value must be finite"
             )
         if not ((low != 0) | (high != 0)).all():
             raise PackError(
-                f"{file}: direction {name!r} is zero at a layer, where it could never steer; "
+                f"{file}: direction {name!r} is zero at a layer, where it has no effect; "
                 f"leave that layer out"
             )
         for length in np.sqrt(np.einsum("ij,ij->i", vector, vector, dtype=np.float64)):
             if not MIN_LENGTH <= length <= MAX_LENGTH:
                 raise PackError(
                     f"{file}: direction {name!r} has a vector of length {length:.3g}; it must be between "
-                    f"{MIN_LENGTH:g} and {MAX_LENGTH:g}, so that float32 holds its square"
+                    f"{MIN_LENGTH:g} and {MAX_LENGTH:g}, so that its square fits float32"
                 )

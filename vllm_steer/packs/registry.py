@@ -1,7 +1,7 @@
-"""Packs in memory, by the names that requests use and by content digest.
+"""Packs in memory, by name and by content digest.
 
-The API server resolves names with it and the worker resolves digests with it; both read the same
-files. Importing this module imports neither torch nor vllm.
+The API server resolves names and the worker resolves digests; both read the same files. Importing this module
+imports neither torch nor vllm.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from vllm_steer.errors import ConfigError, PackError, UnknownDirectionError, choices
 from vllm_steer.packs.pack import DirectionRecord, SteeringPack, load_pack
 
-# Language models inside of models that see images, which compute on text what the other type does alone.
+# Language models inside vision-language models, equivalent on text to the standalone type.
 _ON_TEXT: Final = {
     "qwen2_vl_text": "qwen2",
     "qwen2_5_vl_text": "qwen2",
@@ -34,7 +34,7 @@ class LoadedDirection:
     """A direction of a loaded pack.
 
     Attributes:
-        pack: Pack that holds it.
+        pack: Its pack.
         record: Its record in the manifest.
         vector: Float32 array ``[len(record.layers), hidden_size]``.
         digest: Content digest.
@@ -53,7 +53,7 @@ class LoadedDirection:
 
     @cached_property
     def norms(self) -> dict[int, float]:
-        """Median norm of the residual stream by layer, as the pack measured it."""
+        """Median norm of the residual stream by layer, from the pack."""
         norms = self.pack.manifest.residual_norms
         return {layer: norms[str(layer)] for layer in self.record.layers}
 
@@ -63,7 +63,7 @@ class LoadedDirection:
         return {layer: row for row, layer in enumerate(self.record.layers)}
 
     def at(self, layer: int) -> np.ndarray:
-        """The vector of one of its layers, float32 ``[hidden_size]``."""
+        """The vector at one layer, float32 ``[hidden_size]``."""
         row: np.ndarray = self.vector[self.rows[layer]]
         return row
 
@@ -74,7 +74,7 @@ class LoadedDirection:
 
 
 class PackRegistry:
-    """Packs by name and content; it does not change after construction."""
+    """Packs by name and content; immutable."""
 
     def __init__(self, packs: Iterable[SteeringPack]) -> None:
         """Indexes ``packs``.
@@ -87,7 +87,7 @@ class PackRegistry:
             if pack.name in self.packs:
                 raise ConfigError(
                     f"two steering packs are named {pack.name!r}: {self.packs[pack.name].path} and {pack.path}; "
-                    f"requests could not tell them apart, so load one of them or extract it under another name"
+                    f"requests could not distinguish them; load only one, or extract one under another name"
                 )
             self.packs[pack.name] = pack
         loaded = [
@@ -96,7 +96,7 @@ class PackRegistry:
             for name, record in pack.directions.items()
         ]
         self._by_name = {direction.full_name: direction for direction in loaded}
-        # Of equal contents the calibrated one knows what its dose means.
+        # Of directions with equal content, prefer the calibrated one, whose dose is known.
         known = sorted(loaded, key=lambda direction: direction.record.calibration is not None)
         self._by_digest = {direction.digest: direction for direction in known}
         self._bare: dict[str, list[LoadedDirection]] = {}
@@ -112,7 +112,7 @@ class PackRegistry:
 
     @property
     def layers(self) -> list[int]:
-        """Layers that at least one direction has a vector for, ascending."""
+        """Layers with a vector of at least one direction, ascending."""
         return sorted(
             {layer for direction in self._by_name.values() for layer in direction.record.layers}
         )
@@ -120,7 +120,7 @@ class PackRegistry:
     def find(
         self, name: str, sees: Callable[[str], bool] = lambda full_name: True
     ) -> LoadedDirection:
-        """Returns the direction that a request means by ``pack/direction`` or by ``direction`` alone.
+        """Returns the direction that a request names as ``pack/direction`` or just ``direction``.
 
         Args:
             name: What the request says.
@@ -168,12 +168,12 @@ class PackRegistry:
         name: str,
         sees: Callable[[str], bool] = lambda full_name: True,
     ) -> LoadedDirection:
-        """Returns the direction that another one's form means; its own pack is looked in first."""
+        """Returns the direction named by another one's form; that one's pack is searched first."""
         own = name in direction.pack.directions
         return self.find(f"{direction.pack.name}/{name}" if own else name, sees)
 
     def has(self, digest: str) -> bool:
-        """Whether a loaded direction has this content."""
+        """Whether a loaded direction has this content digest."""
         return digest in self._by_digest
 
     def by_digest(self, digest: str) -> LoadedDirection:
@@ -190,11 +190,11 @@ class PackRegistry:
             ) from None
 
     def check_model(self, *, model_types: Iterable[str], hidden_size: int, num_layers: int) -> None:
-        """Checks that every pack was made for the served model, or for the language model in it.
+        """Checks that every pack was made for the served model or its language model.
 
         Args:
-            model_types: Types that its packs may name.
-            hidden_size: Width of its residual stream.
+            model_types: Model types that packs may name.
+            hidden_size: Width of the model's residual stream.
             num_layers: Its number of decoder blocks.
 
         Raises:

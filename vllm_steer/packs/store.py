@@ -1,7 +1,7 @@
 """The packs of one process, which may change while it runs.
 
-Directions are found by name in the packs that are loaded, and by content for as long as a request may need
-them, also when their pack was replaced. Importing this module imports neither torch nor vllm.
+Directions are found by name in the loaded packs, and by content for as long as a request may need them, even
+after their pack was replaced. Importing this module imports neither torch nor vllm.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from vllm_steer.packs.registry import LoadedDirection, PackRegistry
 
 @dataclass(frozen=True, eq=False)
 class _Snapshot:
-    """All that a store knows at one moment.
+    """The state of a store at one moment.
 
     Attributes:
         registry: The packs that requests can name.
-        retired: Directions by content that no name leads to, and that requests may still need.
+        retired: Directions by content that no longer have a name but may still be needed by requests.
     """
 
     registry: PackRegistry
@@ -30,10 +30,10 @@ class _Snapshot:
 
 
 class PackStore:
-    """The packs that an engine was started with, and those that came later.
+    """The packs an engine was started with, and those loaded later.
 
-    What it knows is one immutable snapshot that is swapped as a whole: who reads while another thread
-    changes it sees all of a change or none.
+    The state is one immutable snapshot that is swapped atomically: concurrent readers see all of a change or
+    none.
     """
 
     def __init__(self, registry: PackRegistry) -> None:
@@ -46,16 +46,16 @@ class PackStore:
 
     @property
     def registry(self) -> PackRegistry:
-        """The packs that requests can name now; to be read once where names must belong together."""
+        """The packs that requests can name now; read it once where names must be consistent."""
         return self._now.registry
 
     @property
     def retired(self) -> set[str]:
-        """Digests of content that no name leads to."""
+        """Digests of content that no longer has a name."""
         return set(self._now.retired)
 
     def by_digest(self, digest: str) -> LoadedDirection:
-        """Returns a direction by content, of a pack that was replaced too.
+        """Returns a direction by content, including those of replaced packs.
 
         Raises:
             PackError: This process does not have it.
@@ -64,7 +64,7 @@ class PackStore:
         return now.retired.get(digest) or now.registry.by_digest(digest)
 
     def add(self, pack: SteeringPack) -> SteeringPack | None:
-        """Adds a pack or puts it in the place of the one with its name, which is kept by content.
+        """Adds a pack, or replaces the one with its name, whose content is kept.
 
         Returns:
             The pack that was replaced.
@@ -76,14 +76,14 @@ class PackStore:
         return old
 
     def remove(self, name: str) -> SteeringPack:
-        """Takes a pack's name away; its content is kept until :meth:`forget`."""
+        """Removes a pack's name; its content is kept until :meth:`forget`."""
         packs = dict(self.registry.packs)
         old = packs.pop(name)
         self._swap(packs, old)
         return old
 
     def forget(self, digests: set[str]) -> None:
-        """Drops content that no request needs any more."""
+        """Drops content that no request needs any longer."""
         now = self._now
         kept = {digest: found for digest, found in now.retired.items() if digest not in digests}
         self._now = _Snapshot(now.registry, kept)
@@ -101,14 +101,14 @@ class PackStore:
 
 
 def load_checked(path: str, sha256: str) -> SteeringPack:
-    """Loads a pack that another process has chosen.
+    """Loads a pack chosen by another process.
 
     Args:
         path: Its directory.
         sha256: Digest of its tensor file, as the other process read it.
 
     Raises:
-        PackError: It is malformed, or not the one that was chosen.
+        PackError: It is malformed, or is not the chosen one.
     """
     pack = load_pack(path)
     if pack.manifest.tensors.sha256 != sha256:
@@ -117,7 +117,7 @@ def load_checked(path: str, sha256: str) -> SteeringPack:
 
 
 def configured_store(config: ResolvedConfig) -> PackStore:
-    """Returns the store of an engine, read once per process for as long as somebody holds it.
+    """Returns the store of an engine, read once per process and kept while referenced.
 
     Raises:
         PackError: The packs on disk are not those that the engine was configured with.
@@ -131,21 +131,21 @@ def configured_store(config: ResolvedConfig) -> PackStore:
 
 
 def keep_store(config: ResolvedConfig, registry: PackRegistry) -> None:
-    """Makes the packs that were read for an engine those that this process uses for it.
+    """Makes this process use the given packs for an engine.
 
     Args:
         config: The engine's configuration.
-        registry: Its packs as they were read.
+        registry: Its packs.
     """
     global _latest
     _latest = _stores[_key(config)] = PackStore(registry)
 
 
-# Those of engines that are gone would only take memory.
+# Weak, so that stores of stopped engines do not take memory.
 _stores: WeakValueDictionary[tuple[tuple[str, ...], tuple[str, ...]], PackStore] = (
     WeakValueDictionary()
 )
-# Held until an engine that was configured holds it.
+# Held until the configured engine holds it.
 _latest: PackStore | None = None
 
 

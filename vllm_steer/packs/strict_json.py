@@ -1,8 +1,7 @@
-"""Untrusted JSON: parsed in bounded time and memory, or refused with its reason.
+"""Untrusted JSON: parsed in bounded time and memory, or refused with a reason.
 
-The parsers at hand let pass what a file that others wrote should not hold: of duplicate keys they
-keep the last, they take NaN, and a few megabytes of brackets become gigabytes of objects. Importing
-this module imports neither torch nor vllm.
+Common parsers accept too much: they keep the last of duplicate keys, accept NaN, and turn a few megabytes of
+brackets into gigabytes of objects. Importing this module imports neither torch nor vllm.
 """
 
 from __future__ import annotations
@@ -14,20 +13,20 @@ from typing import Any, NoReturn
 def parse_json(data: bytes, max_values: int) -> Any:
     """Parses a JSON text.
 
-    Python itself bounds what is left: integers to 4,300 digits and nesting to its recursion limit.
+    Python itself bounds the rest: integers to 4,300 digits and nesting to its recursion limit.
 
     Args:
-        data: UTF-8 text; its size is the caller's to bound.
-        max_values: Most values that it may hold. Commas and brackets are counted before parsing, in
-            strings too, so the count never comes out too small.
+        data: UTF-8 text; the caller bounds its size.
+        max_values: Largest number of values. Commas and brackets are counted before parsing, including those
+            in strings, so the count is never too small.
 
     Raises:
-        ValueError: It is no JSON, holds too many values, a key twice, NaN or Infinity, or is nested
-            too deeply.
+        ValueError: It is not JSON, has too many values, a duplicate key, NaN or Infinity, or is nested too
+            deeply.
     """
     count = data.count(b",") + data.count(b"[") + data.count(b"{")
     if count > max_values:
-        raise ValueError(f"holds more than the {max_values} values that it may have")
+        raise ValueError(f"has more values than the limit of {max_values}")
     try:
         return json.loads(
             data.decode("utf-8"), object_pairs_hook=_object, parse_constant=_refuse_constant

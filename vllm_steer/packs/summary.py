@@ -1,4 +1,4 @@
-"""What the command line shows of a pack."""
+"""The command line's summary of a pack."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from vllm_steer.fields import show_layers
 from vllm_steer.packs.calibration import Calibration
 from vllm_steer.packs.pack import SteeringPack
 
-# For what was not measured.
+# For values that were not measured.
 _NOTHING = "–"
 
 
 def pack_summary(pack: SteeringPack) -> str:
-    """Returns the pack's model, method and directions as a table of text, newline at its end."""
+    """Returns the pack's model, method and directions as a text table that ends in a newline."""
     manifest = pack.manifest
     model = manifest.model
     lines = [
@@ -43,7 +43,7 @@ def pack_summary(pack: SteeringPack) -> str:
 
 
 def _prompts(settings: Mapping[str, JsonValue]) -> list[str]:
-    """How prompts were rendered, where not as the model's tokenizer does by itself."""
+    """How prompts were rendered, if not by the tokenizer's own chat template."""
     template, arguments = settings.get("chat_template"), settings.get("chat_template_kwargs")
     told = ["plain text" if template == "plain" else "a chat template given"] if template else []
     told += [f"chat_template_kwargs {json.dumps(arguments)}"] if arguments else []

@@ -1,9 +1,9 @@
-"""The tensor file of a pack: safetensors, read once and without copies, whatever it claims to be.
+"""The tensor file of a pack: safetensors, untrusted, read once and without copies.
 
-The manifest already says which tensors there must be and of what shape, so the header can only agree
-with it or be refused, before any tensor is read. The file is read into private memory rather than
-mapped: a mapped file that someone overwrites in place changes vectors that were verified, or kills
-the process that reads them. Importing this module imports neither torch nor vllm.
+The manifest already states the tensors and their shapes, so a header that disagrees is refused before any
+tensor is read. The file is read into private memory rather than mapped: overwriting a mapped file in place
+changes verified vectors, or kills the process that reads them. Importing this module imports neither torch
+nor vllm.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vllm_steer.packs.strict_json import parse_json
 
 MAX_HEADER_BYTES: Final = 32 * 2**20
 MAX_HEADER_VALUES: Final = 1_000_000
-# A read of Linux ends at 2 GiB less a page; smaller pieces are as fast and stay in the cache.
+# Linux reads at most 2 GiB less a page at once; smaller pieces are as fast and stay in the cache.
 _PIECE: Final = 4 * 2**20
 _DTYPES: Final = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
@@ -27,7 +27,7 @@ Shape = tuple[int, int]
 
 
 class Readable(Protocol):
-    """What is read from: an unbuffered binary file."""
+    """An unbuffered binary file."""
 
     def readinto(self, buffer: Any, /) -> int | None: ...
 
@@ -35,7 +35,7 @@ class Readable(Protocol):
 def read_tensors(
     stream: Readable, size: int, wanted: Mapping[str, Shape]
 ) -> tuple[dict[str, NDArray[np.float32]], str]:
-    """Reads a safetensors file that must hold exactly the float32 tensors that are wanted.
+    """Reads a safetensors file that must hold exactly the wanted float32 tensors.
 
     Args:
         stream: The file, at its start.
@@ -47,8 +47,8 @@ def read_tensors(
         sha256 of the whole file. The values are not yet checked.
 
     Raises:
-        ValueError: The file is not of that form; nothing but its header was read then, except where
-            it became shorter while it was read.
+        ValueError: The file is not of that form. Only its header has been read then, unless the file became
+            shorter during reading.
     """
     digest = hashlib.sha256()
     prefix = _read(stream, min(8, size), digest)
@@ -79,7 +79,7 @@ def _layout(header: bytes, data_bytes: int, wanted: Mapping[str, Shape]) -> dict
     except ValueError as error:
         raise ValueError(f"not a readable safetensors file ({error})") from None
     if not isinstance(entries, dict):
-        raise ValueError("not a readable safetensors file (its header is no object)")
+        raise ValueError("not a readable safetensors file (its header is not an object)")
     entries.pop("__metadata__", None)
     if wanted.keys() != entries.keys():
         missing, extra = (
@@ -98,7 +98,7 @@ def _layout(header: bytes, data_bytes: int, wanted: Mapping[str, Shape]) -> dict
         end = stop
     if end != data_bytes:
         raise ValueError(
-            f"not a readable safetensors file (its tensors take {end} bytes where the file has {data_bytes})"
+            f"not a readable safetensors file (its tensors take {end} bytes, but the file has {data_bytes})"
         )
     return {name: start // 4 for name, (start, _) in spans.items()}
 
@@ -109,7 +109,7 @@ def _span(name: str, entry: Any, shape: Shape) -> tuple[int, int]:
     if dtype != "F32" or found != list(shape):
         raise ValueError(
             f"direction {name!r} is {_DTYPES.get(str(dtype), str(dtype)[:20])} of shape "
-            f"{_shown(found)}; the manifest wants float32 of shape {shape}"
+            f"{_shown(found)}; the manifest says float32 of shape {shape}"
         )
     offsets = fields.get("data_offsets")
     size = 4 * shape[0] * shape[1]
@@ -125,7 +125,7 @@ def _span(name: str, entry: Any, shape: Shape) -> tuple[int, int]:
 def _shown(shape: Any) -> str:
     if isinstance(shape, list) and len(shape) <= 8:
         return str(tuple(shape))[:100]
-    return "that is no shape"
+    return "an invalid shape"
 
 
 def _read(stream: Readable, count: int, digest: Any) -> NDArray[np.uint8]:
@@ -135,7 +135,7 @@ def _read(stream: Readable, count: int, digest: Any) -> NDArray[np.uint8]:
     while done < count:
         got = stream.readinto(view[done : done + _PIECE])
         if not got:
-            raise ValueError("became shorter while it was read")
+            raise ValueError("became shorter while being read")
         digest.update(view[done : done + got])
         done += got
     return data

@@ -1,6 +1,6 @@
-"""Names -> loaded content, once: what permission, dose, limits, plan and receipt of a request read.
+"""Names -> loaded content, once; permissions, dose, limits, plan and receipt of a request use the result.
 
-Packs may be replaced while a request is admitted; after this nobody asks for a name again. Importing this
+Packs may be replaced while a request is admitted; names are not looked up again after this. Importing this
 module imports neither torch nor vllm.
 """
 
@@ -16,20 +16,20 @@ from vllm_steer.packs.registry import LoadedDirection, PackRegistry
 from vllm_steer.request.reads import ReadChoice
 from vllm_steer.request.schema import REQUEST_KEY, DirectionChoice, SteeringRequest
 
-# Gets a field, the name that stands in it and the full name of the direction; raises where it may not be used.
+# Gets a field, the name in it and the full name of the direction; raises if the direction may not be used.
 NameCheck = Callable[[str, str, str], None]
 
 
 @dataclass(frozen=True, eq=False)
 class BoundChoice:
-    """One direction of a request, with the content that its names mean.
+    """One direction of a request, with the content of its names.
 
     Attributes:
-        where: The field that it stands in, for messages.
-        choice: What was asked for.
-        form: How it acts, completed by the direction's own form.
+        where: Its field, for messages.
+        choice: The choice in the request.
+        form: Its form, completed by the direction's default.
         direction: The direction.
-        partners: The further directions of ``form``, by field.
+        partners: The other directions of ``form``, by field.
     """
 
     where: str
@@ -40,17 +40,17 @@ class BoundChoice:
 
     @property
     def directions(self) -> tuple[LoadedDirection, ...]:
-        """All directions that it needs, its own first."""
+        """All directions that it uses, its own first."""
         return self.direction, *self.partners.values()
 
 
 @dataclass(frozen=True, eq=False)
 class BoundRead:
-    """One read of a request, with the content that its name means.
+    """One read of a request, with the content of its name.
 
     Attributes:
-        where: The field that it stands in, for messages.
-        choice: What was asked for.
+        where: Its field, for messages.
+        choice: The choice in the request.
         direction: The direction.
     """
 
@@ -61,13 +61,13 @@ class BoundRead:
 
 @dataclass(frozen=True, eq=False)
 class BoundRequest:
-    """A request whose names are content.
+    """A request whose names are resolved to content.
 
     Attributes:
         request: The request.
         choices: Its directions.
-        reads: What it reads.
-        registry: The packs that its names were looked up in.
+        reads: Its reads.
+        registry: The packs in which its names were looked up.
     """
 
     request: SteeringRequest
@@ -77,13 +77,13 @@ class BoundRequest:
 
     @property
     def directions(self) -> list[LoadedDirection]:
-        """All directions that it needs."""
+        """All directions that it uses."""
         steering = [direction for choice in self.choices for direction in choice.directions]
         return steering + [read.direction for read in self.reads]
 
     @property
     def names(self) -> dict[str, str]:
-        """``pack/direction`` by content digest; of packs with the same content, that which was asked for."""
+        """``pack/direction`` by content digest; if packs have the same content, the name in the request."""
         return {direction.digest: direction.full_name for direction in self.directions}
 
 
@@ -97,11 +97,11 @@ def bind(
     """Looks up every name of a request.
 
     Args:
-        request: What was asked for.
+        request: The request.
         registry: The loaded packs.
-        check: Called with each name before anything else is said about it; where there is no such
-            direction its full name is what was given.
-        where: Field that the request stands in.
+        check: Called with each name before anything about it is revealed; if there is no such direction, its
+            full name is the given one.
+        where: Field that holds the request.
         sees: As :meth:`PackRegistry.find` takes it.
 
     Raises:
@@ -118,7 +118,7 @@ def bind(
             part: _find(
                 f"{field}.{part}",
                 name,
-                # What a direction's own form names belongs to it.
+                # Directions named by a direction's default form belong to it.
                 partial(beside, sees=sees) if part in named else beside,
                 check if part in named else None,
             )
@@ -140,7 +140,7 @@ def _find(
         found = find(name)
     except UnknownDirectionError as error:
         if check is not None:
-            # Who may not use it does not learn whether it exists.
+            # Does not reveal whether the direction exists.
             check(field, name, name)
         raise UnknownDirectionError(f"{field}: {error}") from None
     if check is not None:

@@ -1,15 +1,15 @@
-"""How far a plan may carry the residual stream at most, and how far the model's dtype lets it go.
+"""Upper bounds on how far a plan moves the residual stream, and the limit of the model's dtype.
 
-A number that overflows does not stay with its request: it lies in blocks of the key-value cache, and in scratch
-memory of attention kernels, that others use next. So what a request asks for is bounded before it runs, and what a
-block returns is kept finite in the graph (``vllm_steer.engine.finite``).
+An overflow affects other requests: it remains in blocks of the KV cache and in scratch memory of attention
+kernels, which others use next. So the effect of a request is bounded before it runs, and block outputs are
+kept finite in the graph (``vllm_steer.engine.finite``).
 
-At one layer a plan makes of a stream h at most ``gain * ‖h‖ + length``. Let n be the norm of the stream that was
-measured there and d the distance that earlier layers have moved it: after the layer that is at most
-``gain * d + (gain - 1) * n + length``, since what a block computes of a normalised input does not grow with it.
-n is a median without each prompt's first token, which may be a hundred times as long where it takes up attention: at that
-token a gain above 1 goes further than this bound, and what the block returns is kept finite alone.
-Importing this module imports neither torch nor vllm.
+At one layer a plan changes the norm of a stream h to at most ``gain * ‖h‖ + length``. Let n be the measured
+norm of the stream there and d the distance by which earlier layers have moved it: after the layer the
+distance is at most ``gain * d + (gain - 1) * n + length``, since a block's output on normalised input does
+not grow with d. n is a median without each prompt's first token, which may be a hundred times as long if it
+is an attention sink: at that token a gain above 1 exceeds this bound, and the block output is only kept
+finite. Importing this module imports neither torch nor vllm.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from vllm_steer.plan.dose import MAX_RELATIVE_SCALE
 from vllm_steer.plan.steering_plan import SteeringPlan, Term
 from vllm_steer.request.schema import REQUEST_KEY
 
-# A quarter of the largest float16, which leaves room for the stream itself; of the others, what a norm can square in
-# float32, with as much room.
+# A quarter of the largest float16, which leaves room for the stream itself; for other dtypes, the largest
+# value whose square fits float32, with the same room.
 _FARTHEST = {"float16": 65504.0 / 4, "bfloat16": 1e15, "float32": 1e15}
 
 
 class Contents(Protocol):
-    """Where directions are found by content: a registry, or a store, which has replaced ones too."""
+    """A source of directions by content: a registry, or a store, which also has replaced ones."""
 
     def by_digest(self, digest: str) -> LoadedDirection:
         """Returns a direction."""
@@ -40,11 +40,11 @@ class Contents(Protocol):
 
 @dataclass(frozen=True)
 class LayerBound:
-    """The most that the terms at one layer do together.
+    """Bound on the joint effect of the terms at one layer.
 
     Attributes:
         gain: Factor of the stream's length, at least 1.
-        length: What is added to it.
+        length: Length added to it.
     """
 
     gain: float
@@ -52,24 +52,24 @@ class LayerBound:
 
 
 def farthest(dtype: str) -> float:
-    """Returns the distance that a stream of a dtype may be carried.
+    """Returns the distance by which a stream of a dtype may be moved.
 
     Args:
-        dtype: Name of the model's dtype; one that is not known has the least.
+        dtype: Name of the model's dtype; an unknown one has the smallest limit.
     """
     return _FARTHEST.get(dtype, min(_FARTHEST.values()))
 
 
 def check_distance(plan: SteeringPlan, registry: Contents, dtype: str) -> None:
-    """Checks how far a plan may carry the stream at each layer and over the layers together.
+    """Checks how far a plan may move the stream at each layer and over all layers.
 
     Args:
         plan: The plan.
-        registry: The loaded packs' directions, with the norms that they measured.
+        registry: The loaded packs' directions, with their measured norms.
         dtype: Name of the model's dtype.
 
     Raises:
-        DoseError: It is too far; the message says what would be right.
+        DoseError: It is too far; the message says what would be valid.
     """
     for meeting in dict.fromkeys(segment.terms for segment in plan.segments):
         layers = sorted({layer for term in meeting for layer in term.layers})
@@ -82,13 +82,13 @@ def check_distance(plan: SteeringPlan, registry: Contents, dtype: str) -> None:
             if moved > _slightly_more(MAX_RELATIVE_SCALE):
                 raise DoseError(
                     f"{REQUEST_KEY}.directions: together they would move the residual stream at layer {layer} by up to "
-                    f"{moved:.3g} times its length, at most {MAX_RELATIVE_SCALE:g} are taken; lower the scales"
+                    f"{moved:.3g} times its length, and the limit is {MAX_RELATIVE_SCALE:g}; lower the scales"
                 )
             distance = bound.gain * distance + (bound.gain - 1.0) * norm + bound.length
         if distance > _slightly_more(farthest(dtype)):
             raise DoseError(
                 f"{REQUEST_KEY}.directions: over {len(layers)} layers they would move the residual stream by up to "
-                f"{distance:.3g}, this server's {dtype} takes {farthest(dtype):.4g}; lower the scales, or name fewer "
+                f"{distance:.3g}, and the limit for {dtype} is {farthest(dtype):.4g}; lower the scales, or name fewer "
                 f"layers"
             )
 
@@ -97,13 +97,13 @@ def layer_bound(terms: Sequence[Term], layer: int, norm: float, registry: Conten
     """Returns the bound of terms that act at one layer and position.
 
     Args:
-        terms: The terms, all of which have the layer.
+        terms: The terms, which all have the layer.
         layer: The layer.
         norm: Norm of the stream there.
         registry: The loaded packs' directions.
     """
     if any(term.form.restore_norm for term in terms):
-        # For all of them or for none; the stream may be turned about.
+        # Set for all terms or none; the stream may be reversed.
         return LayerBound(1.0, 2.0 * norm)
     length, turned, rest = 0.0, [], 0.0
     # Of the symmetric part 1 - Σ ε u uᵀ, by the sign of ε: its eigenvalues lie between 1 - taken and 1 + put.
@@ -139,5 +139,5 @@ def layer_bound(terms: Sequence[Term], layer: int, norm: float, registry: Conten
 
 
 def _slightly_more(limit: float) -> float:
-    """A limit that what was lowered to it keeps, whatever was rounded."""
+    """A limit that a value reduced to it satisfies in spite of rounding."""
     return limit * (1.0 + 1e-9)

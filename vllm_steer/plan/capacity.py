@@ -13,7 +13,7 @@ from vllm_steer.plan.row_layout import layout_of
 from vllm_steer.plan.steering_plan import ADDITION, SteeringPlan, Term
 from vllm_steer.request.schema import REQUEST_KEY
 
-# A plane takes two components that stand side by side.
+# A plane takes two adjacent components.
 PLANE_RANK = 2
 
 
@@ -25,9 +25,9 @@ def check_capacity(plan: SteeringPlan, config: ResolvedConfig) -> None:
         config: The engine's steering configuration.
 
     Raises:
-        RequestError: It cannot; the message says how the server would have to be started.
+        RequestError: It cannot; the message says how to start the server.
     """
-    # Ranges of the same terms take the same room.
+    # Ranges with the same terms share rows.
     different = list({segment.terms: segment for segment in plan.segments}.values())
     count = len({segment.row_key for segment in different})
     if count > config.sums_per_request:
@@ -44,8 +44,8 @@ def check_capacity(plan: SteeringPlan, config: ResolvedConfig) -> None:
             rank = layout_of(segment, config.rank).rank
             if rank > config.rank:
                 raise RequestError(
-                    f"{REQUEST_KEY}.directions: with schedules of their own, those that meet at one position have a total "
-                    f"rank of {rank}, and the limit is {config.rank}; give them one schedule, name fewer, or raise "
+                    f"{REQUEST_KEY}.directions: with different schedules, those at one position have a total "
+                    f"rank of {rank}, and the limit is {config.rank}; give them the same schedule, name fewer, or raise "
                     f"--steering-rank"
                 )
         if all(term.form == ADDITION for term in segment.terms):
@@ -65,10 +65,10 @@ def _check_layer(terms: Sequence[Term], layer: int, config: ResolvedConfig) -> N
         return
     if rank > config.rank:
         raise RequestError(
-            f"{REQUEST_KEY}.directions: those that meet at layer {layer} have a total rank of {rank}, and the limit is "
+            f"{REQUEST_KEY}.directions: those at layer {layer} have a total rank of {rank}, and the limit is "
             f"{config.rank}; name fewer, or raise --steering-rank"
         )
     if len({term.form.restore_norm for term in terms}) > 1:
         raise RequestError(
-            f"{REQUEST_KEY}.directions: set restore_norm for all directions that meet at layer {layer}, or for none"
+            f"{REQUEST_KEY}.directions: set restore_norm for all directions at layer {layer}, or for none"
         )

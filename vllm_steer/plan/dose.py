@@ -1,24 +1,23 @@
-"""How strong a change is, in a measure that tells when the text breaks: the dose.
+"""The dose: a measure of a change's strength that predicts when the text breaks.
 
-The raw dose of a direction is the length of its change over that of the residual stream, added up
-over its layers: what one layer adds is still there when the next one adds. Directions that are
-added (``add``), that feed back (``affine``) and that turn (``rotate``) add up so. What sets a component
-does in part: what one layer has taken away is not there to be taken away again, so that is counted
-once, at the layer where it is most; what it puts in its place adds up like an addition.
+The raw dose of a direction is the length of its change divided by that of the residual stream, summed over
+its layers, since changes of successive layers accumulate. So do ``add``, ``affine`` (feedback) and
+``rotate``. Ops that set a component accumulate in part: a component removed by one layer cannot be removed
+again, so the removal is counted once, at the layer where it is largest; the component put in its place is
+summed like an addition.
 
-- ``ablate``: ε up to 1 takes that share away and puts in nothing; shares of less than 1 at several
-  layers take more together, at most all of it. Beyond 1, and below 0, the rest of ε puts the component
-  in, the other way round or once more, at every layer.
-- ``clamp``: takes away no more than the whole stream, and puts in |ε| at every layer.
-- ``angle``: turns whatever is there to one place, which moves it by no more than twice its length.
+- ``ablate``: ε up to 1 removes that share and puts in nothing; shares below 1 at several layers remove more
+  together, at most all of it. Above 1, and below 0, the rest of ε puts the component in, reversed or once
+  more, at every layer.
+- ``clamp``: removes at most the whole stream, and puts in |ε| at every layer.
+- ``angle``: rotates the stream to a fixed angle, which moves it by at most twice its length.
 
-The dose is the raw dose over the largest at which the direction's text was found fluent, so that 1 is
-the largest fluent dose: the calibration's ``fluent_dose``, or, of a form whose change does not depend on
-the vector's length, what its safe scale comes to. For a direction, or a form of it, that nobody
-calibrated it is the raw dose itself: 1 is then a change whose lengths add up, over layers, to the
-residual stream's own, and real models lose their text at about that. Lengths are bounds from the norms
-that the packs have measured.
-Importing this module imports neither torch nor vllm.
+The dose is the raw dose divided by the largest at which the direction's text was fluent, so 1 is the largest
+fluent dose: the calibration's ``fluent_dose``, or, for a form whose change does not depend on the vector's
+length, the raw dose at its safe scale. For an uncalibrated direction or form it is the raw dose itself: 1 is
+then a change whose lengths sum, over layers, to that of the residual stream, at about which the text of real
+models breaks. Lengths are bounds from the norms in the packs. Importing this module imports neither torch nor
+vllm.
 """
 
 from __future__ import annotations
@@ -34,21 +33,20 @@ from vllm_steer.plan.steering_plan import SteeringPlan, Term
 
 __all__ = ["MAX_RELATIVE_SCALE", "check_scale", "raw_dose", "relative_dose", "scaled"]
 
-# A vector this many times longer than the residual stream leaves only noise and, in half
-# precision, overflows.
+# A vector this many times as long as the residual stream leaves only noise and overflows in half precision.
 MAX_RELATIVE_SCALE = 1000.0
 
 
 def relative_dose(plan: SteeringPlan, registry: PackRegistry) -> float:
-    """Returns the dose of a plan: 1 is the largest at which text was found fluent.
+    """Returns the dose of a plan: 1 is the largest at which text was fluent.
 
-    That is Σ raw dose / reference over the terms that act at a position, each at the largest factor
-    of its schedule. The reference is the largest raw dose that a calibration found fluent, where the
-    direction acts by its own op and there is one, else 1.
+    It is Σ raw dose / reference over the terms at a position, each at the largest factor of its schedule. The
+    reference is the largest fluent raw dose of the calibration, if there is one and the direction acts by its
+    default op, else 1.
 
     Args:
         plan: The plan.
-        registry: The loaded packs, with the norms and the fluent doses that they measured.
+        registry: The loaded packs, with their measured norms and fluent doses.
 
     Returns:
         The largest value over positions; 0 for a plan that changes nothing.
@@ -60,10 +58,10 @@ def relative_dose(plan: SteeringPlan, registry: PackRegistry) -> float:
 def scaled(plan: SteeringPlan, factor: float) -> SteeringPlan | None:
     """Returns the plan with every scale multiplied by ``factor``.
 
-    Its dose is ``factor`` times that of ``plan`` for a factor from 0 to 1, or less where an ablation
-    of more than 1 becomes one that puts less in.
+    Its dose is ``factor`` times that of ``plan`` for a factor from 0 to 1, or less if an ablation above 1
+    becomes one that puts less in.
 
-    None where a form's change is not proportional to its scale, so that this would not weaken it.
+    None if a form's change is not proportional to its scale, so scaling would not weaken it.
     """
     if any(term.form.op not in LINEAR_OPS for term in plan.terms):
         return None
@@ -78,21 +76,21 @@ def scaled(plan: SteeringPlan, factor: float) -> SteeringPlan | None:
 
 
 def check_scale(field: str, term: Term, direction: LoadedDirection, registry: PackRegistry) -> None:
-    """Checks that a term's scale leaves a residual stream that the model can use.
+    """Checks that a term's scale leaves a usable residual stream.
 
     Args:
-        field: Where the request says the scale, for the message.
+        field: The request's field for the scale, for the message.
         term: The term.
         direction: Its direction.
         registry: The loaded packs.
 
     Raises:
-        DoseError: It does not; the message says what would be right.
+        DoseError: It does not; the message says what would be valid.
     """
     if term.form.op in PLANE_OPS:
         if abs(term.scale) > MAX_ANGLE:
             raise DoseError(
-                f"{field}: {term.scale:g} is an angle in degrees and must be within {-MAX_ANGLE:g} and {MAX_ANGLE:g}"
+                f"{field}: {term.scale:g} is an angle in degrees and must be between {-MAX_ANGLE:g} and {MAX_ANGLE:g}"
             )
         return
     lengths = _unit_lengths(term, direction, registry)
@@ -107,7 +105,7 @@ def check_scale(field: str, term: Term, direction: LoadedDirection, registry: Pa
             f"residual stream at layer {layer}; |scale| must be at most {_floor(limit):g}"
             + (" with this schedule" if term.schedule else "")
             + (
-                f", and up to {safe:g} the text was found fluent"
+                f", and the text was fluent up to {safe:g}"
                 if term.form.op == direction.record.op == "add" and safe is not None
                 else ""
             )
@@ -115,7 +113,7 @@ def check_scale(field: str, term: Term, direction: LoadedDirection, registry: Pa
 
 
 def _dose(term: Term, registry: PackRegistry) -> float:
-    """Dose of a term at the factor of its schedule where it is largest, which is one of its ends."""
+    """Dose of a term at the largest factor of its schedule, which is at one of its ends."""
     direction = registry.by_digest(term.digest)
     ends = (term.schedule.start, term.schedule.end) if term.schedule else (1.0,)
     raw = max(_raw_dose(term, term.scale * end, direction, registry) for end in ends)
@@ -123,16 +121,16 @@ def _dose(term: Term, registry: PackRegistry) -> float:
 
 
 def _fluent_dose(term: Term, direction: LoadedDirection, registry: PackRegistry) -> float | None:
-    """Largest raw dose at which text was found fluent; None where none was."""
+    """Largest raw dose at which text was fluent; None if there was none."""
     record = direction.record
-    # What was measured of one op says nothing of another.
+    # Measurements of one op do not apply to another.
     if record.calibration is None or term.form.op != record.op:
         return None
     if record.calibration.fluent_dose is not None or record.op in ("add", "affine"):
         return record.calibration.fluent_dose
     if record.safe_scale is None:
         return None
-    # No turn moves more than half a one.
+    # No rotation moves the stream further than one by 180 degrees.
     safe = min(record.safe_scale, 180.0) if record.op == "rotate" else record.safe_scale
     measured = replace(term, layers=tuple(record.steered_layers))
     return _raw_dose(measured, safe, direction, registry)
@@ -141,7 +139,7 @@ def _fluent_dose(term: Term, direction: LoadedDirection, registry: PackRegistry)
 def _raw_dose(
     term: Term, scale: float, direction: LoadedDirection, registry: PackRegistry
 ) -> float:
-    """The most that a term changes the residual stream at a scale, over its length."""
+    """Upper bound of a term's change at a scale, relative to the stream's length."""
     op = term.form.op
     if op == "angle":
         return 2.0
@@ -157,7 +155,7 @@ def _raw_dose(
 def _unit_lengths(
     term: Term, direction: LoadedDirection, registry: PackRegistry
 ) -> dict[int, float]:
-    """The most that ε = 1 puts into a residual stream of the measured norm, by layer."""
+    """Upper bound of the length that ε = 1 puts into a stream of the measured norm, by layer."""
     form, norms = term.form, direction.norms
     if form.op == "ablate":
         return {layer: norms[layer] for layer in term.layers}

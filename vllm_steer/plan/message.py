@@ -1,7 +1,7 @@
-"""The plan of a request as it travels to the engine: a typed message with a version and one decoder.
+"""The message that carries a request's plan to the engine: typed and versioned, with one decoder.
 
-vLLM carries ``SamplingParams.extra_args`` between its processes and knows nothing of plans, so they are one
-value there, bytes in MessagePack. Importing this module imports neither torch nor vllm.
+vLLM passes ``SamplingParams.extra_args`` between its processes unread, so a plan is one value there,
+MessagePack bytes. Importing this module imports neither torch nor vllm.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
 
 VERSION = 2
-# Requests whose plans stay decoded; the scheduler reads one for every block of its prompt.
+# Number of decoded plans to cache; the scheduler reads a plan for every block of its prompt.
 _DECODED = 1024
 
 
 class _Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is sent.
+    """The message.
 
     Attributes:
-        version: :data:`VERSION` of the process that sent it.
-        segments: Those of the plan.
-        reads: Those of the plan.
-        rules: Those of the plan.
+        version: :data:`VERSION` of the sending process.
+        segments: The plan's segments.
+        reads: The plan's reads.
+        rules: The plan's rules.
     """
 
     version: int
@@ -54,7 +54,7 @@ def decode_plan(message: bytes) -> SteeringPlan:
     """Inverse of :func:`encode_plan`; equal messages give the same object.
 
     Raises:
-        RequestError: It is no such message, or one of another version.
+        RequestError: It is malformed, or has another version.
     """
     try:
         found = _decoder.decode(message)
@@ -69,13 +69,13 @@ def decode_plan(message: bytes) -> SteeringPlan:
 
 
 def plan_of(sampling_params: SamplingParams | PoolingParams | None) -> SteeringPlan | None:
-    """Returns the plan of an engine's request; None where it is not steered.
+    """Returns the plan of an engine's request; None if it is not steered.
 
     Args:
         sampling_params: Its ``SamplingParams``, None for pooling requests.
 
     Raises:
-        RequestError: There is something else in its place.
+        RequestError: The value is not a plan.
     """
     message = (getattr(sampling_params, "extra_args", None) or {}).get(PLAN_KEY)
     if message is None:

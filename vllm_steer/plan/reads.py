@@ -1,4 +1,4 @@
-"""What a request reads, as it travels to the engine: a direction by its content, layers, positions.
+"""Reads as sent to the engine: a direction by content, layers, positions.
 
 Importing this module imports neither torch nor vllm.
 """
@@ -23,12 +23,12 @@ class Read:
     """One read: a score for every token in its ranges.
 
     Attributes:
-        name: ``pack/direction`` as the request meant it, to be told what was read; no identity.
+        name: ``pack/direction``, for receipts; not part of the identity.
         digest: Content digest of the direction.
         layers: Layers, ascending; the score is the mean over them.
-        after: Whether the request's own change of the layer is part of what is read.
+        after: Whether the read includes the request's own change at the layer.
         ranges: First position and the position after the last one, None for no end.
-        above: The receipt says which share of an answer's scores is greater; None where it does not.
+        above: The receipt gives the share of an answer's scores that are greater; None for no share.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Read:
 
     @property
     def probe(self) -> tuple[str, bool]:
-        """What the engine keeps in one row of its readers: equal probes share it."""
+        """Key of the engine's reader row: equal probes share one."""
         return self.digest, self.after
 
     def prompt_tokens(self, prompt_len: int) -> int:
@@ -49,7 +49,7 @@ class Read:
         return sum(max(0, min(end, prompt_len) - start) for start, end in ends)
 
     def covers(self, positions: np.ndarray) -> np.ndarray:
-        """Whether positions are read.
+        """Returns which positions are read.
 
         Args:
             positions: int ``[n]``, absolute.
@@ -69,8 +69,8 @@ class StopRule:
 
     Attributes:
         read: Index of the read.
-        above: Its score has to be greater.
-        tokens: Tokens in a row that it has to be so for.
+        above: Threshold that the score must exceed.
+        tokens: Consecutive tokens that must exceed it.
         abort: Whether the answer counts as aborted.
     """
 
@@ -81,22 +81,22 @@ class StopRule:
 
 
 def stop_reason(read: Read, above: float) -> str:
-    """What the ``stop_reason`` of an answer says that a read has ended."""
+    """Returns the ``stop_reason`` of an answer ended by a read."""
     return f"{read.name} above {above:g}"
 
 
 def probes_of(reads: Iterable[Read]) -> tuple[tuple[str, bool], ...]:
-    """Returns the different probes of some reads, in the order in which they come first."""
+    """Returns the distinct probes of some reads, in order of first use."""
     return tuple(dict.fromkeys(read.probe for read in reads))
 
 
 def resolve_reads(
     bound: Iterable[BoundRead], prompt_len: int, max_len: int | None = None
 ) -> tuple[Read, ...]:
-    """Turns what a request reads into layers and absolute positions.
+    """Resolves reads to layers and absolute positions.
 
     Args:
-        bound: What was asked for.
+        bound: The reads of a request.
         prompt_len: Number of tokens of the prompt.
         max_len: Most tokens of prompt and answer together, None when unknown.
 
@@ -124,7 +124,7 @@ def resolve_reads(
 
 
 def after_others(rules: Iterable[StopRule], others: int) -> tuple[StopRule, ...]:
-    """Returns rules of reads that come after some others."""
+    """Returns the rules with read indices shifted by ``others``."""
     return tuple(replace(stop, read=stop.read + others) for stop in rules)
 
 
@@ -134,12 +134,12 @@ def resolve_rules(
     """Returns the rules by which reads end an answer.
 
     Args:
-        request: What was asked for.
+        request: The request.
         reads: Its reads.
         prompt_len: Number of tokens of the prompt.
 
     Raises:
-        RequestError: A rule looks at tokens that the prefix cache may have, and so might miss them.
+        RequestError: A rule applies to tokens that the prefix cache may skip.
     """
     rules = []
     for field, rule in (("stop_when", request.stop_when), ("abort_when", request.abort_when)):
@@ -148,39 +148,39 @@ def resolve_rules(
         read = reads[rule.read]
         if not request.recompute and any(start < prompt_len for start, _ in read.ranges):
             raise RequestError(
-                f"{REQUEST_KEY}.{field}: read {rule.read} has positions in the prompt, which has no scores where the "
-                f"prefix cache has it; read 'generated' alone, or give \"recompute\": true"
+                f"{REQUEST_KEY}.{field}: read {rule.read} has positions in the prompt, which has no scores on a "
+                f"prefix-cache hit; read only 'generated', or give \"recompute\": true"
             )
         rules.append(StopRule(rule.read, rule.above, rule.tokens, field == "abort_when"))
     return tuple(rules)
 
 
 def check_reads(reads: Sequence[Read], config: ResolvedConfig) -> None:
-    """Checks that an engine can carry out what is to be read.
+    """Checks that an engine can carry out reads.
 
     Args:
         reads: The reads.
         config: The engine's steering configuration.
 
     Raises:
-        RequestError: It cannot; the message says how the server would have to be started.
+        RequestError: It cannot; the message says how to start the server.
     """
     if not reads:
         return
     if not config.reads:
         raise RequestError(
-            f"{REQUEST_KEY}.read: this server reads nothing; start it with --steering-reads N, the most probes of a request"
+            f"{REQUEST_KEY}.read: this server does not support reads; start it with --steering-reads N"
         )
     count = len(probes_of(reads))
     if count > config.reads:
         raise RequestError(
-            f"{REQUEST_KEY}.read: {count} different probes are named, the server has room for {config.reads} per request; "
+            f"{REQUEST_KEY}.read: {count} distinct probes are named, and the limit is {config.reads} per request; "
             f"name fewer, or start the server with a higher --steering-reads"
         )
     for read in reads:
         others = sorted(set(read.layers) - set(config.layers))
         if others:
             raise RequestError(
-                f"{REQUEST_KEY}.read: {read.name!r} is to be read at layers {others}, which this server does not hook; it "
+                f"{REQUEST_KEY}.read: {read.name!r} cannot be read at layers {others}, which this server does not hook; it "
                 f"hooks {show_layers(config.layers)}"
             )

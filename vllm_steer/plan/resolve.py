@@ -40,12 +40,12 @@ def resolve(bound: BoundRequest, prompt_len: int, max_len: int | None = None) ->
     """Turns a request into ranges of absolute token positions.
 
     Args:
-        bound: What was asked for.
+        bound: The request.
         prompt_len: Number of tokens of the prompt.
         max_len: Most tokens of prompt and answer together, None when unknown.
 
     Returns:
-        The plan; without segments when it would change nothing.
+        The plan; without segments if it changes nothing.
 
     Raises:
         RequestError: A layer or position does not exist, or a number is out of range.
@@ -70,13 +70,13 @@ def resolve(bound: BoundRequest, prompt_len: int, max_len: int | None = None) ->
 
 
 def _segments(spans: Sequence[_Span], stop: StopTokens | None) -> list[Segment]:
-    """Cuts overlapping ranges into disjoint ones; neighbours with equal sums become one.
+    """Splits overlapping ranges into disjoint ones; neighbours with equal sums are merged.
 
     Raises:
-        RequestError: There are too many, or too much in them.
+        RequestError: There are too many ranges or terms.
     """
     spans = sorted(spans, key=lambda span: span[1].order)
-    # How many more ranges of each span a position lies in than the one before.
+    # Change in the number of ranges of each span from the position before.
     steps: dict[int, list[tuple[int, int]]] = {}
     for number, (ranges, _) in enumerate(spans):
         for start, end in ranges:
@@ -105,7 +105,7 @@ def _segments(spans: Sequence[_Span], stop: StopTokens | None) -> list[Segment]:
         segments.append(segment)
     if len(segments) > MAX_SEGMENTS:
         raise RequestError(
-            f"{REQUEST_KEY}.directions: their positions make {len(segments)} distinct ranges; the limit is "
+            f"{REQUEST_KEY}.directions: their positions split into {len(segments)} distinct ranges; the limit is "
             f"{MAX_SEGMENTS}; give fewer or longer ranges"
         )
     return segments
@@ -165,7 +165,7 @@ def _scale(
     if op == "ablate":
         return 1.0
     raise RequestError(
-        f"{where}.scale: op {op!r} needs a scale; {direction.full_name!r} has a default for its own op alone"
+        f"{where}.scale: op {op!r} needs a scale; {direction.full_name!r} has a default only for its own op"
     )
 
 
@@ -186,7 +186,7 @@ def _check_plane(
         a, b = (d.at(layer).astype(np.float64) / d.lengths[layer] for d in (direction, other))
         if np.linalg.norm(b - (a @ b) * a) < _LEAST_SINE:
             raise RequestError(
-                f"{where}: {direction.full_name!r} and {other.full_name!r} are parallel at layer {layer} and span "
+                f"{where}: {direction.full_name!r} and {other.full_name!r} are parallel at layer {layer}, so they span "
                 f"no plane; name another direction"
             )
 
@@ -201,7 +201,7 @@ def _schedule(
         owner = where if choice.schedule else REQUEST_KEY
         what = "restore_norm" if form.restore_norm else f"op {form.op!r}"
         raise RequestError(
-            f"{owner}.schedule: {what} has no strength that could be scheduled; it may have positions, such as "
+            f"{owner}.schedule: {what} has no strength to schedule; give positions, such as "
             f'{{"generated": [0, 16]}}'
         )
     return Schedule.of(chosen, prompt_len)

@@ -1,8 +1,8 @@
-"""The terms of a segment -> the components of its row, and the schedule that each of them follows.
+"""The terms of a segment -> the components of its row, and the schedule of each component.
 
-A row has a vector and some components, and each token a factor for the vector and for every component. Where
-all terms have one schedule, plain additions are summed in the vector, and layers use components as they need
-them. Terms with schedules of their own take components that are theirs at every layer, additions too.
+A row has a vector and some components, and each token has a factor for the vector and for every component. If
+all terms have the same schedule, plain additions are summed in the vector, and each layer assigns components
+separately. Terms with different schedules, including additions, have the same components at every layer.
 Importing this module imports neither torch nor vllm.
 """
 
@@ -21,7 +21,7 @@ class Layout:
 
     Attributes:
         ranks: Components of each term, in the order of the segment's terms; 0 is part of the vector.
-        slots: First component of each term at every layer; None where layers count on their own.
+        slots: First component of each term at every layer; None if each layer assigns its own.
         schedules: Schedule of the vector, and of each component after it; None is the factor 1.
     """
 
@@ -31,12 +31,12 @@ class Layout:
 
     @property
     def rank(self) -> int:
-        """Components of all terms together."""
+        """Total components of all terms."""
         return sum(self.ranks)
 
 
 def planes_first(ranks: Sequence[int]) -> list[int]:
-    """Returns the numbers of terms in the order that they take components in: each plane finds a pair.
+    """Returns the indices of terms in the order of their components: planes first, so each gets a pair.
 
     Args:
         ranks: Components of each term.
@@ -49,8 +49,7 @@ def layout_of(segment: Segment, rank: int) -> Layout:
 
     Args:
         segment: The segment.
-        rank: Components of a row; where terms have schedules of their own and need more than these,
-            the layout has more.
+        rank: Components of a row; if terms with different schedules need more, the layout has more.
     """
     terms = segment.terms
     if len(segment.schedules) == 1:

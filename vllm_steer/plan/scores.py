@@ -1,4 +1,4 @@
-"""Scores on their way to the front end, and as they are returned: by absolute position.
+"""Scores as sent to the front end, and as returned, by absolute position.
 
 Importing this module imports neither torch nor vllm.
 """
@@ -13,10 +13,10 @@ import numpy as np
 
 from vllm_steer.plan.reads import Read, StopRule
 
-# The key in ``EngineCoreOutput.kv_transfer_params``, the one field of vLLM's outputs that holds anything; the
-# front end takes it out before anybody looks.
+# The key in ``EngineCoreOutput.kv_transfer_params``, the only field of vLLM's outputs that takes any value;
+# the front end removes it before vLLM reads the field.
 CARRIER = "_vllm_steer_scores"
-# Where a ``CompletionOutput`` of vLLM has its scores.
+# Attribute of a vLLM ``CompletionOutput`` with its scores.
 SCORES_ATTRIBUTE = "steering_scores"
 
 
@@ -37,8 +37,8 @@ def pack_scores(taken: Sequence[tuple[str, int, np.ndarray]]) -> bytes:
     """Returns the message of some scores.
 
     Args:
-        taken: Of each request its id, the first position, and float32 ``[tokens, reads]`` from there on; requests
-            that read less than others have columns that mean nothing at the end.
+        taken: For each request its id, the first position, and float32 ``[tokens, reads]`` from there on;
+            requests with fewer reads than others have unused columns at the end.
     """
     width = max(scores.shape[1] for _, _, scores in taken)
     rows = [
@@ -65,20 +65,20 @@ def unpack_scores(message: bytes) -> Iterator[tuple[str, int, np.ndarray]]:
 class Scores:
     """The scores of one answer and its prompt.
 
-    A token has a score where a read covers it and the model has read it here: not the last token of an answer,
-    nor tokens of the prompt that the prefix cache had.
+    A token has a score if a read covers it and the model read it for this request: not the last token of an
+    answer, nor prompt tokens found in the prefix cache.
 
     Attributes:
-        reads: What was read.
+        reads: The reads.
         prompt_len: Tokens of the prompt.
-        rules: By which of them the answer ends.
-        end: Position after the last score that has come.
+        rules: Rules by which reads end the answer.
+        end: Position after the last score received.
     """
 
     def __init__(
         self, reads: tuple[Read, ...], prompt_len: int, rules: tuple[StopRule, ...] = ()
     ) -> None:
-        """Takes none yet."""
+        """Makes an object without scores."""
         self.reads, self.prompt_len, self.rules = reads, prompt_len, rules
         self.end = 0
         # First position and scores, float32 ``[tokens, reads or more]``, in order of position.
@@ -91,7 +91,7 @@ class Scores:
         return tuple(read.name for read in self.reads)
 
     def add(self, start: int, scores: np.ndarray) -> None:
-        """Takes scores that have come, in order of position.
+        """Adds scores, in order of position.
 
         Args:
             start: First position, not before :attr:`end`.
@@ -107,14 +107,14 @@ class Scores:
             self._chunks[-_FRESH:] = [(first, self._found(first, self.end).copy())]
 
     def since(self, position: int) -> np.ndarray:
-        """Returns the scores from a position on, float32 ``[reads, tokens]``, as many as have come."""
+        """Returns the scores received from a position on, float32 ``[reads, tokens]``."""
         return self._between(position, max(position, self.end))
 
     def to_numpy(self, num_tokens: int | None = None) -> np.ndarray:
         """Returns the scores by absolute position.
 
         Args:
-            num_tokens: Tokens of prompt and answer; None takes as many as have come.
+            num_tokens: Tokens of prompt and answer; None takes all that have scores.
 
         Returns:
             Float32 ``[reads, num_tokens]``, NaN where a token has no score.
@@ -145,16 +145,16 @@ def read(outputs: Any) -> np.ndarray:
     """Returns the scores of vLLM's outputs.
 
     Args:
-        outputs: A ``RequestOutput``, or several, as ``LLM.generate`` and ``LLM.chat`` return them, of requests that
-            read as much as each other.
+        outputs: A ``RequestOutput``, or several, as ``LLM.generate`` and ``LLM.chat`` return them, of
+            requests with the same number of reads.
 
     Returns:
-        Float32 ``[answers, reads, tokens]`` with the answers of all outputs in their order, by absolute position:
-        the prompt's first token has position 0. NaN where a token has no score, and after the end of an answer that
-        is shorter than others.
+        Float32 ``[answers, reads, tokens]`` with the answers of all outputs in order, by absolute position:
+        the prompt's first token has position 0. NaN where a token has no score, and after the end of shorter
+        answers.
 
     Raises:
-        ValueError: An answer has no scores, since its request read nothing, or another number of them.
+        ValueError: A request has no reads, or another number of reads than the others.
     """
     given = outputs if isinstance(outputs, Iterable) else [outputs]
     found = []

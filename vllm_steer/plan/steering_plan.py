@@ -1,4 +1,4 @@
-"""What travels to the engine: ranges of absolute token positions, and the terms that act there.
+"""The plan sent to the engine: ranges of absolute token positions, and the terms that act there.
 
 Its identity is the content of the vectors, never their names. Importing this module imports
 neither torch nor vllm.
@@ -28,7 +28,7 @@ class Form:
         bias: b of ``affine``.
         gate: Content digest of the probe's direction.
         threshold: The probe fires above it.
-        restore_norm: Whether the residual stream gets its length back.
+        restore_norm: Whether the norm of the residual stream is restored.
     """
 
     op: Op = "add"
@@ -40,7 +40,7 @@ class Form:
 
 
 ADDITION = Form()
-# Ranges of a plan, which the planner looks at for every token of a step, and terms of all of them.
+# Limits of a plan's ranges, which the planner checks for every token of a step, and of their total terms.
 MAX_SEGMENTS = 128
 MAX_PLAN_TERMS = 1024
 
@@ -68,7 +68,7 @@ class Term:
         return hash((self.digest, self.scale, self.layers, self.form, self.schedule))
 
     def __hash__(self) -> int:
-        # Terms are looked up range after range.
+        # Terms are looked up for every range.
         return self._hash
 
     @property
@@ -85,18 +85,18 @@ class Term:
 
     @property
     def digests(self) -> tuple[str, ...]:
-        """All contents that it needs, its own first."""
+        """All content digests that it uses, its own first."""
         others = (self.form.partner, self.form.gate)
         return (self.digest, *(digest for digest in others if digest is not None))
 
     @cached_property
     def order(self) -> tuple[Any, ...]:
-        """What the terms of a segment are sorted by: their canonical order."""
+        """Sort key of the canonical order of a segment's terms."""
         return self.digest, self.scale, self.layers, repr(self.form), repr(self.schedule)
 
     @cached_property
     def identity(self) -> str:
-        """Equal for equal changes, bit for bit, but for the schedule."""
+        """Equal for bit-equal changes, regardless of the schedule."""
         content = [self.digest, float(self.scale).hex(), self.layers]
         if self.form != ADDITION:
             content += [v.hex() if isinstance(v, float) else v for v in astuple(self.form)]
@@ -111,8 +111,8 @@ class Segment:
         start: First position.
         end: Position after the last one; None has no end.
         terms: The terms in canonical order, at least one.
-        stop: Generated tokens after which the range ends early. It is no part of the identity:
-            two requests whose ranges end at the same position are equal there.
+        stop: Generated tokens after which the range ends early. It is not part of the identity: requests
+            whose ranges end at the same position are equal there.
     """
 
     start: int
@@ -122,14 +122,15 @@ class Segment:
 
     @cached_property
     def schedules(self) -> tuple[Schedule | None, ...]:
-        """The different schedules of the terms, in their order."""
+        """The distinct schedules of the terms, in order."""
         return _schedules(self.terms)
 
     @cached_property
     def row_key(self) -> str:
         """Content identity of the terms: equal keys are equal rows, bit for bit.
 
-        What is factored together lies together in a row, so that is part of it, and the schedules are not.
+        Terms with the same factor are together in a row, so the grouping is part of it, but the schedules are
+        not.
         """
         return _row_key(self.terms)
 
@@ -146,7 +147,7 @@ def _schedules(terms: tuple[Term, ...]) -> tuple[Schedule | None, ...]:
     return tuple(dict.fromkeys(term.schedule for term in terms))
 
 
-# The same terms meet in many ranges, and in the plans of many prompts.
+# The same terms occur in many ranges, and in the plans of many prompts.
 @lru_cache(maxsize=4096)
 def _row_key(terms: tuple[Term, ...]) -> str:
     identities, schedules = [term.identity for term in terms], _schedules(terms)
@@ -157,12 +158,12 @@ def _row_key(terms: tuple[Term, ...]) -> str:
 
 @dataclass(frozen=True)
 class SteeringPlan:
-    """The steering of one request by absolute position, and what is read of it.
+    """The steering of one request by absolute position, and its reads.
 
     Attributes:
         segments: Disjoint, ascending.
-        reads: What is read, in the request's order; no part of any identity, since it changes nothing.
-        rules: By which of them the answer ends.
+        reads: The reads, in the request's order; not part of any identity, since they change nothing.
+        rules: Rules by which reads end the answer.
     """
 
     segments: tuple[Segment, ...]
@@ -175,25 +176,25 @@ class SteeringPlan:
         return self.segments[0].stop if self.segments else None
 
     def watched(self, watch: SteeringPlan) -> SteeringPlan:
-        """Returns the plan with what another reads after what it reads itself."""
+        """Returns the plan with the reads of another one appended."""
         rules = self.rules + after_others(watch.rules, len(self.reads))
         return replace(self, reads=self.reads + watch.reads, rules=rules)
 
     @cached_property
     def terms(self) -> tuple[Term, ...]:
-        """Its different terms, in the order in which they first act."""
+        """Its distinct terms, in order of first use."""
         sums = dict.fromkeys(segment.terms for segment in self.segments)
         return tuple(dict.fromkeys(term for terms in sums for term in terms))
 
     @cached_property
     def digests(self) -> frozenset[str]:
-        """All contents that it needs."""
+        """All content digests that it uses."""
         steering = {digest for term in self.terms for digest in term.digests}
         return frozenset(steering | {read.digest for read in self.reads})
 
 
 def count_steered(plan: SteeringPlan, num_tokens: int) -> int:
-    """Returns how many of the first ``num_tokens`` positions are steered, if no trigger is met."""
+    """Returns how many of the first ``num_tokens`` positions are steered, if no trigger occurs."""
     return sum(
         max(0, (num_tokens if s.end is None else min(s.end, num_tokens)) - s.start)
         for s in plan.segments

@@ -1,6 +1,6 @@
-"""Strength: a scale as the multiple of that which a direction's calibration found.
+"""Strength: a scale as a multiple of a direction's calibrated scale.
 
-It means something for what was measured alone: the direction's own form, on its default layers.
+It is only defined for the calibrated form and layers: the direction's default form on its default layers.
 Importing this module imports neither torch nor vllm.
 """
 
@@ -19,7 +19,7 @@ from vllm_steer.request.schema import DirectionChoice
 
 
 def check_calibrated(choice: DirectionChoice, direction: LoadedDirection) -> None:
-    """Checks that a choice which gives a strength may.
+    """Checks that a choice may give a strength.
 
     Raises:
         RequestError: The direction is not calibrated; the message starts with the field.
@@ -48,26 +48,25 @@ def scale_of(
         registry: The loaded packs.
 
     Raises:
-        RequestError: It was measured in another form or on other layers; the message starts with the
-            field.
+        RequestError: It was calibrated in another form or on other layers; the message starts with the field.
     """
     record = direction.record
     if not _is_as_measured(direction, form, layers, registry):
         raise RequestError(
-            f"strength: the strength of {direction.full_name!r} was measured on layers "
+            f"strength: the strength of {direction.full_name!r} was calibrated on layers "
             f"{show_layers(record.steered_layers)}, for its own op {record.op!r}; give scale"
         )
     return strength * record.default_scale
 
 
 def strengths_of(bound: BoundRequest, plan: SteeringPlan) -> dict[Term, float]:
-    """Returns the strengths of a plan's terms, those alone that a request could have named by it.
+    """Returns the strengths of those terms of a plan that a request could give by strength.
 
     Args:
         bound: The request that the plan was made from.
-        plan: The plan, as it is carried out.
+        plan: The plan that is carried out.
     """
-    # Two packs may hold the same content; the one that was asked for is meant.
+    # Two packs may hold the same content; use the one in the request.
     asked = {choice.direction.digest: choice.direction for choice in bound.choices}
     strengths = {}
     for term in plan.terms:
@@ -85,7 +84,7 @@ def strengths_of(bound: BoundRequest, plan: SteeringPlan) -> dict[Term, float]:
 def _is_as_measured(
     direction: LoadedDirection, form: Form, layers: Sequence[int], registry: PackRegistry
 ) -> bool:
-    """Whether a form on some layers is the direction's own; gates choose tokens, as positions do."""
+    """Whether a form and layers are the calibrated ones; gates choose tokens, as positions do."""
     record = direction.record
     own = record.form or FormChoice()
     name = own.plane or own.read

@@ -1,4 +1,4 @@
-"""Token positions: what a request may choose, and the absolute ranges that result.
+"""Token positions: the choices of a request, and the resulting absolute ranges.
 
 Position 0 is the prompt's first token; the first generated token is at the prompt's length.
 Importing this module imports neither torch nor vllm.
@@ -17,8 +17,7 @@ from vllm_steer.errors import RequestError
 from vllm_steer.fields import PositionChoice
 
 MAX_RANGES = 64
-# First position and the position after the last one; a negative one counts from the prompt's
-# end, None has no end.
+# First position and the position after the last; negative ones count from the prompt's end, None has no end.
 PositionRange = tuple[int, int | None]
 # Far beyond any context length, and within the int32 of the engine's tables.
 _LIMIT = 2**30
@@ -46,7 +45,7 @@ def parse_positions(value: Any) -> PositionChoice | GeneratedRange | tuple[Posit
         value: A name, a list of ``[start, end]`` pairs, or one pair as ``{"generated": pair}``.
 
     Raises:
-        PydanticCustomError: It is neither; the message says what would be right.
+        PydanticCustomError: It is none of these; the message says what would be valid.
     """
     if isinstance(value, str) and value in get_args(PositionChoice):
         return value  # type: ignore[return-value]  # membership does not narrow to a Literal
@@ -81,7 +80,7 @@ def _pair(pair: Any) -> PositionRange:
 
 
 def _plain(positions: Any) -> Any:
-    """As it is written in JSON."""
+    """The choice as written in JSON."""
     if isinstance(positions, GeneratedRange):
         return {"generated": [positions.start, positions.end]}
     return positions
@@ -115,10 +114,10 @@ Positions = Annotated[
 
 
 def parse_slice(text: str) -> list[int | None]:
-    """Reads ``"start:end"`` of the flat form; a missing start is 0, a missing end has none.
+    """Reads ``"start:end"`` of the flat form; a missing start is 0, a missing end is None.
 
     Raises:
-        ValueError: It is no such text.
+        ValueError: The text is not of that form.
     """
     if not _SLICE.fullmatch(text):
         raise ValueError(f'{text!r} must be "start:end"')
@@ -131,7 +130,7 @@ def absolute_ranges(
     prompt_len: int,
     max_len: int | None = None,
 ) -> list[PositionRange]:
-    """Returns the ranges of absolute positions that a choice means for one prompt.
+    """Returns the absolute ranges of a choice for one prompt.
 
     Args:
         positions: The choice.

@@ -1,6 +1,6 @@
-"""What a request reads of the residual stream: scores of directions, per token.
+"""Reads of a request: scores of directions in the residual stream, per token.
 
-A score is the projection of the stream on the direction at length 1. Importing this module imports
+A score is the projection of the stream onto the direction's unit vector. Importing this module imports
 neither torch nor vllm.
 """
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from vllm_steer.fields import LayerIndex
 from vllm_steer.request.positions import Positions
 
-# Of a request; those of one direction that look at the same moment take one probe.
+# Per request; reads of one direction with the same ``when`` share one probe.
 MAX_READS = 64
 
 Score = Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]
@@ -27,10 +27,10 @@ class ReadChoice(BaseModel):
         name: ``pack/direction``, or ``direction`` where only one loaded pack has it.
         layers: Layers to read, 0-based block outputs; the score is the mean over them. None takes the
             default layers of the direction.
-        at: Token positions to read, with the choices of ``positions``.
-        when: ``before`` reads what the block returns, ``after`` what it is once the request's own
-            directions have changed it at that layer.
-        above: The receipt says which share of an answer's scores is greater.
+        at: Token positions to read, with the same choices as ``positions``.
+        when: ``before`` reads the block's output, ``after`` that output once the request's own directions
+            have changed it.
+        above: The receipt gives the share of an answer's scores that are greater.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -47,8 +47,8 @@ class StopChoice(BaseModel):
 
     Attributes:
         read: Index of the read in ``read``.
-        above: Its score has to be greater.
-        for: Tokens in a row that it has to be so for.
+        above: Threshold that the score must exceed.
+        for: Consecutive tokens that must exceed it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

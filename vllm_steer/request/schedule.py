@@ -1,4 +1,4 @@
-"""Strength over the generated tokens: a factor of the change, decided by absolute position.
+"""Strength over the generated tokens: a factor of the change, by absolute position.
 
 Importing this module imports neither torch nor vllm.
 """
@@ -23,13 +23,13 @@ class ScheduleChoice(BaseModel):
     """A factor of the scale that changes over the generated tokens.
 
     The prompt's tokens and the first generated one have ``start``. ``linear`` reaches ``end`` after
-    ``tokens`` further tokens and stays there; ``exponential`` comes nearer to it by the factor e with
-    every ``tokens``.
+    ``tokens`` further tokens and stays there; ``exponential`` divides the distance to it by e every
+    ``tokens`` tokens.
 
     Attributes:
         start: Factor at the first generated token.
-        end: Factor that it goes to.
-        tokens: How many tokens that takes.
+        end: Final factor.
+        tokens: Number of tokens until then.
         shape: ``linear`` or ``exponential``.
     """
 
@@ -47,9 +47,9 @@ class Schedule:
 
     Attributes:
         origin: Absolute position of the first generated token.
-        start: Factor there and before.
-        end: Factor that it goes to.
-        tokens: How many tokens that takes.
+        start: Factor at that position and before.
+        end: Final factor.
+        tokens: Number of tokens until then.
         exponential: 1 for that shape, 0 for linear.
     """
 
@@ -61,7 +61,7 @@ class Schedule:
 
     @classmethod
     def of(cls, choice: ScheduleChoice, prompt_len: int) -> Schedule:
-        """Makes the schedule of a request whose prompt has so many tokens."""
+        """Returns the schedule of a request whose prompt has ``prompt_len`` tokens."""
         exponential = int(choice.shape == "exponential")
         return cls(prompt_len, choice.start, choice.end, choice.tokens, exponential)
 
@@ -70,7 +70,7 @@ class Schedule:
         return list(astuple(self))
 
     def to_json(self) -> dict[str, Any]:
-        """Returns what :class:`ScheduleChoice` has, and the origin."""
+        """Returns the fields of :class:`ScheduleChoice` and the origin."""
         shape = "exponential" if self.exponential else "linear"
         return {"origin": self.origin, "start": self.start, "end": self.end} | {
             "tokens": self.tokens,
@@ -79,7 +79,7 @@ class Schedule:
 
 
 def factors(positions: Any, table: Any) -> Any:
-    """Returns the factor of each token, for arrays of numpy as for tensors of torch.
+    """Returns the factor of each token, for numpy arrays and torch tensors.
 
     Args:
         positions: int ``[num_tokens]``, absolute.

@@ -1,4 +1,4 @@
-"""What a request may say about steering: parsing and validation.
+"""The steering fields of a request: parsing and validation.
 
 A request names directions, each with a scale or a strength, layers and positions. Importing this
 module imports neither torch nor vllm.
@@ -25,18 +25,18 @@ from vllm_steer.request.stop_tokens import TokenIds
 
 REQUEST_KEY = "steering"
 FLAT_KEYS = {
-    "steer": 'The directions: a list of `"name:scale"` or `"name"`, or one of them. The scale stands after the last '
-    "colon; without it the direction's default is taken.",
+    "steer": 'The directions: a list of `"name:scale"` or `"name"`, or a single one. The scale follows the last '
+    "colon; without it the direction's default is used.",
     "steer_layers": "List of layers for all directions.",
     "steer_positions": "For all directions: `all`, `prompt`, `generated`, `last_prompt`, or a list of slices "
     '`"start:end"` of absolute positions; either part may be empty, and negative numbers count from the '
     "prompt's end.",
 }
 MAX_DIRECTIONS = 64
-# Ranges of positions of all directions together.
+# Total ranges of positions over all directions.
 MAX_REQUEST_RANGES = 128
 PLAN_KEY = "_vllm_steer_plan"
-# Near misses of a key are looked for among so many that begin like one and are no longer than this.
+# Misspelt keys are looked for only among this many with a steering prefix, of at most this length.
 _MOST_MISSPELT = 64
 _LONGEST_MISSPELT = 24
 # Blanks, marks, case, and what clients put before a name that is not of the API itself.
@@ -48,9 +48,9 @@ _NUMBER = re.compile(r" *[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)? *
 _MOST_CHARACTERS = 2**18
 _MOST_KEYS = 64
 _MOST_VALUES = 20_000
-# Arguments of clients, whose content belongs beside the other fields; some send them as they are.
+# Client arguments whose content belongs at the top level; some clients send them unchanged.
 WRAPPERS = ("extra_body", "extra_args")
-# The value of ``steering`` that leaves out a server's default.
+# The value of ``steering`` that turns off a server's default.
 NONE = "none"
 
 Scale = Annotated[float, Field(allow_inf_nan=False)]
@@ -61,17 +61,17 @@ class _Strict(BaseModel):
 
 
 class DirectionChoice(FormChoice):
-    """One direction that a request asks for.
+    """One direction of a request.
 
     Attributes:
         name: ``pack/direction``, or ``direction`` where only one loaded pack has it.
-        scale: ε, the factor of the vector, or what the op says; None takes the direction's default.
-        strength: Multiple of the default scale of a calibrated direction, in the place of a scale:
-            1 is what its calibration found. It holds for the form and the layers that were measured.
-        layers: Layers to steer, 0-based block outputs; None takes the request's, else the default
-            layers of the direction.
-        positions: Token positions to steer; None takes the request's, else the direction's.
-        schedule: Strength over the generated tokens; None takes the request's, else it is constant.
+        scale: ε, the factor of the vector, or as the op defines it; None takes the direction's default.
+        strength: Multiple of the default scale of a calibrated direction, instead of a scale: 1 is the
+            calibrated scale. It is valid for the calibrated form and layers.
+        layers: Layers to steer, 0-based block outputs; None takes the request's, else the direction's default
+            layers.
+        positions: Token positions to steer; None takes the request's, else the direction's default.
+        schedule: Strength over the generated tokens; None takes the request's, else the strength is constant.
     """
 
     name: Annotated[str, Field(min_length=1, max_length=300)]
@@ -92,20 +92,19 @@ class SteeringRequest(_Strict):
     """The ``steering`` object of a request.
 
     Attributes:
-        directions: The directions, summed where they meet.
-        layers: Layers for the directions that name none.
-        positions: For the directions that name none: ``all``, ``prompt``, ``generated`` (positions
-            from the prompt's length on), ``last_prompt``, or ``[start, end]`` pairs of absolute
-            positions; end is not included and null has no end, negative numbers count from the
-            prompt's end. ``{"generated": [start, end]}`` counts from the first generated token.
-        schedule: Strength over the generated tokens, for the directions that name none.
+        directions: The directions, summed at positions they share.
+        layers: Layers for directions without their own.
+        positions: For directions without their own: ``all``, ``prompt``, ``generated`` (positions from the
+            prompt's length on), ``last_prompt``, or ``[start, end]`` pairs of absolute positions; end is not
+            included and null has no end, negative numbers count from the prompt's end. ``{"generated":
+            [start, end]}`` counts from the first generated token.
+        schedule: Strength over the generated tokens, for directions without their own.
         until_token_ids: Steering ends after the first generated token with one of these ids.
-        read: Directions whose scores are returned, with or without some that steer. Needs a server
+        read: Directions whose scores are returned, with or without directions that steer. Needs a server
             started with ``--steering-reads``.
-        recompute: Whether the prompt is computed anew where the prefix cache has it, so that all of its
-            tokens have scores.
-        stop_when: Ends the answer where a probe fires, with ``finish_reason`` ``stop``: the token that fired is read
-            when the one after it is drawn, which is the last of the answer.
+        recompute: Whether the prompt bypasses the prefix cache, so that all of its tokens have scores.
+        stop_when: Ends the answer when a probe fires, with ``finish_reason`` ``stop``. The token that fired
+            is read when the next one is sampled, which is the last of the answer.
         abort_when: The same with ``finish_reason`` ``abort``.
     """
 
@@ -123,23 +122,23 @@ class SteeringRequest(_Strict):
     def _asks_for_something(self) -> SteeringRequest:
         if not self.directions and not self.read:
             raise PydanticCustomError(
-                "empty", "needs directions that steer, or some to read; give 'directions' or 'read'"
+                "empty", "needs directions to steer or to read; give 'directions' or 'read'"
             )
         if self.recompute and not self.read:
-            raise PydanticCustomError("recompute", "recompute belongs to read, which is not there")
+            raise PydanticCustomError("recompute", "recompute needs read, which is missing")
         for field in ("stop_when", "abort_when"):
             rule: StopChoice | None = getattr(self, field)
             if rule is not None and rule.read >= len(self.read):
                 raise PydanticCustomError(
                     "rule",
-                    "{field}.read: {read} is the index of no read; there are {count}",
+                    "{field}.read: there is no read with index {read}; there are {count}",
                     {"field": field, "read": rule.read, "count": len(self.read)},
                 )
         return self
 
     @model_validator(mode="after")
     def _has_few_ranges(self) -> SteeringRequest:
-        """Each range costs time at admission and in every step, so their number is looked at first."""
+        """Each range costs time at admission and in every step, so their number is checked first."""
         chosen = [choice.positions or self.positions for choice in self.directions]
         chosen += [choice.at for choice in self.read]
         count = sum(len(each) if isinstance(each, tuple) else 1 for each in chosen)
@@ -156,18 +155,18 @@ class SteeringRequest(_Strict):
 def parse(extra_args: Mapping[str, Any] | None) -> SteeringRequest | None:
     """Reads the steering of a request from its extra arguments.
 
-    Two forms are understood: ``steering``, the object (or its JSON text, since ``vllm_xargs``
-    holds no objects), and the flat ``steer``, a list of ``"name:scale"`` with ``steer_layers``
-    and ``steer_positions``, a name or a list of ``"start:end"``, beside it.
+    There are two forms: ``steering``, the object (or its JSON text, since ``vllm_xargs`` holds no objects),
+    and the flat ``steer``, a list of ``"name:scale"``, with ``steer_layers`` and ``steer_positions``, a name
+    or a list of ``"start:end"``.
 
     Args:
         extra_args: ``SamplingParams.extra_args`` or ``vllm_xargs``.
 
     Returns:
-        The request, or None when it asks for no steering or for none of the server's.
+        The request, or None without steering or with ``"none"``.
 
     Raises:
-        RequestError: It is malformed; the message names the field and what would be right.
+        RequestError: It is malformed; the message names the field and what would be valid.
     """
     if not extra_args:
         return None
@@ -205,14 +204,14 @@ def _object_of(text: str) -> Any:
             f"{REQUEST_KEY}: its JSON text has {len(text)} characters; the limit is {_MOST_CHARACTERS}"
         )
     try:
-        # Half of a pair of surrogates is no text, and so no JSON.
+        # A lone surrogate is not valid text, so not valid JSON.
         return from_json(text.encode(errors="surrogatepass"))
     except ValueError as error:
         raise RequestError(f"{REQUEST_KEY}: Invalid JSON: {error}") from error
 
 
 def _check_size(value: Any) -> None:
-    """Raises RequestError where there is more than could be right, before anything else is looked at."""
+    """Raises RequestError if the object exceeds any valid size, before anything else is checked."""
     left, waiting = _MOST_VALUES, [value]
     while waiting:
         each = waiting.pop()
@@ -232,9 +231,10 @@ def _check_size(value: Any) -> None:
 
 
 def steering_keys(keys: Iterable[Any]) -> list[str]:
-    """Returns the keys that were meant for steering and must not be ignored, misspelt ones among the first few alone.
+    """Returns the keys that were meant for steering and must not be ignored; only the first few are checked
+    for typos.
 
-    A body may have hundreds of thousands of keys, and to look for a near miss takes time for each.
+    A body may have hundreds of thousands of keys, and checking each for typos takes time.
     """
     known = (REQUEST_KEY, *FLAT_KEYS)
     found, left = [], _MOST_MISSPELT
@@ -266,12 +266,12 @@ def first_steering_key(keys: Iterable[Any]) -> str | None:
 
 
 def wrapped_steering(value: Any, *, text: bool = False, depth: int = 4) -> bool:
-    """Whether an object has steering in it, at whatever depth a client may have wrapped it.
+    """Whether an object contains steering at any depth where a client may have wrapped it.
 
     Args:
         value: The object.
-        text: Whether JSON text is looked into as well, which may say the word in any other field.
-        depth: How deep is looked.
+        text: Whether JSON text is searched too; other fields of it may contain the word.
+        depth: Depth of the search.
     """
     if isinstance(value, str):
         return text and '"steer' in value
@@ -316,7 +316,7 @@ def _parse_item(item: str) -> dict[str, Any]:
 
 
 def _parse_slices(value: Any) -> Any:
-    """The slices of ``steer_positions`` as pairs; anything else is left to the validation."""
+    """The slices of ``steer_positions`` as pairs; everything else is left to validation."""
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         return value
     try:

@@ -29,7 +29,7 @@ class StopTokens:
 
 
 def stop_position(stop: StopTokens | None, tokens: Sequence[int]) -> int | None:
-    """Returns the position of the first trigger, the last that is steered; None without one.
+    """Returns the position of the first trigger, the last steered position; None without one.
 
     Args:
         stop: The triggers.

@@ -1,4 +1,4 @@
-"""A request's steering -> a plan that the packs, the rows and the policy allow, or HTTP 400."""
+"""A request's steering -> a plan allowed by packs, rows and policy, or HTTP 400."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.engine.input_processor import InputProcessor
 
-# Most directions that a line of the log names; a pack may have thousands.
+# Most directions in a log line; a pack may have thousands.
 NAMED_DIRECTIONS = 5
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a request is to be steered by.
+    """The steering to apply to a request.
 
     Attributes:
         request: The steering.
-        is_default: Whether it is the server's default, which the client may not know of.
+        is_default: Whether it is the server's default, which the client may not know about.
     """
 
     request: SteeringRequest
@@ -68,12 +68,12 @@ class Wanted:
 
 @dataclass(frozen=True, eq=False)
 class AdmittedPlan:
-    """A plan that admission made; a client cannot send one.
+    """A plan made by admission; a client cannot send one.
 
     Attributes:
-        wanted: What it was made from.
-        receipt: What was decided, for the response; it has the plan.
-        recompute: Whether the prefix cache is left out for the prompt.
+        wanted: The steering that it was made from.
+        receipt: The receipt for the response, which holds the plan.
+        recompute: Whether the prompt bypasses the prefix cache.
     """
 
     wanted: Wanted
@@ -82,17 +82,17 @@ class AdmittedPlan:
 
     @property
     def message(self) -> bytes | None:
-        """The plan as it travels to the engine; None where it changes and reads nothing."""
+        """The plan as sent to the engine; None if it changes and reads nothing."""
         plan = self.receipt.plan
         return encode_plan(plan) if plan.segments or plan.reads else None
 
     def __deepcopy__(self, memo: dict[int, object]) -> AdmittedPlan:
-        """vLLM copies sampling parameters deeply; the receipt has to stay the one."""
+        """vLLM deep-copies sampling parameters; the receipt must stay the same object."""
         return self
 
 
 class _Unsteered:
-    """In the place of a plan: it was decided that a request is not steered. A client cannot send it."""
+    """Placeholder for a plan: the request is not steered. A client cannot send it."""
 
     def __deepcopy__(self, memo: dict[int, object]) -> _Unsteered:
         return self
@@ -105,13 +105,13 @@ class Admission:
     """Checks the steering of the requests of one engine."""
 
     def __init__(self, vllm_config: VllmConfig) -> None:
-        """Loads the packs and the policy that the engine was started with.
+        """Loads the packs and the policy of the engine.
 
         Args:
             vllm_config: The engine's ``VllmConfig``.
         """
         self.config = resolved_config(vllm_config.additional_config)
-        # Its own: what one engine of a process loads is not for another that was started alike.
+        # Not shared: packs loaded by one engine of a process are not for another with the same configuration.
         self.store = PackStore(configured_store(self.config).registry) if self.config else None
         self.policy = (
             load_policy(self.config.policy) if self.config and self.config.policy else Policy()
@@ -119,7 +119,7 @@ class Admission:
         self._max_len = vllm_config.model_config.max_model_len
         self._dtype = dtype_name(vllm_config.model_config.dtype)
         self._shape = model_shape(vllm_config.model_config)
-        # Requests under way by content digest of the directions that they use.
+        # Running requests by content digest of their directions.
         self.active: Counter[str] = Counter()
         if self.config is not None and self.store is not None:
             self._announce(self.config, self.store.registry)
@@ -128,7 +128,7 @@ class Admission:
         """Reads the steering in a request's extra arguments.
 
         Returns:
-            The request, or None when it asks for none.
+            The request, or None without steering.
 
         Raises:
             VLLMValidationError: It is malformed; becomes HTTP 400.
@@ -137,7 +137,7 @@ class Admission:
             return parse(extra_args)
 
     def check_servable(self, pack: SteeringPack) -> None:
-        """Checks a pack that is to be loaded against the engine that runs.
+        """Checks that a pack can be loaded into the running engine.
 
         Raises:
             PackError: It was made for another model, or steers layers that are not hooked.
@@ -153,9 +153,9 @@ class Admission:
             )
 
     def unit_of(self, read: Read) -> float:
-        """Returns the median norm of the residual stream that a read looks at, the mean over its layers."""
+        """Returns the median norm of the residual stream, averaged over a read's layers."""
         if self.store is None:
-            raise RequestError("an engine without steering reads nothing")
+            raise RequestError("an engine without steering has no reads")
         norms = self.store.by_digest(read.digest).norms
         return sum(norms[layer] for layer in read.layers) / len(read.layers)
 
@@ -166,15 +166,15 @@ class Admission:
         return UPLOADED if sent else read.name
 
     def pin(self, receipt: Receipt) -> None:
-        """Counts a request in; the content that it uses stays loaded."""
+        """Adds a running request, whose content stays loaded."""
         self.active.update(list(receipt.names))
         metrics.ACTIVE_DIRECTIONS.set(len(self.active))
 
     def check_content(self, receipt: Receipt) -> None:
-        """Checks that what a request was admitted with is still there.
+        """Checks that the content of an admitted request is still loaded.
 
         Raises:
-            VLLMValidationError: Its pack was unloaded meanwhile.
+            VLLMValidationError: Its pack was unloaded.
         """
         with as_http_400():
             for digest, name in receipt.names.items():
@@ -187,14 +187,14 @@ class Admission:
                     ) from None
 
     def unpin(self, receipt: Receipt) -> None:
-        """Counts it out again."""
+        """Removes a request added by :meth:`pin`."""
         self.active.subtract(list(receipt.names))
         self.active += Counter()
         metrics.ACTIVE_DIRECTIONS.set(len(self.active))
 
     @contextmanager
     def answering(self, http_context: HttpContext) -> Iterator[None]:
-        """Lets vLLM answer an HTTP request, and counts out what it was admitted with."""
+        """Lets vLLM answer an HTTP request, and unpins its content afterwards."""
         token = current_http_context.set(http_context)
         try:
             yield
@@ -205,11 +205,11 @@ class Admission:
                 self.unpin(receipt)
 
     def default(self, extra_args: dict[str, Any]) -> SteeringRequest | None:
-        """Returns the steering of a request that names none, None where it declines the default."""
+        """Returns the steering of a request without any, None if it turns off the default."""
         return None if extra_args.get(REQUEST_KEY) == NONE else self.policy.default
 
     def watch(self) -> SteeringRequest | None:
-        """Returns what the operator reads of the request that is being handled."""
+        """Returns the operator's reads of the current request."""
         return self.policy.watch_of(_key_digest())
 
     def admit(
@@ -218,10 +218,10 @@ class Admission:
         prompt_len: int,
         sampling_params: SamplingParams | None = None,
     ) -> AdmittedPlan:
-        """Turns a request into a plan of absolute positions that the policy allows.
+        """Resolves a request to a plan that the policy allows.
 
         Args:
-            wanted: What it is to be steered by.
+            wanted: The steering.
             prompt_len: Tokens of the prompt.
             sampling_params: Its ``SamplingParams``; None for one answer of any length.
 
@@ -238,7 +238,7 @@ class Admission:
                 )
             registry, key_digest = self.store.registry, _key_digest()
             watch = self.watch()
-            # What the operator reads is not the client's to be allowed.
+            # The operator's reads need no permission of the client.
             alone = wanted.request is watch
             check = None if alone else partial(self._check_allowed, key_digest)
             sees = partial(self.policy.sees, key_digest)
@@ -264,7 +264,7 @@ class Admission:
         return AdmittedPlan(wanted, receipt, recompute)
 
     def _announce(self, config: ResolvedConfig, registry: PackRegistry) -> None:
-        """Says in metrics and log what requests can use."""
+        """Reports the available directions in metrics and log."""
         packs, policy = registry.packs, self.policy
         log.STARTED.write(
             packs={name: pack.manifest.tensors.sha256 for name, pack in packs.items()},
@@ -303,14 +303,14 @@ class Admission:
         if weaker is None:
             raise DoseError(
                 f"{REQUEST_KEY}.directions: their total dose is {dose:.4g}, and this server allows at most {limit:g}; "
-                f"the scales could not be reduced, since op clamp, rotate and angle do not get weaker that way"
+                f"the scales could not be reduced, since that does not weaken op clamp, rotate and angle"
             )
-        # Rounding may leave it a little above.
+        # Rounding may leave it slightly above.
         return LimitedPlan(weaker, min(limit, relative_dose(weaker, registry)), limit / dose)
 
 
 def _key_digest() -> str | None:
-    """SHA-256 of the API key of the request that is being handled; None without one."""
+    """SHA-256 of the API key of the current request; None without one."""
     http_context = current_http_context.get()
     return http_context.key_digest if http_context is not None else None
 
@@ -318,17 +318,17 @@ def _key_digest() -> str | None:
 def _check_reached(
     plan: SteeringPlan, prompt_len: int, sampling_params: SamplingParams | None
 ) -> None:
-    """Raises RequestError where a plan steers no token that goes through the model, or a read finds none."""
+    """Raises RequestError if a plan steers, or a read covers, no token that goes through the model."""
     longest = getattr(sampling_params, "max_tokens", None)
     if longest is None:
         return
-    # The last token of an answer goes through no model.
+    # The last token of an answer does not go through the model.
     tokens = prompt_len + max(0, longest - 1)
     for number, read in enumerate(plan.reads):
         if all(start >= tokens for start, _ in read.ranges):
             raise RequestError(
                 f"{REQUEST_KEY}.read.{number}.at: no token is read: of a prompt of {prompt_len} tokens and an answer of at "
-                f"most {longest}, {tokens} go through the model, and all positions come later; let it answer more tokens"
+                f"most {longest}, {tokens} go through the model, and all positions come later; raise max_tokens"
             )
     if plan.segments and not count_steered(plan, tokens):
         raise RequestError(
@@ -339,7 +339,7 @@ def _check_reached(
 
 
 def announce_pack(pack: SteeringPack) -> None:
-    """Says in metrics and log what a pack that was loaded has, and which of it does not steer."""
+    """Reports a loaded pack in metrics and log, with its directions that do not steer."""
     metrics.DIRECTIONS.labels(pack.name).set(len(pack.directions))
     idle = [
         name
@@ -352,7 +352,7 @@ def announce_pack(pack: SteeringPack) -> None:
             count=len(idle),
             directions=idle[:NAMED_DIRECTIONS],
             advice="learn them by another method or from other prompts, or leave them out of the pack; `vllm-steer "
-            "inspect` shows what their calibration found",
+            "inspect` shows their calibration",
         )
 
 
@@ -361,7 +361,7 @@ _current: Admission | None = None
 
 
 def admission_of(processor: InputProcessor) -> Admission:
-    """Returns the admission of an engine, whose input processor has it."""
+    """Returns the admission of an engine, from its input processor."""
     admission = _ADMISSION.get(processor)
     if admission is None:
         raise RuntimeError("the engine's input processor was made before vllm-steer was loaded")
@@ -369,7 +369,7 @@ def admission_of(processor: InputProcessor) -> Admission:
 
 
 def current_admission() -> Admission | None:
-    """Returns the admission of this process's engine; None before it has one."""
+    """Returns the admission of this process's engine; None before there is one."""
     return _current
 
 
@@ -381,7 +381,7 @@ def remember_engine(original: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         global _current
         original(self, vllm_config, *args, **kwargs)
-        # A server process has one engine; its HTTP models know of no engine and ask here.
+        # A server process has one engine; its HTTP models have no reference to it and use this.
         _current = _ADMISSION.set(self, Admission(vllm_config))
 
     return __init__

@@ -1,4 +1,4 @@
-"""Aliases: model names that stand for a steering, added and removed while the server runs.
+"""Aliases: model names with steering, added and removed while the server runs.
 
 Importing this module imports neither torch nor vllm.
 """
@@ -23,11 +23,11 @@ _MAX_VALUES = 20_000
 
 @dataclass(frozen=True)
 class Named:
-    """What a model's name says.
+    """A model name with an alias.
 
     Attributes:
         served: Name of the served model.
-        steering: What the alias behind it stands for.
+        steering: Steering of the alias.
     """
 
     served: str
@@ -35,7 +35,7 @@ class Named:
 
 
 def named_alias(policy: Policy, model: str) -> Named | None:
-    """Returns what ``SERVED:ALIAS`` says; None where a name has no alias of the policy's."""
+    """Parses ``SERVED:ALIAS``; None if the name has no alias of the policy."""
     served, _, alias = model.rpartition(":")
     steering = policy.aliases.get(alias) if served else None
     return None if steering is None else Named(served, steering)
@@ -44,19 +44,19 @@ def named_alias(policy: Policy, model: str) -> Named | None:
 def with_alias(
     policy: Policy, registry: PackRegistry, alias: str, body: bytes, key_digest: str | None
 ) -> Policy:
-    """Returns the policy with a model name that stands for a steering.
+    """Returns the policy with an alias added or replaced.
 
     Args:
-        policy: The policy without it, or with another steering for it.
-        registry: The packs that are loaded.
-        alias: The name.
+        policy: The policy.
+        registry: The loaded packs.
+        alias: The alias.
         body: The steering, a :class:`SteeringRequest` as JSON.
-        key_digest: SHA-256 of the API key that asked for it.
+        key_digest: SHA-256 of the requesting API key.
 
     Raises:
-        RequestError: The alias or the steering is malformed, or names what is not loaded, or a
-            strength of what is not calibrated.
-        NotAllowedError: The key may not use all of it, or of what the alias stood for.
+        RequestError: The alias or the steering is malformed, names something that is not loaded, or gives a
+            strength of an uncalibrated direction.
+        NotAllowedError: The key may not use all directions of the new or the old steering.
     """
     try:
         name = TypeAdapter(AliasName).validate_python(alias)
@@ -80,11 +80,11 @@ def with_alias(
 def without_alias(
     policy: Policy, registry: PackRegistry, alias: str, key_digest: str | None
 ) -> Policy:
-    """Returns the policy without a model name; its arguments are those of :func:`with_alias`.
+    """Returns the policy without an alias; arguments as in :func:`with_alias`.
 
     Raises:
-        RequestError: There is none of that name.
-        NotAllowedError: The key may not use all that it stands for.
+        RequestError: There is no alias of that name.
+        NotAllowedError: The key may not use all of its directions.
     """
     if alias not in policy.aliases:
         raise RequestError(f"there is no alias {alias!r}")

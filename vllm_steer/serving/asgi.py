@@ -25,13 +25,13 @@ class _Named(msgspec.Struct):
 
 
 _NAMED = msgspec.json.Decoder(_Named)
-# Half of a pair is no text, and a stricter reader than vLLM's stops at it.
+# Lone surrogates are not valid text, and stricter parsers than vLLM's refuse them.
 _SURROGATES = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 STEERED_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 
 
 def route_of(scope: Message) -> str:
-    """Path of a request without the prefix of a proxy, as the application sees it, and without a slash at the end."""
+    """Path of a request as the application sees it, without a proxy's prefix and without a trailing slash."""
     path: str = scope["path"]
     root: str = scope.get("root_path") or ""
     # Of a prefix that ends within a name, nothing is taken away.
@@ -40,7 +40,7 @@ def route_of(scope: Message) -> str:
 
 
 def routes_of(scope: Message) -> list[Any]:
-    """Returns the routes of the application that answer a request's path and method."""
+    """Returns the application's routes for a request's path and method."""
     found = []
     for route in scope["app"].routes:
         match, _ = route.matches(scope)
@@ -50,14 +50,14 @@ def routes_of(scope: Message) -> list[Any]:
 
 
 def exists(scope: Message) -> bool:
-    """Whether there is a route for a request; where there is none, nothing is spent on its body."""
+    """Whether there is a route for a request; without one, its body is not read."""
     return bool(routes_of(scope))
 
 
 def key_digest(scope: Message) -> str | None:
     """SHA-256 of the key in ``Authorization: Bearer KEY``, in hexadecimal; None without one.
 
-    Of several such headers the first counts, as it does for vLLM. What is not UTF-8 is read as vLLM reads it, which
+    Of several such headers the first counts, as in vLLM. What is not UTF-8 is read as vLLM reads it, which
     knows a key in Latin-1 for the same text.
     """
     headers: Iterable[tuple[bytes, bytes]] = scope["headers"]
@@ -71,7 +71,7 @@ def key_digest(scope: Message) -> str | None:
 
 
 async def read_body(receive: Receive) -> tuple[bytes, list[Message]]:
-    """Returns a request's body, and the messages that it came in."""
+    """Returns a request's body and its messages."""
     messages = [await receive()]
     while messages[-1]["type"] == "http.request" and messages[-1].get("more_body"):
         messages.append(await receive())
@@ -79,7 +79,8 @@ async def read_body(receive: Receive) -> tuple[bytes, list[Message]]:
 
 
 async def read_limited(receive: Receive, limit: int) -> bytes | None:
-    """Returns a request's body; None where it is longer than ``limit`` bytes, without keeping it, or ends too early."""
+    """Returns a request's body; None, without storing it, if it is longer than ``limit`` bytes or ends
+    early."""
     parts, size, more = [], 0, True
     while more and size <= limit:
         message = await receive()
@@ -93,7 +94,7 @@ async def read_limited(receive: Receive, limit: int) -> bytes | None:
 
 
 def replay(messages: list[Message], receive: Receive) -> Receive:
-    """Returns a ``receive`` that gives messages again before those that are still to come."""
+    """Returns a ``receive`` that repeats messages before the ones not yet received."""
     again = iter(messages)
 
     async def receive_again() -> Message:
@@ -104,11 +105,11 @@ def replay(messages: list[Message], receive: Receive) -> Receive:
 
 
 def parse_object(body: bytes) -> dict[str, Any] | None:
-    """Returns a JSON object; None where the body is something else, which its route answers."""
+    """Parses a JSON object; None for any other body, which is left to its route."""
     try:
         fields = from_json(body)
     except ValueError:
-        # It is stricter in what text may hold, as of surrogates, than what vLLM reads bodies with.
+        # Stricter about text, such as lone surrogates, than vLLM's parser.
         try:
             fields = json.loads(body)
         except (ValueError, RecursionError):
@@ -117,7 +118,7 @@ def parse_object(body: bytes) -> dict[str, Any] | None:
 
 
 def dump_object(fields: dict[str, Any]) -> bytes:
-    """Returns a JSON object as :func:`parse_object` read it."""
+    """Serialises a JSON object from :func:`parse_object`."""
     try:
         return to_json(fields, inf_nan_mode="constants")
     except ValueError:
@@ -125,7 +126,7 @@ def dump_object(fields: dict[str, Any]) -> bytes:
 
 
 def model_of(body: bytes) -> str | None:
-    """Returns ``model`` of a JSON object, and reads no other value; None where it has none."""
+    """Returns ``model`` of a JSON object without parsing other values; None if it has none."""
     model: Any = None
     try:
         model = _NAMED.decode(body).model
@@ -138,15 +139,15 @@ def model_of(body: bytes) -> str | None:
 
 
 def with_model(body: bytes, model: str) -> bytes:
-    """Returns the body of a JSON object that has a ``model`` with another one."""
+    """Returns the body of a JSON object with its ``model`` replaced."""
     if json.detect_encoding(body) != "utf-8":
         return dump_object((parse_object(body) or {}) | {"model": model})
-    # Of a key that is given twice the last counts.
+    # Of duplicate keys the last counts.
     return body.rstrip()[:-1] + b',"model":' + json.dumps(model).encode() + b"}"
 
 
 def with_length(headers: list[tuple[bytes, bytes]], length: int) -> list[tuple[bytes, bytes]]:
-    """Returns headers with another length of the body."""
+    """Returns headers with another content length."""
     kept = [(name, value) for name, value in headers if name.lower() != b"content-length"]
     return [*kept, (b"content-length", str(length).encode())]
 
@@ -154,7 +155,7 @@ def with_length(headers: list[tuple[bytes, bytes]], length: int) -> list[tuple[b
 async def send_json(
     send: Send, status: int, content: Any, more: Sequence[tuple[bytes, bytes]] = ()
 ) -> None:
-    """Sends a whole JSON response; ``more`` has further headers."""
+    """Sends a complete JSON response; ``more`` has additional headers."""
     body = json.dumps(content).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers += more
@@ -169,7 +170,7 @@ async def send_error(
     status: int = 400,
     more: Sequence[tuple[bytes, bytes]] = (),
 ) -> None:
-    """Sends an error in the form of the OpenAI API."""
+    """Sends an error in the OpenAI API's format."""
     kind = HTTPStatus(status).phrase.title().replace(" ", "") + "Error"
     error = {"message": shortened(message), "type": kind, "param": shortened(field), "code": status}
     await send_json(send, status, {"error": error}, more)

@@ -1,6 +1,6 @@
-"""Chat requests without HTTP, as ``vllm run-batch`` sends them, with aliases and receipts as on a route.
+"""Chat requests without HTTP, from ``vllm run-batch``, with aliases and receipts as over HTTP.
 
-No client would retry a line of a file, so these wait for rows without a time limit.
+Nobody retries a line of a file, so these requests wait for rows without a time limit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ROUTE = "/v1/chat/completions"
 
 
 def follow_chat(original: Callable[..., Awaitable[R]]) -> Callable[..., Awaitable[R]]:
-    """Wraps ``OpenAIServingChat.create_chat_completion``; what came over HTTP passes untouched."""
+    """Wraps ``OpenAIServingChat.create_chat_completion``; HTTP requests pass unchanged."""
 
     async def create_chat_completion(
         self: OpenAIServingChat, request: ChatCompletionRequest, *args: object, **kwargs: object
@@ -41,7 +41,7 @@ def follow_chat(original: Callable[..., Awaitable[R]]) -> Callable[..., Awaitabl
             answer = await original(self, request, *args, **kwargs)
         shown = http_context.shown_receipts
         if shown and hasattr(answer, "choices"):
-            # vLLM's answers keep fields that they do not know.
+            # vLLM's responses keep unknown fields.
             setattr(answer, REQUEST_KEY, [receipt.to_json() for receipt in shown])
         return answer
 

@@ -1,4 +1,4 @@
-"""Engine features that cannot be steered correctly, refused at start with the reason."""
+"""Engine features that cannot be steered correctly, refused at startup with the reason."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from vllm_steer.errors import CompatibilityError
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-# Connectors that find keys and values by vLLM's block hashes, which hold the steering.
+# Connectors that find keys and values by vLLM's block hashes, which include the steering.
 HASHED_CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
 
 
 def refuse_unsupported(vllm_config: VllmConfig) -> None:
-    """Refuses an engine configuration that would steer wrongly or not at all.
+    """Refuses an engine configuration that would steer incorrectly or not at all.
 
     Args:
         vllm_config: The complete ``VllmConfig``.
 
     Raises:
-        CompatibilityError: Names every unsupported feature and what to do instead.
+        CompatibilityError: A feature is unsupported; the message names each and the alternative.
     """
     parallel = vllm_config.parallel_config
     passes = vllm_config.compilation_config.pass_config
@@ -48,7 +48,7 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         )
     if connector is not None and connector.kv_connector not in HASHED_CONNECTORS:
         reasons.append(
-            f"key-value connector {connector.kv_connector} may find keys and values by token ids alone, and so hand "
+            f"key-value connector {connector.kv_connector} may find keys and values by token ids alone, and so give "
             f"steered ones to unsteered requests; use one of {', '.join(HASHED_CONNECTORS)}, or none"
         )
     if envs.VLLM_WEIGHT_OFFLOADING_DISABLE_UVA and _offloads_weights(vllm_config):
@@ -58,11 +58,11 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         )
     if vllm_config.cache_config.kv_sharing_fast_prefill:
         reasons.append(
-            "fast prefill runs some blocks on a part of the tokens; leave out --kv-sharing-fast-prefill"
+            "fast prefill runs some blocks on only part of the tokens; leave out --kv-sharing-fast-prefill"
         )
     if getattr(vllm_config.speculative_config, "enable_adaptive_verification", False):
         reasons.append(
-            "adaptive verification divides the tokens of a step among the requests on the device alone; leave "
+            "adaptive verification assigns the tokens of a step to requests only on the device; leave "
             "enable_adaptive_verification out of --speculative-config"
         )
     if reasons:
@@ -70,17 +70,17 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
 
 
 def refuse_unread(vllm_config: VllmConfig) -> None:
-    """Refuses an engine configuration whose scores could not come back, or not all of them.
+    """Refuses an engine configuration that could lose scores.
 
     Args:
-        vllm_config: The complete ``VllmConfig`` of an engine that is to read.
+        vllm_config: The complete ``VllmConfig`` of an engine with reads.
 
     Raises:
-        CompatibilityError: Names every unsupported feature and what to do instead.
+        CompatibilityError: A feature is unsupported; the message names each and the alternative.
     """
     reasons = []
     if vllm_config.scheduler_config.scheduler_cls is not None:
-        reasons.append("a scheduler of its own may leave scores behind; leave out --scheduler-cls")
+        reasons.append("a custom scheduler may lose scores; leave out --scheduler-cls")
     if reasons:
         raise CompatibilityError("steering cannot read: " + "; ".join(reasons))
 

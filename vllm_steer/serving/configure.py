@@ -31,18 +31,18 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
-# Tokens of a prompt that has whatever position a policy may name.
+# Length of a prompt that has every position a policy may name.
 _LONG_PROMPT = 2**30
-# Of the largest, that fit into the total unless it is given.
+# Number of uploads of the largest size that fit into the default total.
 _UPLOADS = 8
 
 
 def resolve_packs(sources: Iterable[str], field: str) -> list[str]:
-    """Returns the absolute directory of each pack; what is on the hub is fetched and named in the log.
+    """Returns the absolute directory of each pack; packs on the hub are fetched and logged.
 
     Args:
         sources: Directories or hub repositories.
-        field: What the user wrote them in, for messages.
+        field: The user's field for them, for messages.
     """
     paths = []
     for source in sources:
@@ -68,13 +68,13 @@ def resolve_config(original: Callable[..., VllmConfig]) -> Callable[..., VllmCon
         if not isinstance(given, dict) or value is None:
             return vllm_config
         refuse_unsupported(vllm_config)
-        # Only the server of the OpenAI API lets requests wait for rows.
+        # Only the OpenAI API server queues requests for rows.
         queued = usage_context == UsageContext.OPENAI_API_SERVER
         config = parse_config(value)
         if config.reads:
             refuse_unread(vllm_config)
         resolved = _resolve(config, vllm_config, queued)
-        # A new dict: the user's may serve for several engines.
+        # A new dict: the user may use theirs for several engines.
         vllm_config.additional_config = {
             **given,
             CONFIG_KEY: resolved.model_dump(),
@@ -124,15 +124,16 @@ def _resolve(config: SteeringConfig, vllm_config: VllmConfig, queued: bool) -> R
         graph_revision=GRAPH_REVISION,
     )
     if servers == 1:
-        # This process is the front end; one that only starts others would hold the vectors for nothing.
+        # Only if this process is the front end; one that only starts others does not need the vectors.
         keep_store(resolved, registry)
     return resolved
 
 
 def _policy_path(config: SteeringConfig, registry: PackRegistry) -> str | None:
-    """Absolute path of the policy, whose names must all exist, and be calibrated for a strength.
+    """Absolute path of the policy, after checking that all its names exist, and are calibrated if given a
+    strength.
 
-    What it reads of every request must be there too, since all of them would be refused otherwise.
+    Its reads must be possible too, since otherwise every request would be refused.
     """
     if config.policy is None:
         return None
@@ -144,7 +145,7 @@ def _policy_path(config: SteeringConfig, registry: PackRegistry) -> str | None:
             count = len({(read.name, read.when) for read in request.read})
             if count > config.reads:
                 raise ConfigError(
-                    f"--steering-policy: {path}: {field} reads {count} probes; start with --steering-reads {count} at least"
+                    f"--steering-policy: {path}: {field} reads {count} probes; start with at least --steering-reads {count}"
                 )
         for key, request in policy.watch.items():
             resolve(bind(request, registry, where=f"watch.{key}"), _LONG_PROMPT)
@@ -173,7 +174,7 @@ def _layers(config: SteeringConfig, registry: PackRegistry, num_layers: int) -> 
 def _upload_mib(config: SteeringConfig, servers: int) -> int | None:
     if config.upload_mib is not None and servers > 1:
         raise ConfigError(
-            f"--steering-upload-mib: {servers} API servers would not know of each other's vectors; start one, with "
+            f"--steering-upload-mib: {servers} API servers would not share vectors; start only one, with "
             f"--api-server-count 1"
         )
     return config.upload_mib
@@ -189,19 +190,19 @@ def _upload_total_mib(config: SteeringConfig) -> int | None:
     total = config.upload_total_mib or _UPLOADS * config.upload_mib
     if total < config.upload_mib:
         raise ConfigError(
-            f"--steering-upload-total-mib: {total} is less than one upload of --steering-upload-mib "
-            f"{config.upload_mib} may be"
+            f"--steering-upload-total-mib: {total} is less than the size of one upload, --steering-upload-mib "
+            f"{config.upload_mib}"
         )
     return total
 
 
 def _pack_roots(config: SteeringConfig, servers: int) -> list[str] | None:
-    """Absolute paths of the directories that packs may be loaded from."""
+    """Absolute paths of the directories from which packs may be loaded."""
     if config.pack_roots is None:
         return None
     if servers > 1:
         raise ConfigError(
-            f"--steering-pack-roots: {servers} API servers would not know of each other's packs; start one, with "
+            f"--steering-pack-roots: {servers} API servers would not share packs; start only one, with "
             f"--api-server-count 1"
         )
     roots = [os.path.abspath(os.path.expanduser(root)) for root in config.pack_roots]

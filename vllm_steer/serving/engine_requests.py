@@ -1,7 +1,7 @@
-"""Notices when the engine is done with a request, whether or not a client still reads its answer.
+"""Detects when the engine is done with a request, whether or not a client still reads its answer.
 
-A stream ends for its reader long after it ended in the engine. vLLM's output processor knows of each request that
-it was taken in, finished or aborted; a steered prompt is one such request for each of its answers.
+A stream may end for its reader long after it ended in the engine. vLLM's output processor knows when each
+request is added, finished or aborted; a steered prompt is one such request for each of its answers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 from vllm_steer.serving.scores import expect_scores
 
-# An abort is sent at once after vLLM has noted it, and must reach the engine before who comes next does.
+# vLLM sends an abort right after noting it, and it must reach the engine before the next request.
 _AFTER_ABORT_SECONDS = 0.01
 
 
@@ -27,10 +27,10 @@ class EnginePrompt:
     """One steered prompt in the engine.
 
     Attributes:
-        answers: How many requests of the engine it is.
-        done: Called when all of them are.
-        running: Ids of those that the engine has.
-        ended: How many it is done with.
+        answers: Number of its engine requests.
+        done: Called when all of them are done.
+        running: Ids of those in the engine.
+        ended: Number of those that are done.
     """
 
     answers: int
@@ -39,7 +39,7 @@ class EnginePrompt:
     ended: int = 0
 
 
-# Set while vLLM takes a steered prompt in.
+# Set while vLLM adds a steered prompt.
 arriving: ContextVar[EnginePrompt | None] = ContextVar("arriving", default=None)
 _running: dict[str, EnginePrompt] = {}
 
@@ -71,7 +71,7 @@ def note_finish(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def note_abort(original: Callable[..., list[str]]) -> Callable[..., list[str]]:
-    """Wraps ``OutputProcessor.abort_requests``, which returns the ids of what it aborts."""
+    """Wraps ``OutputProcessor.abort_requests``, which returns the ids of the aborted requests."""
 
     def abort_requests(self: OutputProcessor, *args: object, **kwargs: object) -> list[str]:
         aborted = original(self, *args, **kwargs)
@@ -83,7 +83,7 @@ def note_abort(original: Callable[..., list[str]]) -> Callable[..., list[str]]:
 
 
 def forget(prompt: EnginePrompt) -> None:
-    """Ends a prompt whose answers nobody waits for any more."""
+    """Ends a prompt whose answers are no longer awaited."""
     for request_id in prompt.running:
         _running.pop(request_id, None)
 

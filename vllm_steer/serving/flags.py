@@ -24,7 +24,7 @@ def add_flags(original: Callable[[Parser], Parser]) -> Callable[[Parser], Parser
         parser = original(parser)
         group = parser.add_argument_group(
             title="SteeringConfig",
-            # vLLM's short help shows a group's description alone, so the flags stand in it.
+            # vLLM's short help shows only a group's description, so it lists the flags.
             description="Per-request steering of the residual stream (vllm-steer): "
             "--enable-steering, --steering-packs PACK ..., --steering-rows N, --steering-wait-seconds N, "
             "--steering-layers N ..., "
@@ -50,8 +50,8 @@ def add_flags(original: Callable[[Parser], Parser]) -> Callable[[Parser], Parser
             type=int,
             metavar="N",
             default=None,
-            help="Distinct combinations of directions that can be active at once, and one row of zeros. A server lets "
-            "requests wait while there is no room; in LLM(...) each of max_num_seqs requests may use an equal share. "
+            help="Distinct combinations of directions that can be active at once, plus one row of zeros. In a server, "
+            "requests wait for free rows; in LLM(...) each of max_num_seqs requests may use an equal share. "
             "Default: 2 * max_num_seqs + 1.",
         )
         group.add_argument(
@@ -67,15 +67,15 @@ def add_flags(original: Callable[[Parser], Parser]) -> Callable[[Parser], Parser
             type=int,
             metavar="N",
             default=None,
-            help="Layers that can be steered, 0-based block outputs. Default: those of the packs. Packs that are loaded "
-            "later can have no others.",
+            help="Layers that can be steered, 0-based block outputs. Default: those of the packs. Packs loaded "
+            "later cannot have others.",
         )
         group.add_argument(
             "--steering-pack-roots",
             nargs="+",
             metavar="DIR",
             default=None,
-            help="Directories that packs may be loaded from, by name, while the server runs: POST /v1/steering/packs. "
+            help="Directories from which packs may be loaded, by name, while the server runs: POST /v1/steering/packs. "
             "Off by default.",
         )
         group.add_argument(
@@ -83,7 +83,7 @@ def add_flags(original: Callable[[Parser], Parser]) -> Callable[[Parser], Parser
             type=int,
             metavar="N",
             default=None,
-            help="Let clients send vectors of up to N MiB, served for a time: PUT /v1/steering/vectors/NAME. "
+            help="Let clients send vectors of up to N MiB, served for a limited time: PUT /v1/steering/vectors/NAME. "
             "Off by default.",
         )
         group.add_argument(
@@ -91,7 +91,7 @@ def add_flags(original: Callable[[Parser], Parser]) -> Callable[[Parser], Parser
             type=int,
             metavar="N",
             default=None,
-            help="MiB of all vectors together that clients have sent and that are served. Default: 8 times "
+            help="Limit of the total size of all served uploads, in MiB. Default: 8 times "
             "--steering-upload-mib.",
         )
         group.add_argument(
@@ -99,14 +99,14 @@ def add_flags(original: Callable[[Parser], Parser]) -> Callable[[Parser], Parser
             type=int,
             metavar="N",
             default=None,
-            help="How many such vectors, by name, are served at once. Default: 64.",
+            help="Limit of the number of uploads served at once. Default: 64.",
         )
         group.add_argument(
             "--steering-ops",
             choices=get_args(SteeringConfig.model_fields["ops"].annotation),
             default=None,
-            help="What directions may do: additive adds them; affine also removes, sets and rotates components, and acts "
-            "where a probe fires, which costs memory and some speed for every request. Default: additive.",
+            help="Supported operations: additive adds directions; affine also removes, sets and rotates components, gated "
+            "by probes if asked, at the cost of memory and some speed for every request. Default: additive.",
         )
         group.add_argument(
             "--steering-rank",
@@ -121,15 +121,15 @@ def add_flags(original: Callable[[Parser], Parser]) -> Callable[[Parser], Parser
             type=int,
             metavar="N",
             default=None,
-            help="Let requests read how much of a direction the residual stream carries, token by token: up to N "
-            "different directions a request, 16 at most. Takes memory for N * max_num_seqs vectors at every hooked layer. "
-            "Default: 0, which reads nothing and costs nothing.",
+            help="Let requests read the component of the residual stream along directions, token by token: up to N "
+            "different directions per request, at most 16. Takes memory for N * max_num_seqs vectors at every hooked layer. "
+            "Default: 0, no reads and no cost.",
         )
         group.add_argument(
             "--steering-policy",
             metavar="FILE",
             default=None,
-            help="JSON file with aliases, a default steering, a limit of the dose, and what each API key may use.",
+            help="JSON file with aliases, a default steering, a dose limit, and the directions that each API key may use.",
         )
         return parser
 
@@ -149,8 +149,8 @@ def read_flags(original: Callable[..., R]) -> Callable[..., R]:
 def _move_flags(args: argparse.Namespace) -> None:
     """Moves the flags into ``args.additional_config``.
 
-    Where several API servers run, each reads the same arguments again, before its plugins are
-    loaded: it knows ``additional_config`` but none of our flags.
+    If several API servers run, each parses the same arguments again before it loads plugins: it knows
+    ``additional_config`` but not these flags.
     """
     config = {
         field: value
@@ -178,7 +178,7 @@ def _move_flags(args: argparse.Namespace) -> None:
 
 
 def _move_hub_packs(args: argparse.Namespace) -> None:
-    """Resolves the packs in ``--additional-config``: several API servers must not each ask the hub."""
+    """Resolves the packs in ``--additional-config``, so that not every API server asks the hub."""
     given = getattr(args, "additional_config", None)
     if not isinstance(given, dict) or CONFIG_KEY not in given:
         return

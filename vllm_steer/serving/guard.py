@@ -1,9 +1,8 @@
-"""Refuses steering on the HTTP routes that would drop it.
+"""Refuses steering on HTTP routes that would ignore it.
 
-The OpenAI-style routes keep unknown fields of a request's body, so admission sees ``steering``
-there. All other routes drop unknown fields before any of our code runs, some of them
-``vllm_xargs`` too; a request for steering sent to one of them would be answered with unsteered
-text.
+The OpenAI-style routes keep unknown fields of a request's body, so admission sees ``steering`` there. All
+other routes drop unknown fields, some also ``vllm_xargs``, before any code of the plugin runs; a steering
+request sent to one of them would be answered with unsteered text.
 """
 
 from __future__ import annotations
@@ -38,14 +37,14 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 _XARGS = "vllm_xargs"
-# What a body must hold to have a key that asks for steering; most need not be parsed for it.
+# A body without these has no steering keys, so most bodies need not be parsed.
 _MAY_ASK = re.compile(
     rb'"\s*(?:[sStT_]|[^\x00-\x7f])|(?i:steer)|vllm_xargs|extra_|_params|\\u|\x00'
 )
-# Of messages that hold sound, nearly none are parsed twice.
+# Of audio messages, almost none are parsed twice.
 _SAYS_STEER = re.compile(rb"steer|\\u", re.IGNORECASE)
 _PARAMS = "sampling_params"
-# Names of fields in forms, as audio comes in.
+# Names of form fields, as used for audio uploads.
 _FORM_FIELDS = {
     b"multipart/form-data": re.compile(rb'form-data;[^\r\n]*?\bname="?([^"\r\n]+)', re.IGNORECASE),
     b"application/x-www-form-urlencoded": re.compile(rb"(?:^|&)([^=&]+)"),
@@ -58,7 +57,7 @@ _REASON = 10
 
 
 def add_guard(original: Callable[..., R]) -> Callable[..., R]:
-    """Wraps ``register_vllm_serve_api_routers`` of the API server to put the guard in front.
+    """Wraps ``register_vllm_serve_api_routers`` of the API server to install the guard.
 
     vLLM adds its own middleware later, so a request is authenticated before the guard reads it.
     """
@@ -72,13 +71,14 @@ def add_guard(original: Callable[..., R]) -> Callable[..., R]:
 
 
 class SteeringGuard:
-    """ASGI middleware; the steered routes, those that do not exist and what is no JSON pass untouched."""
+    """ASGI middleware; steered routes, unknown routes and bodies that are not JSON pass unchanged."""
 
     def __init__(self, app: App) -> None:
         self.app = app
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answers 400 when a body outside the steered routes asks for steering; ends a web socket that does."""
+        """Answers 400 if a body outside the steered routes asks for steering; closes a web socket that
+        does."""
         if scope["type"] == "websocket":
             await self.app(scope, _Listened(receive, send, scope).receive, send)
             return
@@ -99,7 +99,7 @@ class SteeringGuard:
 
 
 class _Listened:
-    """What comes through a web socket, up to the first message that asks for steering.
+    """The messages of a web socket, up to the first one that asks for steering.
 
     vLLM's one route, for speech, reads a few fields of each message.
     """
@@ -108,7 +108,7 @@ class _Listened:
         self._receive, self._send, self._scope = receive, send, scope
 
     async def receive(self) -> Message:
-        """Takes the place of ``receive``."""
+        """Replaces ``receive``."""
         message = await self._receive()
         body = message.get("text") or message.get("bytes") or b""
         field = _asked_by_message(
@@ -157,7 +157,7 @@ def _dropped_field(body: bytes, scope: Message) -> str | None:
     params = fields.get(_PARAMS)
     if not wrapped_steering(params):
         return None
-    # Of what a token-in route takes, ``extra_args`` alone reach the engine.
+    # On token-in routes, only ``extra_args`` reach the engine.
     if isinstance(params, dict) and _takes(scope, _PARAMS):
         params = {key: value for key, value in params.items() if key != "extra_args"}
     return _PARAMS if wrapped_steering(params) else None

@@ -1,8 +1,8 @@
 """The context of one HTTP request while vLLM handles it.
 
-The middleware makes a context, admission writes receipts into it, and the middleware
-puts them into the response. vLLM hands neither the headers nor the response to the code between,
-so it travels in a context variable; tasks that vLLM starts for the request inherit it.
+The middleware creates a context, admission adds receipts, and the middleware puts them into the response.
+vLLM passes neither headers nor response to the code in between, so the context is a context variable, which
+tasks that vLLM starts for the request inherit.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ class HttpContext:
     Attributes:
         route: Its path.
         key_digest: SHA-256 of its API key in hexadecimal, None without one.
-        model: The model's name as the client gave it, None when it stands for no steering.
-        alias: Steering that the model's name stands for.
-        patient: Whether its prompts wait for rows for as long as it takes, since nobody would ask again.
-        ended: Whether it was answered; what goes on in the background holds what it needs by itself.
-        let_in: Whether a prompt of it got its rows.
-        busy: Why a prompt of it did not; None unless its wait ended.
+        model: The model's name in the request, None if it is not an alias.
+        alias: Steering of the alias.
+        patient: Whether its prompts wait for rows without a time limit, since nobody would retry.
+        ended: Whether it was answered; background work keeps its own references.
+        let_in: Whether one of its prompts got its rows.
+        busy: Why one of its prompts got no rows; None unless its wait timed out.
         receipts: One for each steered prompt, in the order of the prompts.
         prompt_scores: How many scores of its prompts' tokens its answers will have.
-        asked: Further arguments that were read last, and the steering in them: all prompts of a body share it.
+        asked: The extra arguments parsed last, and their steering: all prompts of a body share it.
     """
 
     route: str
@@ -48,7 +48,7 @@ class HttpContext:
 
     @property
     def shown_receipts(self) -> list[Receipt]:
-        """The receipts that the response has: all, or none where the operator alone reads."""
+        """The receipts in the response: all, or none if only the operator reads."""
         return [] if all(receipt.silent for receipt in self.receipts) else self.receipts
 
     def receipt_of(self, index: int) -> tuple[Receipt, int] | None:

@@ -20,7 +20,7 @@ ACTIVE = Gauge(
 )
 WAITING = Gauge(
     "steering:waiting_requests",
-    "Steered prompts that wait for a row of the bank.",
+    "Steered prompts waiting for a row of the bank.",
     multiprocess_mode="livesum",
 )
 ACTIVE_DIRECTIONS = Gauge(
@@ -36,20 +36,20 @@ DIRECTIONS = Gauge(
 )
 DOSE = Histogram(
     "steering:dose",
-    "Dose of steered prompts: 1 is the largest at which text was found fluent.",
+    "Dose of steered prompts: 1 is the largest at which text was fluent.",
     buckets=(0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0),
 )
 READ_SCORE = Histogram(
     "steering:read_score",
-    "Largest score of an answer's tokens, over the median norm of the residual stream at the layers that are read. "
-    "What clients have uploaded is `uploaded`.",
+    "Largest score of an answer's tokens, divided by the median norm of the residual stream at the layers read. "
+    "Uploaded directions have the label `uploaded`.",
     ["direction"],
     buckets=(-0.5, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 2.0),
 )
-STOPPED = Counter("steering:stopped", "Answers that a probe ended.", ["action"])
+STOPPED = Counter("steering:stopped", "Answers ended by a probe.", ["action"])
 ROWS_CUT = Counter(
     "steering:rows_cut",
-    "Sums of directions that went past every check and were cut in the engine. Not 0 is a fault of vllm-steer.",
+    "Sums of directions that passed every check but were cut in the engine. Nonzero is a bug of vllm-steer.",
 )
 PLANNING = Gauge(
     "steering:planning_seconds",

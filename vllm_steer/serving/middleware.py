@@ -1,9 +1,8 @@
 """Middleware of the steered routes: aliases and receipts.
 
-A request for the model ``SERVED:ALIAS`` becomes one for ``SERVED`` with the alias's steering, for
-clients that can send nothing else. Responses to steered requests get ``steering``, a list with a
-receipt for each prompt, and the header ``x-steering``; in a stream, the chunk that ends an answer
-has it.
+A request for the model ``SERVED:ALIAS`` becomes one for ``SERVED`` with the alias's steering, for clients
+that can only choose a model. Responses to steered requests get ``steering``, a list with a receipt for each
+prompt, and the header ``x-steering``; in a stream, the chunk that ends an answer has it.
 """
 
 from __future__ import annotations
@@ -46,18 +45,18 @@ if TYPE_CHECKING:
 # How long a scrape waits for the workers.
 _SCRAPE_SECONDS = 2.0
 _RESPONSES = "/v1/responses"
-# Answers that can be read later whose receipts are kept.
+# Number of stored answers whose receipts are kept.
 _STORED = 1024
 # Of all of them together; 64 MiB.
 _STORED_SCORES = 2**24
 
 
 class SteeringMiddleware:
-    """ASGI middleware; other routes, and servers without steering, pass untouched."""
+    """ASGI middleware; other routes, and servers without steering, are not affected."""
 
     def __init__(self, app: App) -> None:
         self.app = app
-        # By the path that a stored answer is read at.
+        # By the path of a stored answer.
         self._stored: dict[str, list[Receipt]] = {}
         self._measuring: asyncio.Future[None] | None = None
 
@@ -133,29 +132,29 @@ class SteeringMiddleware:
         send: Send,
         admission: Admission,
     ) -> None:
-        """Lets vLLM answer the request, or answers for it where a wait ended."""
+        """Lets vLLM answer the request, or answers 503 if its wait timed out."""
         unavailable = Unavailable(send, http_context)
         with admission.answering(http_context):
             try:
                 await self.app(scope, receive, unavailable.send)
-            # vLLM does not catch it everywhere in what it streams.
+            # vLLM does not catch it everywhere while streaming.
             except Exception:
                 if not await unavailable.refuse():
                     raise
 
 
 def _may_name(body: bytes, aliases: Iterable[str]) -> bool:
-    """Whether a body can name an alias at all, which saves most of them from being looked into."""
-    # Escaped, or in another encoding than UTF-8, it may look otherwise.
+    """Whether a body may name an alias, so that most bodies need not be parsed."""
+    # Escaped, or in another encoding than UTF-8, it may look different.
     return b"\\u" in body or b"\0" in body or any(f":{alias}".encode() in body for alias in aliases)
 
 
 async def _measure_planning(engine: EngineClient) -> None:
-    """Asks the workers how long planning took since the last scrape."""
+    """Gets the workers' planning time since the last scrape."""
     try:
         times = await asyncio.wait_for(engine.collective_rpc(TIMES), _SCRAPE_SECONDS)
     except (TimeoutError, EngineDeadError):
-        # In a long step, or gone, which other metrics tell; the gauge keeps its last value.
+        # In a long step, or dead, as other metrics show; the gauge keeps its last value.
         return
     steps, seconds, cut = (sum(values) for values in zip(*times, strict=True))
     metrics.ROWS_CUT.inc(cut)
@@ -164,6 +163,6 @@ async def _measure_planning(engine: EngineClient) -> None:
 
 
 def _serves(scope: Message, name: str) -> bool:
-    """Whether a model is served under the very name."""
+    """Whether a model is served under exactly this name."""
     models: OpenAIServingModels | None = getattr(scope["app"].state, "openai_serving_models", None)
     return models is not None and models.is_base_model(name)

@@ -1,4 +1,4 @@
-"""Steering inside a message of a body, in a header or in the query, which vLLM drops without a word."""
+"""Steering inside a message of a body, in a header or in the query, which vLLM ignores silently."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from vllm_steer.request.schema import REQUEST_KEY, is_steering_key
 from vllm_steer.serving.asgi import Message, Send, key_digest, parse_object, route_of, send_error
 from vllm_steer.serving.refusals import count_refusal
 
-# What holds messages and options of vLLM's own. Elsewhere a client may say what it likes: schemas of tools and
-# answers, arguments of tools, metadata, documents.
+# Fields with vLLM's messages and options. Other fields may hold anything: schemas and arguments of tools,
+# response formats, metadata, documents.
 _PLACES = ("messages", "input", "stream_options")
 _CONTENT = "content"
 _DEPTH = 4
 _IN_QUERY = re.compile(r"steer|%", re.IGNORECASE)
-# In another encoding than UTF-8 it looks otherwise.
+# In another encoding than UTF-8 it looks different.
 _ASKS = re.compile(rb'"steer|\x00')
 
 
 async def refused(body: bytes, scope: Message, send: Send) -> bool:
-    """Answers 400 where a request has steering beside its body or inside a message, and says whether it did.
+    """Answers 400 if a request has steering outside its body or inside a message, and returns whether it did.
 
     Args:
-        body: The body as it came.
-        scope: Of the HTTP request.
-        send: Where the answer goes.
+        body: The raw body.
+        scope: Scope of the HTTP request.
+        send: The ASGI ``send``.
     """
     place = beside(scope) or misplaced(body)
     if place is None:
         return False
     error = RequestError(
-        f"{place}: steering is of the whole request and would be ignored here; send it as {REQUEST_KEY!r} beside 'model'"
+        f"{place}: steering applies to the whole request and is ignored here; send it as {REQUEST_KEY!r} beside 'model'"
     )
     count_refusal(error, route_of(scope), key_digest(scope))
     await send_error(send, str(error), place)
@@ -41,7 +41,7 @@ async def refused(body: bytes, scope: Message, send: Send) -> bool:
 
 
 def beside(scope: Message) -> str | None:
-    """Returns the header or the parameter of the query that was meant for steering; None where there is none."""
+    """Returns the header or query parameter that was meant for steering; None if there is none."""
     query: str = scope["query_string"].decode("latin-1")
     # Of a query without any of them, however long, nothing is taken apart.
     parameters = parse_qsl(query, True) if _IN_QUERY.search(query) else []
@@ -51,7 +51,7 @@ def beside(scope: Message) -> str | None:
 
 
 def misplaced(body: bytes) -> str | None:
-    """Returns where steering stands inside a message or a part of its content; None where it does not."""
+    """Returns the path of steering inside a message or a part of its content; None if there is none."""
     if _ASKS.search(body) is None:
         return None
     fields = parse_object(body) or {}

@@ -1,6 +1,6 @@
 """Loads and unloads packs, aliases and uploaded vectors while the server runs.
 
-Off unless ``--steering-pack-roots`` names the directories that packs may be loaded from, or
+Disabled unless ``--steering-pack-roots`` names the directories from which packs may be loaded, or
 ``--steering-upload-mib`` lets clients send vectors: a request gives a name, never a path.
 """
 
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.core_client import AsyncMPClient
 
-# How long vectors whose time is over wait for the requests that use them.
+# Retry interval for expired vectors that requests still use.
 _RETRY_SECONDS = 1.0
 _MAX_VALUES = 64
-# How long the engine goes on before it is asked again whether it has read a pack.
+# Interval of asking the engine whether it has read a pack.
 _POLL_SECONDS = 0.02
 
 
@@ -43,7 +43,7 @@ class LoadRequest(BaseModel):
     """Body of ``POST /v1/steering/packs``.
 
     Attributes:
-        name: Name of a pack, the name of its directory in one of the roots.
+        name: Name of a pack and of its directory in one of the roots.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -54,7 +54,7 @@ class LoadRequest(BaseModel):
 class PackManager:
     """Changes the packs and aliases of one server, one change at a time.
 
-    Every change takes the SHA-256 of the API key that asked for it, None without one, for the log.
+    Every change takes the SHA-256 of the requesting API key, None without one, for the log.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class PackManager:
         Args:
             admission: The server's admission.
             store: Its packs.
-            roots: Directories that packs may be loaded from.
+            roots: Directories from which packs may be loaded.
             engine: Its engine.
         """
         self._admission = admission
@@ -82,9 +82,9 @@ class PackManager:
         self._expiring: set[asyncio.Task[None]] = set()
 
     async def load(self, body: bytes, key_digest: str | None) -> SteeringPack:
-        """Loads a pack, or loads it again.
+        """Loads or reloads a pack.
 
-        Requests that were admitted before keep the content that they were admitted with.
+        Requests keep the content they were admitted with.
 
         Raises:
             RequestError: The body or the name is malformed.
@@ -106,7 +106,7 @@ class PackManager:
             try:
                 pack = await asyncio.to_thread(load_pack, path)
             except PackError as error:
-                # Where the server keeps it is nothing for the client.
+                # The client must not learn the server's path.
                 raise PackError(str(error).replace(str(path), name)) from error
             if pack.name != name:
                 raise PackError(f"the pack in the directory {name!r} is named {pack.name!r}")
@@ -116,18 +116,18 @@ class PackManager:
     async def upload(
         self, name: str, body: bytes, seconds: float, key_digest: str | None
     ) -> SteeringPack:
-        """Serves vectors that a client sent, and forgets them after a time, or when no request uses them.
+        """Serves uploaded vectors, and removes them after a time, once no request uses them.
 
         Args:
-            name: Name of the pack that they become.
-            body: As :func:`vllm_steer.serving.uploads.write_upload` takes it.
-            seconds: For how long.
+            name: Name of their pack.
+            body: As in :func:`vllm_steer.serving.uploads.write_upload`.
+            seconds: How long they are served.
             key_digest: SHA-256 of the API key.
 
         Raises:
             RequestError: The name or the body is malformed.
             PackError: The vectors cannot be served.
-            ConflictError: A pack of another origin has the name, or there is no room.
+            ConflictError: Another kind of pack has the name, or there is no room.
             NotAllowedError: The key may not send them.
         """
         try:
@@ -142,7 +142,7 @@ class PackManager:
                 )
             self._upload_registry.check_owner(name, key_digest, self._admission.policy)
             self._upload_registry.check_room(name, len(body))
-            # What is served now stays on disk until the new is served in its place.
+            # The current pack stays on disk until the new one replaces it.
             root = Path(mkdtemp(dir=self._uploads.name))
             old = packs.get(name)
             try:
@@ -158,10 +158,10 @@ class PackManager:
             return served
 
     async def drop_upload(self, name: str, key_digest: str | None) -> None:
-        """Forgets vectors that a client sent.
+        """Removes uploaded vectors.
 
         Raises:
-            RequestError: There are none of that name.
+            RequestError: There are none with that name.
             ConflictError: They are in use, or an alias or the default needs them.
         """
         if name not in self._upload_registry:
@@ -169,7 +169,7 @@ class PackManager:
         await self.unload(name, key_digest)
 
     def _enter(self, name: str, seconds: float, owner: str | None, num_bytes: int) -> None:
-        """Notes vectors that are served, and ends them after a time."""
+        """Registers served vectors, and schedules their removal."""
 
         def expire() -> None:
             task = asyncio.ensure_future(self._expire(name, upload))
@@ -191,14 +191,14 @@ class PackManager:
                 self._enter(name, _RETRY_SECONDS, upload.owner, upload.num_bytes)
 
     def _check_change(self, pack: SteeringPack, key_digest: str | None) -> None:
-        """Raises NotAllowedError where a key may not load, replace or unload a pack."""
+        """Raises NotAllowedError if a key may not load, replace or unload a pack."""
         replaced = self._store.registry.packs.get(pack.name)
         names = {*pack.directions, *(replaced.directions if replaced else ())}
         policy = self._admission.policy
         policy.check_change(key_digest, [f"{pack.name}/{name}" for name in sorted(names)])
 
     async def _serve(self, pack: SteeringPack, key_digest: str | None) -> SteeringPack:
-        """Loads a pack in every process, in the place of one with its name."""
+        """Loads a pack in every process, replacing one with its name."""
         self._admission.check_servable(pack)
         packs = {**self._store.registry.packs, pack.name: pack}
         try:
@@ -213,7 +213,7 @@ class PackManager:
             while not await self._core.call_utility_async(STAGE, *chosen):
                 await asyncio.sleep(_POLL_SECONDS)
             await self._core.call_utility_async(LOAD, *chosen)
-        # vLLM hands on an error of the engine as a bare Exception.
+        # vLLM passes on an engine error as a bare Exception.
         except Exception as error:
             raise ConflictError(
                 f"the engine could not load steering pack {pack.name!r}: {error}"
@@ -253,7 +253,7 @@ class PackManager:
         needed = self._admission.policy.named(store.registry, name)
         if needed:
             raise ConflictError(f"steering pack {name!r} is needed by {', '.join(needed)}")
-        # First the name, so that no new request can come while the content is looked for.
+        # The name first, so that no new request can use it while its content is looked up.
         store.remove(name)
         active = sum(self._admission.active[digest] for digest in pack.digests.values())
         if active:
@@ -270,22 +270,22 @@ class PackManager:
         log.PACK_UNLOADED.write(name=name, sha256=digest, key=log.short_key(key_digest))
 
     async def set_alias(self, alias: str, body: bytes, key_digest: str | None) -> None:
-        """Lets a model name stand for a steering: :func:`vllm_steer.serving.aliases.with_alias`."""
-        # Not while a pack is replaced that the alias may need.
+        """Adds or replaces an alias: :func:`vllm_steer.serving.aliases.with_alias`."""
+        # Not while a pack that the alias may need is replaced.
         async with self._turn:
             before, registry = self._admission.policy, self._store.registry
             self._admission.policy = with_alias(before, registry, alias, body, key_digest)
 
     def drop_alias(self, alias: str, key_digest: str | None) -> None:
-        """Ends an alias: :func:`vllm_steer.serving.aliases.without_alias`."""
+        """Removes an alias: :func:`vllm_steer.serving.aliases.without_alias`."""
         before, registry = self._admission.policy, self._store.registry
         self._admission.policy = without_alias(before, registry, alias, key_digest)
 
     async def _forget(self, names: list[str]) -> None:
-        """Frees the content that no name leads to and no request uses, in every process."""
+        """Frees content without a name that no request uses, in every process."""
         store = self._store
         unused = sorted(d for d in store.retired if not self._admission.active[d])
-        # Also of nothing: an engine drops what its requests needed when it was let go of.
+        # Even for nothing: an engine then drops content that its finished requests used.
         await self._core.call_utility_async(FORGET, unused, names)
         store.forget(set(unused))
 

@@ -1,7 +1,7 @@
 """The routes under ``/v1/steering``: listing packs, and changing them while the server runs.
 
 ``GET packs`` lists; ``POST packs`` and ``DELETE packs/NAME`` load and unload; ``PUT`` and ``DELETE`` of
-``aliases/NAME`` change model names, of ``vectors/NAME`` what clients sent.
+``aliases/NAME`` change aliases, those of ``vectors/NAME`` uploads.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ ROUTES = {
     "GET /v1/steering/packs": "The packs that the API key may use: `packs`, a list of `name`, `model`, `sha256` and "
     "`directions`, each with `name`, `layers`, `default_layers` (null: all), `positions`, `default_scale`, `safe_scale` "
     "(null: not measured), `calibration` (Calibration without its curve; null: none) and content `digest`.",
-    "POST /v1/steering/packs": 'Loads the pack `{"name": NAME}` from a directory of that name in a root, or loads it '
-    "again, and answers with it as above. Requests under way keep the content that they began with.",
+    "POST /v1/steering/packs": 'Loads or reloads the pack `{"name": NAME}` from a directory of that name in a root, '
+    "and returns it as above. Running requests keep the content they were admitted with.",
     "DELETE /v1/steering/packs/NAME": "Unloads a pack; 409 while a request, an alias or the default needs it.",
     "PUT /v1/steering/vectors/NAME?seconds=600": "Serves the vectors in the body as the pack NAME for that many seconds, "
-    "and answers with it as above: a safetensors file with a float32 tensor `[layers, hidden_size]` for each direction and "
-    'the metadata `{"layers": "[0, 1, ...]"}`. The same name again replaces them; a request under way keeps its own.',
-    "DELETE /v1/steering/vectors/NAME": "Forgets them now; 409 while a request, an alias or the default needs them.",
-    "PUT /v1/steering/aliases/ALIAS": "Lets `SERVED:ALIAS` stand for the SteeringRequest in the body.",
-    "DELETE /v1/steering/aliases/ALIAS": "Ends an alias.",
+    "and returns it as above: a safetensors file with a float32 tensor `[layers, hidden_size]` for each direction and "
+    'the metadata `{"layers": "[0, 1, ...]"}`. A second upload of the name replaces them; running requests keep theirs.',
+    "DELETE /v1/steering/vectors/NAME": "Removes them now; 409 while a request, an alias or the default needs them.",
+    "PUT /v1/steering/aliases/ALIAS": "Makes `SERVED:ALIAS` an alias for the SteeringRequest in the body.",
+    "DELETE /v1/steering/aliases/ALIAS": "Removes an alias.",
 }
 _REFUSED: dict[type, tuple[str, int]] = {
     ConflictError: ("conflict", 409),
@@ -77,7 +77,7 @@ async def answer(
         await send_error(send, _FIXED[kind], "path", 403)
         return
     try:
-        # Before anything is read that an untrusted client sends.
+        # Before any input of an untrusted client is read.
         admission.policy.check_change(key, [])
     except NotAllowedError as error:
         log_refusal("not_allowed", kind, route, key)
@@ -135,7 +135,7 @@ def _manager(
 
 
 def describe(registry: PackRegistry, policy: Policy, key_digest: str | None) -> dict[str, Any]:
-    """Returns the packs and directions that a key's requests can name, as JSON."""
+    """Returns the packs and directions that a key may use, as JSON."""
     shown = []
     for pack in registry.packs.values():
         seen = [n for n in pack.directions if policy.sees(key_digest, f"{pack.name}/{n}")]
@@ -145,7 +145,7 @@ def describe(registry: PackRegistry, policy: Policy, key_digest: str | None) -> 
 
 
 def describe_pack(pack: SteeringPack, names: Collection[str] | None = None) -> dict[str, Any]:
-    """Returns one pack as JSON, with some of its directions or, without ``names``, with all."""
+    """Returns one pack as JSON, with the directions in ``names``, or all."""
     return {
         "name": pack.name,
         "model": pack.manifest.model.name,

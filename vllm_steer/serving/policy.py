@@ -36,28 +36,28 @@ OneKeyDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Policy(BaseModel):
-    """The content of a policy file; every part may be left out.
+    """The content of a policy file; every part is optional.
 
     Attributes:
-        aliases: Names that stand for a steering: a request for the model ``SERVED:ALIAS`` is
-            steered by it, and ``/v1/models`` lists it.
-        default: Steering of requests that name none; ``"steering": "none"`` leaves it out.
-        max_dose: Largest dose of a request. 1 is the largest at which the calibration of a direction
-            found the text fluent. Of a direction that nobody calibrated the dose is |ε|·‖v‖ over the
-            median norm of the residual stream, added up over its layers, at the largest factor of its
-            schedule; near 1 real models lose their text. The doses of directions that meet are summed,
-            and the position counts where that is largest.
-        dose_action: What happens to a request above it: ``reject`` answers 400, ``reduce`` lowers
-            all its scales by one factor, which the receipt states.
-        keys: Which directions an API key may use. It maps the SHA-256 of the key in hexadecimal, or
+        aliases: Names of steerings: a request for the model ``SERVED:ALIAS`` is steered by one, and
+            ``/v1/models`` lists them.
+        default: Steering of requests without any; ``"steering": "none"`` turns it off.
+        max_dose: Largest dose of a request. 1 is the largest at which the calibration of a direction found
+            the text fluent. The dose of an uncalibrated direction is |ε|·‖v‖ divided by the median norm of
+            the residual stream, summed over its layers, at the largest factor of its schedule; near 1 the
+            text of real models breaks. The doses of directions at one position are summed, and the position
+            with the largest sum counts.
+        dose_action: Action for a request above it: ``reject`` answers 400, ``reduce`` multiplies all its
+            scales by one factor below 1, which the receipt states.
+        keys: The directions that each API key may use. It maps the SHA-256 of the key in hexadecimal, or
             ``*`` for all other keys and for requests without one, to patterns of ``pack/direction``
-            such as ``moods/*``. Without it, everybody may use everything.
-        watch: What is read of every request of an API key, whatever it asks for, as ``keys`` names it: ``read`` with
-            ``stop_when`` or ``abort_when``, so that a probe ends an answer without its client's doing. Clients see
-            no scores of it. It counts among the ``--steering-reads`` probes of each request.
+            such as ``moods/*``. Without it, everyone may use everything.
+        watch: Reads of every request of an API key, whatever it asks for; keys as in ``keys``: ``read`` with
+            ``stop_when`` or ``abort_when``, so that a probe ends an answer regardless of the client. Clients
+            do not see its scores. It counts towards the ``--steering-reads`` probes of each request.
         administrators: SHA-256 of each API key that may see and change all packs, aliases and uploads.
-            Without it, the keys that ``keys`` names may change their own uploads, and packs and aliases
-            as far as they may use the directions; without either, everybody may.
+            Without it, the keys in ``keys`` may change their own uploads, and packs and aliases whose
+            directions they may use; without either, everyone may.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -76,22 +76,22 @@ class Policy(BaseModel):
             if request.directions:
                 raise PydanticCustomError(
                     "watch",
-                    "watch.{key}: directions are what a request asks for or the default has; a watch reads",
+                    "watch.{key}: a watch only reads; directions belong in a request or the default",
                     {"key": key},
                 )
         return self
 
     def steerings(self) -> dict[str, SteeringRequest]:
-        """Returns every steering that the policy holds, by the field that it stands in."""
+        """Returns every steering in the policy, by its field."""
         found = {f"aliases.{name}": request for name, request in self.aliases.items()}
         found |= {f"watch.{key}": request for key, request in self.watch.items()}
         return found if self.default is None else found | {"default": self.default}
 
     def check(self, registry: PackRegistry) -> None:
-        """Checks that every name leads to a direction, and that one with a strength is calibrated.
+        """Checks that every named direction exists, and is calibrated if given a strength.
 
         Raises:
-            RequestError: One does not; the message starts with the field.
+            RequestError: One does not, or is not; the message starts with the field.
         """
         for where, request in self.steerings().items():
             for bound in bind(request, registry, where=where).choices:
@@ -109,7 +109,7 @@ class Policy(BaseModel):
         ]
 
     def watch_of(self, key_digest: str | None) -> SteeringRequest | None:
-        """What is read of every request of a key.
+        """Reads of every request of a key.
 
         Args:
             key_digest: SHA-256 of the request's API key, in hexadecimal; None without a key.
@@ -129,7 +129,7 @@ class Policy(BaseModel):
         return any(fnmatchcase(direction, pattern) for pattern in patterns)
 
     def administers(self, key_digest: str | None) -> bool:
-        """Whether a key may change what others have put on the server, and see all that is there."""
+        """Whether a key may see and change everything on the server."""
         if self.administrators is not None:
             return key_digest in self.administrators
         return self.keys is None
@@ -158,11 +158,11 @@ class Policy(BaseModel):
                 )
 
     def sees(self, key_digest: str | None, direction: str) -> bool:
-        """Whether a key is told of a direction."""
+        """Whether a direction is shown to a key."""
         return self.administers(key_digest) or self.allows(key_digest, direction)
 
     def shown_aliases(self, key_digest: str | None, registry: PackRegistry) -> list[str]:
-        """Returns the aliases all of whose directions a key may use."""
+        """Returns the aliases whose directions a key may all use."""
         return sorted(
             name
             for name, request in self.aliases.items()
@@ -171,7 +171,7 @@ class Policy(BaseModel):
 
 
 def named_directions(request: SteeringRequest, registry: PackRegistry) -> list[str]:
-    """Returns ``pack/direction`` of all that a steering names; what does not exist, as it is named."""
+    """Returns ``pack/direction`` of every direction of a steering; nonexistent ones as named."""
     try:
         return [direction.full_name for direction in bind(request, registry).directions]
     except UnknownDirectionError:

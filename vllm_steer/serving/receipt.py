@@ -17,40 +17,40 @@ from vllm_steer.plan.scores import Scores
 from vllm_steer.plan.steering_plan import ADDITION, SteeringPlan, Term, count_steered
 
 HEADER = "x-steering"
-# Proxies refuse long headers; the body has everything.
+# Proxies refuse long headers; the body is complete.
 MAX_HEADER = 2048
-# In a chunk of a stream.
+# The key in a chunk of a stream.
 SCORES_KEY = "steering_scores"
 RECEIPT_FIELDS = {
     "directions": "Each direction's `name`, `scale`, `layers` and content `digest`, as carried out; the `strength`, "
-    "`scale` over the default scale, of a calibrated direction in its own form on its default layers, and none "
-    "otherwise; the `op` with what belongs to it, where that is not addition; and the `schedule` if there is one.",
+    "`scale` divided by the default scale, of a calibrated direction in its default form on its default layers, and none "
+    "otherwise; the `op` with its fields, if it is not addition; and the `schedule` if there is one.",
     "positions": "Ranges of absolute token positions, `start` to before `end` (null: to the end), each with the "
-    "indices of the directions that are summed there.",
-    "dose": "Largest dose over the positions, once it was limited: 1 is the largest at which text was found fluent, or, of "
-    "directions that nobody calibrated, Σ&#124;ε&#124;·‖v‖ over their layers, each over the median norm of the residual "
+    "indices of the directions summed there.",
+    "dose": "Largest dose over the positions, after limiting: 1 is the largest at which text was fluent, or, for "
+    "uncalibrated directions, Σ&#124;ε&#124;·‖v‖ over their layers, each divided by the median norm of the residual "
     "stream there.",
-    "dose_factor": "Factor that the server multiplied all scales by; 1 when it kept them.",
+    "dose_factor": "Factor by which the server multiplied all scales; 1 if unchanged.",
     "tokens_steered": "Tokens that went through the model at steered positions, of prompt and answers; the last "
     "token of an answer does not.",
     "reads": "Where the request reads: the `name`, `layers`, content `digest` and `when` of each read, and in `answers` "
-    "the scores of each answer to the prompt by its `index`, one for each token, in `prompt` and `generated`, each there "
-    "where the read has positions in it. A score is the projection on the direction at length 1, mean over the layers; "
-    "null where the model did not read the token, which is so for the last of an answer and for those of a prompt that "
-    "the prefix cache had, where the read does not cover it, or where the stream is not finite. Beside them the `mean` "
-    "and `max` of an answer's scores, and `share_above`, that of its scores that are greater than the read's `above`.",
+    "the scores of each answer to the prompt by its `index`, one for each token, in `prompt` and `generated`, each "
+    "present if the read has positions there. A score is the projection onto the unit vector, averaged over the layers; "
+    "null where the model did not read the token (the last of an answer, and prompt tokens found in "
+    "the prefix cache), where the read does not cover it, or where the stream is not finite. Also the `mean` "
+    "and `max` of an answer's scores, and `share_above`, the share of scores greater than the read's `above`.",
 }
-# Digits that scores are rounded to, below what float32 tells apart.
+# Digits of rounded scores, below float32's precision.
 _DIGITS = 6
 
 
 class LimitedPlan(NamedTuple):
-    """A plan whose dose the server allows.
+    """A plan with an allowed dose.
 
     Attributes:
-        plan: The plan, its scales lowered where the policy says so.
+        plan: The plan, with scales reduced if the policy says so.
         dose: Its largest dose over the positions.
-        factor: What all scales were multiplied by; 1 when the request's own were kept.
+        factor: Factor of all scales; 1 if unchanged.
     """
 
     plan: SteeringPlan
@@ -60,21 +60,21 @@ class LimitedPlan(NamedTuple):
 
 @dataclass(eq=False)
 class Receipt:
-    """The steering of one prompt as it was carried out.
+    """The steering of one prompt as carried out.
 
     Attributes:
-        plan: The plan that the engine got.
-        names: ``pack/direction`` by content digest, as loaded when the request came.
+        plan: The engine's plan.
+        names: ``pack/direction`` by content digest, as loaded at admission.
         prompt_len: Tokens of the prompt.
         num_choices: Answers to the prompt (``n``).
-        dose: Largest dose over the positions, once it was limited.
-        dose_factor: Factor that all scales were multiplied by; 1 when the request's own were kept.
-        strengths: Scale over default scale, once it was limited, of the terms that have a strength.
+        dose: Largest dose over the positions, after limiting.
+        dose_factor: Factor of all scales; 1 if unchanged.
+        strengths: Scale divided by default scale, after limiting, of the terms that have a strength.
         answered: Tokens generated so far by index of the answer; filled while the engine runs.
-        ended: Tokens of each answer up to its trigger, where it has met one.
-        scores: What was read of each answer, by its index; filled while the engine runs.
-        own_reads: How many of the plan's reads, the first, are the request's; the others are the operator's.
-        silent: Whether the operator alone reads, and the request asked for nothing.
+        ended: Tokens of each answer up to its trigger, if there was one.
+        scores: Scores of each answer, by its index; filled while the engine runs.
+        own_reads: Number of the plan's first reads that are the request's; the others are the operator's.
+        silent: Whether only the operator reads, and the request has no steering.
     """
 
     plan: SteeringPlan
@@ -99,7 +99,7 @@ class Receipt:
         num_choices: int = 1,
         strengths: Mapping[Term, float] | None = None,
     ) -> Receipt:
-        """Makes the receipt of a plan; ``names`` has those of its directions, by digest."""
+        """Makes the receipt of a plan; ``names`` are those of its directions, by digest."""
         plan, dose, factor = limited
         kept = {digest: name for digest, name in names.items() if digest in plan.digests}
         made = cls(plan, kept, prompt_len, num_choices, dose, factor, strengths or {})
@@ -112,7 +112,7 @@ class Receipt:
         Args:
             choice: Index of the answer.
             tokens: Tokens generated.
-            before: How many it had before them.
+            before: Number of tokens before them.
         """
         self.answered[choice] = before + len(tokens)
         triggers = self.plan.stop.tokens if self.plan.stop else ()
@@ -139,7 +139,7 @@ class Receipt:
         )
 
     def to_json(self, choice: int | None = None) -> dict[str, Any]:
-        """Returns the receipt for a response's body, with counts of one answer or of all."""
+        """Returns the receipt for a response's body, with counts for one answer or all."""
         terms = self.plan.terms
         numbers = {term: number for number, term in enumerate(terms)}
         return {
@@ -174,7 +174,7 @@ class Receipt:
         return sum(len(scores.reads) * scores.end for scores in self.scores.values())
 
     def to_header(self) -> str:
-        """Returns the directions and scales for a header, which goes out before any token."""
+        """Returns the directions and scales for the header, which is sent before any token."""
         parts = [
             f"{quote(self.names[term.digest], safe='/')}:{term.scale:g}" for term in self.plan.terms
         ]
@@ -185,7 +185,7 @@ class Receipt:
         return shown
 
     def _reads(self, choice: int | None) -> list[dict[str, Any]]:
-        """What was read, and the scores of one answer or of all."""
+        """The reads, with the scores of one answer or all."""
         indices = sorted(self.scores) if choice is None else [choice]
         arrays = {
             index: self.scores[index].to_numpy(self.prompt_len + self.answered.get(index, 0))
@@ -207,7 +207,7 @@ class Receipt:
         ]
 
     def _answer(self, read: Read, scores: np.ndarray) -> dict[str, Any]:
-        """The scores of one read and answer, float32 ``[tokens]`` with those of the prompt."""
+        """The scores of one read and answer, from float32 ``[tokens]`` that includes the prompt."""
         parts = {"prompt": scores[: self.prompt_len], "generated": scores[self.prompt_len :]}
         covered = {
             "prompt": any(start < self.prompt_len for start, _ in read.ranges),
@@ -222,11 +222,11 @@ class Receipt:
         }
 
     def _strength(self, term: Term) -> dict[str, float]:
-        """The strength of a term that has one, rounded like the dose."""
+        """The strength of a term, if it has one, rounded like the dose."""
         return {"strength": round(self.strengths[term], 6)} if term in self.strengths else {}
 
     def _form(self, term: Term) -> dict[str, Any]:
-        """How a term acts, where it does not just add."""
+        """The form of a term that is not a plain addition."""
         form = term.form
         if form == ADDITION:
             return {}
@@ -243,7 +243,7 @@ class Receipt:
 
 
 def shown_scores(scores: np.ndarray) -> list[float | None]:
-    """Scores ``[tokens]`` as JSON has them: null for what is none."""
+    """Scores ``[tokens]`` for JSON: None where there is none."""
     rounded: list[float | None] = np.round(scores.astype(np.float64), _DIGITS).tolist()
     for at in np.flatnonzero(~np.isfinite(scores)).tolist():
         rounded[at] = None

@@ -1,7 +1,7 @@
-"""Rejected requests: the error for HTTP 400, the metric and the log lines.
+"""Refused requests: the error for HTTP 400, the metric and the log lines.
 
-A client that repeats a refused request must not fill the log: of each reason, a few lines are
-written in a minute and the others are counted in one line at its end.
+A client that repeats a refused request must not fill the log: for each reason, a few lines are written per
+minute, and the others are counted in one line at its end.
 """
 
 from __future__ import annotations
@@ -27,20 +27,19 @@ LINES = 5
 SECONDS = 60.0
 _MODELS = (SteeringRequest, DirectionChoice, Gate, ScheduleChoice)
 _PARTS = "|".join(sorted({name for model in _MODELS for name in model.model_fields}))
-# Messages begin with their field. Of what a client sent, which may be private, only names that
-# steering has go into the log.
+# Messages begin with their field. Client input may be private; the log gets only field names of steering.
 _FIELD = re.compile(rf"(?:{REQUEST_KEY}(?:\.(?:\d+|{_PARTS})\b)*|(?:{'|'.join(FLAT_KEYS)})\b)")
 
 
 class RefusalLog:
-    """Writes refusals, the first few of a reason one by one and the others as their number."""
+    """Logs refusals: the first few for a reason one by one, the others as a count."""
 
     def __init__(self, lines: int = LINES, seconds: float = SECONDS) -> None:
         """Makes a log.
 
         Args:
-            lines: Most lines of one reason in a stretch of time.
-            seconds: Length of the stretch, which begins with its first refusal.
+            lines: Most lines for one reason in a period.
+            seconds: Length of the period, which begins with its first refusal.
         """
         self._lines = lines
         self._seconds = seconds
@@ -48,11 +47,11 @@ class RefusalLog:
         self._ends: dict[str, float] = {}
 
     def write(self, reason: str, field: str, route: str | None, key_digest: str | None) -> None:
-        """Writes a refusal, or counts it. Outside an event loop the caller alone gets the error.
+        """Writes a refusal, or counts it. Outside an event loop only the caller gets the error.
 
         Args:
             reason: ``RequestError.reason``.
-            field: What was wrong, without anything that the client wrote.
+            field: The wrong field, without client input.
             route: Path of the HTTP request.
             key_digest: SHA-256 of its API key.
         """
@@ -60,7 +59,7 @@ class RefusalLog:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             return
-        # A timer whose event loop was closed never came.
+        # A timer whose event loop was closed never fires.
         if time.monotonic() >= self._ends.get(reason, 0.0):
             self._end(reason)
             self._ends[reason] = time.monotonic() + self._seconds
@@ -81,19 +80,19 @@ _log = RefusalLog()
 
 
 def log_refusal(reason: str, field: str, route: str | None, key_digest: str | None) -> None:
-    """Writes a refusal into the log that all routes share: :meth:`RefusalLog.write`."""
+    """Writes a refusal to the log shared by all routes: :meth:`RefusalLog.write`."""
     _log.write(reason, field, route, key_digest)
 
 
 def count_refusal(error: RequestError, route: str | None, key_digest: str | None) -> None:
-    """Counts and logs a request for generation that was refused."""
+    """Counts and logs a refused generation request."""
     metrics.REJECTED.labels(error.reason).inc()
     found = _FIELD.match(str(error))
     log_refusal(error.reason, found[0] if found else REQUEST_KEY, route, key_digest)
 
 
 def refusal(error: RequestError) -> VLLMValidationError:
-    """Counts and logs the request that is being handled; returns the error that becomes HTTP 400."""
+    """Counts and logs the current request as refused; returns the error that becomes HTTP 400."""
     http_context = current_http_context.get()
     route = http_context.route if http_context else None
     count_refusal(error, route, http_context.key_digest if http_context else None)
@@ -102,10 +101,10 @@ def refusal(error: RequestError) -> VLLMValidationError:
 
 @contextmanager
 def as_http_400() -> Iterator[None]:
-    """Turns a refusal into the error that vLLM answers with HTTP 400.
+    """Converts a refusal to the error that vLLM answers with HTTP 400.
 
     Raises:
-        VLLMValidationError: Within it a :class:`RequestError` was raised.
+        VLLMValidationError: A :class:`RequestError` was raised within it.
     """
     try:
         yield

@@ -1,8 +1,8 @@
 """Hooks in vLLM's request path: steering becomes a plan before a response starts.
 
-Two steps. When an OpenAI-style request becomes sampling parameters, its steering is admitted, so that
-a mistake is answered before a response starts, streaming or not. When the engine's input is made, the
-plan goes into it; that is also the check for requests that come from ``LLM`` or any other way.
+There are two steps. When an OpenAI-style request becomes sampling parameters, its steering is admitted, so
+that errors are answered before a response starts, streaming or not. When the engine's input is made, the plan
+is added; requests from ``LLM`` or elsewhere are admitted there.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
-# Set by vLLM's serving code just before it makes a request's sampling parameters.
+# Set by vLLM's serving code just before it builds a request's sampling parameters.
 _prompt_len: ContextVar[int | None] = ContextVar("_prompt_len", default=None)
 
 
@@ -81,7 +81,7 @@ def plan_inputs(
         request = original(self, request_id, prompt, params, *args, **kwargs)
         found = request.sampling_params
         steers = wanted is not None or plan is UNSTEERED or REQUEST_KEY in extra_args
-        # Of pooling, nothing can be steered, which was said above.
+        # Pooling cannot be steered, and was refused above.
         if found is not None and steers:
             embeds, tokens = request.prompt_embeds, request.prompt_token_ids or ()
             prompt_len = len(tokens) if embeds is None else embeds.shape[0]
@@ -112,7 +112,7 @@ def check_sampling(original: Callable[..., SamplingParams]) -> Callable[..., Sam
         wanted, prompt_len = wanted_of(admission, extra_args), _prompt_len.get()
         if prompt_len is None:
             if wanted is not None and not wanted.is_default:
-                # Routes that only render a prompt for another server.
+                # A route that only renders a prompt for another server.
                 raise refusal(
                     UnsupportedError(
                         "this route does not generate text; send the steering to the route that does"
@@ -120,10 +120,10 @@ def check_sampling(original: Callable[..., SamplingParams]) -> Callable[..., Sam
                 )
         elif wanted is not None:
             plan = admitted(admission, wanted, prompt_len, params)
-            # Without what the plan was made from, which vLLM would copy deeply for every prompt.
+            # Without the plan's input, which vLLM would deep-copy for every prompt.
             params.extra_args = _without_steering(extra_args) | {PLAN_KEY: plan}
         elif extra_args or admission.policy.default is not None:
-            # Not to be looked at again where it generates.
+            # Not to be checked again when it generates.
             params.extra_args = {**(params.extra_args or {}), PLAN_KEY: UNSTEERED}
         return params
 
@@ -131,7 +131,7 @@ def check_sampling(original: Callable[..., SamplingParams]) -> Callable[..., Sam
 
 
 def remember_prompt_len(original: Callable[..., int]) -> Callable[..., int]:
-    """Wraps ``_extract_prompt_len``: the request's model does not know its prompt's length."""
+    """Wraps ``_extract_prompt_len``, since the request model does not have the prompt's length."""
 
     def _extract_prompt_len(self: BaseServing, prompt: EngineInput) -> int:
         length = original(self, prompt)
@@ -142,7 +142,7 @@ def remember_prompt_len(original: Callable[..., int]) -> Callable[..., int]:
 
 
 def refuse_beam_search(original: Callable[..., R]) -> Callable[..., R]:
-    """Wraps ``to_beam_search_params``: vLLM's beam search drops a request's extra arguments."""
+    """Wraps ``to_beam_search_params``: vLLM's beam search ignores a request's extra arguments."""
 
     def to_beam_search_params(self: BeamRequest, *args: object, **kwargs: object) -> R:
         extra_args = _with_top_level(dict(self.vllm_xargs or {}), self)
@@ -153,7 +153,7 @@ def refuse_beam_search(original: Callable[..., R]) -> Callable[..., R]:
                     "steering does not support beam search; remove use_beam_search or the steering"
                 )
             )
-        # What it generates with has no arguments of the request, so no default must be taken for it.
+        # Its sampling parameters lack the request's arguments, so the default must not be applied.
         beam_search.set(True)
         return original(self, *args, **kwargs)
 
@@ -166,9 +166,9 @@ def _without_steering(extra_args: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_top_level(extra_args: dict[str, Any], request: OpenAIRequest) -> dict[str, Any]:
-    """Adds the steering keys that stand beside ``model`` and ``prompt`` in the request's body."""
+    """Adds the top-level steering keys of the request's body."""
     unknown = request.model_extra or {}
-    # As a dict: a body may have hundreds of thousands of such keys, each of which is looked for.
+    # As a dict: a body may have hundreds of thousands of keys, and each is looked up.
     own = dict.fromkeys(steering_keys(unknown))
     for key, value in unknown.items():
         if key not in own and wrapped_steering(value, text=key in WRAPPERS):

@@ -1,7 +1,7 @@
-"""The steering that a request asks for, and its plan: one function for every entry point.
+"""The steering of a request and its plan: one function for every entry point.
 
 Chat, completions, responses, messages, batches, ``/invocations``, token-in routes, ``run-batch``, ``LLM`` and an embedded
-``AsyncLLM`` end here: by their HTTP models where they have one, else where the engine takes them in.
+``AsyncLLM`` end here: from their HTTP models if they have one, else when the engine admits them.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
 
 # Of one response.
 MAX_PROMPT_SCORES = 2**20
-# Set while vLLM's beam search generates, step by step, for a request that wants no steering.
+# Set while vLLM's beam search generates, step by step, for a request without steering.
 beam_search: ContextVar[bool] = ContextVar("beam_search", default=False)
 
 
 def wanted_of(
     admission: Admission, extra_args: dict[str, Any], *, generates: bool = True
 ) -> Wanted | None:
-    """Returns what a request is to be steered by: its model's name, what it asks for, or the default;
-    where the operator reads it, at least that.
+    """Returns the steering of a request: its alias, its own, or the default, and at least the operator's
+    reads.
 
     Args:
-        admission: Of its engine.
-        extra_args: Its further arguments.
-        generates: Whether it generates; what does not is steered by no default.
+        admission: Admission of its engine.
+        extra_args: Its extra arguments.
+        generates: Whether it generates; the default applies only then.
 
     Raises:
-        VLLMValidationError: It asks for steering beside its name's, in a malformed way, or does not generate.
+        VLLMValidationError: It has steering besides its alias, malformed steering, or does not generate.
     """
     http_context = current_http_context.get()
     if http_context is None or http_context.alias is None:
@@ -68,7 +68,8 @@ def wanted_of(
 def _asked(
     admission: Admission, extra_args: dict[str, Any], http_context: HttpContext | None
 ) -> SteeringRequest | None:
-    """What a request asks for, read once for all prompts of its body, whose values are the same objects."""
+    """The steering in a request, parsed once for all prompts of its body, whose values are the same
+    objects."""
     known = http_context.asked if http_context is not None else None
     if known is not None:
         before, asked = known
@@ -85,11 +86,11 @@ def _asked(
 def admitted(
     admission: Admission, wanted: Wanted, prompt_len: int, sampling_params: SamplingParams
 ) -> AdmittedPlan:
-    """Returns the plan of a prompt, and notes its receipt in the HTTP context if there is one.
+    """Returns the plan of a prompt, and adds its receipt to the HTTP context if there is one.
 
     Args:
-        admission: Of its engine.
-        wanted: What it is to be steered by.
+        admission: Admission of its engine.
+        wanted: The steering.
         prompt_len: Tokens of the prompt.
         sampling_params: Its ``SamplingParams``.
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    # What a request is made of: a prompt, or the tokens of one.
+    # The input of a request: a prompt, or its tokens.
     Prompt = PromptType | EngineInput
     Outputs = AsyncGenerator[RequestOutput, None]
 
@@ -69,7 +69,7 @@ def follow(original: Callable[..., Outputs]) -> Callable[..., Outputs]:
 
 
 def _plan(engine: AsyncLLM, prompt: Prompt, sampling_params: SamplingParams) -> AdmittedPlan | None:
-    """The plan of a steered request, made here for routes that admission has not seen it on.
+    """The plan of a steered request, made here for routes without earlier admission.
 
     Raises:
         VLLMValidationError: It cannot be carried out.
@@ -87,7 +87,7 @@ def _plan(engine: AsyncLLM, prompt: Prompt, sampling_params: SamplingParams) -> 
     if plan is UNSTEERED:
         return None
     if admission.config is None or not admission.config.queued:
-        # The engine's front end sees it next, and says that it cannot be steered or needs no row.
+        # The engine's front end handles it next: it refuses the steering, or none is needed.
         return None
     wanted = wanted_of(admission, extra_args, generates=isinstance(sampling_params, SamplingParams))
     if wanted is None:
@@ -103,13 +103,13 @@ def _plan(engine: AsyncLLM, prompt: Prompt, sampling_params: SamplingParams) -> 
 
 def _row_queue_of(engine: AsyncLLM, config: ResolvedConfig) -> RowQueue:
     """The queue of an engine, made with its first steered request."""
-    # Where admission lets one request take all rows, the requests share them here.
+    # Admission lets one request take all rows; the queue shares them.
     sums = config.sums_per_request if config.queued else config.rows - 1
     return _ROW_QUEUE.get_or_make(engine, partial(RowQueue, sums))
 
 
 def _entry(plan: AdmittedPlan, request_id: str) -> dict[str, Any]:
-    """What the log says of a request, known before it runs."""
+    """Fields of a request's log line that are known before it runs."""
     http_context = current_http_context.get()
     shown = plan.receipt.to_json()
     directions = [{k: v for k, v in d.items() if k != "layers"} for d in shown["directions"]]
@@ -123,7 +123,7 @@ def _entry(plan: AdmittedPlan, request_id: str) -> dict[str, Any]:
 
 
 async def _measured(outputs: Outputs, receipt: Receipt, admission: Admission) -> Outputs:
-    """Yields the outputs of a request that reads, and counts in its scores once it has ended."""
+    """Yields the outputs of a request with reads, and records its scores in the metrics at the end."""
     reads = receipt.plan.reads
     units = [admission.unit_of(read) for read in reads]
     names = [admission.metric_name_of(read) for read in reads]
@@ -136,10 +136,10 @@ async def _measured(outputs: Outputs, receipt: Receipt, admission: Admission) ->
 
 
 async def _pinned(outputs: Outputs, receipt: Receipt, admission: Admission) -> Outputs:
-    """Yields the outputs of a request and keeps the content that it uses loaded meanwhile.
+    """Yields the outputs of a request and keeps its content loaded meanwhile.
 
     Raises:
-        VLLMValidationError: It was unloaded since the request was admitted.
+        VLLMValidationError: The content was unloaded after the request was admitted.
     """
     admission.pin(receipt)
     try:
@@ -152,10 +152,10 @@ async def _pinned(outputs: Outputs, receipt: Receipt, admission: Admission) -> O
 
 
 async def _entered(queue: RowQueue, sums: set[str], seconds: float) -> Ticket:
-    """Waits for rows; without an HTTP client, who could ask again, for as long as it takes.
+    """Waits for rows; without a time limit if there is no HTTP client that could retry.
 
     Raises:
-        VLLMValidationError: There were none in time; the client is answered with 503.
+        VLLMValidationError: None became free in time; the client is answered with 503.
     """
     http_context = current_http_context.get()
     owner = http_context.key_digest if http_context else None
@@ -175,13 +175,13 @@ async def _entered(queue: RowQueue, sums: set[str], seconds: float) -> Ticket:
 
 
 async def _noted(outputs: Outputs, prompt: EnginePrompt) -> Outputs:
-    """Yields the outputs of vLLM, which takes the request in before it has the first."""
+    """Yields the outputs of vLLM, which adds the request before it yields the first."""
     async with aclosing(outputs):
         token = arriving.set(prompt)
         try:
             first = await anext(outputs, None)
         finally:
-            # Before anything is yielded: a generator has no context of its own.
+            # Before anything is yielded, since a generator has no separate context.
             arriving.reset(token)
         if first is not None:
             yield first
@@ -200,12 +200,12 @@ async def _followed(
     """Yields the outputs of one steered prompt.
 
     Args:
-        outputs: Those of vLLM.
+        outputs: The outputs of vLLM.
         plan: The prompt's plan.
         queue: The queue of its engine.
-        seconds: For how long it waits there.
-        adds_up: Whether each output holds the tokens since the one before, or all of them.
-        entry: Fields of the request's line in the log, None where vLLM logs no requests.
+        seconds: How long it waits there.
+        adds_up: Whether each output holds only the new tokens, or all of them.
+        entry: Fields of the request's log line, None if vLLM does not log requests.
     """
     receipt = plan.receipt
     sums = {segment.row_key for segment in receipt.plan.segments}
@@ -219,8 +219,8 @@ async def _followed(
             ticket = await _entered(queue, sums, seconds)
         prompt = EnginePrompt(receipt.num_choices, partial(queue.leave, ticket))
         try:
-            # Closed here, so that a request whose client went away leaves the engine before its
-            # rows are given to others.
+            # Closed here, so that a request whose client disconnected leaves the engine before its rows are
+            # reused.
             async with aclosing(_noted(outputs, prompt)) as noted:
                 async for output in noted:
                     for answer in output.outputs:

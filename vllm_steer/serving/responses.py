@@ -1,4 +1,4 @@
-"""Changes to responses: receipts, aliases in the list of models, and 503 for requests that waited too long."""
+"""Changes to responses: receipts, aliases in the model list, and 503 for requests that waited too long."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ _END = re.compile(
     rb'"finish_reason":\s*"|"type":\s*"(response\.(completed|incomplete)|message_stop)"'
 )
 _RECEIPTS_FIELD = b'"%s":[%%b]' % REQUEST_KEY.encode()
-# Of the chunks that scores go with.
+# Objects of the chunks that carry scores.
 _CHOICES = b'"choices"'
 # Parts of a receipt that may be long.
 _SCORES = ("prompt", "generated")
 # More than these are written in another thread, so that the server answers others meanwhile.
 _MANY_SCORES = 2**14
-# When a client that was not let in should come again.
+# When a refused client should retry.
 _RETRY_SECONDS = 5
 
 R = TypeVar("R")
 
 
 class Unavailable:
-    """Answers with 503 what waited too long, also where vLLM has begun to answer with 200."""
+    """Answers a request that waited too long with 503, even if vLLM has begun to answer with 200."""
 
     def __init__(self, send: Send, http_context: HttpContext) -> None:
         self._send, self._http_context = send, http_context
-        # What vLLM sends before its first token: the start, and events that say that it began.
+        # vLLM's messages before its first token: the start, and events that announce it.
         self._kept: list[Message] = []
         self._refused = False
 
     async def send(self, message: Message) -> None:
-        """Takes the place of ``send``."""
+        """Replaces ``send``."""
         if self._refused:
             return
         if message["type"] == "http.response.start" and self._http_context.receipts:
@@ -67,7 +67,7 @@ class Unavailable:
             await self._send(each)
 
     async def refuse(self) -> bool:
-        """Answers with 503 where a wait ended before anything was sent; returns whether it did."""
+        """Answers with 503 if a wait timed out before anything was sent; returns whether it did."""
         if self._kept and self._http_context.busy is not None:
             self._kept, self._refused = [], True
             retry = [(b"retry-after", str(_RETRY_SECONDS).encode())]
@@ -76,7 +76,7 @@ class Unavailable:
 
 
 class _Buffered:
-    """Holds a JSON response back until it is whole."""
+    """Buffers a JSON response until it is complete."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -103,7 +103,7 @@ class _Buffered:
 
 
 class ModelList(_Buffered):
-    """Adds the aliases that a key may use to the list of models."""
+    """Adds the aliases that a key may use to the model list."""
 
     def __init__(self, send: Send, admission: Admission, key: str | None) -> None:
         super().__init__(send)
@@ -111,7 +111,7 @@ class ModelList(_Buffered):
         self._aliases = admission.policy.shown_aliases(key, admission.store.registry)
 
     async def send(self, message: Message) -> None:
-        """Takes the place of ``send``."""
+        """Replaces ``send``."""
         await self._pass_whole(message)
 
     def _complete(self, body: bytes) -> bytes:
@@ -128,16 +128,16 @@ class ModelList(_Buffered):
 
 
 class Stored(_Buffered):
-    """Puts the receipts of an answer into it that is read later."""
+    """Adds receipts to a stored answer that is retrieved later."""
 
     def __init__(self, send: Send, receipts: list[Receipt]) -> None:
         super().__init__(send)
         self._receipts = receipts
 
     async def send(self, message: Message) -> None:
-        """Takes the place of ``send``."""
+        """Replaces ``send``."""
         if message["type"] == "http.response.start" and _kind_of(message) != _JSON:
-            # A stream of events that were stamped when they were sent first.
+            # A stream of events that already have receipts.
             self._receipts = []
         if self._receipts:
             await self._pass_whole(message)
@@ -152,7 +152,7 @@ class Stored(_Buffered):
 
 
 class Receipts(_Buffered):
-    """Puts the receipts of an HTTP request into its response.
+    """Adds the receipts of an HTTP request to its response.
 
     Attributes:
         answer_id: ``id`` of the response, once it is known and has receipts.
@@ -162,12 +162,12 @@ class Receipts(_Buffered):
         super().__init__(send)
         self._http_context = http_context
         self._kind: bytes | None = None
-        # The position that the next scores of each answer in a stream are of.
+        # Position of the next scores of each answer in a stream.
         self._sent: dict[int, int] = {}
         self.answer_id: str | None = None
 
     async def send(self, message: Message) -> None:
-        """Takes the place of ``send``."""
+        """Replaces ``send``."""
         if message["type"] == "http.response.start":
             self._kind = None
             if self._http_context.shown_receipts and message["status"] == 200:
@@ -223,7 +223,7 @@ class Receipts(_Buffered):
         return before + marker + data
 
     def _new_scores(self, indices: list[int]) -> list[dict[str, Any]]:
-        """The scores that have come for some answers since the chunks before."""
+        """The scores of some answers since the previous chunks."""
         new = []
         for index in indices:
             found = self._http_context.receipt_of(index)

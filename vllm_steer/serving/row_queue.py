@@ -1,14 +1,14 @@
 """A fair queue of steered requests for rows of the bank, without starvation.
 
-Requests that are admitted never need more rows than there are. The queue admits so:
+Running requests never need more rows than there are. The queue admits requests as follows:
 
-- Small requests and large ones, which need more than an eighth of the rows, wait in separate lines. Large requests
-  use at most half of the rows together, or one of them alone as many as it needs; so a small request never waits for
-  many large ones. While a large request waits, small ones leave its half free, and beyond that what it needs once no
-  other large request runs; so it is never starved.
-- API keys take turns, and the requests of one key are served in order. As soon as there are two keys, neither uses
-  more than three quarters of the rows, unless by one request alone. A request that waits for rows of its own key
-  blocks no other key; the small requests of its key leave rows free for it.
+- Small requests and large ones, which need more than an eighth of the rows, wait in separate lines. Large
+  requests together use at most half of the rows, or a single one as many as it needs, so a small request
+  never waits for many large ones. While a large request waits, small ones leave its half free, and the rest
+  that it needs once no other large request runs, so it is never starved.
+- API keys take turns, and the requests of one key are served in order. As soon as there are two keys, neither
+  uses more than three quarters of the rows, except by a single request. A request that waits for its own
+  key's rows blocks no other key; small requests of its key leave rows free for it.
 
 Imports neither torch nor vllm.
 """
@@ -20,11 +20,11 @@ from collections import Counter, deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-# Parts of all rows.
+# Fractions of all rows.
 _MANY = 1 / 8
 _OF_MANY = 1 / 2
 _OF_ONE_KEY = 3 / 4
-# Keys that have come, to know whether there are two.
+# Keys seen so far, to know whether there are two.
 _KNOWN_OWNERS = 2
 
 
@@ -59,9 +59,9 @@ class RowQueue:
         self._room = num_sums
         self._active: Counter[str] = Counter()
         self._by_line: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
-        # Of few sums and of many apart.
+        # Small and large requests separately.
         self._by_owner: dict[tuple[str | None, bool], Counter[str]] = {}
-        # In the order of their turns; a key that is let in goes to the end.
+        # In order of turns; a key that is admitted moves to the end.
         self._lines: dict[bool, dict[str | None, deque[Ticket]]] = {False: {}, True: {}}
         self._owners: set[str | None] = set()
 
@@ -72,11 +72,11 @@ class RowQueue:
 
         Args:
             owner: SHA-256 of its API key, None without one.
-            sums: Keys of its sums, at most as many as the queue has room for.
-            seconds: For how long it waits; None for as long as it takes.
+            sums: Keys of its sums, at most the capacity of the queue.
+            seconds: Time limit; None for no limit.
 
         Returns:
-            What :meth:`leave` takes.
+            The ticket for :meth:`leave`.
 
         Raises:
             TimeoutError: It did not fit in time.
@@ -99,7 +99,7 @@ class RowQueue:
         return ticket
 
     def leave(self, ticket: Ticket) -> None:
-        """Gives a request's rows back; more than once is the same as once."""
+        """Releases a request's rows; idempotent."""
         if ticket.inside:
             ticket.inside = False
             for held in self._holders(ticket):
@@ -110,7 +110,7 @@ class RowQueue:
             self._let_in()
 
     def _withdraw(self, ticket: Ticket) -> None:
-        """Takes out who waits no more, whether it was let in meanwhile or not."""
+        """Removes a request that no longer waits, whether or not it was admitted meanwhile."""
         if ticket.inside:
             self.leave(ticket)
             return
@@ -118,11 +118,11 @@ class RowQueue:
         line[ticket.owner].remove(ticket)
         if not line[ticket.owner]:
             del line[ticket.owner]
-        # It may have stood before others.
+        # Others may have waited behind it.
         self._let_in()
 
     def _let_in(self) -> None:
-        """Lets in all who fit, in their turns."""
+        """Admits all requests that fit, in turn."""
         while any([self._let_one_in(True), self._let_one_in(False)]):
             pass
 
@@ -133,12 +133,12 @@ class RowQueue:
             if self._has_enough(ticket):
                 continue
             if not self._fits(ticket):
-                # Whoever stands first is waited for, or it would be passed by again and again.
+                # The first one is waited for; otherwise it would be overtaken repeatedly.
                 return False
             waiting = line.pop(owner)
             waiting.popleft()
             if waiting:
-                # The key's next turn comes after that of all others.
+                # The key's next turn comes after those of all others.
                 line[owner] = waiting
             self._take(ticket)
             return True
@@ -149,7 +149,7 @@ class RowQueue:
         self._by_owner.setdefault((ticket.owner, ticket.many), Counter())
         for held in self._holders(ticket):
             held.update(ticket.sums)
-        # One that was cancelled leaves as soon as it runs again.
+        # A cancelled request leaves as soon as it runs again.
         if not ticket.entered.done():
             ticket.entered.set_result(None)
 
@@ -158,13 +158,13 @@ class RowQueue:
         return self._active, self._by_line[ticket.many], own
 
     def _has_enough(self, ticket: Ticket) -> bool:
-        """Whether its key holds, or waits for, as much as one may where there are others."""
+        """Whether its key holds, or waits for, a key's maximum share when there are others."""
         if len(self._owners) < _KNOWN_OWNERS:
             return False
         few, many = (self._by_owner.get((ticket.owner, kind), Counter()) for kind in (False, True))
         waiting, kept = self._lines[True].get(ticket.owner), 0
         if waiting and not ticket.many and not many:
-            # It would never come in, if those of few took the key's part again and again.
+            # It would never be admitted if small requests kept taking the key's share.
             kept = len(waiting[0].sums)
         held = few.keys() | many.keys()
         if not held and not kept:
@@ -181,11 +181,11 @@ class RowQueue:
         return after <= self._room - self._kept_for_many()
 
     def _kept_for_many(self) -> float:
-        """Rows that requests of few sums leave free while one of many waits."""
+        """Rows that small requests leave free while a large one waits."""
         heads = (waiting[0] for waiting in self._lines[True].values())
         first = next((ticket for ticket in heads if not self._has_enough(ticket)), None)
         if first is None:
             return 0.0
         half = _OF_MANY * self._room
-        # As long as another of many is in, more than that would help nobody.
+        # While another large request runs, more free rows would not help.
         return half if self._by_line[True] else max(len(first.sums), half)

@@ -1,4 +1,4 @@
-"""Scores in the front end: taken out of the engine's outputs, and handed on with the answers that they belong to."""
+"""Scores in the front end: taken from the engine's outputs, and passed on with their answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_steer.plan.scores import CARRIER, SCORES_ATTRIBUTE, Scores, unpack_sco
 from vllm_steer.serving import metrics
 from vllm_steer.vllm_compat.attached import Attached
 
-# Of a request of the output processor.
+# Scores of a request in the output processor.
 _SCORES = Attached[Scores]("scores")
 
 # Directions that the metrics tell apart; packs may come and go.
@@ -23,7 +23,7 @@ _named: set[str] = set()
 
 
 def expect_scores(processor: Any, request: Any) -> None:
-    """Makes place for the scores of a request that vLLM's output processor has taken in.
+    """Prepares for the scores of a request that vLLM's output processor has added.
 
     Args:
         processor: The ``OutputProcessor``.
@@ -36,7 +36,7 @@ def expect_scores(processor: Any, request: Any) -> None:
 
 
 def take_scores(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps ``OutputProcessor.process_outputs`` to take the scores out of what comes from the engine."""
+    """Wraps ``OutputProcessor.process_outputs`` to take the scores from the engine's outputs."""
 
     def process_outputs(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
         for output in engine_core_outputs:
@@ -48,7 +48,7 @@ def take_scores(original: Callable[..., Any]) -> Callable[..., Any]:
             rest = {key: value for key, value in carried.items() if key != CARRIER}
             output.kv_transfer_params = rest or None
             for request_id, start, found in unpack_scores(carried[CARRIER]):
-                # One that was aborted meanwhile is gone.
+                # A request aborted meanwhile is gone.
                 scores = _SCORES.get(self.request_states.get(request_id))
                 if scores is not None:
                     scores.add(start, found)
@@ -58,11 +58,11 @@ def take_scores(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def observe_scores(answers: Iterable[Scores], units: Sequence[float], names: Sequence[str]) -> None:
-    """Puts the largest score of each answer and read into the metrics.
+    """Records the largest score of each answer and read in the metrics.
 
     Args:
         answers: The scores of the answers to a prompt.
-        units: What each read is measured in.
+        units: Unit of each read's scores.
         names: What each is called in the metrics.
     """
     for scores in answers:
@@ -76,7 +76,7 @@ def observe_scores(answers: Iterable[Scores], units: Sequence[float], names: Seq
 
 
 def _count_stop(state: Any, output: Any) -> None:
-    """Counts an answer that a probe ended."""
+    """Counts an answer ended by a probe."""
     scores = _SCORES.get(state)
     if scores is not None and output.stop_reason in {
         stop_reason(scores.reads[stop.read], stop.above) for stop in scores.rules
@@ -87,7 +87,7 @@ def _count_stop(state: Any, output: Any) -> None:
 def hand_on_scores(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps ``RequestState._new_completion_output`` to give each ``CompletionOutput`` the scores of its answer.
 
-    Outputs of one answer share them, so that vLLM may merge outputs as it likes.
+    Outputs of one answer share them, so vLLM may merge outputs.
     """
 
     def _new_completion_output(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -14,12 +14,12 @@ from vllm_steer.serving.policy import Policy
 
 @dataclass(frozen=True)
 class Upload:
-    """Vectors that a client sent.
+    """Vectors sent by a client.
 
     Attributes:
         owner: SHA-256 of the API key that sent them, None without one.
         num_bytes: Length of the body.
-        timer: Ends them.
+        timer: Removes them.
     """
 
     owner: str | None
@@ -28,14 +28,14 @@ class Upload:
 
 
 class UploadRegistry:
-    """The vectors that are served, by the name of the pack that they became."""
+    """The served uploads, by the name of their pack."""
 
     def __init__(self, most: int, most_bytes: int) -> None:
         """Makes an empty registry.
 
         Args:
-            most: Uploads at once.
-            most_bytes: Bytes of all together.
+            most: Largest number of uploads.
+            most_bytes: Largest total size in bytes.
         """
         self._most, self._most_bytes = most, most_bytes
         self._uploads: dict[str, Upload] = {}
@@ -44,10 +44,10 @@ class UploadRegistry:
         return name in self._uploads
 
     def check_room(self, name: str, num_bytes: int) -> None:
-        """Checks that one more fits, or one in the place of that with its name.
+        """Checks that another upload fits, or one that replaces that of its name.
 
         Raises:
-            ConflictError: It does not, now.
+            ConflictError: It does not fit now.
         """
         others = [upload for known, upload in self._uploads.items() if known != name]
         if len(others) >= self._most:
@@ -63,10 +63,10 @@ class UploadRegistry:
             )
 
     def check_owner(self, name: str, key_digest: str | None, policy: Policy) -> None:
-        """Checks that a key may replace or drop an upload.
+        """Checks that a key may replace or remove an upload.
 
         Raises:
-            NotAllowedError: Another key sent it, and this one is no administrator's.
+            NotAllowedError: Another key sent it, and this one is not an administrator's.
         """
         upload = self._uploads.get(name)
         if upload is None or upload.owner == key_digest or policy.administers(key_digest):
@@ -74,16 +74,16 @@ class UploadRegistry:
         raise NotAllowedError(f"{name!r} was uploaded with another API key; choose another name")
 
     def enter(self, name: str, upload: Upload) -> None:
-        """Notes an upload; that with its name ends no more by itself."""
+        """Registers an upload; cancels the timer of one with its name."""
         self.remove(name)
         self._uploads[name] = upload
 
     def remove(self, name: str) -> None:
-        """Forgets an upload, if there is one of that name."""
+        """Removes an upload, if there is one with that name."""
         upload = self._uploads.pop(name, None)
         if upload is not None:
             upload.timer.cancel()
 
     def find(self, name: str) -> Upload | None:
-        """Returns the upload of a name."""
+        """Returns the upload with a name."""
         return self._uploads.get(name)

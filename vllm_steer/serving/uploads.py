@@ -1,7 +1,7 @@
 """Vectors that a trusted client uploads for a limited time: ``PUT /v1/steering/vectors/NAME``.
 
-Off unless ``--steering-upload-mib`` says how large a body may be. What arrives is a safetensors file;
-it becomes a pack in a directory of the server's own, checked and loaded like any other.
+Disabled unless ``--steering-upload-mib`` sets the largest body. A body is a safetensors file; it becomes a
+pack in a private directory of the server, checked and loaded like any other.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ _WANTED: Final = (
 def write_upload(
     root: Path, name: str, body: bytes, registry_packs: Iterable[SteeringPack]
 ) -> SteeringPack:
-    """Makes a pack of a body.
+    """Writes a body as a pack.
 
     Args:
         root: Directory for it.
         name: Name of the pack.
         body: A safetensors file: for each direction a float32 tensor ``[layers, hidden_size]``, and
             ``layers`` in its metadata, the layers as JSON.
-        registry_packs: Packs that are served, whose model and residual norms the new one has.
+        registry_packs: Served packs, whose model and residual norms the new one takes.
 
     Raises:
-        RequestError: The body is no such file, or its vectors cannot be served.
+        RequestError: The body is not such a file, or its vectors cannot be served.
     """
     packs = list(registry_packs)
     if not packs:
@@ -70,16 +70,16 @@ def write_upload(
             ),
         )
     except (ValueError, PackError) as error:
-        # Where the server keeps it is nothing for the client.
+        # The client must not learn the server's path.
         message = re.sub(rf"{re.escape(str(root))}/?", "", str(error))
         raise RequestError(f"body: {message}; {_WANTED}") from error
 
 
 def expiry(query: bytes) -> float:
-    """Returns for how many seconds vectors are kept: ``seconds`` of the query string.
+    """Returns how many seconds vectors are kept: ``seconds`` of the query string.
 
     Raises:
-        RequestError: It is no number from 1 to :data:`MAX_SECONDS`, or there is another parameter.
+        RequestError: It is not a number from 1 to :data:`MAX_SECONDS`, or there is another parameter.
     """
     if not query:
         return DEFAULT_SECONDS
@@ -91,7 +91,7 @@ def expiry(query: bytes) -> float:
 
 
 def _header(body: bytes) -> tuple[list[str], list[int]]:
-    """Names of the tensors and layers, of a file whose every other claim is checked later."""
+    """Names of the tensors and layers; all other claims of the file are checked later."""
     length = int.from_bytes(body[:8], "little")
     if not 0 < length <= min(MAX_HEADER_BYTES, len(body) - 8):
         raise RequestError(f"body: not a safetensors file; {_WANTED}")

@@ -1,4 +1,4 @@
-"""The requests that an engine is verified with, made of whatever directions the packs have."""
+"""The requests for verifying an engine, built from any directions of the packs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.request.schema import REQUEST_KEY
 
-# Requests of the mixed batch, all of which run at once; steps of a verified engine hold no more.
+# Requests of the mixed batch, which all run at once; also the limit of a verified engine's steps.
 REQUESTS = 16
 
 
@@ -18,9 +18,9 @@ class Case:
     """A request.
 
     Attributes:
-        name: In messages.
+        name: Name in messages.
         prompt: Token ids.
-        steering: As a client gives it; None for none.
+        steering: As a client sends it; None for none.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Directions:
-    """Two directions of the packs, which are one where the packs have no more.
+    """Two directions of the packs, or the same one twice if there is only one.
 
     Attributes:
         first: ``pack/direction``.
@@ -65,12 +65,12 @@ class Directions:
         )
 
     def steer(self, factor: float = 1.0, **fields: Any) -> dict[str, Any]:
-        """Steering by the first direction at a multiple of its default scale, throughout unless told."""
+        """Steering by the first direction at a multiple of its default scale, at all positions by default."""
         chosen = {"name": self.first, "scale": factor * self.scale, "positions": "all"}
         return {"directions": [chosen | fields]}
 
     def other(self) -> dict[str, Any]:
-        """Steering by the second, or by the first the other way where there is no second."""
+        """Steering by the second direction, or by the first one reversed if there is no second."""
         if self.second == self.first:
             return self.steer(-1.0)
         chosen = {"name": self.second, "scale": self.second_scale, "positions": "all"}
@@ -81,10 +81,10 @@ def mixed_batch(directions: Directions, prompts: Sequence[list[int]]) -> list[Ca
     """Returns unsteered and differently steered requests.
 
     Args:
-        directions: What to steer by.
+        directions: The directions.
         prompts: ``REQUESTS`` prompts.
     """
-    # A range within the answer changes a request's rows in steps that are otherwise alike.
+    # A range within the answer changes a request's rows between otherwise equal steps.
     in_answer = len(prompts[REQUESTS - 2]) + 3
     both = [
         {"name": directions.first, "scale": directions.scale, "positions": "prompt"},
@@ -121,7 +121,7 @@ class CachePair:
     """Two requests of one prompt, sent one after the other.
 
     Attributes:
-        name: In messages.
+        name: Name in messages.
         first: Steering of the first; None for none.
         second: Of the second.
         shared: Whether the second may find the first's blocks in the prefix cache.

@@ -16,21 +16,21 @@ from vllm_steer.verify.report import Check, judged
 
 PARITY, ISOLATION, CACHE = "parity", "isolation", "prefix cache"
 TOKENS = 16
-# Log-probabilities compared for each token: what vLLM returns at the most unless told otherwise.
+# Log-probabilities compared per token: vLLM's default maximum.
 TOP = 20
-# Tokens of a prompt that fills blocks of the prefix cache, where one block is not longer.
+# Tokens of a prompt that fills prefix-cache blocks, unless one block is longer.
 CACHED_PROMPT = 600
-# Steering that moves log-probabilities by less, in tolerances, cannot be told from none.
+# Steering with a smaller effect on log-probabilities, in tolerances, cannot be distinguished from none.
 DISCERNIBLE = 5
 
-# Prompt, tokens behind it and steering to log-probabilities ``[prompt + tokens, vocabulary]`` of the
-# token after each.
+# Prompt, tokens after it and steering to log-probabilities ``[prompt + tokens, vocabulary]`` of the token
+# after each.
 Score = Callable[[Sequence[int], Sequence[int], dict[str, Any] | None], NDArray[np.float32]]
 Step = Callable[[str], None]
 
 
 def ask(engine: EngineProcess, cases: Sequence[Case]) -> list[Answer]:
-    """Answers all cases in one batch, with nothing in the prefix cache before."""
+    """Answers all cases in one batch, with an empty prefix cache."""
     engine.call(forget_prefixes)
     return engine.call(
         answer_batch, [case.prompt for case in cases], [case.extra for case in cases], TOKENS, TOP
@@ -45,21 +45,21 @@ def check_parity(
     dtype: str,
     step: Step,
 ) -> Check:
-    """Holds a batch's answers against the reference's log-probabilities of the same tokens.
+    """Compares a batch's answers with the reference's log-probabilities of the same tokens.
 
     Args:
         cases: The requests.
-        answers: What the engine answered in one batch.
+        answers: The engine's answers in one batch.
         score: The reference.
-        allowed: What rounding may do.
+        allowed: Tolerance for rounding.
         dtype: Dtype of engine and reference.
-        step: Told what is done next.
+        step: Called with the name of each next step.
     """
     found: dict[str, Difference] = {}
     effects: dict[str, Difference] = {}
     for case, answer in zip(cases, answers, strict=True):
         step(f"Hugging Face: {case.name}")
-        # What stands at the prompt's last place is the distribution of the first token.
+        # The distribution at the prompt's last position is that of the first token.
         places = slice(len(case.prompt) - 1, -1)
         expected = score(case.prompt, answer.tokens, case.steering)[places]
         found[case.name] = to_reference(answer, expected)
@@ -72,19 +72,19 @@ def check_parity(
     if 2 * len(weak) > len(effects):
         faults.append(
             f"most steerings move log-probabilities by less than {DISCERNIBLE * allowed.largest:.2g}, too little "
-            f"to be told from none; give a pack of larger default scales, or --dtype float32"
+            f"to distinguish from none; give a pack with larger default scales, or --dtype float32"
         )
     summary = (
         f"{len(cases)} requests of one batch, {TOKENS} tokens each, against Hugging Face in {dtype} with hooks, "
-        f"on the tokens that the engine gave: {_agreement(total, allowed)}. Without steering they would differ "
-        f"by {effect.largest:.2g}, in the mean {effect.mean:.2g}."
+        f"on the engine's tokens: {_agreement(total, allowed)}. Without steering they would differ "
+        f"by {effect.largest:.2g}, {effect.mean:.2g} on average."
     )
     if dtype == "float32" and not total.gaps:
         summary += " Greedy tokens are equal."
     if dtype != "float32":
-        summary += " Smaller faults than that show with --dtype float32 alone."
+        summary += " Smaller faults only show with --dtype float32."
     if weak:
-        summary += f" Too weak to be told from unsteered: {', '.join(weak)}."
+        summary += f" Too weak to distinguish from unsteered: {', '.join(weak)}."
     figures = _figures(total, allowed) | {"effect": effect.largest, "too_weak": weak}
     return judged(PARITY, faults, summary, figures)
 
@@ -92,7 +92,7 @@ def check_parity(
 def alone(
     engine: EngineProcess, cases: Sequence[Case], answers: Sequence[Answer], step: Step
 ) -> dict[str, Difference]:
-    """Sends each request of a batch alone; returns how the answers differ from the batch's."""
+    """Sends each request of a batch alone; returns the differences from the batch's answers."""
     found = {}
     for case, answer in zip(cases, answers, strict=True):
         step(f"alone: {case.name}")
@@ -104,7 +104,7 @@ def alone(
 def without_plugin(
     plain: EngineProcess, cases: Sequence[Case], answers: Sequence[Answer], step: Step
 ) -> dict[str, Difference]:
-    """Sends a batch's prompts to plain vLLM; returns how the unsteered answers differ."""
+    """Sends a batch's prompts to plain vLLM; returns the differences of the unsteered answers."""
     step("plain vLLM: the same batch")
     expected = ask(plain, [Case(case.name, case.prompt, None) for case in cases])
     return {
@@ -117,11 +117,11 @@ def without_plugin(
 def check_isolation(
     singles: dict[str, Difference], unsteered: dict[str, Difference], allowed: Tolerance
 ) -> Check:
-    """Judges what :func:`alone` and :func:`without_plugin` found."""
+    """Judges the results of :func:`alone` and :func:`without_plugin`."""
     one, other = joined(singles.values()), joined(unsteered.values())
     summary = (
-        f"{len(singles)} requests of a mixed batch get what they get alone: {_agreement(one, allowed)}. Its "
-        f"{len(unsteered)} unsteered ones get what plain vLLM gives: {_agreement(other, allowed)}."
+        f"{len(singles)} requests of a mixed batch get the same answers as alone: {_agreement(one, allowed)}. Its "
+        f"{len(unsteered)} unsteered ones get those of plain vLLM: {_agreement(other, allowed)}."
     )
     faults = _faults(singles | unsteered, allowed)
     figures = {"alone": _figures(one, allowed), "plain": _figures(other, allowed)}
@@ -135,14 +135,14 @@ def check_cache(
     allowed: Tolerance,
     step: Step,
 ) -> Check:
-    """Sends pairs of requests one after the other, and looks what the second found in the cache.
+    """Sends pairs of requests one after the other, and checks the second's cache hits.
 
     Args:
         engine: The engine, with its prefix cache on.
         pairs: The pairs.
         prompt: Token ids of a prompt that fills blocks.
-        allowed: What rounding may do.
-        step: Told what is done next.
+        allowed: Tolerance for rounding.
+        step: Called with the name of each next step.
     """
     faults, found = [], {}
     cached: dict[str, int] = {}
@@ -162,12 +162,12 @@ def check_cache(
     total = joined(found.values())
     hits = [cached[pair.name] for pair in pairs if pair.shared]
     summary = (
-        f"{len(pairs)} pairs of requests of one prompt of {len(prompt)} tokens: those of other steering find 0 "
-        f"cached tokens, those of equal steering of the prompt {min(hits)}. Their answers are those without the "
+        f"{len(pairs)} pairs of requests with one prompt of {len(prompt)} tokens: those with different steering find 0 "
+        f"cached tokens, those with equal steering of the prompt {min(hits)}. Their answers equal those without the "
         f"cache: {_agreement(total, allowed)}."
     )
     if faults:
-        summary = f"{len(pairs)} pairs of requests of one prompt of {len(prompt)} tokens."
+        summary = f"{len(pairs)} pairs of requests with one prompt of {len(prompt)} tokens."
     return judged(
         CACHE,
         faults + _faults(found, allowed),
@@ -197,9 +197,9 @@ def _faults(found: dict[str, Difference], allowed: Tolerance) -> list[str]:
 def _agreement(one: Difference, allowed: Tolerance) -> str:
     tied = ""
     if one.gaps:
-        tied = f"; {len(one.gaps)} of {one.tokens} tokens are others, of which the two differ by at most {max(one.gaps):.2g}"
+        tied = f"; {len(one.gaps)} of {one.tokens} tokens differ, with gaps of at most {max(one.gaps):.2g}"
     return (
-        f"log-probabilities differ by at most {one.largest:.2g} (allowed {allowed.largest:.2g}), in the mean "
+        f"log-probabilities differ by at most {one.largest:.2g} (allowed {allowed.largest:.2g}), on average "
         f"{one.mean:.2g} (allowed {allowed.mean:.2g}){tied}"
     )
 

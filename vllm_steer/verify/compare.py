@@ -1,8 +1,8 @@
-"""Differences between answers, and what rounding may make of them.
+"""Differences between answers, and the tolerance for rounding.
 
-In half precision two ways to compute the same thing choose another token wherever the best two nearly
-tie, so answers are compared up to where they part, and against the reference by the log-probabilities
-of given tokens.
+In half precision two computations of the same thing choose different tokens where the best two nearly tie, so
+answers are compared up to where they diverge, and with the reference by the log-probabilities of given
+tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vllm_steer.verify.engine_calls import Answer
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What rounding may do.
+    """Tolerance for rounding.
 
     Attributes:
         largest: Largest difference of a log-probability, in nats; two tokens that lie within it tie.
@@ -29,14 +29,14 @@ class Tolerance:
     mean: float
 
 
-# Logits of 16 to 32 are 2^-3 apart in bfloat16 and 2^-6 in float16, and the layers before round too: four
-# steps at the worst of thousands of values, less than half of one in the mean.
+# Logits of 16 to 32 are 2^-3 apart in bfloat16 and 2^-6 in float16, and earlier layers round too: four steps
+# at most over thousands of values, less than half a step on average.
 _HALF = {"bfloat16": Tolerance(0.5, 0.05), "float16": Tolerance(0.0625, 0.00625)}
 _FLOAT32 = Tolerance(1e-4, 5e-5)
 
 
 def tolerance(dtype: str, device: str) -> Tolerance:
-    """Returns what rounding may do on a device in a dtype.
+    """Returns the tolerance for a device and dtype.
 
     Args:
         dtype: As the engine names it.
@@ -44,17 +44,17 @@ def tolerance(dtype: str, device: str) -> Tolerance:
     """
     if dtype != "float32":
         return _HALF.get(dtype, _HALF["bfloat16"])
-    # Kernels of accelerators multiply float32 in TF32, which has the mantissa of float16.
+    # Accelerator kernels multiply float32 in TF32, which has float16's mantissa.
     return _FLOAT32 if device == "cpu" else _HALF["float16"]
 
 
 @dataclass(frozen=True, eq=False)
 class Difference:
-    """How far two answers lie apart.
+    """The difference between two answers.
 
     Attributes:
         values: Absolute differences of log-probabilities, in nats.
-        gaps: At each token that differs, how far the two lie apart.
+        gaps: At each token that differs, the difference of the two log-probabilities.
         tokens: Tokens compared.
     """
 
@@ -73,12 +73,12 @@ class Difference:
         return float(self.values.mean()) if self.values.size else 0.0
 
     def fault(self, allowed: Tolerance) -> str | None:
-        """What is more than rounding, in words, or None."""
+        """Describes a difference beyond rounding, or None."""
         # Written so that a NaN is a fault.
         if not self.largest <= allowed.largest:
             return f"a log-probability differs by {self.largest:.2g}"
         if not self.mean <= allowed.mean:
-            return f"log-probabilities differ by {self.mean:.2g} in the mean"
+            return f"log-probabilities differ by {self.mean:.2g} on average"
         if not all(gap <= allowed.largest for gap in self.gaps):
             return f"another token, {max(self.gaps):.2g} less likely"
         return None
@@ -97,8 +97,8 @@ def joined(differences: Iterable[Difference]) -> Difference:
 def to_reference(answer: Answer, logprobs: NDArray[np.float32]) -> Difference:
     """Compares an answer with the reference's log-probabilities after the same tokens.
 
-    That every token is the reference's best after those before it means that the reference, generating
-    by itself, gives the same tokens.
+    If every token is the reference's best after those before it, the reference generates the same tokens by
+    itself.
 
     Args:
         answer: The engine's answer.
@@ -118,16 +118,16 @@ def to_reference(answer: Answer, logprobs: NDArray[np.float32]) -> Difference:
 
 
 def between(one: Answer, other: Answer) -> Difference:
-    """Compares two answers to the same prompt up to the token where they part.
+    """Compares two answers to the same prompt up to the token where they diverge.
 
-    Behind it the contexts are different ones, so nothing can be compared.
+    After it the contexts differ, so nothing can be compared.
     """
     values: list[float] = []
     for place, (token, wanted) in enumerate(zip(one.tokens, other.tokens, strict=True)):
         row, wanted_row = one.logprobs[place], other.logprobs[place]
         values += [abs(row[key] - wanted_row[key]) for key in row.keys() & wanted_row.keys()]
         if token != wanted:
-            # Both rows hold the best log-probabilities; a token that is not among them is far off.
+            # Both rows hold the best log-probabilities; a token not among them is far off.
             gap = max(
                 row[token] - row.get(wanted, -np.inf),
                 wanted_row[wanted] - wanted_row.get(token, -np.inf),

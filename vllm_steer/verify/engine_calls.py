@@ -1,4 +1,4 @@
-"""What an engine is asked: functions that its own process calls with its ``LLM``."""
+"""Calls to an engine: functions that its process runs with its ``LLM``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Timing:
 
     Attributes:
         seconds: Wall time of the whole batch, admission to last token.
-        cpu_seconds: Processor time of the engine's process over the same stretch.
+        cpu_seconds: Processor time of the engine's process over the same period.
         tokens: Tokens processed, prompt and answer.
         generated: Tokens generated.
     """
@@ -41,7 +41,7 @@ class Timing:
 
     @property
     def speed(self) -> float:
-        """Tokens a second, prompt and answer together."""
+        """Tokens per second, including prompt and answer."""
         return self.tokens / self.seconds
 
 
@@ -51,7 +51,7 @@ class Answer:
 
     Attributes:
         tokens: Generated token ids.
-        logprobs: For each, the best log-probabilities by token id, its own among them.
+        logprobs: For each, the best log-probabilities by token id, including its own.
         cached: Prompt tokens found in the prefix cache.
     """
 
@@ -61,7 +61,7 @@ class Answer:
 
 
 def greedy(count: int, extra_args: ExtraArgs, **fields: Any) -> SamplingParams:
-    """``SamplingParams`` of ``count`` greedy tokens, whatever they are."""
+    """``SamplingParams`` of ``count`` greedy tokens, ignoring end of sequence."""
     from vllm import SamplingParams
 
     return SamplingParams(
@@ -75,7 +75,7 @@ def greedy(count: int, extra_args: ExtraArgs, **fields: Any) -> SamplingParams:
 
 
 def describe(llm: LLM) -> dict[str, Any]:
-    """What an engine runs with: versions, model runner, graphs, device."""
+    """The engine's configuration: versions, model runner, graphs, device."""
     import torch
     from vllm.platforms import current_platform
 
@@ -94,7 +94,7 @@ def describe(llm: LLM) -> dict[str, Any]:
 
 
 def package_versions(names: tuple[str, ...]) -> dict[str, str]:
-    """Version of each package that is installed."""
+    """Version of each installed package."""
     found = {}
     for name in names:
         try:
@@ -116,7 +116,7 @@ def time_batch(
         count: Tokens to generate for each.
 
     Raises:
-        RuntimeError: Other many tokens came.
+        RuntimeError: The number of generated tokens is wrong.
     """
     requests: list[TokensPrompt] = [{"prompt_token_ids": prompt} for prompt in prompts]
     params = [greedy(count, arguments) for arguments in extra]
@@ -125,7 +125,7 @@ def time_batch(
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
     generated = sum(len(output.outputs[0].token_ids) for output in outputs)
     if generated != count * len(prompts):
-        raise RuntimeError(f"{generated} tokens came of {len(prompts)} x {count}")
+        raise RuntimeError(f"got {generated} tokens instead of {len(prompts)} x {count}")
     return Timing(seconds, cpu_seconds, generated + sum(map(len, prompts)), generated)
 
 
@@ -157,7 +157,7 @@ def answer_batch(
 
 
 def encode(llm: LLM, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of a prompt for each text, by the model's chat template where it has one."""
+    """Token ids of a prompt for each text, by the model's chat template if it has one."""
     tokenizer = llm.get_tokenizer()
     if getattr(tokenizer, "chat_template", None) is None:
         return [list(tokenizer.encode(text)) for text in texts]
@@ -176,14 +176,14 @@ def forget_prefixes(llm: LLM) -> None:
     """Empties the prefix cache.
 
     Raises:
-        RuntimeError: The engine would not.
+        RuntimeError: The engine did not.
     """
     if not llm.reset_prefix_cache():
         raise RuntimeError("the prefix cache was not emptied")
 
 
 def describe_steering(llm: LLM) -> dict[str, Any]:
-    """What an engine runs with, how this vLLM is checked, and what the workers say of steering."""
+    """The engine's configuration, how this vLLM is checked, and the workers' reports on steering."""
     config = llm.llm_engine.vllm_config
     found = describe(llm) | {
         "vllm": versions.installed(),
@@ -209,11 +209,11 @@ def _support(release: str) -> str:
 
 
 def fit_memory(arguments: dict[str, Any], longest: int) -> None:
-    """Lets a model of a long context start where there is little memory: the requests are short.
+    """Lets a model with a long context start with little memory, since the requests are short.
 
     Args:
         arguments: Arguments of ``LLM``, which are changed.
-        longest: Longest context to keep room for, in tokens, where the model's is longer.
+        longest: Context length to reserve memory for, in tokens, if the model's is longer.
     """
     from vllm.engine.arg_utils import EngineArgs
 

@@ -1,8 +1,7 @@
 """Rounds of timed runs in random order, and the ratios between arms of one round.
 
-A shared machine changes its speed from minute to minute, so a ratio is formed between neighbours
-in time: each round runs every arm once in an order of its own, and divides by plain vLLM's speed in
-that round.
+The speed of a shared machine varies from minute to minute, so a ratio compares adjacent runs: each round runs
+every arm once in random order, and divides by plain vLLM's speed in that round.
 """
 
 from __future__ import annotations
@@ -49,9 +48,9 @@ def rounds(
 
     Args:
         names: Names of the arms.
-        measure: Runs an arm once, with a source of randomness that is its own.
+        measure: Runs an arm once, with its own source of randomness.
         count: Number of rounds.
-        seed: Seed of the orders and of what the arms draw.
+        seed: Seed of the orders and of the arms' randomness.
         after_each: Called after each run, to show progress.
     """
     order_rng = random.Random(seed)
@@ -72,7 +71,7 @@ def ratio_to(bases: Sequence[str], name: str, figures: Sequence[Mapping[str, flo
     Args:
         bases: The arms to divide by; several count as their mean.
         name: The arm.
-        figures: Figure by arm of each round.
+        figures: Figures by arm for each round.
     """
     values = np.array([one[name] / np.mean([one[base] for base in bases]) for one in figures])
     generator = np.random.default_rng(0)

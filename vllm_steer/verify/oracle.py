@@ -1,8 +1,8 @@
 """The reference implementation: Hugging Face with forward hooks.
 
-No cache, no batch, no compilation: every token is computed anew from the whole sequence, and the
-output of each block is changed at the positions asked for. A prompt, its steering and tokens
-that may follow go in, log-probabilities come out.
+No cache, no batch, no compilation: every token is recomputed from the whole sequence, and the output of each
+block is changed at the given positions. The input is a prompt, its steering and optional further tokens; the
+output is log-probabilities.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class Reference:
         dtype: str = "float32",
         device: str | None = "cpu",
     ) -> None:
-        """Loads the model, with the plain form of attention: others leave out soft-capping.
+        """Loads the model with eager attention, since other implementations omit soft-capping.
 
         Args:
             model: Checkpoint directory or hub id.
             packs: Packs that requests name.
             dtype: Name of the dtype to run in.
-            device: Device of the model; None for CUDA where there is one, else CPU.
+            device: Device of the model; None for CUDA if available, else CPU.
 
         Raises:
             ExtractionError: There is no such model, or it cannot be loaded.
@@ -64,15 +64,15 @@ class Reference:
         )
         self._packs = {pack.name: pack for pack in packs}
         self._answers: dict[str, Answer] = {}
-        # Those that the model is reading.
+        # The tokens that the model is reading.
         self._tokens: list[int] = []
-        # The residual stream before and after the change, by layer, while it is looked at.
+        # The residual stream before and after the change, by layer, while reads need it.
         self._seen: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def generate(
         self, prompt: Sequence[int], steering: dict[str, Any] | None, count: int
     ) -> Answer:
-        """Generates ``count`` tokens greedily; answers are kept, since many tests share them."""
+        """Generates ``count`` tokens greedily; answers are cached, since many tests share them."""
         key = repr((list(prompt), steering, count))
         if key not in self._answers:
             self._answers[key] = self._generate(prompt, steering, count)
@@ -91,7 +91,7 @@ class Reference:
     def read(
         self, prompt: Sequence[int], tokens: Sequence[int], steering: dict[str, Any]
     ) -> NDArray[np.float32]:
-        """Scores ``[reads, prompt + tokens]`` of what a steering reads; NaN where it reads nothing."""
+        """Scores ``[reads, prompt + tokens]`` of a steering's reads; NaN where it reads nothing."""
         self._tokens = [*prompt, *tokens]
         seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._seen = seen
@@ -112,7 +112,7 @@ class Reference:
         position: torch.Tensor,
         prompt_len: int,
     ) -> NDArray[np.float32]:
-        """Scores of one read, ``[tokens]``: mean over its layers of the projection on the unit vector."""
+        """Scores of one read, ``[tokens]``: mean over its layers of the projection onto the unit vector."""
         pack, _, name = choice["name"].partition("/")
         record = self._packs[pack].directions[name]
         found = []
@@ -213,7 +213,7 @@ class Reference:
     def _vector(
         self, full_name: str, layer: int, like: torch.Tensor
     ) -> tuple[DirectionRecord, Any]:
-        """A direction's record and its vector at a layer, None where it has none."""
+        """A direction's record and its vector at a layer, None if it has none."""
         pack, _, name = full_name.partition("/")
         record = self._packs[pack].directions[name]
         if layer not in record.layers:
@@ -229,7 +229,7 @@ Score = Callable[[Sequence[int], Sequence[int], dict[str, Any] | None], NDArray[
 def scoring_process(
     model: str | os.PathLike[str], packs: Sequence[SteeringPack], dtype: str
 ) -> Iterator[Score]:
-    """Gives :meth:`Reference.score` of a model in a process of its own, on CUDA where there is one.
+    """Yields :meth:`Reference.score` of a model in a separate process, on CUDA if available.
 
     Args:
         model: Checkpoint directory or hub id.
@@ -237,7 +237,7 @@ def scoring_process(
         dtype: Name of the dtype to run in.
 
     Raises:
-        EvaluationError: The process died, or could not do what it was asked for.
+        EvaluationError: The process died or failed.
     """
     paths = tuple(pack.path for pack in packs)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
@@ -251,9 +251,9 @@ def scoring_process(
                 ).result()
             except BrokenProcessPool as error:
                 raise EvaluationError(
-                    "the process of the Hugging Face model died, perhaps for lack of memory"
+                    "the process of the Hugging Face model died, possibly out of memory"
                 ) from error
-            # Whatever went wrong over there is what the caller is told.
+            # Any error there is reported to the caller.
             except Exception as error:
                 raise EvaluationError(
                     f"the Hugging Face model failed: {type(error).__name__}: {error}"

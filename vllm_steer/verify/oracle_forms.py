@@ -1,6 +1,6 @@
-"""What a direction makes of hidden states, each form written out by its own formula.
+"""The effect of a direction on hidden states, with a separate formula for each form.
 
-The plain form of ``vllm_steer.engine.row_values``, and independent of it.
+A simple counterpart of ``vllm_steer.engine.row_values``, and independent of it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def apply_form(
         scale: ε.
         choice: The direction as a request gives it.
         plane: Vector of its second direction.
-        read: Vector of the direction that is read.
+        read: Vector of the direction to read.
 
     Raises:
         ValueError: The form lacks its second direction.
@@ -57,7 +57,7 @@ def apply_form(
 
 
 def scheduled(schedule: dict[str, Any], passed: torch.Tensor) -> torch.Tensor:
-    """The factor of each token, by how many tokens it comes after the first generated one."""
+    """The factor of each token, by its distance from the first generated one."""
     start, end, tokens = schedule["start"], schedule["end"], schedule["tokens"]
     if schedule.get("shape", "linear") == "linear":
         values = [start + (end - start) * min(max(g, 0) / tokens, 1.0) for g in passed.tolist()]
@@ -69,7 +69,7 @@ def scheduled(schedule: dict[str, Any], passed: torch.Tensor) -> torch.Tensor:
 def before_trigger(
     triggers: Sequence[int] | None, tokens: Sequence[int], prompt_len: int, position: torch.Tensor
 ) -> torch.Tensor:
-    """Which positions come before the first generated trigger or stand at it, as a mask."""
+    """Mask of the positions up to and including the first generated trigger."""
     for place in range(prompt_len, len(tokens)):
         if tokens[place] in (triggers or ()):
             return position <= place
@@ -81,7 +81,7 @@ def steered_positions(
     position: torch.Tensor,
     prompt_len: int,
 ) -> torch.Tensor:
-    """Which of the absolute positions a choice means, as a mask in the shape of ``position``."""
+    """Mask of the absolute positions in a choice, in the shape of ``position``."""
     if isinstance(choice, str):
         return {
             "all": position >= 0,

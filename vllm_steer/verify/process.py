@@ -1,6 +1,6 @@
-"""A vLLM engine in a process of its own, seen from the process that asks it.
+"""A vLLM engine in a separate process, from the side of the caller.
 
-The process gives its memory back when it ends, and what kills it does not kill the one that asks.
+The process frees its memory when it ends, and its crash does not kill the caller.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
-# The variable that tells vLLM which plugins to load; without it, all.
+# The variable with the plugins that vLLM loads; without it, all.
 PLUGINS = "VLLM_PLUGINS"
-# Of a start or an answer, in seconds: loading a large model from a slow disk takes long.
+# Limit of a start or an answer, in seconds: loading a large model from a slow disk takes long.
 TIMEOUT = 3600
 _STOP_TIMEOUT = 60
 
@@ -57,26 +57,26 @@ def fresh(end: Connection[Any, Any], log: Path, environment: Mapping[str, str]) 
     """
     with log.open("a") as stream:
         return subprocess.Popen(
-            # -P: a folder of the same name in the working directory is not what is installed.
+            # -P: do not import a folder of the same name in the working directory.
             [sys.executable, "-P", "-m", "vllm_steer.verify.engine_child", str(end.fileno())],
             env=os.environ | dict(environment),
             stdout=stream,
             stderr=subprocess.STDOUT,
             pass_fds=[end.fileno()],
-            # A group of its own, so that the processes that vLLM starts end with it.
+            # A new process group, so that the processes that vLLM starts end with it.
             start_new_session=True,
         )
 
 
 @dataclass(frozen=True)
 class ProcessOptions:
-    """How the process of an engine runs.
+    """Options of an engine's process.
 
     Attributes:
-        path: Folders that only this engine imports from.
-        pausing: Whether it is stopped by a signal while it waits, since some of its threads poll and would disturb
-            others that are timed.
-        timeout: Longest time of a start or an answer, in seconds.
+        path: Import folders for only this engine.
+        pausing: Whether it is suspended by a signal while it waits, since some of its threads poll and would
+            disturb timed runs.
+        timeout: Time limit of a start or an answer, in seconds.
         prepare: What the process calls with the arguments of ``LLM`` before it starts, and may change; a function of
             a module, or ``functools.partial`` of one.
         launch: Starts the process, in a group of its own, as :func:`fresh` does.
@@ -153,12 +153,12 @@ class EngineProcess:
         return answer
 
     def cpu_seconds(self) -> float:
-        """Processor time that the process has used, from outside it."""
+        """Processor time used by the process, measured from outside."""
         fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def close(self) -> None:
-        """Ends the process and those that it started."""
+        """Ends the process and its children."""
         with suppress(OSError, EOFError):
             self._process.send_signal(signal.SIGCONT)
             self._connection.send(None)
@@ -186,7 +186,7 @@ class EngineProcess:
         return value
 
     def _death(self) -> str:
-        """How the process ended, in words."""
+        """Describes how the process ended."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_STOP_TIMEOUT)
         status = self._process.returncode

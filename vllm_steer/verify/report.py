@@ -1,4 +1,4 @@
-"""The report: a page of text, the same as data, and the exit status."""
+"""The report: a text page, the same as data, and the exit status."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Status = Literal["passed", "failed", "measured", "not checked"]
 PASSED, FAILED, COULD_NOT_RUN = 0, 1, 2
 _WORDS = {PASSED: "passed", FAILED: "failed", COULD_NOT_RUN: "could not run"}
 _WIDTH, _INDENT = 100, 30
-# Faults shown of one check.
+# Faults shown per check.
 _SHOWN = 5
 
 
@@ -21,8 +21,8 @@ class Check:
 
     Attributes:
         name: Name of the check.
-        status: ``measured`` is a figure that nothing was demanded of.
-        summary: What was seen, in a sentence or two.
+        status: ``measured`` is a figure without a requirement.
+        summary: The result, in a sentence or two.
         figures: The same as data.
     """
 
@@ -37,7 +37,7 @@ class Report:
     """The results of a run.
 
     Attributes:
-        facts: What was verified: model, packs, versions, device.
+        facts: The verified model, packs, versions and device.
         checks: The checks, in the order of the page.
         obstacle: Why nothing could be verified, or None.
     """
@@ -48,13 +48,13 @@ class Report:
 
     @property
     def exit_status(self) -> int:
-        """0 where nothing failed, 1 where something did, 2 where nothing could be verified."""
+        """0 if nothing failed, 1 if something failed, 2 if nothing could be verified."""
         if self.obstacle is not None:
             return COULD_NOT_RUN
         return FAILED if any(check.status == "failed" for check in self.checks) else PASSED
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The report for JSON."""
         return {
             "result": _WORDS[self.exit_status],
             "exit_status": self.exit_status,
@@ -64,7 +64,7 @@ class Report:
         }
 
     def page(self) -> str:
-        """For people."""
+        """The report as text."""
         left_out = [check.name for check in self.checks if check.status == "not checked"]
         result = f"vllm-steer verify: {_WORDS[self.exit_status]}"
         if left_out and self.obstacle is None:
@@ -86,12 +86,12 @@ class Report:
 
 
 def judged(name: str, faults: Sequence[str], summary: str, figures: Mapping[str, Any]) -> Check:
-    """A check that passed if nothing was wrong.
+    """A check that passes without faults.
 
     Args:
         name: Name of the check.
-        faults: What was wrong.
-        summary: What was seen.
+        faults: The faults.
+        summary: The result.
         figures: The same as data.
     """
     figures = {**figures, "faults": list(faults)}
@@ -107,7 +107,7 @@ def failed(name: str, reason: str) -> Check:
 
 
 def not_checked(name: str, reason: str) -> Check:
-    """A check that was left out."""
+    """A check that was skipped."""
     return Check(name, "not checked", reason, {})
 
 

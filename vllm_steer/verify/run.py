@@ -36,29 +36,29 @@ from vllm_steer.verify.report import Check, Report, failed, judged, not_checked
 
 START = "start"
 PLUGIN = "vllm_steer"
-# Longest context that a verified engine keeps room for, unless told; its requests are short.
+# Default context length of a verified engine; its requests are short.
 LONGEST = 2048
-# What vLLM takes of an accelerator's memory unless told.
+# vLLM's default share of an accelerator's memory.
 _MEMORY = 0.9
 _SHARE = "gpu_memory_utilization"
 _ARGUMENT = "additional_config"
 
-# Model, packs and dtype to the reference, which ends with the context.
+# Model, packs and dtype to the reference, which is closed with the context.
 Reference = Callable[[str, Sequence[SteeringPack], str], AbstractContextManager[Score]]
 
 
 @dataclass(frozen=True)
 class VerifyJob:
-    """What to verify.
+    """A verification job.
 
     Attributes:
         model: Checkpoint directory or hub id.
-        packs: Packs of the model.
-        texts: What prompts are made of.
-        engine: Arguments of ``LLM`` beside the model.
-        parity: Whether to hold the engine against the reference.
+        packs: Packs for the model.
+        texts: Texts of the prompts.
+        engine: Arguments of ``LLM`` besides the model.
+        parity: Whether to compare the engine with the reference.
         overhead: Whether to time it.
-        least_ratio: Least ratio of tokens a second to plain vLLM; None demands none.
+        least_ratio: Smallest ratio of throughput to plain vLLM; None for no requirement.
     """
 
     model: str
@@ -71,7 +71,7 @@ class VerifyJob:
 
     def __post_init__(self) -> None:
         if _ARGUMENT in self.engine:
-            raise ConfigError(f"{_ARGUMENT} is what verify sets itself; give other arguments")
+            raise ConfigError(f"{_ARGUMENT} is set by verify itself; give other arguments")
 
     def arguments(self, steered: bool, **more: Any) -> dict[str, Any]:
         """Arguments of ``LLM``, for an engine with steering or for plain vLLM."""
@@ -86,7 +86,7 @@ class VerifyJob:
 
     @property
     def steps(self) -> int:
-        """Steps of the progress bar."""
+        """Number of steps of the progress bar."""
         pairs = len(cache_pairs(Directions.of(self.packs)))
         parity = 1 + REQUESTS if self.parity else 0
         return 4 + REQUESTS + pairs + parity + (2 + speed.steps() if self.overhead else 0)
@@ -94,7 +94,7 @@ class VerifyJob:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What the steered engine showed."""
+    """Results of the steered engine."""
 
     facts: dict[str, Any]
     cases: list[Case]
@@ -107,17 +107,17 @@ def verify(job: VerifyJob, reference: Reference, step: Step) -> Report:
     """Runs all checks.
 
     Args:
-        job: What to verify.
-        reference: The model that answers are held against.
-        step: Told what is done next.
+        job: The job.
+        reference: The reference model.
+        step: Called with the name of each next step.
 
     Raises:
-        ConfigError: vLLM is told to leave the plugin out.
+        ConfigError: vLLM is configured not to load the plugin.
     """
     named = os.environ.get(PLUGINS)
     if named is not None and PLUGIN not in named.split(","):
         raise ConfigError(
-            f"{PLUGINS} is {named!r}; without {PLUGIN} in it vLLM leaves steering out"
+            f"{PLUGINS} is {named!r}; without {PLUGIN} in it vLLM does not load steering"
         )
     about = {
         "model": job.model,
@@ -138,7 +138,7 @@ def verify(job: VerifyJob, reference: Reference, step: Step) -> Report:
 
 
 def _ask_steered(job: VerifyJob, engine: EngineProcess, step: Step) -> _Seen:
-    """Everything that is asked of the engine with steering, while it runs."""
+    """Runs all requests on the engine with steering."""
     facts = engine.call(describe_steering)
     encoded = engine.call(encode, job.texts)
     cases = mixed_batch(Directions.of(job.packs), encoded[:REQUESTS])
@@ -170,7 +170,7 @@ def _start(facts: dict[str, Any]) -> Check:
         faults.append("no layer is hooked")
     summary = (
         f"vLLM {facts['vllm']} is {facts['support']}; it has every patched symbol with the known parameters; the "
-        f"self-test saw each hooked layer change the output."
+        f"self-test confirmed that each hooked layer changes the output."
     )
     return judged(START, faults, summary, {"support": facts["support"]})
 
@@ -187,7 +187,7 @@ def _isolation(job: VerifyJob, seen: _Seen, step: Step) -> Check:
 
 def _parity(job: VerifyJob, seen: _Seen, reference: Reference, step: Step) -> Check:
     if not job.parity:
-        return not_checked(PARITY, "left out by --no-parity: nothing was held against Hugging Face")
+        return not_checked(PARITY, "skipped by --no-parity: nothing was compared with Hugging Face")
     dtype = seen.facts["dtype"]
 
     def check() -> Check:
@@ -201,10 +201,10 @@ def _parity(job: VerifyJob, seen: _Seen, reference: Reference, step: Step) -> Ch
 
 def _overhead(job: VerifyJob, seen: _Seen, step: Step) -> Check:
     if not job.overhead:
-        return not_checked(speed.OVERHEAD, "left out by --quick")
+        return not_checked(speed.OVERHEAD, "skipped by --quick")
     fields: dict[str, Any] = {"enable_prefix_caching": False}
     if seen.facts["device"] != "cpu" or _SHARE in job.engine:
-        # Both engines live at once.
+        # Both engines exist at once.
         fields[_SHARE] = job.engine.get(_SHARE, _MEMORY) / 2
     vocabulary = sorted({token for case in seen.cases for token in case.prompt})
 
@@ -218,7 +218,7 @@ def _overhead(job: VerifyJob, seen: _Seen, step: Step) -> Check:
             except EngineError as error:
                 if job.least_ratio is not None:
                     raise
-                return not_checked(speed.OVERHEAD, f"two engines do not start at once: {error}")
+                return not_checked(speed.OVERHEAD, f"two engines do not start together: {error}")
             return speed.check_overhead(
                 plain, ours, Directions.of(job.packs), vocabulary, job.least_ratio, step
             )
@@ -227,7 +227,7 @@ def _overhead(job: VerifyJob, seen: _Seen, step: Step) -> Check:
 
 
 def _not_started(job: VerifyJob, about: dict[str, Any], reason: str, step: Step) -> Report:
-    """Whether steering is to blame, or plain vLLM does not start either."""
+    """The report on whether plain vLLM starts, or steering is to blame."""
     try:
         with _engine(job, False, step) as plain:
             facts = plain.call(describe_steering)
@@ -239,7 +239,7 @@ def _not_started(job: VerifyJob, about: dict[str, Any], reason: str, step: Step)
 
 
 def _guarded(name: str, check: Callable[[], Check]) -> Check:
-    """An engine or a reference that dies or refuses is a failed check, with its reason."""
+    """Runs a check; an engine or reference that dies or refuses fails it, with the reason."""
     try:
         return check()
     except SteeringError as error:
@@ -254,7 +254,7 @@ def _engine(
     step(f"starting {name}")
     environment = {} if steered else {PLUGINS: _other_plugins()}
     if pausing:
-        # One process for front end and engine, so that all of it stops while the other is timed.
+        # One process for front end and engine, so that all of it is suspended while the other is timed.
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     arguments = job.arguments(steered, **more)
     options = ProcessOptions(pausing=pausing, prepare=partial(fit_memory, longest=LONGEST))
@@ -266,7 +266,7 @@ def _engine(
 
 
 def _other_plugins() -> str:
-    """Names of vLLM's plugins but for this one, among them what brings a kind of device."""
+    """Names of vLLM's other plugins, including those for device types."""
     given = os.environ.get(PLUGINS)
     names = (
         {
@@ -282,7 +282,7 @@ def _other_plugins() -> str:
 
 
 def _shown(facts: dict[str, Any]) -> dict[str, Any]:
-    """The facts that the page begins with."""
+    """The facts at the top of the page."""
     eager = facts["compilation"] in ("NONE", "None", "0")
     shown = {
         "versions": facts["versions"],

@@ -1,4 +1,4 @@
-"""Tokens a second of plain vLLM, of the plugin idle and with all requests steered, side by side."""
+"""Throughput of plain vLLM, of the idle plugin, and with all requests steered, compared."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def check_overhead(
     Args:
         plain: Plain vLLM.
         steered: An engine with the plugin.
-        directions: What to steer by.
-        vocabulary: Tokens that prompts are drawn from.
-        least: Least median ratio to plain vLLM that passes; None demands none.
-        step: Told what is done next.
+        directions: The directions.
+        vocabulary: Tokens of random prompts.
+        least: Smallest median ratio to plain vLLM that passes; None for no requirement.
+        step: Called with the name of each next step.
     """
     steering = {"steering": directions.steer()}
     asked = {PLAIN: None, IDLE: None, STEERED: steering}
@@ -53,9 +53,9 @@ def check_overhead(
     ratios = {arm: ratio_to([PLAIN], arm, speeds) for arm in (IDLE, STEERED)}
     medians = {arm: statistics.median(one[arm] for one in speeds) for arm in ARMS}
     summary = (
-        f"tokens a second, {REQUESTS} requests of {PROMPT} + {ANSWER} tokens, median of {ROUNDS} interleaved "
+        f"tokens per second, {REQUESTS} requests of {PROMPT} + {ANSWER} tokens, median of {ROUNDS} interleaved "
         f"rounds: {medians[PLAIN]:.0f} plain; {medians[IDLE]:.0f} with the plugin idle, ratio {_shown(ratios[IDLE])}; "
-        f"{medians[STEERED]:.0f} all steered, ratio {_shown(ratios[STEERED])}. In brackets 95 % intervals of these "
+        f"{medians[STEERED]:.0f} all steered, ratio {_shown(ratios[STEERED])}. Brackets are 95 % intervals over these "
         f"rounds; another start of the same engines may differ by a few percent more."
     )
     figures = {
@@ -75,7 +75,7 @@ def check_overhead(
 
 
 def steps() -> int:
-    """How often ``step`` is called."""
+    """Number of calls of ``step``."""
     return len(ARMS) * (ROUNDS + 1)
 
 

@@ -1,4 +1,4 @@
-"""Values of the plugin's own that are kept on vLLM's objects, so that they live exactly as long."""
+"""Values of the plugin stored on vLLM's objects, with the same lifetime."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 class Attached(Generic[T]):
-    """One such value, kept as an attribute that bears the plugin's name."""
+    """One such value, stored as an attribute with the plugin's name."""
 
     def __init__(self, name: str) -> None:
         """Names the value.
@@ -20,17 +20,17 @@ class Attached(Generic[T]):
         self._attribute = f"_vllm_steer_{name}"
 
     def get(self, owner: object) -> T | None:
-        """Returns the value that was set on an object, None where none was."""
+        """Returns the value set on an object, None if there is none."""
         value: T | None = getattr(owner, self._attribute, None)
         return value
 
     def set(self, owner: object, value: T) -> T:
-        """Keeps a value on an object and returns it."""
+        """Sets a value on an object and returns it."""
         setattr(owner, self._attribute, value)
         return value
 
     def get_or_make(self, owner: object, make: Callable[[], T]) -> T:
-        """Returns the value of an object, made and kept where there was none."""
+        """Returns the value of an object, made and set if there was none."""
         if not hasattr(owner, self._attribute):
             setattr(owner, self._attribute, make())
         value: T = getattr(owner, self._attribute)

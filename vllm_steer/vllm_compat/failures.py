@@ -1,10 +1,10 @@
 """Reports to an engine's front end why the engine's processes failed.
 
-A process that fails adds a line to a file that the front end named in an environment variable, which
-all processes of the engine inherit; there is no file until something fails. The first line is the
-root cause: a worker fails before the engine core that waits for it. Of a process that was killed, its
-exit status tells. The cause joins the message of the start that failed. To ``EngineDeadError``, whose
-message is sent to clients, it is added as a note, which only tracebacks show.
+A failing process appends a line to a file that the front end names in an environment variable, which all
+processes of the engine inherit; the file does not exist until something fails. The first line is the root
+cause: a worker fails before the engine core that waits for it. A killed process is identified by its exit
+status. The cause is appended to the message of a failed start. To ``EngineDeadError``, whose message is sent
+to clients, it is added as a note, which only tracebacks show.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
-# Not VLLM_..., which vLLM would warn of.
+# Not VLLM_..., which vLLM would warn about.
 VARIABLE = "_VLLM_STEER_FAILURES"
 _WARNINGS = "PYTHONWARNINGS"
-# A process whose end was seen can be asked for its exit status a moment later.
+# The exit status of a process is available a moment after its end is seen.
 _REAPED = 5.0
 
-# File of failures to the processes that may write to it, for each engine that this process started.
+# Failure file to the processes that may write to it, for each engine that this process started.
 _started: dict[str, Callable[[], Iterable[BaseProcess]]] = {}
 # Processes of the workers that this process, an engine core, has started.
 _workers: list[BaseProcess] = []
@@ -64,7 +64,7 @@ def name_file(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def explain_start(original: Callable[..., R]) -> Callable[..., R]:
-    """Wraps ``wait_for_engine_startup`` to end its error with the root cause."""
+    """Wraps ``wait_for_engine_startup`` to append the root cause to its error."""
 
     def wait_for_engine_startup(*args: object, **kwargs: object) -> R:
         try:
@@ -78,7 +78,7 @@ def explain_start(original: Callable[..., R]) -> Callable[..., R]:
 
 
 def explain_death(original: Callable[..., None]) -> Callable[..., None]:
-    """Wraps ``EngineDeadError.__init__`` to note the root cause."""
+    """Wraps ``EngineDeadError.__init__`` to add the root cause as a note."""
 
     def __init__(self: EngineDeadError, *args: object, **kwargs: object) -> None:
         original(self, *args, **kwargs)
@@ -89,7 +89,7 @@ def explain_death(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def watch_workers(original: Callable[..., R]) -> Callable[..., R]:
-    """Wraps ``WorkerProc.wait_for_ready`` to know the workers: one that is killed reports nothing."""
+    """Wraps ``WorkerProc.wait_for_ready`` to record the workers, since a killed one reports nothing."""
 
     def wait_for_ready(
         unready_proc_handles: list[UnreadyWorkerProcHandle], *args: object, **kwargs: object
@@ -101,7 +101,7 @@ def watch_workers(original: Callable[..., R]) -> Callable[..., R]:
 
 
 def report_worker(original: Callable[..., None]) -> Callable[..., None]:
-    """Wraps ``WorkerProc.__init__``; what it raises goes no further than the worker's log."""
+    """Wraps ``WorkerProc.__init__``, whose errors otherwise only reach the worker's log."""
 
     def __init__(self: WorkerProc, *args: object, **kwargs: object) -> None:
         with reported():
@@ -111,13 +111,13 @@ def report_worker(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def run_engine_core(*args: object, **kwargs: object) -> object:
-    """Runs ``EngineCoreProc.run_engine_core``, in the process that it is for."""
+    """Runs ``EngineCoreProc.run_engine_core`` in its process."""
     with reported():
         return patches.original(symbols.RUN_ENGINE_CORE)(*args, **kwargs)
 
 
 def report_death(original: Callable[..., None]) -> Callable[..., None]:
-    """Wraps ``EngineCoreProc._send_engine_dead``: the front end looks for a cause when it hears."""
+    """Wraps ``EngineCoreProc._send_engine_dead``, after which the front end looks for a cause."""
 
     def _send_engine_dead(self: EngineCoreProc) -> None:
         if (error := sys.exc_info()[1]) is not None:
@@ -128,14 +128,14 @@ def report_death(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def worker_main(*args: object, **kwargs: object) -> object:
-    """Runs ``WorkerProc.worker_main``, in the process that it is for, before vLLM loads the plugin there."""
+    """Runs ``WorkerProc.worker_main`` in its process, before vLLM loads the plugin there."""
     patches.patch(symbols.WORKER_PROC_INIT, report_worker)
     return patches.original(symbols.WORKER_MAIN)(*args, **kwargs)
 
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Reports what is raised within it."""
+    """Reports exceptions raised within it."""
     try:
         yield
     except Exception as error:
@@ -144,7 +144,7 @@ def reported() -> Iterator[None]:
 
 
 def cause() -> str | None:
-    """What ended an engine that this process uses, the one started last first; None if none ended."""
+    """Why an engine of this process ended, the one started last first; None if none ended."""
     paths = dict.fromkeys((os.environ.get(VARIABLE, ""), *reversed(_started)))
     reports = (line for path in paths for line in _lines(path))
     ended = (_killed(processes()) for processes in reversed(_started.values()))
@@ -159,13 +159,13 @@ def _lines(path: str) -> list[str]:
 
 
 def _report(error: BaseException) -> None:
-    """Reports an error, and before it the end of a worker that may have led to it.
+    """Reports an error, preceded by the death of a worker that may have caused it.
 
-    Once: by the next time the front end may have removed the file.
+    Only once, since the front end may have removed the file by the next time.
     """
     path = os.environ.pop(VARIABLE, "")
     lines = filter(None, (_killed(_workers), describe(error)))
-    # Whatever goes wrong with the report, the error itself is still raised and logged.
+    # If reporting fails, the error itself is still raised and logged.
     with suppress(OSError):
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
         descriptor = os.open(path, flags, 0o600)
@@ -174,7 +174,7 @@ def _report(error: BaseException) -> None:
 
 
 def _killed(processes: Iterable[BaseProcess]) -> str | None:
-    """The first of the processes that was ended by a signal other than vLLM's own, in words."""
+    """Describes the first process that was ended by a signal other than vLLM's own."""
     watched = list(processes)
     ended = wait([process.sentinel for process in watched], timeout=0)
     for process in watched:
@@ -190,8 +190,8 @@ def _killed(processes: Iterable[BaseProcess]) -> str | None:
 
 @contextmanager
 def _quiet_tracker() -> Iterator[None]:
-    """Python's tracker of resources, which starts within it, removes what a killed process left in shared
-    memory without a warning, which would be the last line of a failed start."""
+    """Python's resource tracker, which starts within it, removes a killed process's shared memory without the
+    warning that would be the last line of a failed start."""
     given = os.environ.get(_WARNINGS)
     quiet = "ignore:resource_tracker:UserWarning"
     os.environ[_WARNINGS] = f"{given},{quiet}" if given else quiet

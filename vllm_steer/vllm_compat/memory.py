@@ -1,7 +1,7 @@
 """Memory settings for an engine on a shared machine.
 
-vLLM wants 92 % of a machine's memory and does not start where that is not free. On a CPU the memory
-is everyone's; an accelerator's is mostly the engine's alone, and keeps vLLM's default.
+vLLM reserves 92 % of a machine's memory and does not start if that is not free. A CPU's memory is shared; an
+accelerator's is mostly used by the engine alone, so vLLM's default is kept.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from vllm_steer.vllm_compat.model_shape import resolved_dtype
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
-# Of the memory that is free, which weights and activations need as well.
+# Share of the free memory, since weights and activations need memory too.
 _SHARE = 4
-# For a model whose cache is not measured in tokens alone; what vLLM once took by default.
+# For a model whose cache is not measured only in tokens; an earlier default of vLLM.
 _UNKNOWN = 4 << 30
-# Requests at once, by default: what vLLM runs on a CPU.
+# Concurrent requests by default: vLLM's default on a CPU.
 _SEQUENCES = 256
-# vLLM's blocks of tokens on a CPU by default. A sequence ends within one; one more stays empty.
+# vLLM's default block size on a CPU. A sequence ends within one block; one more stays empty.
 _BLOCK = 128
 _CGROUPS = Path("/sys/fs/cgroup")
 _SIZED = ("kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override")
 
 
 def memory_settings(options: Mapping[str, Any], room: int | None = None) -> dict[str, Any]:
-    """Returns arguments of ``LLM`` that fit into a shared machine; empty for an accelerator.
+    """Returns arguments of ``LLM`` for a shared machine; empty for an accelerator.
 
-    The cache gets room for all requests that run at once, at the most a quarter of the free memory
-    and at the least what one request needs.
+    The cache gets room for all concurrent requests, at most a quarter of the free memory and at least enough
+    for one request.
 
     Args:
-        options: Arguments of ``LLM``, the model among them. What they say of memory is left alone.
+        options: Arguments of ``LLM``, including the model. Memory settings among them are kept.
         room: Most tokens of a request; None for the model's context.
 
     Raises:
@@ -51,7 +51,7 @@ def memory_settings(options: Mapping[str, Any], room: int | None = None) -> dict
     length = model.max_model_len
     if room is not None and "max_model_len" not in options:
         length = chosen["max_model_len"] = min(length, room)
-    # vLLM's own variable, in GiB, comes before the argument.
+    # vLLM's own variable, in GiB, takes precedence over the argument.
     if not any(name in options for name in _SIZED) and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         chosen["kv_cache_memory_bytes"] = _cache_bytes(model, options, length)
     return chosen
@@ -70,7 +70,7 @@ def _cache_bytes(model: ModelConfig, options: Mapping[str, Any], length: int) ->
 
 
 def _token_bytes(model: ModelConfig) -> int | None:
-    """Bytes of keys and values of one token; None where layers keep states of another kind."""
+    """Bytes of keys and values of one token; None if layers keep other kinds of state."""
     if model.is_hybrid or model.is_attention_free:
         return None
     # Multi-head latent attention keeps one vector for keys and values.
@@ -80,7 +80,7 @@ def _token_bytes(model: ModelConfig) -> int | None:
 
 
 def available_bytes() -> int:
-    """Bytes that a process may still take, by the machine and by the limits of its control groups."""
+    """Bytes that a process may still allocate, given the machine and its control groups' limits."""
     import psutil
 
     free: int = psutil.virtual_memory().available
@@ -88,7 +88,7 @@ def available_bytes() -> int:
 
 
 def _left_in_groups() -> Iterator[int]:
-    """What each limited control group of this process, and each one around it, has left."""
+    """Remaining bytes of each limited control group of this process, including parents."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -104,7 +104,7 @@ def _left_in_groups() -> Iterator[int]:
             else ("memory.max", "memory.current")
         )
         group = root / path.lstrip("/")
-        # In a container the path may be that of the host, and the container's group the root.
+        # In a container the path may be the host's, and the container's group the root.
         for folder in (group, *group.parents):
             if folder.is_relative_to(root) and (left := _left(folder, limit, used)) is not None:
                 yield left
@@ -118,7 +118,7 @@ def _left(folder: Path, limit: str, used: str) -> int | None:
         return None
     if not most.isdecimal():
         return None
-    # Pages of files that nobody has used for long are given back before anyone is refused.
+    # The kernel reclaims inactive file pages before it refuses an allocation.
     statistics = dict(line.split() for line in lines)
     cached = statistics.get("total_inactive_file", statistics.get("inactive_file", "0"))
     return int(most) - int(taken) + int(cached)

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 
 class ModelShape(TypedDict):
-    """What a pack must agree with.
+    """Properties that a pack must match.
 
     Attributes:
-        model_types: Hugging Face's names of the architecture; of a model that sees images, also of the
-            language model in it.
+        model_types: Hugging Face's names of the architecture; for a vision-language model, also of its
+            language model.
         hidden_size: Width of the residual stream.
         num_layers: Decoder blocks.
     """
@@ -32,20 +32,20 @@ def dtype_name(dtype: object) -> str:
 
 
 def resolved_dtype(model_config: ModelConfig) -> torch.dtype:
-    """Returns the dtype of a model; vLLM has put it in the place of its name when the configuration is complete."""
+    """Returns the dtype of a model; vLLM has replaced its name once the configuration is complete."""
     return cast("torch.dtype", model_config.dtype)
 
 
 def model_shape(model_config: ModelConfig) -> ModelShape:
-    """Returns model types, hidden size and number of layers, to compare with what packs record.
+    """Returns model types, hidden size and number of layers, to compare with packs.
 
-    A model that sees images has the type of the language model in it, too, so that a pack of either serves both.
+    A vision-language model also has the type of its language model, so a pack for either works with both.
 
     Args:
         model_config: ``VllmConfig.model_config``.
 
     Raises:
-        CompatibilityError: The model does not say.
+        CompatibilityError: The configuration does not give them.
     """
     types = (model_config.hf_text_config.model_type, model_config.hf_config.model_type)
     shape: ModelShape = {

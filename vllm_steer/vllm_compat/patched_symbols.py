@@ -1,7 +1,7 @@
-"""Every symbol of vLLM that is patched: why no public hook serves, and what would make the patch unnecessary.
+"""Every patched symbol of vLLM: why no public hook serves, and what would make the patch unnecessary.
 
-The supported versions of vLLM have every symbol under the same name; ``python -m tests.vllm_versions`` checks that
-from the files of their wheels. Importing this module imports neither torch nor vllm.
+The supported versions of vLLM have every symbol under the same name; ``python -m tests.vllm_versions`` checks
+that from their wheels. Importing this module imports neither torch nor vllm.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ ADD_CLI_ARGS = PatchedSymbol(
     "vllm.engine.arg_utils",
     "EngineArgs.add_cli_args",
     ("parser",),
-    reason="vLLM loads general plugins before it builds its parser, and hands none of them the parser.",
+    reason="vLLM loads general plugins before it builds its parser, and passes none of them the parser.",
     upstream="A plugin group whose entry points add arguments to the parser.",
 )
 FROM_CLI_ARGS = PatchedSymbol(
     "vllm.engine.arg_utils",
     "EngineArgs.from_cli_args",
     ("args",),
-    reason="Flags that are no fields of EngineArgs are dropped here, so a plugin's never reach its configuration.",
-    upstream="The same plugin group, told the parsed arguments.",
+    reason="Flags that are not fields of EngineArgs are dropped here, so a plugin's flags never reach its configuration.",
+    upstream="The same plugin group, given the parsed arguments.",
 )
 CREATE_ENGINE_CONFIG = PatchedSymbol(
     "vllm.engine.arg_utils",
     "EngineArgs.create_engine_config",
     ("self", "usage_context"),
-    reason="Only platforms may check and complete a configuration (check_and_update_config), and an engine has one.",
+    reason="Only a platform may check and complete a configuration (check_and_update_config), and an engine has only one.",
     upstream="A hook for general plugins that checks and completes a VllmConfig before the engine starts.",
 )
 COMPUTE_HASH = PatchedSymbol(
     "vllm.config",
     "VllmConfig.compute_hash",
     ("self",),
-    reason="additional_config may be an object with compute_hash, but models of vLLM read settings of their own from "
-    "it only where it is a dict.",
-    upstream="Entries of additional_config that each bring compute_hash.",
+    reason="additional_config may be an object with compute_hash, but vLLM's models read their own settings from "
+    "it only if it is a dict.",
+    upstream="Entries of additional_config with their own compute_hash.",
 )
 
 # Requests in the front end.
@@ -44,28 +44,28 @@ INPUT_PROCESSOR_INIT = PatchedSymbol(
     "vllm.v1.engine.input_processor",
     "InputProcessor.__init__",
     ("self", "vllm_config"),
-    reason="No plugin is told that a front end starts in this process, whose packs and policy must be read then.",
+    reason="No plugin is notified when a front end starts in its process, which must read packs and policy then.",
     upstream="A hook that runs when an engine's front end starts, with its VllmConfig.",
 )
 PROCESS_INPUTS = PatchedSymbol(
     "vllm.v1.engine.input_processor",
     "InputProcessor.process_inputs",
     ("self", "request_id", "prompt", "params"),
-    reason="SamplingParams.extra_args travel to the engine as they are, and only here is the length of every prompt "
-    "known, on which positions depend.",
-    upstream="A validator of extra_args that plugins register, given the prompt's tokens, whose answer is sent on.",
+    reason="SamplingParams.extra_args are passed to the engine unchanged, and only here is the length of every prompt "
+    "known, which positions depend on.",
+    upstream="A validator of extra_args that plugins register, given the prompt's tokens, whose result is passed on.",
 )
 EXTRACT_PROMPT_LEN = PatchedSymbol(
     "vllm.entrypoints.serve.engine.serving",
     "BaseServing._extract_prompt_len",
     ("self", "prompt"),
-    reason="A request must be refused before its response starts, and the method that makes its sampling parameters "
-    "is not told how long its prompt is.",
+    reason="A request must be refused before its response starts, and the method that builds its sampling parameters "
+    "does not get the prompt's length.",
     upstream="The prompt's length as an argument of to_sampling_params.",
 )
 _SAMPLING_REASON = (
-    "What process_inputs raises is answered with 200 and an error in the stream, so steering is checked where the "
-    "HTTP request becomes sampling parameters; these models have no validator that plugins may add."
+    "Errors of process_inputs are answered with 200 and an error in the stream, so steering is checked where the "
+    "HTTP request becomes sampling parameters; plugins cannot add validators to these models."
 )
 _SAMPLING_UPSTREAM = (
     "Validators of a request's unknown fields and of vllm_xargs that plugins register by name."
@@ -115,7 +115,7 @@ GENERATE = PatchedSymbol(
     "vllm.v1.engine.async_llm",
     "AsyncLLM.generate",
     ("self", "prompt", "sampling_params", "request_id"),
-    reason="No hook can let a request wait before the engine takes it in, nor sees the tokens of one request's answers.",
+    reason="No hook can delay a request before the engine admits it, nor see the tokens of one request's answers.",
     upstream="A hook around generate, awaited before a request is added and given its outputs.",
 )
 CREATE_CHAT_COMPLETION = PatchedSymbol(
@@ -126,12 +126,10 @@ CREATE_CHAT_COMPLETION = PatchedSymbol(
     upstream="A run-batch that sends its requests through the ASGI application.",
 )
 _OUTPUT_REASON = (
-    "Stat loggers are told of finished requests, but not with --disable-log-stats, and rows that a request used must "
-    "become free whenever it ends."
+    "Stat loggers are notified of finished requests, but not with --disable-log-stats, and a request's rows must "
+    "become free however it ends."
 )
-_OUTPUT_UPSTREAM = (
-    "Callbacks for requests that are added, finished and aborted, independent of statistics."
-)
+_OUTPUT_UPSTREAM = "Callbacks for added, finished and aborted requests, independent of statistics."
 OUTPUT_ADD_REQUEST = PatchedSymbol(
     "vllm.v1.engine.output_processor",
     "OutputProcessor.add_request",
@@ -153,9 +151,9 @@ OUTPUT_ABORT_REQUESTS = PatchedSymbol(
     reason=_OUTPUT_REASON,
     upstream=_OUTPUT_UPSTREAM,
 )
-_SCORES_REASON = "No output of the engine has a place for values of a plugin, nor hands any on with a request's answers."
+_SCORES_REASON = "No output of the engine has a field for a plugin's values, nor passes any on with a request's answers."
 _SCORES_UPSTREAM = (
-    "A field for values of plugins in EngineCoreOutput, handed on in CompletionOutput."
+    "A field for values of plugins in EngineCoreOutput, passed on in CompletionOutput."
 )
 PROCESS_OUTPUTS = PatchedSymbol(
     "vllm.v1.engine.output_processor",
@@ -171,7 +169,7 @@ NEW_COMPLETION_OUTPUT = PatchedSymbol(
     reason=_SCORES_REASON,
     upstream=_SCORES_UPSTREAM,
 )
-# Called while the server's application is put together, with it at hand.
+# Called with the server's application while it is assembled.
 SERVE_ROUTERS = PatchedSymbol(
     "vllm.entrypoints.serve",
     "register_vllm_serve_api_routers",
@@ -186,31 +184,31 @@ PREPROCESS_ADD_REQUEST = PatchedSymbol(
     "vllm.v1.engine.core",
     "EngineCore.preprocess_add_request",
     ("self", "request"),
-    reason="No hook checks a request in the engine core, and what a worker raises ends the whole engine.",
+    reason="No hook checks a request in the engine core, and an error in a worker ends the whole engine.",
     upstream="A validator of requests that plugins register in the engine core and that fails the one request.",
 )
 FREE_REQUEST = PatchedSymbol(
     "vllm.v1.core.sched.scheduler",
     "Scheduler._free_request",
     ("self", "request"),
-    reason="Only a KV connector is told when a request leaves the scheduler, and every engine would need one of ours beside "
-    "the user's own.",
+    reason="Only a KV connector is notified when a request leaves the scheduler, and every engine would need ours besides "
+    "the user's.",
     upstream="Callbacks of the scheduler for requests that leave it.",
 )
 UPDATE_FROM_OUTPUT = PatchedSymbol(
     "vllm.v1.core.sched.scheduler",
     "Scheduler.update_from_output",
     ("self", "scheduler_output", "model_runner_output"),
-    reason="Scores of a step belong to the tokens that the scheduler accepts, which it tells nobody else.",
-    upstream="A field for values of plugins in ModelRunnerOutput, by token, which the scheduler cuts as it does "
+    reason="Scores of a step belong to the tokens that the scheduler accepts, which it does not expose.",
+    upstream="A field for values of plugins in ModelRunnerOutput, by token, which the scheduler trims as it does "
     "log-probabilities.",
 )
 CHECK_STOP = PatchedSymbol(
     "vllm.v1.core.sched.scheduler",
     "check_stop",
     ("request", "max_model_len"),
-    reason="An abort from outside comes steps later, and says neither why nor at which token.",
-    upstream="Stop conditions that plugins register, asked for each token that is accepted.",
+    reason="An external abort takes effect steps later, and gives neither a reason nor a token.",
+    upstream="Stop conditions that plugins register, evaluated for each accepted token.",
 )
 # Called at the start, after the plugins are loaded.
 INITIALIZE_KV_CACHES = PatchedSymbol(
@@ -224,14 +222,14 @@ EXTRA_HASH_KEYS = PatchedSymbol(
     "vllm.v1.core.kv_cache_utils",
     "_gen_prompt_embeds_extra_hash_keys",
     ("request", "start_token_idx", "end_token_idx"),
-    reason="cache_salt is hashed into the first block alone, so requests whose steering starts later could not share "
+    reason="cache_salt is hashed into the first block only, so requests whose steering starts later could not share "
     "their prefix with others.",
-    upstream="A hook that gives extra keys for the blocks of a request, by their range of tokens.",
+    upstream="A hook that returns extra keys for the blocks of a request, by their range of tokens.",
 )
 
-# Why an engine ended, which vLLM says in another process.
-_CAUSE_REASON = "vLLM logs why a process failed in that process alone; the front end is told that one failed, not why."
-_CAUSE_UPSTREAM = "Errors of a start, and of an engine that dies, that carry their root cause."
+# The reason why an engine ended, which vLLM logs in another process.
+_CAUSE_REASON = "vLLM logs why a process failed only in that process; the front end learns that one failed, not why."
+_CAUSE_UPSTREAM = "Root causes in the errors of a failed start and of a dead engine."
 START_ENGINE_CORES = PatchedSymbol(
     "vllm.v1.engine.utils",
     "CoreEngineProcManager.__init__",
@@ -295,8 +293,8 @@ INIT_DEVICE = PatchedSymbol(
     "vllm.v1.worker.worker_base",
     "WorkerWrapperBase.init_device",
     ("self",),
-    reason="worker_extension_cls is one class, which is the user's, and may add methods but not wrap those of the "
-    "worker; a worker_cls of our own would bind to one platform's.",
+    reason="worker_extension_cls is a single class, the user's, and may add methods but not wrap those of the "
+    "worker; a custom worker_cls would be tied to one platform.",
     upstream="Several worker extensions, with a hook after the device and one after the model are ready.",
 )
 WORKER = WrappedMethods(
@@ -305,7 +303,7 @@ WORKER = WrappedMethods(
         ("vllm.v1.worker.gpu_worker", "Worker"),
         ("vllm.v1.worker.cpu_worker", "CPUWorker"),
     ),
-    reason="The self-test must run once the model is compiled and before a request is, and no hook runs then.",
+    reason="The self-test must run after the model is compiled and before any request, and no hook runs then.",
     upstream="A hook of worker extensions after warm-up.",
 )
 V1_RUNNER = WrappedMethods(
@@ -323,7 +321,7 @@ V1_RUNNER = WrappedMethods(
     ),
     reason="No hook of this runner sees the requests and token positions of a step before the model runs; logits "
     "processors come after it, and KV connectors see no positions.",
-    upstream="None to be expected: this runner is deprecated in favour of Model Runner V2.",
+    upstream="None expected: this runner is deprecated in favour of Model Runner V2.",
 )
 V2_RUNNER = WrappedMethods(
     {
@@ -336,8 +334,8 @@ V2_RUNNER = WrappedMethods(
         ("vllm.v1.worker.gpu.model_runner", "GPUModelRunner"),
         ("vllm.v1.worker.cpu.model_runner", "CPUModelRunner"),
     ),
-    reason="Blocks must be hooked once the model is loaded and before it is profiled or compiled, and no hook runs "
-    "then; registering a model class instead would cover the architectures of a list alone.",
+    reason="Blocks must be hooked after the model is loaded and before it is profiled or compiled, and no hook runs "
+    "then; registering model classes instead would cover only listed architectures.",
     upstream="A hook for general plugins, given the loaded model.",
 )
 V2_MODEL_STATE = WrappedMethods(
@@ -353,18 +351,18 @@ V2_MODEL_STATE = WrappedMethods(
         ("vllm.v1.worker.gpu.model_states.default", "DefaultModelState"),
         ("vllm.v1.worker.gpu.model_states.mamba_hybrid", "MambaHybridModelState"),
     ),
-    reason="ModelState has the very hooks, but a model brings its own class and no plugin can add another.",
-    upstream="Further model states that plugins register, called beside the model's own.",
+    reason="ModelState has these hooks, but each model brings its own class and plugins cannot add another.",
+    upstream="Additional model states that plugins register, called together with the model's own.",
 )
 
 
 def patched_symbols() -> list[PatchedSymbol]:
-    """Returns every symbol above that is patched."""
+    """Returns every patched symbol above."""
     values = list(globals().values())
     several = [item for value in values if isinstance(value, tuple) for item in value]
     return [item for item in [*values, *several] if isinstance(item, PatchedSymbol)]
 
 
 def wrapped_methods() -> list[WrappedMethods]:
-    """Returns every group of methods above that is wrapped on instances."""
+    """Returns every group of methods above that are wrapped on instances."""
     return [value for value in globals().values() if isinstance(value, WrappedMethods)]

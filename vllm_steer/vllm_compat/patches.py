@@ -1,7 +1,7 @@
-"""Checks vLLM's symbols at start and patches them; ``patched_symbols.py`` names them.
+"""Checks vLLM's symbols at startup and patches them; ``patched_symbols.py`` names them.
 
-A symbol that is missing or takes other parameters than those known stops the start: a patch that
-no longer fits would serve unsteered text.
+If a symbol is missing or has unexpected parameters, the engine does not start: a patch that no longer fits
+would serve unsteered text.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class VllmSymbol:
     """One symbol of vLLM.
 
     Attributes:
-        module: Module that holds it.
+        module: Its module.
         name: Qualified name in the module, ``Class.method`` or a function.
-        parameters: Leading parameters that it must have, in this order.
+        parameters: Required leading parameters, in this order.
     """
 
     module: str
@@ -56,7 +56,7 @@ class PatchedSymbol(VllmSymbol):
 
     Attributes:
         reason: Why no public hook of vLLM serves.
-        upstream: What change of vLLM would make the patch unnecessary.
+        upstream: Change of vLLM that would make the patch unnecessary.
     """
 
     reason: str
@@ -68,10 +68,10 @@ class WrappedMethods:
     """Methods that are wrapped on one instance in each worker, not on the class.
 
     Attributes:
-        methods: Name to the leading parameters that it must have, ``self`` left out.
-        owners: Where they are defined, as module and class, for the check from a wheel's files alone.
+        methods: Name to required leading parameters, without ``self``.
+        owners: Module and class that define them, for the check from a wheel's files.
         reason: Why no public hook of vLLM serves.
-        upstream: What change of vLLM would make the wrapping unnecessary.
+        upstream: Change of vLLM that would make the wrapping unnecessary.
     """
 
     methods: Mapping[str, tuple[str, ...]]
@@ -81,7 +81,7 @@ class WrappedMethods:
 
 
 def check_methods(instance: object, wrapped: WrappedMethods) -> None:
-    """Checks the methods that are about to be wrapped on an instance.
+    """Checks methods before they are wrapped on an instance.
 
     Args:
         instance: A worker, model runner or model state of vLLM.
@@ -114,7 +114,7 @@ def patch(symbol: VllmSymbol, wrap: Callable[[Callable[..., Any]], Callable[...,
 
     Args:
         symbol: The symbol.
-        wrap: Makes the replacement from the original; for a class method, from its function.
+        wrap: Returns the replacement for the original; for a class method, for its function.
     """
     holder, attribute = symbol.resolve()
     original = getattr(holder, attribute)
@@ -122,7 +122,7 @@ def patch(symbol: VllmSymbol, wrap: Callable[[Callable[..., Any]], Callable[...,
         return
     kind = inspect.getattr_static(holder, attribute)
     function = kind.__func__ if isinstance(kind, classmethod) else original
-    # Keeps name, documentation and, through __wrapped__, the signature that others inspect.
+    # Keeps name, documentation and, through __wrapped__, the signature.
     replacement = functools.update_wrapper(wrap(function), function)
     setattr(replacement, _PATCHED, True)
     rewrap = (
@@ -132,10 +132,10 @@ def patch(symbol: VllmSymbol, wrap: Callable[[Callable[..., Any]], Callable[...,
 
 
 def override(instance: object, **methods: Callable[..., object]) -> None:
-    """Gives one object methods of its own in the place of its class's; other objects keep those.
+    """Replaces methods on one object; other objects keep those of the class.
 
     Args:
-        instance: A worker, model runner or model state of vLLM, whose methods were checked.
+        instance: A worker, model runner or model state of vLLM, with checked methods.
         methods: The methods by name.
     """
     for name, method in methods.items():
@@ -143,14 +143,14 @@ def override(instance: object, **methods: Callable[..., object]) -> None:
 
 
 def replace(symbol: VllmSymbol, function: Callable[..., object]) -> None:
-    """Puts a module's function in the place of a static method that vLLM starts a process with.
+    """Replaces a static method that vLLM starts a process with by a module's function.
 
-    A process that is not forked finds what it runs by module and name. Those of the function remain
-    its own, where those of :func:`patch` would lead to vLLM's method.
+    A process that is not forked finds its function by module and name. Those of the function are kept,
+    whereas those set by :func:`patch` would lead to vLLM's method.
 
     Args:
         symbol: The symbol.
-        function: What calls :func:`original` of it.
+        function: A function that calls :func:`original` of the symbol.
     """
     holder, attribute = symbol.resolve()
     before = getattr(holder, attribute)
@@ -161,7 +161,7 @@ def replace(symbol: VllmSymbol, function: Callable[..., object]) -> None:
 
 
 def original(symbol: VllmSymbol) -> Callable[..., Any]:
-    """Returns what vLLM has for a symbol, patched or not."""
+    """Returns vLLM's original of a symbol, patched or not."""
     found: Callable[..., Any] = getattr(*symbol.resolve())
     unwrapped: Callable[..., Any] = inspect.unwrap(
         found, stop=lambda function: not getattr(function, _PATCHED, False)

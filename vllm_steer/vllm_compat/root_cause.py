@@ -1,7 +1,7 @@
 """The root cause of an engine's failure, in one line, from an exception or another process's log.
 
-vLLM starts its engine in processes of their own. What fails there is logged there; the front end
-knows that something failed, not what. Importing this module imports neither torch nor vllm.
+vLLM starts its engine in separate processes. Failures are logged there; the front end knows that something
+failed, not what. Importing this module imports neither torch nor vllm.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from pydantic import ValidationError
 
 from vllm_steer.errors import explain_faults
 
-# Stands before the cause in what is added to vLLM's own errors, see vllm_steer/vllm_compat/failures.py.
+# Prefix of the cause in vLLM's errors, see vllm_steer/vllm_compat/failures.py.
 MARK = "Root cause: "
-# Errors of one process that only say that another one failed.
+# Errors that only say that another process failed.
 _ELSEWHERE = (
     "Engine core initialization failed",
     "WorkerProc initialization failed",
     "EngineCore encountered an issue",
 )
 _FROM_WORKER = re.compile(r"\w+: Worker failed with error '(.+)', please check the stack trace .*")
-# As Python ends a traceback, and as the parser of a command line complains.
+# The last line of a Python traceback, and argparse's errors.
 _NAMED = re.compile(r"[\w.]*(?:Error|Exception): .+|^[\w -]+: error: .+")
 _LONGEST = 2000
 
 
 def cause_of(error: BaseException) -> str:
-    """Returns the root cause of an error, or the error itself where it names no other."""
+    """Returns the root cause of an error, or the error itself if it names none."""
     notes = getattr(error, "__notes__", ())
     return next(
         (found for text in (*notes, str(error)) if (found := _marked(text))), describe(error)
@@ -35,21 +35,21 @@ def cause_of(error: BaseException) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """Returns type and text of an error; of what a worker reported, without its engine's words."""
+    """Returns type and text of an error, without the engine's text around a worker's error."""
     text = explain_faults(error, "engine") if isinstance(error, ValidationError) else str(error)
     line = f"{type(error).__name__}: {_one_line(text)}" if text else type(error).__name__
     return _FROM_WORKER.sub(r"\1", line)
 
 
 def cause_in_log(log: str) -> str:
-    """Returns the last error in a log that is no mere echo of another, or else its last line."""
+    """Returns the last error in a log that does not merely report another one, else the last line."""
     lines = [line for text in log.splitlines() if (line := text.strip())]
     for at, line in reversed(list(enumerate(lines))):
         if marked := _marked(line):
             return marked
         named = _NAMED.search(line)
         if named and not elsewhere(named[0]):
-            # What pydantic found stands in the lines below.
+            # pydantic's details are on the following lines.
             more = lines[at + 1 : at + 2] if "validation error" in named[0] else []
             return _FROM_WORKER.sub(r"\1", " ".join([named[0], *more]))
     return lines[-1] if lines else "nothing"

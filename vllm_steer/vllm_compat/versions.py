@@ -1,9 +1,8 @@
 """The versions of vLLM that steering supports, and the check that one of them is installed.
 
-The patched symbols are private to vLLM. Another version may have them all, by name and
-signature, and still call them at another moment, which would serve unsteered text; so it starts
-only if :data:`OVERRIDE` says that somebody took the risk. Importing this module imports neither
-torch nor vllm.
+The patched symbols are private to vLLM. Another version may have them all, by name and signature, and still
+call them at another point, which would serve unsteered text; so it starts only if :data:`OVERRIDE` accepts
+the risk. Importing this module imports neither torch nor vllm.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ CHECKED = {
 
 OVERRIDE = "VLLM_STEER_ALLOW_UNTESTED_VLLM"
 OVERRIDE_MEANING = (
-    "`1` lets a version of vLLM start that is not supported; every patched symbol is checked all "
-    "the same, and a warning is logged."
+    "`1` lets an unsupported version of vLLM start; every patched symbol is still "
+    "checked, and a warning is logged."
 )
 
 
 def series(release: str) -> str:
-    """Returns the ``major.minor`` of a version, or the text itself where it has none."""
+    """Returns the ``major.minor`` of a version, or the text itself if it has none."""
     found = re.match(r"\d+\.\d+", release)
     return found[0] if found else release
 
@@ -43,7 +42,7 @@ SUPPORTED = tuple(series(release) for release in CHECKED)
 
 
 def installed() -> str:
-    """Version of the vLLM that runs here, or ``unknown``."""
+    """Version of the installed vLLM, or ``unknown``."""
     from vllm import __version__
 
     # A checkout that was never built calls itself "dev"; pip may know more.
@@ -69,7 +68,7 @@ def check() -> None:
         return
     if os.environ.get(OVERRIDE) != "1":
         raise CompatibilityError(
-            f"vLLM {found} is installed; {advice()}, or set {OVERRIDE}=1 to start without any promise that "
+            f"vLLM {found} is installed; {advice()}, or set {OVERRIDE}=1 to start without a guarantee that "
             f"requests are steered"
         )
     from vllm.logger import init_logger
@@ -84,7 +83,7 @@ def check() -> None:
 
 
 def advice() -> str:
-    """The part of a message that says which vLLM would have been right."""
+    """The part of a message that lists the supported vLLM versions."""
     from vllm_steer.config import plugin_version
 
     return (
