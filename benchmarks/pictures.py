@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from benchmarks.engine import ROOT
+from benchmarks.svg import card, lines, svg, text
 from benchmarks.tables import markdown, results
 from vllm_steer.offline.showcase import shipped_pack
 from vllm_steer.testing.marked import Block
@@ -24,21 +24,6 @@ PICTURES = ROOT / "docs" / "pictures"
 DEMO_PAGE = ROOT / "docs" / "demo.md"
 # Three of the rows that the demo shows, of different kinds; the page has them all.
 SHOWN = ("own/pirate", "smollm2/Santa Claus", "smollm2/Tokyo")
-_STYLE = """
-.page { fill: #ffffff; stroke: #d0d7de; }
-.card { fill: #f6f8fa; } .steered { fill: #e9e4fb; }
-text { font: 14px system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', Helvetica, Arial, sans-serif; fill: #1f2328; }
-.small { font-size: 12px; fill: #59636e; } .bold { font-weight: 600; }
-.axis { stroke: #8c959f; fill: none; } .grid { stroke: #d8dee4; fill: none; }
-.thin { stroke: #8250df; stroke-opacity: 0.28; fill: none; }
-.thick { stroke: #6639ba; stroke-width: 3; fill: none; } .dot { fill: #6639ba; }
-@media (prefers-color-scheme: dark) {
-.page { fill: #0d1117; stroke: #3d444d; } .card { fill: #161b22; } .steered { fill: #2b2148; }
-text { fill: #e6edf3; } .small { fill: #9198a1; }
-.axis { stroke: #656c76; } .grid { stroke: #262c36; }
-.thin { stroke: #ab7df8; } .thick { stroke: #c297ff; } .dot { fill: #c297ff; }
-}
-"""
 
 
 def demo_picture(examples: Sequence[Mapping[str, Any]]) -> str:
@@ -49,8 +34,8 @@ def demo_picture(examples: Sequence[Mapping[str, Any]]) -> str:
     """
     by_direction = {example["direction"]: example for example in examples}
     parts, top, width = [], 64, 960
-    parts += [_text(24, 34, "question", "bold"), _text(236, 34, "plain", "bold")]
-    parts += [_text(602, 34, "steered, the same prompt", "bold")]
+    parts += [text(24, 34, "question", "bold"), text(236, 34, "plain", "bold")]
+    parts += [text(602, 34, "steered, the same prompt", "bold")]
     for name in SHOWN:
         example = by_direction[name]
         asked, about = (
@@ -59,18 +44,18 @@ def demo_picture(examples: Sequence[Mapping[str, Any]]) -> str:
         )
         plain, steered = _wrap(example["plain"], 44), _wrap(example["steered"], 44)
         height = 20 * max(len(plain), len(steered), len(asked) + len(about)) + 24
-        parts.append(_card(226, top, 356, height, "card"))
-        parts.append(_card(592, top, 356, height, "steered"))
-        parts += _lines(24, top + 26, asked, "bold")
-        parts += _lines(24, top + 32 + 20 * len(asked), about, "small", 17)
-        parts += _lines(240, top + 26, plain) + _lines(606, top + 26, steered)
+        parts.append(card(226, top, 356, height, "card"))
+        parts.append(card(592, top, 356, height, "steered"))
+        parts += lines(24, top + 26, asked, "bold")
+        parts += lines(24, top + 32 + 20 * len(asked), about, "small", 17)
+        parts += lines(240, top + 26, plain) + lines(606, top + 26, steered)
         top += height + 12
     note = (
         "SmolLM2-135M-Instruct, greedy, 48 tokens at most; every direction at its calibrated scale"
     )
-    parts.append(_text(24, top + 14, note, "small"))
+    parts.append(text(24, top + 14, note, "small"))
     title = "Answers of SmolLM2-135M to three questions, plain and steered"
-    return _svg(width, top + 30, title, parts)
+    return svg(width, top + 30, title, parts)
 
 
 def strength_picture(directions: Iterable[Mapping[str, Any]]) -> str:
@@ -95,11 +80,11 @@ def strength_picture(directions: Iterable[Mapping[str, Any]]) -> str:
         def y(value: float, top: int = top, height: int = height) -> float:
             return top + height * (1 - (min(max(value, -1.0), 2.0) + 1) / 3)
 
-        parts.append(_text(left, 34, title, "bold"))
+        parts.append(text(left, 34, title, "bold"))
         for value in (-1, 0, 1, 2):
             kind = "axis" if value == 0 else "grid"
             parts.append(f'<path class="{kind}" d="M{left} {y(value):.1f}h{width}"/>')
-            parts.append(_text(left - 26, y(value) + 5, f"{value}".replace("-", "−"), "small"))
+            parts.append(text(left - 26, y(value) + 5, f"{value}".replace("-", "−"), "small"))
         parts += [_line(curve, key, x, y, "thin") for curve in curves]
         middle = [
             {"scale": s, key: median(p[key] for c in curves for p in c if p["scale"] == s)}
@@ -109,19 +94,19 @@ def strength_picture(directions: Iterable[Mapping[str, Any]]) -> str:
         for point in middle:
             at = point["scale"]
             parts.append(f'<circle class="dot" cx="{x(at):.1f}" cy="{y(point[key]):.1f}" r="4"/>')
-            parts.append(_text(x(at) - 12, top + height + 22, f"{at:g}", "small"))
+            parts.append(text(x(at) - 12, top + height + 22, f"{at:g}", "small"))
             fluent = [p["fluent"] for c in curves for p in c if p["scale"] == at]
             parts.append(
-                _text(x(at) - 12, top + height + 42, f"{sum(fluent)}/{len(fluent)}", "small")
+                text(x(at) - 12, top + height + 42, f"{sum(fluent)}/{len(fluent)}", "small")
             )
-        parts.append(_text(left - 46, top + height + 22, "scale", "small"))
-        parts.append(_text(left - 46, top + height + 42, "fluent", "small"))
+        parts.append(text(left - 46, top + height + 22, "scale", "small"))
+        parts.append(text(left - 46, top + height + 42, "fluent", "small"))
     note = (
         f"{len(curves)} directions of SmolLM2-135M, tuning questions; thick: median; 1 is what the prefix does; "
         "cut off at −1 and 2"
     )
-    parts.append(_text(24, 350, note, "small"))
-    return _svg(960, 366, "Gap closed and concept expressed, by scale", parts)
+    parts.append(text(24, 350, note, "small"))
+    return svg(960, 366, "Gap closed and concept expressed, by scale", parts)
 
 
 def demo_table(examples: Iterable[Mapping[str, Any]]) -> str:
@@ -158,36 +143,6 @@ DRAWN: Mapping[Path, Callable[[], str]] = {
     PICTURES / "strength.svg": lambda: strength_picture(_directions()),
 }
 TABLE = Block(DEMO_PAGE, "demo-answers", lambda: demo_table(_examples()))
-
-
-def _svg(width: int, height: int, title: str, parts: Iterable[str]) -> str:
-    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
-    page = f'<rect class="page" x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="10"/>'
-    return "\n".join(
-        [
-            head,
-            f"<title>{escape(title)}</title>",
-            f"<style>{_STYLE}</style>",
-            page,
-            *parts,
-            "</svg>",
-            "",
-        ]
-    )
-
-
-def _text(x: float, y: float, text: str, kind: str = "") -> str:
-    shown = f' class="{kind}"' if kind else ""
-    return f'<text{shown} x="{x:g}" y="{y:g}">{escape(text)}</text>'
-
-
-def _lines(x: float, y: float, lines: Iterable[str], kind: str = "", step: int = 20) -> list[str]:
-    return [_text(x, y + step * number, line, kind) for number, line in enumerate(lines)]
-
-
-def _card(x: int, y: int, width: int, height: int, kind: str) -> str:
-    return f'<rect class="{kind}" x="{x}" y="{y}" width="{width}" height="{height}" rx="8"/>'
 
 
 def _line(

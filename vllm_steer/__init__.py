@@ -17,6 +17,7 @@ from vllm_steer.errors import (
 from vllm_steer.packs.calibration import Calibration, CalibrationPoint
 from vllm_steer.packs.manifest import DirectionRecord, Manifest, MethodRecord, ModelIdentity
 from vllm_steer.packs.pack import SteeringPack, load_pack, write_pack
+from vllm_steer.packs.probe import Probe, ProbeLayer, ProbeThreshold
 from vllm_steer.plan.scores import Scores, read
 from vllm_steer.request.reads import ReadChoice
 from vllm_steer.request.schema import DirectionChoice, SteeringRequest
@@ -35,6 +36,9 @@ __all__ = [
     "MethodRecord",
     "ModelIdentity",
     "PackError",
+    "Probe",
+    "ProbeLayer",
+    "ProbeThreshold",
     "ReadChoice",
     "RequestError",
     "Scores",

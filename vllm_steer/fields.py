@@ -40,6 +40,13 @@ Positive = Annotated[float, Field(gt=0, le=MAX_MAGNITUDE)]
 # The bound also excludes NaN and infinity.
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+# A threshold of a probe, by the false-positive rate that it was chosen for.
+ThresholdName = Annotated[str, Field(pattern=r"^fpr=[0-9]{0,4}\.?[0-9]{1,12}(?:e-[0-9]{1,2})?$")]
+
+
+def rate_of(threshold: str) -> float:
+    """Returns the false-positive rate that a threshold is named by."""
+    return float(threshold.removeprefix("fpr="))
 
 
 class Record(BaseModel):

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from vllm_steer.fields import ThresholdName
+
 Op = Literal["add", "ablate", "clamp", "rotate", "angle", "affine"]
 # The effect of each form on the residual stream h; â is the unit vector of the direction, ε the scale.
 OPS: Final[dict[str, str]] = {
@@ -33,18 +35,34 @@ _Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]
 _PARTNERS: Final = {"plane": PLANE_OPS, "read": ("affine",), "bias": ("affine",)}
 
 
+def check_one_threshold(above: float | None, at: str | None) -> None:
+    """Raises PydanticCustomError where a threshold is given twice or not at all."""
+    if (above is None) == (at is None):
+        raise PydanticCustomError(
+            "threshold", "give either above, a number, or at, a threshold such as 'fpr=0.01'"
+        )
+
+
 class Gate(BaseModel):
     """A probe: the direction acts only on tokens where it fires.
 
     Attributes:
         direction: Direction w whose vector is the probe.
         above: It fires where w·h is greater; h is the residual stream before the change.
+        at: Instead of ``above``, a measured threshold such as ``fpr=0.01``: that of this false-positive rate of the
+            probe of w, at the single steered layer; if no layers are given, at the layer of that probe.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     direction: _Name
-    above: _Number
+    above: _Number | None = None
+    at: ThresholdName | None = None
+
+    @model_validator(mode="after")
+    def _has_one_threshold(self) -> Gate:
+        check_one_threshold(self.above, self.at)
+        return self
 
 
 class FormChoice(BaseModel):

@@ -17,14 +17,7 @@ from vllm_steer.offline.calibrate.calibrator import Calibrator, Chosen
 from vllm_steer.offline.calibrate.settings import CalibrationSettings
 from vllm_steer.offline.engine.tokens import TokenEngine
 from vllm_steer.offline.questions.everyday import Everyday
-from vllm_steer.packs.pack import (
-    Calibration,
-    DirectionRecord,
-    PackContent,
-    Prefix,
-    SteeringPack,
-    write_pack,
-)
+from vllm_steer.packs.pack import Calibration, Prefix, SteeringPack, update_records
 
 __all__ = ["CalibrationSettings", "calibrate_pack"]
 
@@ -83,28 +76,16 @@ def _written(
     found: Mapping[str, tuple[Chosen, Calibration]],
     prefixes: Mapping[str, Prefix | None],
 ) -> SteeringPack:
-    records: list[DirectionRecord] = []
+    updates: dict[str, dict[str, Any]] = {}
     for name, record in pack.directions.items():
-        update: dict[str, Any] = {"prefix": prefixes[name]}
+        updates[name] = {"prefix": prefixes[name]}
         if name in found:
             chosen, calibration = found[name]
             layers = list(chosen.layers)
-            update |= {
+            updates[name] |= {
                 "default_layers": None if layers == record.layers else layers,
                 "default_scale": chosen.scale,
                 "safe_scale": chosen.safe,
                 "calibration": calibration,
             }
-        records.append(record.model_copy(update=update))
-    manifest = pack.manifest
-    return write_pack(
-        pack.path,
-        PackContent(
-            name=pack.name,
-            model=manifest.model,
-            directions=records,
-            vectors=pack.vectors,
-            method=manifest.method,
-            residual_norms={int(layer): norm for layer, norm in manifest.residual_norms.items()},
-        ),
-    )
+    return update_records(pack, updates)

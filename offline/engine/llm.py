@@ -25,7 +25,7 @@ def start_engine(
     options: Mapping[str, Any],
     *,
     room: int | None = None,
-    affine: bool = False,
+    steering: Mapping[str, Any] | None = None,
     quick: bool = False,
 ) -> LLM:
     """Starts ``vllm.LLM``, on a CPU within the available memory.
@@ -36,7 +36,7 @@ def start_engine(
         options: The user's arguments of ``LLM``, which override every default.
         room: On a CPU, the largest number of tokens of a request, prompt and answer together, if the model
             allows more; None for the model's limit.
-        affine: Whether directions use other operations than addition.
+        steering: More fields of the steering configuration, such as ``ops``.
         quick: Whether there are few requests, so that a quick start matters more than speed: on a CPU the
             engine then runs in this process, which saves the seconds for importing vLLM in another one.
 
@@ -53,10 +53,8 @@ def start_engine(
         ) from error
     arguments: dict[str, Any] = {"model": str(model), **options}
     if pack_paths:
-        steering = {
-            "steering": {"packs": list(pack_paths), "ops": "affine" if affine else "additive"}
-        }
-        arguments["additional_config"] = {**options.get("additional_config", {}), **steering}
+        configured = {"steering": {"packs": list(pack_paths), **(steering or {})}}
+        arguments["additional_config"] = {**options.get("additional_config", {}), **configured}
     from vllm.platforms import current_platform
 
     # vLLM reserves a core for serving, half of a small machine; it is not needed here.

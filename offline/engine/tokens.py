@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -104,6 +104,7 @@ class TokenEngine:
         self.model, self.packs = model, list(packs)
         self._options = {**({"enforce_eager": True} if quick else {}), **(options or {})}
         self._bar, self._room, self._quick = bar, 0, quick
+        self._steering: dict[str, Any] = {"ops": "affine"} if _acts(self.packs) else {}
         self._llm: LLM | None = None
         common = {
             "model": model_state(model),
@@ -112,7 +113,7 @@ class TokenEngine:
         }
         self._store = Store(store, common)
 
-    def __enter__(self) -> TokenEngine:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -279,14 +280,12 @@ class TokenEngine:
             paths = [str(pack.path) for pack in self.packs]
             # A scored answer leaves room for a token after it.
             self._room = max(self._room, longest + 1, _ROOM)
-            forms = [r.form for pack in self.packs for r in pack.directions.values() if r.form]
-            affine = any(f.op not in (None, "add") or f.gate or f.restore_norm for f in forms)
             self._llm = start_engine(
                 self.model,
                 paths,
                 self._options,
                 room=self._room,
-                affine=affine,
+                steering=self._steering,
                 quick=self._quick,
             )
             limit = self._llm.llm_engine.model_config.max_model_len
@@ -296,6 +295,12 @@ class TokenEngine:
                     f"a prompt with its answer has {longest} tokens, and the engine has room for {limit}"
                 )
         return self._llm
+
+
+def _acts(packs: Sequence[SteeringPack]) -> bool:
+    """Whether a direction of some packs does more than be added."""
+    forms = [record.form for pack in packs for record in pack.directions.values() if record.form]
+    return any(f.op not in (None, "add") or f.gate or f.restore_norm for f in forms)
 
 
 def _logprob(found: Mapping[int, Logprob] | None, token: int) -> float:

@@ -17,11 +17,15 @@ import pytest
 from benchmarks.equality import compare_greedy
 from benchmarks.interventions import Asked, matrix, measure_norms, rate, unrelated
 from benchmarks.models import SHAPES, prepare_model
+from benchmarks.probes import LEARNED, chosen_questions
 from vllm_steer.offline.demo import demo_model_path
 from vllm_steer.offline.demo.concepts import class_of, concept_words, prefix
 from vllm_steer.offline.extract.data import ComputeResources, ExtractionData, PackTarget
 from vllm_steer.offline.extract.pipeline import ExtractionSettings, extract_pack
 from vllm_steer.offline.models.prompts import Concept
+from vllm_steer.offline.questions.everyday import everyday_questions
+from vllm_steer.offline.showcase import shipped_pack
+from vllm_steer.packs.pack import load_pack
 from vllm_steer.verify.interleave import ratio_to, rounds
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +57,19 @@ def _run(command: list[str]) -> str:
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     return tmp_path_factory.mktemp("work")
+
+
+def test_questions_of_probes_are_apart() -> None:
+    """Layers, thresholds and figures share no question, nor one that the directions were learned from."""
+    chosen = chosen_questions(24, 120, 48)
+    learned = everyday_questions().learned[:LEARNED]
+    parts = [set(part) for part in (learned, chosen.choosing, chosen.thresholds, chosen.heldout)]
+    assert len(set.union(*parts)) == sum(map(len, parts)) == 96 + 24 + 120 + 96
+    assert set(chosen.prefixed) <= set(chosen.heldout)
+    # The figures that the pack was learned with say how many there were.
+    assert load_pack(shipped_pack()).manifest.method.settings["questions"] == LEARNED
+    with pytest.raises(ValueError, match="not so many"):
+        chosen_questions(24, 400, 48)
 
 
 def test_every_round_has_every_arm_in_an_order_of_its_own() -> None:

@@ -114,7 +114,9 @@ def engine(mixed: SteeringPack) -> Iterator[None]:
     """One life of the engine for all tests; whoever starts one gets it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vllm.LLM", ForkedLLM)
-        running = start_engine(demo_model_path(), [str(mixed.path)], ENGINE, room=1024, affine=True)
+        running = start_engine(
+            demo_model_path(), [str(mixed.path)], ENGINE, room=1024, steering={"ops": "affine"}
+        )
         patch.setattr(vllm_steer.offline.engine.tokens, "start_engine", lambda *_, **__: running)
         patch.setattr(vllm_steer.offline.engine.tokens, "stop_engine", lambda _: None)
         yield

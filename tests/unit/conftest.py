@@ -11,7 +11,15 @@ import pytest
 
 from vllm_steer import log
 from vllm_steer.config import GRAPH_REVISION, ResolvedConfig, plugin_version
-from vllm_steer.packs.pack import Calibration, PackContent, SteeringPack, write_pack
+from vllm_steer.packs.pack import (
+    Calibration,
+    PackContent,
+    Probe,
+    ProbeLayer,
+    ProbeThreshold,
+    SteeringPack,
+    write_pack,
+)
 from vllm_steer.packs.registry import PackRegistry
 from vllm_steer.plan.binding import bind
 from vllm_steer.plan.resolve import resolve
@@ -93,6 +101,44 @@ def calibrated(**fields: Any) -> Calibration:
         "curve": [point | {"scale": 2.0}, point | {"scale": 4.0, "fluent": None}],
     }
     return Calibration.model_validate(given | fields)
+
+
+def threshold(fpr: float, above: float, **fields: Any) -> ProbeThreshold:
+    """A threshold of a probe, but for ``fields``."""
+    shares = {
+        f"{kind}_positives{end}": share
+        for kind, share in (("false", fpr), ("true", 0.8))
+        for end, share in (("", share), ("_low", share / 2), ("_high", 1.0))
+    }
+    given = {"fpr": fpr, "above": above, "low": above - 0.5, "high": None} | shares | fields
+    return ProbeThreshold.model_validate(given)
+
+
+def layer(number: int, above: float = 1.0, **fields: Any) -> ProbeLayer:
+    """What a probe does at a layer, but for ``fields``."""
+    thresholds = [threshold(0.01, above + 1.0), threshold(0.05, above)]
+    given = {"layer": number, "auroc": 0.9, "low": 0.8, "high": 0.95, "thresholds": thresholds}
+    return ProbeLayer.model_validate(given | fields)
+
+
+def probe(**fields: Any) -> Probe:
+    """A probe of layers 1 and 2, the second of which it is, but for ``fields``."""
+    given: dict[str, Any] = {
+        "model": "random",
+        "dtype": "float32",
+        "chat_template_sha256": None,
+        "layer": 2,
+        "score": "max",
+        "tokens": "generated",
+        "max_tokens": 48,
+        "positives": 40,
+        "negatives": 240,
+        "positives_sha256": "0" * 64,
+        "negatives_sha256": "1" * 64,
+        "seed": 0,
+        "layers": [layer(1, 7.0), layer(2, 3.0)],
+    }
+    return Probe.model_validate(given | fields)
 
 
 def rewritten(

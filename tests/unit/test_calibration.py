@@ -178,7 +178,7 @@ def test_the_summary_shows_it(measured: SteeringPack) -> None:
     (head,) = [line for line in lines if line.startswith("direction")]
     rows = {line[:32].strip(): line[32:].split() for line in lines[lines.index(head) + 1 :]}
     assert head[32:].split() == (
-        "scale safe gap closed expressed steers positions op digest default layers layers".split()
+        "scale safe gap closed expressed steers AUROC positions op digest default layers layers".split()
     )
     digests = measured.digests
     assert rows["good"] == [
@@ -187,6 +187,7 @@ def test_the_summary_shows_it(measured: SteeringPack) -> None:
         "0.42",
         "0.61",
         "yes",
+        "–",
         "all",
         "add",
         digests["good"][:12],

@@ -58,7 +58,7 @@ def plan(registry: PackRegistry, *directions: dict[str, Any]) -> SteeringPlan:
         ({"op": "rotate", "plane": "p/b", "scale": 361.0}, "angle in degrees"),
         ({"op": "clamp", "scale": 1e5}, r"\|scale\| must be at most 10000"),
         ({"op": "ablate", "scale": 1001.0}, r"\|scale\| must be at most 1000$"),
-        ({"gate": {"direction": "b"}}, "directions.0.gate.above:"),
+        ({"gate": {"direction": "b"}}, "directions.0.gate: give either above"),
         ({"gate": {"direction": "b", "over": 1.0}}, "gate.over: unknown key; .*above"),
         ({"gate": {"direction": "nobody", "above": 1.0}}, "directions.0.gate.direction: no loaded"),
     ],

@@ -111,7 +111,7 @@ def test_reads_are_no_part_of_what_is_changed(registry: PackRegistry) -> None:
         ),
         (
             {"read": [{"name": "spiders"}], "stop_when": {"read": 0, "above": 1.0, "tokens": 2}},
-            "'above', 'for', 'read'",
+            "'above', 'at', 'for', 'read'",
         ),
         (
             {"read": [{"name": "spiders"}], "stop_when": {"read": 0, "above": 1.0, "for": 0}},

@@ -44,6 +44,7 @@ from vllm_steer.packs.manifest import (
     Prefix,
     TensorFile,
 )
+from vllm_steer.packs.probe import Probe, ProbeLayer, ProbeThreshold
 from vllm_steer.request.schema import FLAT_KEYS, SteeringRequest
 from vllm_steer.serving.flags import add_flags
 from vllm_steer.serving.packs_api import ROUTES
@@ -176,12 +177,21 @@ def _log_page() -> list[str]:
 
 
 def _pack_page() -> list[str]:
-    models = (Manifest, ModelIdentity, DirectionRecord, Prefix, FormChoice, Calibration)
+    models = (
+        Manifest,
+        ModelIdentity,
+        DirectionRecord,
+        Prefix,
+        FormChoice,
+        Calibration,
+        CalibrationPoint,
+    )
+    probes = (Probe, ProbeLayer, ProbeThreshold)
     return [
         "# Pack format",
         "A pack is a directory with `steering_config.json`, the manifest, and `steering_vectors.safetensors`, a tensor "
         "`[layers, hidden_size]` for each direction. Layer k is the output of decoder block k, counted from 0.",
-        *(model_section(model) for model in (*models, CalibrationPoint, MethodRecord, TensorFile)),
+        *(model_section(model) for model in (*models, *probes, MethodRecord, TensorFile)),
         "## Limits",
         "A pack that exceeds them is rejected before its vectors are read, and so is one with duplicate keys, NaN or Inf, "
         "or links that point outside the pack.",

@@ -30,9 +30,11 @@ from vllm_steer.fields import (
     Scale,
     Sha256,
     is_ascending,
+    rate_of,
 )
 from vllm_steer.operations import FormChoice, Op
 from vllm_steer.packs.calibration import Calibration
+from vllm_steer.packs.probe import Probe
 from vllm_steer.packs.strict_json import parse_json
 
 SCHEMA_VERSION: Final = 1
@@ -47,7 +49,7 @@ MAX_VECTORS_BYTES: Final = 8 * 2**30
 MAX_DIRECTIONS: Final = 20_000
 MAX_HIDDEN_SIZE: Final = 2**20
 # Omitted from a manifest if None: older versions refuse unknown keys.
-_OPTIONAL: Final = ("default_layers", "safe_scale", "prefix", "calibration")
+_OPTIONAL: Final = ("default_layers", "safe_scale", "prefix", "calibration", "probe")
 
 
 class ModelIdentity(Record):
@@ -117,6 +119,7 @@ class DirectionRecord(Record):
         metrics: Figures of the extraction, informative only.
         prefix: The prefix that makes the model take on the concept without steering; None if unknown.
         calibration: Its calibration on the model; None if it was not calibrated.
+        probe: What was measured of its scores; None if nothing was.
     """
 
     name: DirectionName
@@ -129,6 +132,7 @@ class DirectionRecord(Record):
     metrics: dict[str, JsonValue] = {}
     prefix: Prefix | None = None
     calibration: Calibration | None = None
+    probe: Probe | None = None
 
     @property
     def steered_layers(self) -> list[int]:
@@ -149,6 +153,9 @@ class DirectionRecord(Record):
         unknown = sorted(set(self.steered_layers) - set(self.layers))
         if unknown:
             raise ValueError(f"default_layers must be a subset of layers; {unknown} are not in it")
+        measured = {each.layer for each in self.probe.layers} if self.probe else set()
+        if unknown := sorted(measured - set(self.layers)):
+            raise ValueError(f"probe.layers must be some of layers; {unknown} are not")
         return self
 
     @model_serializer(mode="wrap")
@@ -217,7 +224,7 @@ class Manifest(Record):
         return self
 
     def _check_form(self, direction: DirectionRecord) -> None:
-        """Raises ValueError if a form names a direction that is not in the pack."""
+        """Raises ValueError if a form names a direction or a threshold that is not in the pack."""
         if direction.form is None:
             return
         layers = {other.name: set(other.layers) for other in self.directions}
@@ -227,6 +234,15 @@ class Manifest(Record):
                     f"the form of direction {direction.name!r} names {name!r}, which must be a direction of this pack "
                     f"with the same layers"
                 )
+        gate = direction.form.gate
+        if gate is None or gate.at is None:
+            return
+        probe = next(other.probe for other in self.directions if other.name == gate.direction)
+        if rate_of(gate.at) not in (probe.rates if probe else ()):
+            raise ValueError(
+                f"the form of direction {direction.name!r} names threshold {gate.at!r}, which direction {gate.direction!r} "
+                f"has no probe for"
+            )
 
 
 def parse_manifest(data: bytes) -> Manifest:

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +51,7 @@ from vllm_steer.packs.manifest import (
     TensorFile,
     parse_manifest,
 )
+from vllm_steer.packs.probe import Probe, ProbeLayer, ProbeThreshold
 from vllm_steer.packs.tensor_file import read_tensors
 
 __all__ = [
@@ -64,12 +66,16 @@ __all__ = [
     "ModelIdentity",
     "PackName",
     "Prefix",
+    "Probe",
+    "ProbeLayer",
+    "ProbeThreshold",
     "SteeringPack",
     "direction_digest",
     "load_pack",
     "raw_dose",
     "replace_file",
     "resolve_pack",
+    "update_records",
     "write_pack",
 ]
 
@@ -201,6 +207,42 @@ def write_pack(path: str | os.PathLike[str], content: PackContent) -> SteeringPa
     _check_values(root / VECTORS_FILE, arrays)
     replace_pack(root, written, data, digest)
     return load_pack(root)
+
+
+def update_records(pack: SteeringPack, updates: Mapping[str, Mapping[str, Any]]) -> SteeringPack:
+    """Writes what was measured of a pack's directions into its manifest, and leaves all else as it now is.
+
+    Args:
+        pack: The pack as it was measured.
+        updates: Fields of the record of each direction.
+
+    Returns:
+        The pack, read back.
+
+    Raises:
+        PackError: The directory holds other vectors by now, or cannot be written.
+    """
+    now = load_pack(pack.path)
+    if now.manifest.tensors != pack.manifest.tensors:
+        raise PackError(
+            f"{pack.path}: the pack's vectors were replaced while they were measured, so nothing was written; measure "
+            f"them anew"
+        )
+    manifest = now.manifest
+    return write_pack(
+        now.path,
+        PackContent(
+            name=now.name,
+            model=manifest.model,
+            directions=[
+                record.model_copy(update=updates.get(record.name, {}))
+                for record in manifest.directions
+            ],
+            vectors=now.vectors,
+            method=manifest.method,
+            residual_norms={int(layer): norm for layer, norm in manifest.residual_norms.items()},
+        ),
+    )
 
 
 def load_pack(path: str | os.PathLike[str]) -> SteeringPack:

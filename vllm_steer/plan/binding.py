@@ -68,12 +68,14 @@ class BoundRequest:
         choices: Its directions.
         reads: Its reads.
         registry: The packs in which its names were looked up.
+        where: Its field, for messages.
     """
 
     request: SteeringRequest
     choices: tuple[BoundChoice, ...]
     reads: tuple[BoundRead, ...]
     registry: PackRegistry
+    where: str = REQUEST_KEY
 
     @property
     def directions(self) -> list[LoadedDirection]:
@@ -130,7 +132,7 @@ def bind(
         field = f"{where}.read.{index}"
         found = _find(f"{field}.name", read.name, find, check)
         reads.append(BoundRead(field, read, found))
-    return BoundRequest(request, tuple(choices), tuple(reads), registry)
+    return BoundRequest(request, tuple(choices), tuple(reads), registry, where)
 
 
 def _find(

@@ -13,9 +13,10 @@ import numpy as np
 from vllm_steer.config import ResolvedConfig
 from vllm_steer.errors import RequestError
 from vllm_steer.fields import show_layers
-from vllm_steer.plan.binding import BoundRead
+from vllm_steer.plan.binding import BoundRead, BoundRequest
+from vllm_steer.plan.thresholds import check_tokens, rule_threshold
 from vllm_steer.request.positions import PositionRange, absolute_ranges
-from vllm_steer.request.schema import REQUEST_KEY, SteeringRequest
+from vllm_steer.request.schema import REQUEST_KEY
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def probes_of(reads: Iterable[Read]) -> tuple[tuple[str, bool], ...]:
 
 
 def resolve_reads(
-    bound: Iterable[BoundRead], prompt_len: int, max_len: int | None = None
+    bound: BoundRequest, prompt_len: int, max_len: int | None = None
 ) -> tuple[Read, ...]:
     """Resolves reads to layers and absolute positions.
 
@@ -103,10 +104,13 @@ def resolve_reads(
     Raises:
         RequestError: A layer or position does not exist.
     """
+    by_probe = {rule.read for _, rule in bound.request.rules if rule.at}
     reads = []
-    for read in bound:
+    for number, read in enumerate(bound.reads):
         choice, direction = read.choice, read.direction
-        layers = sorted(set(choice.layers or direction.record.steered_layers))
+        probe = direction.record.probe if number in by_probe else None
+        default = [probe.layer] if probe else direction.record.steered_layers
+        layers = sorted(set(choice.layers or default))
         unknown = [layer for layer in layers if layer not in direction.rows]
         if unknown:
             raise RequestError(
@@ -129,30 +133,49 @@ def after_others(rules: Iterable[StopRule], others: int) -> tuple[StopRule, ...]
 
 
 def resolve_rules(
-    request: SteeringRequest, reads: Sequence[Read], prompt_len: int
+    bound: BoundRequest, reads: Sequence[Read], prompt_len: int
 ) -> tuple[StopRule, ...]:
     """Returns the rules by which reads end an answer.
 
     Args:
-        request: The request.
+        bound: The request.
         reads: Its reads.
         prompt_len: Number of tokens of the prompt.
 
     Raises:
-        RequestError: A rule applies to tokens that the prefix cache may skip.
+        RequestError: A rule applies to tokens that the prefix cache may skip, or names a threshold that does
+            not exist.
     """
-    rules = []
-    for field, rule in (("stop_when", request.stop_when), ("abort_when", request.abort_when)):
-        if rule is None:
-            continue
+    request, rules = bound.request, []
+    for field, rule in request.rules:
         read = reads[rule.read]
         if not request.recompute and any(start < prompt_len for start, _ in read.ranges):
             raise RequestError(
                 f"{REQUEST_KEY}.{field}: read {rule.read} has positions in the prompt, which has no scores on a "
                 f"prefix-cache hit; read only 'generated', or give \"recompute\": true"
             )
-        rules.append(StopRule(rule.read, rule.above, rule.tokens, field == "abort_when"))
+        named = rule_threshold(bound, field, rule)
+        if named is not None:
+            _check_as_measured(
+                f"{bound.where}.{field}.at", bound.reads[rule.read], read, prompt_len
+            )
+        above = named.above if named else rule.above
+        assert above is not None
+        rules.append(StopRule(rule.read, above, rule.tokens, field == "abort_when"))
     return tuple(rules)
+
+
+def _check_as_measured(field: str, bound: BoundRead, read: Read, prompt_len: int) -> None:
+    """Raises RequestError where a threshold is named of what is not read as it was measured."""
+    if read.after:
+        raise RequestError(
+            f"{field}: thresholds were measured on what the block returns, and the read says 'after'; give a number in "
+            f"'above'"
+        )
+    try:
+        check_tokens(bound.direction, read.ranges, prompt_len)
+    except RequestError as error:
+        raise RequestError(f"{field}: {error}") from None
 
 
 def check_reads(reads: Sequence[Read], config: ResolvedConfig) -> None:

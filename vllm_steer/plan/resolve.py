@@ -6,6 +6,7 @@ Importing this module imports neither torch nor vllm.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import zip_longest
 
 import numpy as np
@@ -26,6 +27,7 @@ from vllm_steer.plan.steering_plan import (
     Term,
 )
 from vllm_steer.plan.strength import check_calibrated, scale_of
+from vllm_steer.plan.thresholds import check_tokens, gate_threshold
 from vllm_steer.request.positions import PositionRange, absolute_ranges
 from vllm_steer.request.schedule import Schedule
 from vllm_steer.request.schema import REQUEST_KEY, DirectionChoice, SteeringRequest
@@ -60,12 +62,17 @@ def resolve(bound: BoundRequest, prompt_len: int, max_len: int | None = None) ->
         except RequestError as error:
             owner = choice.where if chosen else REQUEST_KEY
             raise RequestError(f"{owner}.positions: {error}") from None
+        if choice.form.gate and choice.form.gate.at:
+            try:
+                check_tokens(choice.partners["gate.direction"], ranges, prompt_len)
+            except RequestError as error:
+                raise RequestError(f"{choice.where}.gate.at: {error}") from None
         if not _is_idle(term):
             spans.append((ranges, term))
     triggers = request.until_token_ids
     stop = StopTokens(prompt_len, tuple(triggers)) if triggers else None
-    reads = resolve_reads(bound.reads, prompt_len, max_len)
-    rules = resolve_rules(request, reads, prompt_len)
+    reads = resolve_reads(bound, prompt_len, max_len)
+    rules = resolve_rules(bound, reads, prompt_len)
     return SteeringPlan(tuple(_segments(spans, stop)), reads, rules)
 
 
@@ -114,9 +121,15 @@ def _segments(spans: Sequence[_Span], stop: StopTokens | None) -> list[Segment]:
 def _term(bound: BoundChoice, whole: BoundRequest, prompt_len: int) -> Term:
     where, choice, direction = bound.where, bound.choice, bound.direction
     request, registry = whole.request, whole.registry
-    layers = sorted(set(choice.layers or request.layers or direction.record.steered_layers))
+    named = choice.layers or request.layers
+    gate = gate_threshold(bound, named)
+    layers = sorted(set(named or ([gate.layer] if gate else direction.record.steered_layers)))
     _check_layers(f"{where}.layers", direction, layers)
     form = _form(bound, layers)
+    if gate is not None:
+        # The gate's reader has the length of its vector, a score that of 1.
+        probe = bound.partners["gate.direction"]
+        form = replace(form, threshold=gate.above * probe.lengths[gate.layer])
     field = "scale"
     if choice.strength is None:
         scale = _scale(where, choice, bound.form, direction)
@@ -149,7 +162,7 @@ def _form(bound: BoundChoice, layers: Sequence[int]) -> Form:
         partner.digest if partner else None,
         chosen.bias or 0.0,
         gate.digest if gate else None,
-        chosen.gate.above if chosen.gate else 0.0,
+        (chosen.gate.above or 0.0) if chosen.gate else 0.0,
         bool(chosen.restore_norm),
     )
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from vllm_steer.fields import LayerIndex
+from vllm_steer.fields import LayerIndex, ThresholdName
+from vllm_steer.operations import check_one_threshold
 from vllm_steer.request.positions import Positions
 
 # Per request; reads of one direction with the same ``when`` share one probe.
@@ -48,11 +49,19 @@ class StopChoice(BaseModel):
     Attributes:
         read: Index of the read in ``read``.
         above: Threshold that the score must exceed.
+        at: Instead of ``above``, a measured threshold such as ``fpr=0.01``: that of this false-positive rate of the
+            direction's probe, at the single layer read; if no layers are given, at the layer of that probe.
         for: Consecutive tokens that must exceed it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     read: Annotated[int, Field(ge=0, lt=MAX_READS)]
-    above: Score
+    above: Score | None = None
+    at: ThresholdName | None = None
     tokens: Annotated[int, Field(ge=1, le=1024, alias="for")] = 1
+
+    @model_validator(mode="after")
+    def _has_one_threshold(self) -> StopChoice:
+        check_one_threshold(self.above, self.at)
+        return self

@@ -118,6 +118,12 @@ class SteeringRequest(_Strict):
     stop_when: StopChoice | None = None
     abort_when: StopChoice | None = None
 
+    @property
+    def rules(self) -> list[tuple[str, StopChoice]]:
+        """The rules by which reads end an answer, with their fields."""
+        rules = (("stop_when", self.stop_when), ("abort_when", self.abort_when))
+        return [(field, rule) for field, rule in rules if rule is not None]
+
     @model_validator(mode="after")
     def _asks_for_something(self) -> SteeringRequest:
         if not self.directions and not self.read:
@@ -126,9 +132,8 @@ class SteeringRequest(_Strict):
             )
         if self.recompute and not self.read:
             raise PydanticCustomError("recompute", "recompute needs read, which is missing")
-        for field in ("stop_when", "abort_when"):
-            rule: StopChoice | None = getattr(self, field)
-            if rule is not None and rule.read >= len(self.read):
+        for field, rule in self.rules:
+            if rule.read >= len(self.read):
                 raise PydanticCustomError(
                     "rule",
                     "{field}.read: there is no read with index {read}; there are {count}",

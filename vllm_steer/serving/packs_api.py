@@ -33,7 +33,8 @@ PREFIX = "/v1/steering/"
 ROUTES = {
     "GET /v1/steering/packs": "The packs that the API key may use: `packs`, a list of `name`, `model`, `sha256` and "
     "`directions`, each with `name`, `layers`, `default_layers` (null: all), `positions`, `default_scale`, `safe_scale` "
-    "(null: not measured), `calibration` (Calibration without its curve; null: none) and content `digest`.",
+    "(null: not measured), `calibration` (Calibration without its curve; null: none), `probe` (Probe without its layers, "
+    "with the rates `fpr` that requests may name; null: none) and content `digest`.",
     "POST /v1/steering/packs": 'Loads or reloads the pack `{"name": NAME}` from a directory of that name in a root, '
     "and returns it as above. Running requests keep the content they were admitted with.",
     "DELETE /v1/steering/packs/NAME": "Unloads a pack; 409 while a request, an alias or the default needs it.",
@@ -160,6 +161,8 @@ def describe_pack(pack: SteeringPack, names: Collection[str] | None = None) -> d
                 "safe_scale": record.safe_scale,
                 "calibration": record.calibration
                 and record.calibration.model_dump(exclude={"curve"}),
+                "probe": record.probe
+                and {**record.probe.model_dump(exclude={"layers"}), "fpr": record.probe.rates},
                 "digest": pack.digests[name],
             }
             for name, record in pack.directions.items()

@@ -25,6 +25,7 @@ from vllm_steer.packs.registry import PackRegistry
 from vllm_steer.packs.strict_json import parse_json
 from vllm_steer.plan.binding import bind
 from vllm_steer.plan.strength import check_calibrated
+from vllm_steer.plan.thresholds import check_named
 from vllm_steer.request.schema import SteeringRequest
 
 MAX_POLICY_BYTES = 2**20
@@ -88,17 +89,19 @@ class Policy(BaseModel):
         return found if self.default is None else found | {"default": self.default}
 
     def check(self, registry: PackRegistry) -> None:
-        """Checks that every named direction exists, and is calibrated if given a strength.
+        """Checks that every named direction and threshold exists, and is calibrated if given a strength.
 
         Raises:
             RequestError: One does not, or is not; the message starts with the field.
         """
         for where, request in self.steerings().items():
-            for bound in bind(request, registry, where=where).choices:
+            whole = bind(request, registry, where=where)
+            for bound in whole.choices:
                 try:
                     check_calibrated(bound.choice, bound.direction)
                 except RequestError as error:
                     raise RequestError(f"{bound.where}.{error}") from None
+            check_named(whole)
 
     def named(self, registry: PackRegistry, pack: str) -> list[str]:
         """Returns the fields of the policy that need a pack."""

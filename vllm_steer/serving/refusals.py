@@ -18,6 +18,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm_steer import log
 from vllm_steer.errors import RequestError, shortened
 from vllm_steer.operations import Gate
+from vllm_steer.request.reads import ReadChoice, StopChoice
 from vllm_steer.request.schedule import ScheduleChoice
 from vllm_steer.request.schema import FLAT_KEYS, REQUEST_KEY, DirectionChoice, SteeringRequest
 from vllm_steer.serving import metrics
@@ -25,7 +26,7 @@ from vllm_steer.serving.http_context import current_http_context
 
 LINES = 5
 SECONDS = 60.0
-_MODELS = (SteeringRequest, DirectionChoice, Gate, ScheduleChoice)
+_MODELS = (SteeringRequest, DirectionChoice, Gate, ScheduleChoice, ReadChoice, StopChoice)
 _PARTS = "|".join(sorted({name for model in _MODELS for name in model.model_fields}))
 # Messages begin with their field. Client input may be private; the log gets only field names of steering.
 _FIELD = re.compile(rf"(?:{REQUEST_KEY}(?:\.(?:\d+|{_PARTS})\b)*|(?:{'|'.join(FLAT_KEYS)})\b)")
