@@ -167,14 +167,6 @@ def test_beam_search_is_refused_where_it_could_not_be_guarded(server: Server) ->
             {"read": READ, "abort_when": {"read": 9, "above": 1.0}},
             "abort_when.read: there is no read with index 9",
         ),
-        (
-            {"read": [{"name": "fears/spiders"}], "abort_when": {"read": 0, "at": "fpr=0.2"}},
-            "there are 'fpr=0.01', 'fpr=0.05'",
-        ),
-        (
-            {"read": [{"name": "moods/gloomy"}], "abort_when": {"read": 0, "at": "fpr=0.01"}},
-            "steering.abort_when.at: direction 'moods/gloomy' has no probe",
-        ),
     ],
 )
 def test_what_cannot_be_read_is_400(steering: Any, message: str, server: Server) -> None:
