@@ -27,10 +27,6 @@ class Form(nn.Module, ABC):
         """Returns the groups of parameters for the optimiser, each with its step."""
         return [{"params": list(self.parameters()), "lr": rate}]
 
-    def clipped(self) -> list[nn.Parameter]:
-        """The parameters whose gradients are shortened together."""
-        return list(self.parameters())
-
     def before_step(self) -> None:
         """What is done to gradients before the optimiser's step."""
 
@@ -81,24 +77,28 @@ class Vectors(ChangingForm):
 
 
 class ScaledVectors(ChangingForm):
-    """A direction and a factor of it at each block, trained together with steps of their own (PrOSV, arXiv 2605.05983)."""
+    """A direction and a factor of it at each block, trained together with steps of their own."""
 
-    def __init__(self, directions: Tensor, factors: Tensor, factor_rate: float) -> None:
-        """Begins at given directions and factors.
+    unit: Tensor
+
+    def __init__(self, directions: Tensor, unit: Tensor, factor_rate: float) -> None:
+        """Begins at given directions, each with the factor 1.
 
         Args:
             directions: ``[lessons, layers, hidden_size]``.
-            factors: ``[lessons, layers]``.
-            factor_rate: Step of the factors, over that of the directions.
+            unit: ``[lessons, layers]``; what a coordinate of 1 is with the factor 1.
+            factor_rate: Step of the factors, which have the same for all lessons and blocks.
         """
         super().__init__()
-        self.directions, self.factors = nn.Parameter(directions), nn.Parameter(factors)
+        self.register_buffer("unit", unit[..., None])
+        self.directions = nn.Parameter(directions)
+        self.factors = nn.Parameter(torch.ones_like(unit))
         self._factor_rate = factor_rate
 
     @property
     def vectors(self) -> Tensor:
         """``[lessons, layers, hidden_size]``, what is added."""
-        return self.factors[..., None] * self.directions
+        return self.factors[..., None] * self.directions * self.unit
 
     def change(self, lessons: Sequence[int], acting: Tensor | None) -> Change:
         return additions(self.vectors[list(lessons)], acting)
@@ -109,11 +109,8 @@ class ScaledVectors(ChangingForm):
     def rates(self, rate: float) -> list[dict[str, object]]:
         return [
             {"params": [self.directions], "lr": rate},
-            {"params": [self.factors], "lr": rate * self._factor_rate},
+            {"params": [self.factors], "lr": self._factor_rate},
         ]
-
-    def clipped(self) -> list[nn.Parameter]:
-        return [self.directions]
 
 
 class _Orthonormal(nn.Module):

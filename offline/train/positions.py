@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_steer.errors import ExtractionError
+from vllm_steer.request.positions import AnyPositions, PromptRanges, parse_positions
 
 NAMES = ("all", "prompt", "generated", "last_prompt")
 _ENDS = re.compile(r"(?:f(?P<first>[1-9][0-9]{0,3}))?(?:(?:^|\+)l(?P<last>[1-9][0-9]{0,3}))?")
@@ -26,7 +27,7 @@ class Positions:
         name: ``all``, ``prompt``, ``generated`` or ``last_prompt``; ``ends`` for the ends of the prompt.
         first: ``ends``: so many first tokens of the prompt.
         last: ``ends``: so many last ones.
-        skipped: Tokens at the beginning where nothing acts, such as those of the template.
+        skipped: ``all``: tokens at the beginning where nothing acts, such as those of the template.
     """
 
     name: str
@@ -42,11 +43,20 @@ class Positions:
             ExtractionError: It is neither.
         """
         if text in NAMES:
-            return cls(text, skipped=skipped)
+            return cls(text, skipped=skipped if text == "all" else 0)
         found = _ENDS.fullmatch(text)
         if not text or found is None:
             raise ExtractionError(f"positions {text!r} {_WANTED}")
         return cls("ends", int(found["first"] or 0), int(found["last"] or 0), skipped)
+
+    def served(self) -> AnyPositions:
+        """Returns the same positions as a pack and a request give them."""
+        if self.name == "all" and self.skipped:
+            return ((self.skipped, None),)
+        if self.name == "ends":
+            ends = ((0, self.first), (-self.last, None))
+            return PromptRanges(tuple(pair for pair in ends if pair[0] or pair[1]))
+        return parse_positions(self.name)
 
     def mask(
         self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
@@ -69,4 +79,4 @@ class Positions:
             "last_prompt": at == starts - 1,
             "ends": (at < starts) & ((at < self.first) | (at >= starts - self.last)),
         }[self.name]
-        return acting & (at >= self.skipped)
+        return acting & (at >= self.skipped) if self.name == "all" else acting

@@ -180,7 +180,7 @@ class Trainer(Generic[E]):
         self._accumulate()
         form.before_step()
         if options.clip is not None:
-            torch.nn.utils.clip_grad_norm_(form.clipped(), options.clip)
+            torch.nn.utils.clip_grad_norm_(form.parameters(), options.clip)
         self._optimizer.step()
         form.after_step()
         self._step += 1
@@ -250,5 +250,5 @@ def check_finite(loss: float) -> None:
     """Raises ExtractionError where a loss or a score is not finite."""
     if not math.isfinite(loss):
         raise ExtractionError(
-            "the loss of training is not finite; train in float32 or bfloat16, with a smaller train_rate"
+            "the loss of training is not finite; train in float32 or bfloat16, with a smaller rate (train_rate of extract)"
         )

@@ -1,4 +1,4 @@
-"""The ``vllm-steer`` command: demo, model, extract, sweep, card, fusion, inspect, convert, verify."""
+"""The ``vllm-steer`` command: demo, model, extract, train, sweep, card, fusion, inspect, convert, verify."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from vllm_steer.cli.evaluation import add_card, add_chat, add_sweep, given_chat
 from vllm_steer.cli.extract import add_extract
 from vllm_steer.cli.fusion import add_fusion
 from vllm_steer.cli.model import add_model
+from vllm_steer.cli.train import add_train
 from vllm_steer.cli.verify import add_verify
 from vllm_steer.config import plugin_version
 from vllm_steer.errors import ConversionError, SteeringError
@@ -44,6 +45,7 @@ def command_line() -> argparse.ArgumentParser:
     add_demo(commands)
     add_model(commands)
     add_extract(commands)
+    add_train(commands)
     add_calibrate(commands)
     add_sweep(commands)
     add_card(commands)

@@ -24,7 +24,6 @@ from vllm_steer.fields import (
     LayerIndex,
     Line,
     PackName,
-    PositionChoice,
     Positive,
     Record,
     Scale,
@@ -34,6 +33,7 @@ from vllm_steer.fields import (
 from vllm_steer.operations import FormChoice, Op
 from vllm_steer.packs.calibration import Calibration
 from vllm_steer.packs.strict_json import parse_json
+from vllm_steer.request.positions import Positions
 
 SCHEMA_VERSION: Final = 1
 MANIFEST_FILE: Final = "steering_config.json"
@@ -113,7 +113,7 @@ class DirectionRecord(Record):
         default_scale: Scale (ε) used when a request names none.
         safe_scale: Largest |scale| found to leave the text fluent on ``default_layers``; None where
             nobody has looked.
-        positions: Token positions steered when a request names none.
+        positions: Token positions steered when a request names none, in the form of a request's.
         form: How it acts when a request says nothing else; None adds it. Directions that the form
             names are of this pack.
         metrics: Figures of the extraction, for people to read.
@@ -126,7 +126,7 @@ class DirectionRecord(Record):
     default_layers: list[LayerIndex] | None = Field(default=None, min_length=1)
     default_scale: Scale
     safe_scale: Positive | None = None
-    positions: PositionChoice
+    positions: Positions
     form: FormChoice | None = None
     metrics: dict[str, JsonValue] = {}
     prefix: Prefix | None = None

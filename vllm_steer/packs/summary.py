@@ -10,6 +10,7 @@ from pydantic import JsonValue
 from vllm_steer.fields import show_layers
 from vllm_steer.packs.calibration import Calibration
 from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.request.positions import show_positions
 
 # For what was not measured.
 _NOTHING = "–"
@@ -36,7 +37,7 @@ def pack_summary(pack: SteeringPack) -> str:
         closed, expressed, steers = _measured(record.calibration)
         lines.append(
             f"{name:<32} {record.default_scale:>8g} {safe:>8} {closed:>10} {expressed:>9} {steers:>6}  "
-            f"{record.positions:<11} {record.op:<7} {pack.digests[name][:12]}  "
+            f"{show_positions(record.positions):<11} {record.op:<7} {pack.digests[name][:12]}  "
             f"{show_layers(record.steered_layers):<14}  {show_layers(record.layers)}"
         )
     return "\n".join(lines) + "\n"

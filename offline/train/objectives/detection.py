@@ -81,15 +81,18 @@ class DetectionSteering(Objective[Answered]):
         )
         return total / sum(example.tokens for example in examples)
 
-    @torch.no_grad()
-    def largest(self, lesson: int, examples: Sequence[Answered], batch_size: int) -> float:
-        """Returns the largest detection in prompts and answers without steering: AxBench's largest activation."""
+    def largest(self, units: Tensor, examples: Sequence[Answered]) -> float:
+        """Returns the largest detection in prompts and answers without steering: AxBench's largest activation.
+
+        Args:
+            units: ``[1, hidden_size]``, w.
+            examples: The examples, each of which is read alone.
+        """
         found = []
-        for part in parts(examples, batch_size):
-            batch, acting = self.batch([e.prompt for e in part], [e.answer for e in part])
+        for example in examples:
+            batch, acting = self.batch([example.prompt], [example.answer])
             hidden, _ = self.unchanged(batch)
-            unit = self.form.units[[lesson] * len(part), 0]
-            found.append(float(detected(hidden, unit, _known(acting)).max()))
+            found.append(float(detected(hidden, units, _known(acting)).max()))
         return max(found)
 
     def _forward(

@@ -51,18 +51,21 @@ class DistributionMatching(Objective[Contrast]):
         )
         return -total / len(examples)
 
-    @torch.no_grad()
-    def components(self, lesson: int, examples: Sequence[Contrast], batch_size: int) -> Tensor:
-        """Returns w·h at the last tokens of the prompts with the concept and of those without, ``[2, examples]``."""
+    def components(self, units: Tensor, examples: Sequence[Contrast]) -> Tensor:
+        """Returns w·h at the last tokens of the prompts with the concept and of those without, ``[2, examples]``.
+
+        Args:
+            units: ``[1, hidden_size]``, w.
+            examples: The examples, each of which is read alone.
+        """
         found = []
-        for part in parts(examples, batch_size):
-            unit = self.form.units[[lesson] * len(part), 0]
+        for example in examples:
             both = [
-                self._source([getattr(e, prompt) for e in part], [e.positive for e in part])[0]
-                for prompt in ("prefixed", "prompt")
+                self._source([prompt], [example.positive])[0]
+                for prompt in (example.prefixed, example.prompt)
             ]
-            found.append(torch.stack([(last * unit).sum(-1) for last in both]))
-        return torch.cat(found, dim=1)
+            found.append(torch.cat(both) @ units[0])
+        return torch.stack(found, dim=1)
 
     def _divergences(self, examples: Sequence[Contrast], lessons: Sequence[int]) -> Tensor:
         """Returns D⁺ + D⁻ of each example, ``[examples]``, each the mean over the tokens of its answer."""

@@ -66,6 +66,11 @@ class Likelihood(Objective[Answered]):
         plain, prefixed = self._ends[key]
         return closed(np.array([found - plain]), np.array([prefixed - plain]))
 
+    def figures(self, score: float, examples: Sequence[Answered]) -> dict[str, float]:
+        if any(example.prefixed is None for example in examples):
+            return super().figures(score, examples)
+        return {"held_out_gap_closed": score}
+
     def _total(
         self,
         examples: Sequence[Answered],

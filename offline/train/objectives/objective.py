@@ -61,6 +61,10 @@ class Objective(ABC, Generic[E]):
             batch_size: Rows of a forward pass.
         """
 
+    def figures(self, score: float, examples: Sequence[E]) -> dict[str, float]:
+        """Returns what a score on held-out examples says, by name."""
+        return {"held_out_loss": -score}
+
     def penalty(self, lessons: Sequence[int]) -> Tensor | None:
         """Returns what is added to the loss once a step, beside that of the examples."""
         return None
