@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -51,6 +52,19 @@ class Direction:
             form=self.form,
             metrics=dict(self.metrics),
         )
+
+
+@dataclass(frozen=True)
+class Target:
+    """The pack that is written.
+
+    Attributes:
+        name: Its name.
+        path: Its directory.
+    """
+
+    name: str
+    path: str | os.PathLike[str]
 
 
 def low_rank_directions(

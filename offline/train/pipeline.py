@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from math import ceil
 from pathlib import Path
@@ -29,7 +29,7 @@ from vllm_steer.offline.models.loading import (
     model_identity,
 )
 from vllm_steer.offline.train.data import LINES, Encoder, read_lines_of
-from vllm_steer.offline.train.directions import Direction
+from vllm_steer.offline.train.directions import Direction, Target
 from vllm_steer.offline.train.kept import StateFile
 from vllm_steer.offline.train.norms import residual_norms
 from vllm_steer.offline.train.positions import Positions
@@ -42,19 +42,6 @@ from vllm_steer.packs.pack import MethodRecord, PackContent, SteeringPack, write
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "vllm-steer")
 # Prompts that residual norms are measured on.
 _NORM_PROMPTS = 32
-
-
-@dataclass(frozen=True)
-class TrainTarget:
-    """The pack that is written.
-
-    Attributes:
-        name: Its name.
-        path: Its directory.
-    """
-
-    name: str
-    path: str | os.PathLike[str]
 
 
 def read_settings(file: Path | None, given: Mapping[str, Any]) -> TrainSettings:
@@ -104,7 +91,7 @@ def train_pack(
     model_path: str | os.PathLike[str],
     data: Mapping[str, Sequence[BaseModel]],
     settings: TrainSettings,
-    target: TrainTarget,
+    target: Target,
     device: str | None = None,
 ) -> SteeringPack:
     """Trains one direction for each data file and writes them as a steering pack.
@@ -273,7 +260,7 @@ def _layers(settings: TrainSettings, blocks: int) -> tuple[int, ...]:
     return layers
 
 
-def _check_name(target: TrainTarget) -> None:
+def _check_name(target: Target) -> None:
     try:
         TypeAdapter(PackName).validate_python(target.name)
     except ValidationError as error:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from vllm_steer.cli.evaluation import add_chat, extras, given_chat
+from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.packs.summary import pack_summary
 
 
@@ -78,19 +79,22 @@ def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 def _train(args: argparse.Namespace) -> None:
     with extras("offline"):
-        from vllm_steer.offline.train.directions import together
-        from vllm_steer.offline.train.pipeline import (
-            TrainTarget,
-            read_data,
-            read_settings,
-            train_pack,
-        )
+        from vllm_steer.offline.train.directions import Target
+        from vllm_steer.offline.train.pipeline import read_data, read_settings, train_pack
     given = {name: getattr(args, name) for name in args.setting_names if hasattr(args, name)}
     given |= given_chat(args) | {"preset": args.preset}
     settings = read_settings(args.settings, given)
     data = read_data(args.data, settings.preset)
-    pack = train_pack(args.model, data, settings, TrainTarget(args.name, args.out), args.device)
-    sys.stdout.write(pack_summary(pack))
+    pack = train_pack(args.model, data, settings, Target(args.name, args.out), args.device)
+    sys.stdout.write(pack_summary(pack) + forms_to_name(pack))
+
+
+def forms_to_name(pack: SteeringPack) -> str:
+    """Returns what a request says of each low-rank form in a pack, in lines of their own; empty where there is none."""
+    from vllm_steer.offline.train.directions import together
+
+    said = ""
     for names in together(pack):
         asked = {"directions": [{"name": f"{pack.name}/{name}"} for name in names]}
-        sys.stdout.write(f'\nto be asked for together: "steering": {json.dumps(asked)}\n')
+        said += f'\nto be asked for together: "steering": {json.dumps(asked)}\n'
+    return said
