@@ -112,8 +112,7 @@ def import_reft(
         raise ConversionError(
             f"pack {target.name!r} cannot be written: {explain(error)}"
         ) from error
-    files = {name: [dict(file) for file in form.files] for name, form in forms.items()}
-    digest = "".join(file["sha256"] for each in files.values() for file in each)
+    digest = "".join(file["sha256"] for form in forms.values() for file in form.files)
     return write_pack(
         target.path,
         PackContent(
@@ -124,7 +123,9 @@ def import_reft(
             method=MethodRecord(
                 name="imported",
                 settings={
-                    "files": {name: list(each) for name, each in files.items()},
+                    "files": {
+                        name: [{**file} for file in form.files] for name, form in forms.items()
+                    },
                     "form": "loreft",
                     "positions": plain_positions(positions),
                     "residual_norms": "measured" if norms.given is None else "given",

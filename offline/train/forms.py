@@ -136,9 +136,11 @@ class LowRank(ChangingForm):
         """
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.subspace = parametrizations.orthogonal(
-            _Orthonormal((*shape, hidden_size, rank), generator)
-        )
+        drawn = _Orthonormal((*shape, hidden_size, rank), generator)
+        # The library completes the basis by a draw of its own.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.subspace = parametrizations.orthogonal(drawn)
         # As the layers of torch are that the authors' code takes: uniform within the root of the width.
         bound = hidden_size**-0.5
         weight = torch.rand(*shape, rank, hidden_size, generator=generator)

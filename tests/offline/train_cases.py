@@ -124,7 +124,8 @@ def reft_r1_loss(
 
         def edit(hidden: Tensor, kept=kept) -> Tensor:
             detections = torch.relu(hidden[skipped:] @ unit)
-            top = sorted(range(len(detections)), key=lambda at: -float(detections[at]))[:strongest]
+            order = sorted(range(len(detections)), key=lambda at: -detections[at].detach().item())
+            top = order[:strongest]
             kept.append(
                 sum(d for at, d in enumerate(detections) if at not in top) / len(detections)
             )

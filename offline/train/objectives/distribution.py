@@ -52,7 +52,7 @@ class DistributionMatching(Objective[Contrast]):
         return -total / len(examples)
 
     def components(self, units: Tensor, examples: Sequence[Contrast]) -> Tensor:
-        """Returns w·h at the last tokens of the prompts with the concept and of those without, ``[2, examples]``.
+        """Returns w·h at the last tokens of the prompts with the concept and of those without, ``[2, examples]``, float64.
 
         Args:
             units: ``[1, hidden_size]``, w.
@@ -64,7 +64,7 @@ class DistributionMatching(Objective[Contrast]):
                 self._source([prompt], [example.positive])[0]
                 for prompt in (example.prefixed, example.prompt)
             ]
-            found.append(torch.cat(both) @ units[0])
+            found.append(torch.cat(both).double() @ units[0].double())
         return torch.stack(found, dim=1)
 
     def _divergences(self, examples: Sequence[Contrast], lessons: Sequence[int]) -> Tensor:

@@ -89,10 +89,10 @@ class BidirectionalPreference(Objective[Preference]):
     @torch.no_grad()
     def _reference(self, examples: Sequence[Preference]) -> list[Tensor]:
         """Returns log-likelihoods without the vector, ``[2]`` of each example; they are computed once."""
-        missing = [e for e in dict.fromkeys(examples) if e not in self._references]
-        if missing:
-            found = self._log_likelihoods(missing, None).view(2, -1)
-            self._references |= dict(zip(missing, found.unbind(1), strict=True))
+        for example in examples:
+            if example not in self._references:
+                # Alone, so that no batch that it is first met in changes a bit of it.
+                self._references[example] = self._log_likelihoods([example], None)
         return [self._references[example] for example in examples]
 
     def _log_likelihoods(self, examples: Sequence[Preference], vectors: Tensor | None) -> Tensor:

@@ -55,7 +55,8 @@ class CDASPreset(Preset[Contrast]):
     ) -> list[Direction]:
         unit = result.learned["vectors"]
         components = objective.components(unit, examples)
-        present, absent = components.mean(dim=1).tolist()
+        # To as many digits as float32 has for certain.
+        present, absent = (float(f"{mean:.6g}") for mean in components.mean(dim=1).tolist())
         return [
             Direction(
                 name,
