@@ -208,7 +208,8 @@ def test_checkpointing_and_parts_change_nothing_but_rounding(model_dir, data, tm
     for name, given in {"saving": {"checkpointing": True}, "small": {"batch_size": 1}}.items():
         other = train(model_dir, file, tmp_path / name, "loreft", **given)
         for key, vectors in plain.vectors.items():
-            np.testing.assert_allclose(other.vectors[key], vectors, rtol=1e-3, atol=1e-5)
+            away = np.linalg.norm(other.vectors[key] - vectors) / np.linalg.norm(vectors)
+            assert away < 1e-3, (name, key)
 
 
 def test_bfloat16_learns_much_the_same(model_dir, data, tmp_path) -> None:
