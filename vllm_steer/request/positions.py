@@ -18,6 +18,8 @@ from vllm_steer.errors import RequestError
 from vllm_steer.fields import PositionChoice
 
 MAX_RANGES = 64
+# Characters of a choice in a message.
+_SHOWN = 80
 # First position and the position after the last one; a negative one counts from the prompt's
 # end, None has no end.
 PositionRange = tuple[int, int | None]
@@ -230,7 +232,7 @@ def _within_prompt(positions: PromptRanges, prompt_len: int) -> list[PositionRan
             ranges.append((start, end))
     if not ranges:
         raise RequestError(
-            f"{json.dumps(plain_positions(positions))} has no position in this prompt of {prompt_len} tokens"
+            f"{show_positions(positions)[:_SHOWN]} has no position in this prompt of {prompt_len} tokens"
         )
     return ranges
 
