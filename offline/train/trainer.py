@@ -250,5 +250,6 @@ def check_finite(loss: float) -> None:
     """Raises ExtractionError where a loss or a score is not finite."""
     if not math.isfinite(loss):
         raise ExtractionError(
-            "the loss of training is not finite; train in float32 or bfloat16, with a smaller rate, in extract a smaller train_rate"
+            "the loss of training is not finite; train in float32 or bfloat16, with a smaller rate or, in extract, a "
+            "smaller train_rate"
         )
