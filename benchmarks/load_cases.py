@@ -16,6 +16,7 @@ from vllm_steer.offline.demo.corpus import user_text
 from vllm_steer.offline.demo.server import SERVED_NAME
 from vllm_steer.offline.questions.statements import statements
 from vllm_steer.packs.pack import SteeringPack
+from vllm_steer.request.positions import plain_positions
 from vllm_steer.verify.oracle_forms import steered_positions
 
 ROUTES = ("/completions", "/chat/completions", "/responses")
@@ -111,7 +112,8 @@ def terms_of(case: Case, packs: Mapping[str, SteeringPack]) -> Terms:
         pack, _, name = choice["name"].partition("/")
         record, vector = packs[pack].directions[name], packs[pack].vectors[name]
         scale = choice.get("scale", record.default_scale)
-        where = choice.get("positions") or steering.get("positions") or record.positions
+        where = choice.get("positions") or steering.get("positions")
+        where = where or plain_positions(record.positions)
         here = steered_positions(where, positions, len(case.prompt)).numpy()
         mask |= here & (scale != 0)
         norms = packs[pack].manifest.residual_norms

@@ -30,6 +30,7 @@ from vllm_steer.offline.demo.gold import gold_questions
 from vllm_steer.offline.demo.server import SERVED_NAME, Server, free_port, running
 from vllm_steer.offline.fusion.questions import GoldQuestion
 from vllm_steer.offline.fusion.results import FusionResult
+from vllm_steer.offline.train.data import PreferenceLine
 from vllm_steer.packs.pack import SteeringPack, load_pack
 from vllm_steer.request.schema import SteeringRequest
 from vllm_steer.serving.policy import Policy
@@ -56,7 +57,7 @@ EXCUSED = {
     ): "what python -m benchmarks.demo_model printed",
 }
 # JSON of the documentation is one of these.
-SCHEMAS: tuple[type[Any], ...] = (SteeringRequest, Policy, GoldQuestion)
+SCHEMAS: tuple[type[Any], ...] = (SteeringRequest, Policy, GoldQuestion, PreferenceLine)
 
 
 def runs(page: str, language: str, containing: str) -> Callable[[Any], Any]:

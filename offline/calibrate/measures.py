@@ -24,6 +24,7 @@ from vllm_steer.offline.measures.fluency import Fluency, repetition
 from vllm_steer.offline.measures.intervals import ratio_interval
 from vllm_steer.offline.measures.shares import closed
 from vllm_steer.packs.pack import CalibrationPoint
+from vllm_steer.request.positions import absolute_ranges
 
 Doubles = NDArray[np.float64]
 Tokens = tuple[int, ...]
@@ -91,13 +92,8 @@ class Trial:
     def steering(self, prompt_len: int) -> dict[str, Any]:
         """Returns the steering of a prompt of a given length, whatever follows it."""
         chosen = {"name": self.subject.name, "scale": self.scale, "layers": list(self.layers)}
-        positions = {
-            "all": [[0, None]],
-            "prompt": [[0, prompt_len]],
-            "generated": [[prompt_len, None]],
-            "last_prompt": [[prompt_len - 1, prompt_len]],
-        }[self.subject.record.positions]
-        return {"directions": [chosen | {"positions": positions}]}
+        ranges = absolute_ranges(self.subject.record.positions, prompt_len)
+        return {"directions": [chosen | {"positions": [list(pair) for pair in ranges]}]}
 
 
 @dataclass(frozen=True)

@@ -10,32 +10,23 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from vllm_steer.errors import ConversionError, ExtractionError, choices
+from vllm_steer.errors import ConversionError, choices
 from vllm_steer.offline.convert.gguf_file import write_gguf
 from vllm_steer.offline.convert.interpret import by_layer
+from vllm_steer.offline.convert.model import MEASURED, NormSource, model_of, norms_of
 from vllm_steer.offline.convert.readers import read_contents
 from vllm_steer.offline.convert.vectors import VectorFile, checked, file_digest
-from vllm_steer.offline.extract.capture import capture
 from vllm_steer.offline.extract.records import explain
 from vllm_steer.offline.models.chat import ChatFormat
-from vllm_steer.offline.models.loading import (
-    load_config,
-    load_model,
-    model_identity,
-    read_config,
-    read_tokenizer,
-)
-from vllm_steer.offline.models.prompts import render_prompt
-from vllm_steer.offline.questions.statements import statements
 from vllm_steer.packs.pack import (
     DirectionRecord,
     MethodRecord,
@@ -43,12 +34,8 @@ from vllm_steer.packs.pack import (
     PackContent,
     PackName,
     SteeringPack,
-    load_pack,
     write_pack,
 )
-
-NORM_STATEMENTS: Final = 32
-_MAX_NORMS_BYTES: Final = 2**20
 
 
 class VectorSource(NamedTuple):
@@ -81,29 +68,13 @@ class ImportTarget:
     safe_scale: float
 
 
-@dataclass(frozen=True)
-class NormSource:
-    """Source of the median norms of a model's residual stream.
-
-    Attributes:
-        given: A JSON file of layer to norm, or a pack for the same model; None to measure them.
-        chat: Format of the prompts for measuring them and for calibrating the pack.
-    """
-
-    given: str | os.PathLike[str] | None = None
-    chat: ChatFormat = field(default_factory=ChatFormat)
-
-
-_MEASURED = NormSource()
-
-
 def import_pack(
     sources: Iterable[VectorSource],
     target: ImportTarget,
     model_path: str | os.PathLike[str],
     *,
     layers: Sequence[int] | None = None,
-    norms: NormSource = _MEASURED,
+    norms: NormSource = MEASURED,
     notice: Callable[[str], None] = lambda _: None,
 ) -> SteeringPack:
     """Writes a pack of directions from vector files.
@@ -124,7 +95,7 @@ def import_pack(
         PackError: The pack cannot be written.
     """
     name, chat = target.name, norms.chat
-    model = _identity(model_path, chat)
+    model = model_of(model_path, chat)
     files: dict[str, list[VectorFile]] = {}
     for key, source in sources:
         files.setdefault(key, []).append(read_direction(str(source), key, layers, model, notice))
@@ -144,11 +115,6 @@ def import_pack(
         ]
     except ValidationError as error:
         raise ConversionError(f"pack {name!r} cannot be written: {explain(error)}") from error
-    found = (
-        _measure_norms(model_path, chat)
-        if norms.given is None
-        else _given_norms(norms.given, model)
-    )
     return write_pack(
         target.path,
         PackContent(
@@ -157,7 +123,7 @@ def import_pack(
             directions=records,
             vectors={key: np.stack([*rows.values()]) for key, rows in vectors.items()},
             method=_method(files, norms.given is None, chat),
-            residual_norms=found,
+            residual_norms=norms_of(model_path, norms, model),
         ),
     )
 
@@ -196,22 +162,6 @@ def export_direction(
         model_type=pack.manifest.model.model_type,
         name=f"{pack.name}/{direction}",
     )
-
-
-def _identity(model_path: str | os.PathLike[str], chat: ChatFormat) -> ModelIdentity:
-    try:
-        config = read_config(model_path)
-    except ExtractionError as error:
-        raise ConversionError(f"--model: {error}") from error
-    try:
-        tokenizer = read_tokenizer(model_path, config)
-    except ExtractionError:
-        return model_identity(model_path, config, None)
-    try:
-        chat.apply_to(tokenizer)
-    except ExtractionError as error:
-        raise ConversionError(str(error)) from error
-    return model_identity(model_path, config, tokenizer)
 
 
 def read_direction(
@@ -256,49 +206,6 @@ def _joined(name: str, files: Sequence[VectorFile]) -> dict[int, NDArray[np.floa
             )
         rows |= file.vectors
     return dict(sorted(rows.items()))
-
-
-def _measure_norms(model_path: str | os.PathLike[str], chat: ChatFormat) -> dict[int, float]:
-    """Returns the norm of each block's output over plain statements, measured as extraction does."""
-    try:
-        _, tokenizer = load_config(model_path, chat)
-        model = load_model(model_path, "float32", None)
-        prompts = [
-            render_prompt(tokenizer, statement.text)
-            for statement in statements("extract")[:NORM_STATEMENTS]
-        ]
-        measured = capture(model, prompts, candidates=1, batch_size=8).residual_norms
-    except ExtractionError as error:
-        raise ConversionError(
-            f"residual norms cannot be measured with the model: {' '.join(str(error).split())}; give them with "
-            f"--residual-norms, as a JSON file of layer to norm or as a pack for the same model"
-        ) from error
-    return dict(enumerate(measured.tolist()))
-
-
-def _given_norms(source: str | os.PathLike[str], model: ModelIdentity) -> dict[int, float]:
-    path = Path(source)
-    if path.is_dir():
-        pack = load_pack(path)
-        other = pack.manifest.model
-        if (other.hidden_size, other.num_layers) != (model.hidden_size, model.num_layers):
-            raise ConversionError(
-                f"--residual-norms: steering pack {pack.name!r} is of a model with hidden size "
-                f"{other.hidden_size} and {other.num_layers} layers; this one has {model.hidden_size} and "
-                f"{model.num_layers}"
-            )
-        return {int(layer): norm for layer, norm in pack.manifest.residual_norms.items()}
-    try:
-        if path.stat().st_size > _MAX_NORMS_BYTES:
-            raise ConversionError(f"--residual-norms: {path} is too large")
-        return TypeAdapter(dict[int, float]).validate_json(path.read_bytes())
-    except OSError as error:
-        raise ConversionError(f"--residual-norms: {path}: {error.strerror}") from error
-    except ValidationError as error:
-        raise ConversionError(
-            f"--residual-norms: {path}: {error.errors()[0]['msg']}; it must be a JSON object of layer to "
-            f'norm, such as {{"0": 11.5, "1": 12.25}}'
-        ) from error
 
 
 def _method(

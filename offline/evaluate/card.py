@@ -20,6 +20,7 @@ from vllm_steer.offline.evaluate.tables import markdown
 from vllm_steer.offline.extract.figures import FIGURES_FILE, read_figures
 from vllm_steer.offline.files import write_atomically
 from vllm_steer.packs.pack import DirectionRecord, SteeringPack
+from vllm_steer.request.positions import show_positions
 
 CARD_FILE = "README.md"
 PICTURES = "pictures"
@@ -171,7 +172,7 @@ def _directions(pack: SteeringPack) -> str:
         )
         rows.append(
             f"| {_cell(record.name)} | {_cell(_form(record))} | {record.default_scale:g} | {safe} | "
-            f"{_measured(record)} | {record.positions} | {default_layers} | {layers} |"
+            f"{_measured(record)} | {show_positions(record.positions)} | {default_layers} | {layers} |"
         )
     more = len(records) - _SHOWN_DIRECTIONS
     if more > 0:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from vllm_steer.offline.extract.learning import ExtractionJob, Learned
+from vllm_steer.offline.models.loading import checkpoint_state
 from vllm_steer.offline.models.prompts import Concept
 from vllm_steer.packs.pack import replace_file
 
@@ -57,7 +58,7 @@ class Parts:
         }
         kept["settings"] = job.settings.model_dump(mode="json")
         libraries = {**library_versions(), "vllm-steer": version("vllm-steer")}
-        content = [kept, dict(identity), _weights(job.model_path), libraries]
+        content = [kept, dict(identity), checkpoint_state(job.model_path), libraries]
         self._answers = job.answers
         self._root = Path(pack) / PARTS_DIRECTORY
         self._directory = self._root / _digest(content)
@@ -111,15 +112,6 @@ def answers_directory(pack: str | os.PathLike[str]) -> Path:
 def library_versions() -> dict[str, str]:
     """Returns the version of each library that computes the directions."""
     return {library: version(library) for library in LIBRARIES}
-
-
-def _weights(model_path: str) -> list[tuple[str, int, int]]:
-    """Returns name, size and time of each file of a local checkpoint; a hub id names its content."""
-    root = Path(model_path)
-    if not root.is_dir():
-        return [(model_path, 0, 0)]
-    files = ((file, file.stat()) for file in sorted(root.iterdir()) if file.is_file())
-    return [(file.name, stat.st_size, stat.st_mtime_ns) for file, stat in files]
 
 
 def _digest(content: Any) -> str:

@@ -54,6 +54,15 @@ def changed(blocks: Sequence[nn.Module] | nn.ModuleList, change: Change) -> Iter
             handle.remove()
 
 
+def added(vectors: Tensor) -> Change:
+    """Returns the change that adds a vector to every position.
+
+    Args:
+        vectors: ``[rows, blocks, hidden_size]`` or ``[1, blocks, hidden_size]``.
+    """
+    return lambda block, hidden: hidden + vectors[:, block, None].to(hidden.dtype)
+
+
 def _output_hook(block: int, see: See) -> Callable[..., None]:
     def hook(module: nn.Module, args: object, output: BlockOutput) -> None:
         see(block, output[0] if isinstance(output, tuple) else output)

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from vllm_steer.errors import ExtractionError
-from vllm_steer.offline.models.hooks import changed
+from vllm_steer.offline.models.hooks import Change, See, added, changed, watched
 from vllm_steer.offline.models.loading import find_blocks
 
 Tokens = Sequence[int]
@@ -87,30 +87,48 @@ class AnswerModel:
         self._checkpointing = checkpointing
         self._blocks = [blocks[layer] for layer in self.layers]
 
-    def log_likelihoods(self, batch: Padded, change: Tensor | None = None) -> Tensor:
+    def log_likelihoods(self, batch: Padded, change: Tensor | Change | None = None) -> Tensor:
         """Returns the log-likelihood of every row's answer, ``[rows]``, float32.
 
         Args:
             batch: Prompts and answers.
             change: ``[rows, layers, hidden_size]`` or ``[1, layers, hidden_size]``; added at every position
-                to the outputs of ``layers``. None for no change.
+                to the outputs of ``layers``. Or a function that replaces an output, given its place in ``layers``
+                and the output. None for no change.
         """
-        if change is None:
-            found = self._found(batch)
-        else:
-            recomputed = checkpointed(self._every) if self._checkpointing else nullcontext()
-            with (
-                recomputed,
-                changed(self._blocks, lambda at, h: h + change[:, at, None].to(h.dtype)),
-            ):
-                found = self._found(batch)
-        row = batch.real.nonzero()[:, 0]
-        return found.new_zeros(len(batch.real)).index_add(0, row, found)
+        with self._changed(change):
+            return by_row(batch, self._found(batch))
+
+    def logits(self, batch: Padded, change: Change | None = None) -> Tensor:
+        """Returns the logits of all answers' tokens, one answer after the other, ``[tokens, vocabulary]``, float32.
+
+        Args:
+            batch: Prompts and answers.
+            change: As in :meth:`log_likelihoods`.
+        """
+        with self._changed(change):
+            return self._logits(batch)[batch.real].float()
+
+    @contextmanager
+    def watching(self, see: See) -> Iterator[None]:
+        """Shows the outputs of ``layers``, the number being the place in them, while the context lasts."""
+        with watched(self._blocks, see):
+            yield
 
     def token_log_likelihoods(self, batch: Padded) -> Tensor:
         """Returns the log-likelihood of every answer token, ``[rows, tokens of the longest]``, float32, 0 after an end."""
         counts = batch.real.sum(dim=1).tolist()
         return pad_sequence(list(self._found(batch).split(counts)), batch_first=True)
+
+    @contextmanager
+    def _changed(self, change: Tensor | Change | None) -> Iterator[None]:
+        if change is None:
+            yield
+            return
+        recomputed = checkpointed(self._every) if self._checkpointing else nullcontext()
+        put = added(change) if isinstance(change, Tensor) else change
+        with recomputed, changed(self._blocks, put):
+            yield
 
     def _found(self, batch: Padded) -> Tensor:
         """Returns the log-likelihoods of all answers' tokens, one answer after the other."""
@@ -133,6 +151,12 @@ class AnswerModel:
                 f"{tuple(batch.token_ids.shape)} tokens"
             )
         return logits
+
+
+def by_row(batch: Padded, found: Tensor) -> Tensor:
+    """Adds up values of answer tokens, one answer after the other, ``[tokens]``, to those of rows, ``[rows]``."""
+    row = batch.real.nonzero()[:, 0]
+    return found.new_zeros(len(batch.real)).index_add(0, row, found)
 
 
 @contextmanager

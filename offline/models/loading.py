@@ -341,6 +341,15 @@ def model_identity(
     )
 
 
+def checkpoint_state(model_path: str | os.PathLike[str]) -> list[tuple[str, int, int]]:
+    """Returns name, size and time of each file of a local checkpoint; a hub id names its content."""
+    root = Path(model_path)
+    if not root.is_dir():
+        return [(str(model_path), 0, 0)]
+    files = ((file, file.stat()) for file in sorted(root.iterdir()) if file.is_file())
+    return [(file.name, stat.st_size, stat.st_mtime_ns) for file, stat in files]
+
+
 def public_name(model: str | os.PathLike[str]) -> str:
     """Returns a model's display name: a hub id, or the last part of a path."""
     local = Path(model)

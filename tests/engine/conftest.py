@@ -20,6 +20,7 @@ ORDER = (
     "test_reads.py",
     "test_sweep.py",
     "test_fusion.py",
+    "test_trained.py",
 )
 
 

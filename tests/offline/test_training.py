@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-import vllm_steer.offline.extract.training
+import vllm_steer.offline.train.objectives.likelihood
 from tests.offline.answers_cases import QUESTIONS, examples_of, prompts_of
 from vllm_steer.errors import ExtractionError
 from vllm_steer.offline.demo import demo_model_path
@@ -20,11 +20,11 @@ from vllm_steer.offline.extract.training import (
     Lesson,
     Trained,
     TrainingOptions,
-    _draw,
     train,
 )
 from vllm_steer.offline.models.likelihood import AnswerModel, padded
 from vllm_steer.offline.models.loading import load_config, load_model
+from vllm_steer.offline.train.batches import draws
 
 LAYERS = (0, 1)
 FEW = TrainingOptions(steps=4, answers=3, rate=0.05, every=2, batch_size=4)
@@ -190,7 +190,9 @@ def test_the_penalty_shortens_vectors(tiny, lessons, norms) -> None:
 def scripted(monkeypatch) -> list[float]:
     """What the looks of a training see in place of the gap closed, in turn."""
     gaps: list[float] = []
-    monkeypatch.setattr(vllm_steer.offline.extract.training, "closed", lambda *_: gaps.pop(0))
+    monkeypatch.setattr(
+        vllm_steer.offline.train.objectives.likelihood, "closed", lambda *_: gaps.pop(0)
+    )
     return gaps
 
 
@@ -224,8 +226,8 @@ def test_a_concept_that_stops_leaves_the_others_alone(tiny, lessons, norms, scri
 
 @pytest.mark.parametrize(("count", "size"), [(10, 4), (7, 7), (3, 8), (64, 8)])
 def test_all_answers_are_drawn_before_any_is_drawn_again(count, size) -> None:
-    draws = _draw(count, TrainingOptions(answers=size, seed=3))
-    drawn = [next(draws) for _ in range(30)]
+    source = draws(count, size, seed=3)
+    drawn = [next(source) for _ in range(30)]
     assert {len(each) for each in drawn} == {min(size, count)}
     every = [answer for each in drawn for answer in each]
     for begin in range(0, len(every) - count + 1, count):

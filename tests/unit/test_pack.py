@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tests.unit.conftest import HIDDEN
 from vllm_steer.errors import PackError
 from vllm_steer.packs.manifest import VECTORS_FILE
 from vllm_steer.packs.pack import MANIFEST_FILE, SteeringPack, load_pack
+from vllm_steer.packs.summary import pack_summary
 
 
 def test_round_trip(fears: SteeringPack) -> None:
@@ -162,3 +164,17 @@ def test_missing_files(tmp_path: Path, fears: SteeringPack) -> None:
     (fears.path / VECTORS_FILE).unlink()
     with pytest.raises(PackError, match="cannot be read"):
         load_pack(fears.path)
+
+
+def test_positions_may_be_those_of_any_request(fears: SteeringPack, tmp_path: Path) -> None:
+    manifest = json.loads((fears.path / MANIFEST_FILE).read_text())
+    ends = {"prompt": [[0, 2], [-2, None]]}
+    for positions in (ends, [[1, None]], {"generated": [0, 4]}, "prompt"):
+        manifest["directions"][0]["positions"] = positions
+        shutil.copytree(fears.path, tmp_path, dirs_exist_ok=True)
+        (tmp_path / MANIFEST_FILE).write_text(json.dumps(manifest))
+        pack = load_pack(tmp_path)
+        assert pack.manifest.model_dump()["directions"][0]["positions"] == positions
+        assert (positions if isinstance(positions, str) else json.dumps(positions)) in pack_summary(
+            pack
+        )

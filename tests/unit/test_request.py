@@ -125,6 +125,10 @@ def test_malformed(extra_args: dict[str, Any], message: str) -> None:
     [
         ([], "must be 'all'"),
         ([[1]], "must be 'all'"),
+        ({"prompt": []}, "must be 'all'"),
+        ({"prompt": [1, 2]}, "must be 'all'"),
+        ({"prompt": [[4, 4]]}, r"the range [4, 4] is empty"),
+        ({"prompt": [[0, 2]], "generated": [0, 1]}, "must be 'all'"),
         ([[1, 2, 3]], "must be 'all'"),
         ([[None, 2]], "must be 'all'"),
         ([[True, 2]], "must be 'all'"),

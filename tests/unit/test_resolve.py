@@ -47,6 +47,11 @@ def registry(fears: SteeringPack, pack_at: Callable[..., SteeringPack]) -> PackR
         ([[-4, -1], [0, 2]], [(0, 2), (PROMPT - 4, PROMPT - 1)]),
         ([[0, 5], [3, 8], [8, 9]], [(0, 9)]),
         ([[2, -3], [PROMPT + 2, PROMPT + 5]], [(2, PROMPT - 3), (PROMPT + 2, PROMPT + 5)]),
+        ({"prompt": [[0, 2], [-3, None]]}, [(0, 2), (PROMPT - 3, PROMPT)]),
+        ({"prompt": [[1, -1]]}, [(1, PROMPT - 1)]),
+        # Longer than the prompt, or beyond it: cut at its ends.
+        ({"prompt": [[0, 6], [-6, None]]}, [(0, PROMPT)]),
+        ({"prompt": [[-99, 3], [4, 99], [50, 60]]}, [(0, 3), (4, PROMPT)]),
     ],
 )
 def test_positions(
@@ -65,6 +70,10 @@ def test_positions(
         ),
         ([[5, -6]], r"\[5, -6\] is empty for this prompt of 10 tokens"),
         ([[40, None]], "is never reached: prompt and answer have at most 32 tokens"),
+        (
+            {"prompt": [[12, None]]},
+            r"{\"prompt\": \[\[12, null\]\]} has no position in this prompt",
+        ),
     ],
 )
 def test_positions_that_the_prompt_does_not_have(

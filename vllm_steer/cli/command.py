@@ -1,4 +1,4 @@
-"""The ``vllm-steer`` command: demo, model, extract, calibrate, probe, sweep, card, fusion, inspect, convert, verify."""
+"""The ``vllm-steer`` command: one subcommand for each thing that is done with packs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vllm_steer.cli.calibrate import add_calibrate
 from vllm_steer.cli.demo import add_demo
@@ -15,11 +16,15 @@ from vllm_steer.cli.extract import add_extract
 from vllm_steer.cli.fusion import add_fusion
 from vllm_steer.cli.model import add_model
 from vllm_steer.cli.probe import add_probe
+from vllm_steer.cli.train import add_train, forms_to_name
 from vllm_steer.cli.verify import add_verify
 from vllm_steer.config import plugin_version
 from vllm_steer.errors import ConversionError, SteeringError
 from vllm_steer.packs.pack import load_pack, resolve_pack
 from vllm_steer.packs.summary import pack_summary
+
+if TYPE_CHECKING:
+    from vllm_steer.offline.convert.packs import VectorSource
 
 _PACK_HELP = "directory of the pack, or owner/name or owner/name@revision on the hub"
 
@@ -46,6 +51,7 @@ def command_line() -> argparse.ArgumentParser:
     add_demo(commands)
     add_model(commands)
     add_extract(commands)
+    add_train(commands)
     add_calibrate(commands)
     add_probe(commands)
     add_sweep(commands)
@@ -105,6 +111,26 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add_chat(into)
     into.set_defaults(run=_import)
+    reft = ways.add_parser(
+        "import-reft",
+        help="import LoReFT of pyreft",
+        description="Writes a pack from folders of pyreft, or safetensors files whose names say layers. A form of rank r is "
+        "several directions, which a request names together, on a server with --steering-ops affine and --steering-rank r.",
+    )
+    reft.add_argument(
+        "files", nargs="+", metavar="NAME=FOLDER", help="name of a form, and its folder or file"
+    )
+    reft.add_argument("--model", required=True, help="checkpoint directory or hub id of its model")
+    reft.add_argument("--name", required=True, help="name of the pack, as requests will give it")
+    reft.add_argument("--out", type=Path, required=True, help="directory of the pack")
+    reft.add_argument(
+        "--positions",
+        required=True,
+        help="where it was trained to act: f5+l5 for the prompt's first and last five tokens, or all, prompt, last_prompt",
+    )
+    reft.add_argument("--residual-norms", metavar="PATH", help="as of convert import")
+    add_chat(reft)
+    reft.set_defaults(run=_import_reft)
     out = ways.add_parser("export", help="write a pack's direction as a GGUF control vector")
     out.add_argument("pack", help=_PACK_HELP)
     out.add_argument("direction", help="name of the direction")
@@ -114,22 +140,12 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _import(args: argparse.Namespace) -> None:
-    from vllm_steer.offline.convert.packs import (
-        ImportTarget,
-        NormSource,
-        VectorSource,
-        import_pack,
-    )
+    from vllm_steer.offline.convert.model import NormSource
+    from vllm_steer.offline.convert.packs import ImportTarget, import_pack
     from vllm_steer.offline.models.chat import ChatFormat
 
-    sources = []
-    for item in args.files:
-        name, equals, file = item.partition("=")
-        if not equals or not name or not file:
-            raise ConversionError(f"{item!r} must be NAME=FILE, such as happy=happy.gguf")
-        sources.append(VectorSource(name, file))
     pack = import_pack(
-        sources,
+        _named_files(args.files),
         ImportTarget(
             args.name,
             args.out,
@@ -142,6 +158,36 @@ def _import(args: argparse.Namespace) -> None:
         notice=_note,
     )
     sys.stdout.write(pack_summary(pack))
+
+
+def _named_files(items: Sequence[str]) -> list[VectorSource]:
+    from vllm_steer.offline.convert.packs import VectorSource
+
+    sources = []
+    for item in items:
+        name, equals, file = item.partition("=")
+        if not equals or not name or not file:
+            raise ConversionError(f"{item!r} must be NAME=FILE, such as happy=happy.gguf")
+        sources.append(VectorSource(name, file))
+    return sources
+
+
+def _import_reft(args: argparse.Namespace) -> None:
+    from vllm_steer.offline.convert.model import NormSource
+    from vllm_steer.offline.convert.reft import NOTE, import_reft
+    from vllm_steer.offline.models.chat import ChatFormat
+    from vllm_steer.offline.train.directions import Target
+    from vllm_steer.offline.train.positions import Positions
+
+    pack = import_reft(
+        _named_files(args.files),
+        Target(args.name, args.out),
+        args.model,
+        Positions.parse(args.positions).served(),
+        NormSource(args.residual_norms, ChatFormat(**given_chat(args))),
+    )
+    _note(NOTE)
+    sys.stdout.write(pack_summary(pack) + forms_to_name(pack))
 
 
 def _note(line: str) -> None:

@@ -24,7 +24,6 @@ from vllm_steer.fields import (
     LayerIndex,
     Line,
     PackName,
-    PositionChoice,
     Positive,
     Record,
     Scale,
@@ -36,6 +35,7 @@ from vllm_steer.operations import FormChoice, Op
 from vllm_steer.packs.calibration import Calibration
 from vllm_steer.packs.probe import Probe
 from vllm_steer.packs.strict_json import parse_json
+from vllm_steer.request.positions import Positions
 
 SCHEMA_VERSION: Final = 1
 MANIFEST_FILE: Final = "steering_config.json"
@@ -114,7 +114,7 @@ class DirectionRecord(Record):
             all.
         default_scale: Scale (ε) used when a request names none.
         safe_scale: Largest |scale| on ``default_layers`` at which the text was fluent; None if not measured.
-        positions: Token positions steered when a request names none.
+        positions: Token positions steered when a request names none, in the form of a request's.
         form: Its default form; None is addition. Directions that the form names are in this pack.
         metrics: Figures of the extraction, informative only.
         prefix: The prefix that makes the model take on the concept without steering; None if unknown.
@@ -127,7 +127,7 @@ class DirectionRecord(Record):
     default_layers: list[LayerIndex] | None = Field(default=None, min_length=1)
     default_scale: Scale
     safe_scale: Positive | None = None
-    positions: PositionChoice
+    positions: Positions
     form: FormChoice | None = None
     metrics: dict[str, JsonValue] = {}
     prefix: Prefix | None = None

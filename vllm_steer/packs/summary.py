@@ -11,6 +11,7 @@ from vllm_steer.fields import show_layers
 from vllm_steer.packs.calibration import Calibration
 from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.packs.probe import Probe
+from vllm_steer.request.positions import show_positions
 
 # For values that were not measured.
 _NOTHING = "–"
@@ -38,7 +39,7 @@ def pack_summary(pack: SteeringPack) -> str:
         lines.append(
             f"{name:<32} {record.default_scale:>8g} {safe:>8} {closed:>10} {expressed:>9} {steers:>6} "
             f"{_told_apart(record.probe):>8}  "
-            f"{record.positions:<11} {record.op:<7} {pack.digests[name][:12]}  "
+            f"{show_positions(record.positions):<11} {record.op:<7} {pack.digests[name][:12]}  "
             f"{show_layers(record.steered_layers):<14}  {show_layers(record.layers)}"
         )
     return "\n".join(lines) + "\n"

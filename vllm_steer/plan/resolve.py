@@ -30,7 +30,12 @@ from vllm_steer.plan.strength import check_calibrated, scale_of
 from vllm_steer.plan.thresholds import check_tokens, gate_threshold
 from vllm_steer.request.positions import PositionRange, absolute_ranges
 from vllm_steer.request.schedule import Schedule
-from vllm_steer.request.schema import REQUEST_KEY, DirectionChoice, SteeringRequest
+from vllm_steer.request.schema import (
+    MAX_REQUEST_RANGES,
+    REQUEST_KEY,
+    DirectionChoice,
+    SteeringRequest,
+)
 from vllm_steer.request.stop_tokens import StopTokens
 
 _Span = tuple[Sequence[PositionRange], Term]
@@ -69,6 +74,12 @@ def resolve(bound: BoundRequest, prompt_len: int, max_len: int | None = None) ->
                 raise RequestError(f"{choice.where}.gate.at: {error}") from None
         if not _is_idle(term):
             spans.append((ranges, term))
+    # A pack's own positions may be ranges, too.
+    if (count := sum(len(ranges) for ranges, _ in spans)) > MAX_REQUEST_RANGES:
+        raise RequestError(
+            f"{REQUEST_KEY}.directions: they have {count} ranges of positions in total; the limit is "
+            f"{MAX_REQUEST_RANGES}; name fewer directions, or give fewer ranges"
+        )
     triggers = request.until_token_ids
     stop = StopTokens(prompt_len, tuple(triggers)) if triggers else None
     reads = resolve_reads(bound, prompt_len, max_len)

@@ -6,6 +6,7 @@ Importing this module imports neither torch nor vllm.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args
@@ -17,6 +18,8 @@ from vllm_steer.errors import RequestError
 from vllm_steer.fields import PositionChoice
 
 MAX_RANGES = 64
+# Characters of a choice in a message.
+_SHOWN = 80
 # First position and the position after the last; negative ones count from the prompt's end, None has no end.
 PositionRange = tuple[int, int | None]
 # Far beyond any context length, and within the int32 of the engine's tables.
@@ -26,7 +29,8 @@ _SLICE = re.compile(r"(?:-?[0-9]{1,10})?:(?:-?[0-9]{1,10})?")
 _WANTED = (
     f"must be {', '.join(repr(name) for name in get_args(PositionChoice))} or a list of up to {MAX_RANGES} "
     "[start, end] pairs: end is not included and null has no end, and negative numbers count from the prompt's "
-    'end, such as [[-4, null]]; or {"generated": [start, end]}, counted from the first generated token'
+    'end, such as [[-4, null]]; or {"generated": [start, end]}, counted from the first generated token; or {"prompt": '
+    "pairs}, which null and a prompt that is shorter end at the prompt's end"
 )
 
 
@@ -38,24 +42,41 @@ class GeneratedRange:
     end: int | None
 
 
-def parse_positions(value: Any) -> PositionChoice | GeneratedRange | tuple[PositionRange, ...]:
+@dataclass(frozen=True)
+class PromptRanges:
+    """Positions of the prompt alone: an end of None is the prompt's, and ranges are cut where a prompt is shorter."""
+
+    ranges: tuple[PositionRange, ...]
+
+
+AnyPositions = PositionChoice | GeneratedRange | PromptRanges | tuple[PositionRange, ...]
+
+
+def parse_positions(value: Any) -> AnyPositions:
     """Checks a choice of positions.
 
     Args:
-        value: A name, a list of ``[start, end]`` pairs, or one pair as ``{"generated": pair}``.
+        value: A name, a list of ``[start, end]`` pairs, one pair as ``{"generated": pair}``, or pairs as
+            ``{"prompt": pairs}``.
 
     Raises:
         PydanticCustomError: It is none of these; the message says what would be valid.
     """
     if isinstance(value, str) and value in get_args(PositionChoice):
         return value  # type: ignore[return-value]  # membership does not narrow to a Literal
-    if isinstance(value, GeneratedRange):
+    if isinstance(value, GeneratedRange | PromptRanges):
         return value
+    if isinstance(value, dict) and set(value) == {"prompt"}:
+        return PromptRanges(_pairs(value["prompt"]))
     if isinstance(value, dict) and set(value) == {"generated"}:
         start, end = _pair(value["generated"])
         if start < 0 or (end is not None and end < 0):
             raise PydanticCustomError("positions", _WANTED)
         return GeneratedRange(start, end)
+    return _pairs(value)
+
+
+def _pairs(value: Any) -> tuple[PositionRange, ...]:
     if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= MAX_RANGES:
         raise PydanticCustomError("positions", _WANTED)
     return tuple(_pair(pair) for pair in value)
@@ -79,11 +100,25 @@ def _pair(pair: Any) -> PositionRange:
     return start, end
 
 
-def _plain(positions: Any) -> Any:
-    """The choice as written in JSON."""
+def plain_positions(positions: AnyPositions) -> Any:
+    """Returns positions as they are written in JSON."""
     if isinstance(positions, GeneratedRange):
         return {"generated": [positions.start, positions.end]}
-    return positions
+    if isinstance(positions, PromptRanges):
+        return {"prompt": [list(pair) for pair in positions.ranges]}
+    return positions if isinstance(positions, str) else [list(pair) for pair in positions]
+
+
+def show_positions(positions: AnyPositions) -> str:
+    """Returns positions in one line, as a request gives them."""
+    return positions if isinstance(positions, str) else json.dumps(plain_positions(positions))
+
+
+def count_ranges(positions: AnyPositions) -> int:
+    """Returns how many ranges a choice has at most."""
+    if isinstance(positions, PromptRanges):
+        return len(positions.ranges)
+    return len(positions) if isinstance(positions, tuple) else 1
 
 
 _PAIR_SCHEMA: dict[str, Any] = {
@@ -92,19 +127,31 @@ _PAIR_SCHEMA: dict[str, Any] = {
     "maxItems": 2,
     "items": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
 }
+_PAIRS_SCHEMA: dict[str, Any] = {
+    "type": "array",
+    "minItems": 1,
+    "maxItems": MAX_RANGES,
+    "items": _PAIR_SCHEMA,
+}
 Positions = Annotated[
-    PositionChoice | GeneratedRange | tuple[PositionRange, ...],
+    AnyPositions,
     PlainValidator(parse_positions),
-    PlainSerializer(_plain),
+    PlainSerializer(plain_positions),
     WithJsonSchema(
         {
             "anyOf": [
                 {"enum": list(get_args(PositionChoice))},
-                {"type": "array", "minItems": 1, "maxItems": MAX_RANGES, "items": _PAIR_SCHEMA},
+                _PAIRS_SCHEMA,
                 {
                     "type": "object",
                     "properties": {"generated": _PAIR_SCHEMA},
                     "required": ["generated"],
+                    "additionalProperties": False,
+                },
+                {
+                    "type": "object",
+                    "properties": {"prompt": _PAIRS_SCHEMA},
+                    "required": ["prompt"],
                     "additionalProperties": False,
                 },
             ]
@@ -126,7 +173,7 @@ def parse_slice(text: str) -> list[int | None]:
 
 
 def absolute_ranges(
-    positions: PositionChoice | GeneratedRange | tuple[PositionRange, ...],
+    positions: AnyPositions,
     prompt_len: int,
     max_len: int | None = None,
 ) -> list[PositionRange]:
@@ -149,6 +196,8 @@ def absolute_ranges(
                 "last_prompt": (prompt_len - 1, prompt_len),
             }[positions]
         ]
+    if isinstance(positions, PromptRanges):
+        return _within_prompt(positions, prompt_len)
     if isinstance(positions, GeneratedRange):
         last = positions.end
         end_of = None if last is None else prompt_len + last
@@ -169,6 +218,21 @@ def absolute_ranges(
                 f"{shown} is never reached: prompt and answer have at most {max_len} tokens"
             )
         ranges.append((start, end))
+    return ranges
+
+
+def _within_prompt(positions: PromptRanges, prompt_len: int) -> list[PositionRange]:
+    ranges: list[PositionRange] = []
+    for first, last in positions.ranges:
+        start = first + prompt_len if first < 0 else first
+        end = prompt_len if last is None else last + prompt_len if last < 0 else last
+        start, end = max(start, 0), min(end, prompt_len)
+        if start < end:
+            ranges.append((start, end))
+    if not ranges:
+        raise RequestError(
+            f"{show_positions(positions)[:_SHOWN]} has no position in this prompt of {prompt_len} tokens"
+        )
     return ranges
 
 

@@ -18,7 +18,7 @@ from pydantic_core import PydanticCustomError, from_json
 
 from vllm_steer.errors import RequestError, choices
 from vllm_steer.operations import FormChoice, Gate
-from vllm_steer.request.positions import Positions, parse_slice
+from vllm_steer.request.positions import Positions, count_ranges, parse_slice
 from vllm_steer.request.reads import MAX_READS, Layers, ReadChoice, StopChoice
 from vllm_steer.request.schedule import ScheduleChoice
 from vllm_steer.request.stop_tokens import TokenIds
@@ -97,7 +97,8 @@ class SteeringRequest(_Strict):
         positions: For directions without their own: ``all``, ``prompt``, ``generated`` (positions from the
             prompt's length on), ``last_prompt``, or ``[start, end]`` pairs of absolute positions; end is not
             included and null has no end, negative numbers count from the prompt's end. ``{"generated":
-            [start, end]}`` counts from the first generated token.
+            [start, end]}`` counts from the first generated token; ``{"prompt": pairs}`` stays within the
+            prompt, which null ends.
         schedule: Strength over the generated tokens, for directions without their own.
         until_token_ids: Steering ends after the first generated token with one of these ids.
         read: Directions whose scores are returned, with or without directions that steer. Needs a server
@@ -144,9 +145,9 @@ class SteeringRequest(_Strict):
     @model_validator(mode="after")
     def _has_few_ranges(self) -> SteeringRequest:
         """Each range costs time at admission and in every step, so their number is checked first."""
-        chosen = [choice.positions or self.positions for choice in self.directions]
+        chosen = [choice.positions or self.positions or "all" for choice in self.directions]
         chosen += [choice.at for choice in self.read]
-        count = sum(len(each) if isinstance(each, tuple) else 1 for each in chosen)
+        count = sum(map(count_ranges, chosen))
         if count > MAX_REQUEST_RANGES:
             raise PydanticCustomError(
                 "ranges",

@@ -13,6 +13,7 @@ from vllm_steer.errors import ConflictError, NotAllowedError, PackError, Request
 from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.packs.registry import PackRegistry
 from vllm_steer.packs.store import PackStore
+from vllm_steer.request.positions import plain_positions
 from vllm_steer.serving.admission import Admission
 from vllm_steer.serving.asgi import (
     Message,
@@ -156,7 +157,7 @@ def describe_pack(pack: SteeringPack, names: Collection[str] | None = None) -> d
                 "name": record.name,
                 "layers": record.layers,
                 "default_layers": record.default_layers,
-                "positions": record.positions,
+                "positions": plain_positions(record.positions),
                 "default_scale": record.default_scale,
                 "safe_scale": record.safe_scale,
                 "calibration": record.calibration

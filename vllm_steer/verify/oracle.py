@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from vllm_steer.errors import EvaluationError
 from vllm_steer.offline.models.loading import find_blocks, load_model
 from vllm_steer.packs.pack import DirectionRecord, SteeringPack, load_pack
+from vllm_steer.request.positions import plain_positions
 from vllm_steer.verify.oracle_forms import apply_form, before_trigger, scheduled, steered_positions
 
 
@@ -180,7 +181,8 @@ class Reference:
             layers = layers or record.default_layers or record.layers
             if layer not in layers or vector is None:
                 continue
-            where = choice.get("positions") or steering.get("positions") or record.positions
+            where = choice.get("positions") or steering.get("positions")
+            where = where or plain_positions(record.positions)
             mask = steered_positions(where, position, prompt_len)
             mask &= before_trigger(
                 steering.get("until_token_ids"), self._tokens, prompt_len, position

@@ -77,7 +77,7 @@ def before_trigger(
 
 
 def steered_positions(
-    choice: str | dict[str, list[int]] | list[Any],
+    choice: str | dict[str, list[Any]] | list[Any],
     position: torch.Tensor,
     prompt_len: int,
 ) -> torch.Tensor:
@@ -89,6 +89,10 @@ def steered_positions(
             "generated": position >= prompt_len,
             "last_prompt": position == prompt_len - 1,
         }[choice]
+    if isinstance(choice, dict) and "prompt" in choice:
+        pairs = [[low, prompt_len if high is None else high] for low, high in choice["prompt"]]
+        pairs = [[max(low, -prompt_len), high] for low, high in pairs]
+        return steered_positions(pairs, position, prompt_len) & (position < prompt_len)
     if isinstance(choice, dict):
         low, high = choice["generated"]
         end_of = position.max() + 1 if high is None else prompt_len + high
