@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks import probe_pictures
 from benchmarks.engine import ROOT
 from benchmarks.svg import card, lines, svg, text
 from benchmarks.tables import markdown, results
@@ -141,6 +142,8 @@ def _directions() -> list[dict[str, Any]]:
 DRAWN: Mapping[Path, Callable[[], str]] = {
     PICTURES / "demo.svg": lambda: demo_picture(_examples()),
     PICTURES / "strength.svg": lambda: strength_picture(_directions()),
+    PICTURES / "probes.svg": lambda: probe_pictures.histograms(results("probes")),
+    PICTURES / "scores.svg": lambda: probe_pictures.coloured(results("probes")["coloured"]),
 }
 TABLE = Block(DEMO_PAGE, "demo-answers", lambda: demo_table(_examples()))
 

@@ -48,6 +48,8 @@ PER_CLASS = 2
 LAYERS = (9, 11, 13, 15, 17, 19)
 RATES = (0.01, 0.05)
 WITHIN = 16
+# What a guard should catch.
+TARGET = 0.9
 MAX_TOKENS = 32
 BINS = 24
 # The directions were learned from the answers to the first of them.
@@ -331,6 +333,27 @@ def layers_table(report: Mapping[str, Any]) -> str:
         ]
         lines.append(f"| {concept} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def means(report: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the means over concepts that the findings speak of, and how many concepts a guard catches 90 % of."""
+    rows = []
+    for found in report["concepts"].values():
+        layer = next(x for x in found["probe"]["layers"] if x["layer"] == found["layer"])
+        at = layer["thresholds"][0]
+        shown = found["caught_of_shown"]
+        rows.append(
+            {
+                "auroc": layer["auroc"],
+                "false": at["false_positives"],
+                "whole": at["true_positives"],
+                "caught": found["caught"]["share"],
+                "shown": found["shown"]["share"],
+                "of_shown": shown["share"] if shown else np.nan,
+            }
+        )
+    values = {key: float(np.nanmean([row[key] for row in rows])) for key in rows[0]}
+    return values | {"reached": sum(row["caught"] >= TARGET for row in rows)}
 
 
 def _ends(share: Mapping[str, float] | None) -> tuple[float, float | None, float | None]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fusion_depth import STEERED, UNSTEERED
+from benchmarks.probes import means
 from benchmarks.tables import FINDINGS, README, results
 
 pytestmark = pytest.mark.slow
@@ -164,3 +165,13 @@ def _cell(share: dict[str, float]) -> str:
 
 def _count(rate: dict[str, dict[str, float]], share: float) -> int:
     return sum(value == share for value in rate["by_concept"].values())
+
+
+def test_sentences_of_probes() -> None:
+    report = results("probes")
+    found = means(report)
+    assert (
+        "the engine aborts {caught:.0%} of the prefixed answers within 16 tokens, and {whole:.0%} of the whole answers of "
+        "32 have a token above the threshold, beside {false:.1%} of the plain ones. {shown:.0%} of the prefixed answers "
+        "show their concept, and of these {of_shown:.0%} are aborted. Of {count} concepts {reached:.0f} reach 90 %"
+    ).format(**found, count=len(report["concepts"])) in text_of(FINDINGS)

@@ -379,7 +379,7 @@ def test_the_log_tells_what_was_done_and_refused(
 
 
 def test_the_dashboard_asks_for_what_is_exposed(server: Server, client: OpenAI) -> None:
-    chat(client, TEXTS[0], steering=CALM)
+    chat(client, TEXTS[0], steering=CALM | {"read": [{"name": "moods/cheerful"}]})
     with pytest.raises(BadRequestError):
         chat(client, TEXTS[0], steering={"directions": [{"name": "moods/nobody"}]})
     shown = metrics(server)
