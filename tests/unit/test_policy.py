@@ -52,7 +52,7 @@ def test_keys_and_patterns() -> None:
         ("[]", "policy:"),
         ('{"alias": {}}', "alias:"),
         ('{"aliases": {"a b": {"directions": [{"name": "x"}]}}}', "aliases.a b"),
-        ('{"aliases": {"a": {"directions": []}}}', "aliases.a: needs directions that steer"),
+        ('{"aliases": {"a": {"directions": []}}}', "aliases.a: needs directions to steer"),
         ('{"dose_action": "clamp"}', "dose_action:"),
         ('{"max_dose": 0}', "max_dose:"),
         ('{"keys": {"my-key": ["*"]}}', "keys.my-key"),

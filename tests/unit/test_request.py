@@ -55,7 +55,7 @@ def test_the_forms_agree() -> None:
     ("extra_args", "message"),
     [
         ({"steering": {}}, "steering: needs directions to steer or to read"),
-        ({"steering": {"directions": []}}, "steering: needs directions that steer"),
+        ({"steering": {"directions": []}}, "steering: needs directions to steer"),
         (
             {"steering": {"directions": "spiders"}},
             "steering.directions:",
