@@ -12,9 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import engine_arguments
-from tests.engine_process import EngineProcess
 from tests.offline.answers_cases import QUESTIONS, greedy
-from tests.reference import TOLERANCE
 from vllm_steer.offline.demo.concepts import prefix
 from vllm_steer.offline.models.hooks import Change
 from vllm_steer.offline.models.likelihood import AnswerModel, padded
@@ -32,6 +30,8 @@ from vllm_steer.offline.train.presets.registry import PRESETS
 from vllm_steer.offline.train.settings import TrainSettings
 from vllm_steer.offline.train.trainer import Lesson, Trainer, TrainerOptions
 from vllm_steer.packs.pack import MethodRecord, PackContent, SteeringPack, write_pack
+from vllm_steer.testing.engine import Engine
+from vllm_steer.testing.parity import TOLERANCE
 
 pytestmark = pytest.mark.engine
 TOKENS = 16
@@ -71,7 +71,7 @@ class Setting:
     trained: dict[str, Trained]
     prompts: list[tuple[int, ...]]
     answers: AnswerModel
-    engine: EngineProcess
+    engine: Engine
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def setting(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         )
         trained[name] = Trained(objective, positions, pack)
     packs = [each.pack for each in trained.values()]
-    engine = EngineProcess(engine_arguments(model, packs, "affine-eager"), forked=True)
+    engine = Engine(engine_arguments(model, packs, "affine-eager"), fork=True)
     yield Setting(trained, prompts, AnswerModel(loaded, ()), engine)
     engine.close()
 

@@ -465,7 +465,7 @@ def test_settings_are_closed_and_checked():
         ExtractionSettings().seed = 1
     # p-values are multiples of 1 / (permutations + 1), and the score counts those below 0.01.
     for few in (1, 99):
-        with pytest.raises(ValidationError, match=f"permutations is {few}: .* needs 100 at least"):
+        with pytest.raises(ValidationError, match=f"permutations is {few}: .* needs at least 100"):
             ExtractionSettings(permutations=few)
     assert ExtractionSettings(permutations=100).permutations == 100
 
