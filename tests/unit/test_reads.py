@@ -441,6 +441,24 @@ def test_scores_are_read_back_by_position() -> None:
         vllm_steer.read(SimpleNamespace(outputs=[plain], request_id="1"))
 
 
+def test_scores_that_come_while_others_are_read_leave_those_as_they_are() -> None:
+    """A long receipt is written in a thread of its own while the engine goes on."""
+    scores = Scores((replace(read(), ranges=((0, None),)),), prompt_len=0)
+
+    class Meanwhile(np.ndarray):
+        def __getitem__(self, key: Any) -> Any:
+            # As many chunks as are put together.
+            for position in range(scores.end, 512):
+                scores.add(*chunk(position, position + 1))
+            return np.asarray(self)[key]
+
+    for position in range(299):
+        scores.add(*chunk(position, position + 1))
+    scores.add(299, chunk(299, 300)[1].view(Meanwhile))
+    assert np.array_equal(scores.to_numpy(300), [np.arange(300)])
+    assert np.array_equal(scores.to_numpy(512), [np.arange(512)])
+
+
 def test_the_receipt_has_scores_of_each_answer(
     registry: PackRegistry, make_receipt: Callable[..., Receipt]
 ) -> None:

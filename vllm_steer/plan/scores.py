@@ -104,7 +104,8 @@ class Scores:
         if self._fresh == _FRESH:
             self._fresh = 0
             first = self._chunks[-_FRESH][0]
-            self._chunks[-_FRESH:] = [(first, self._found(first, self.end).copy())]
+            # In a list of its own: long receipts are written in another thread, which may be going through this one.
+            self._chunks = [*self._chunks[:-_FRESH], (first, self._found(first, self.end))]
 
     def since(self, position: int) -> np.ndarray:
         """Returns the scores received from a position on, float32 ``[reads, tokens]``."""
