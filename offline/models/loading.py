@@ -327,7 +327,6 @@ def model_identity(
     The type is that of the language model, alone or inside a vision-language model.
     """
     text = config.get_text_config()
-    template = None if tokenizer is None else tokenizer.chat_template
     local = Path(model_path)
     return ModelIdentity(
         name=local.resolve().name if local.exists() else str(model_path),
@@ -335,10 +334,14 @@ def model_identity(
         model_type=text.model_type,
         hidden_size=text.hidden_size,
         num_layers=text.num_hidden_layers,
-        chat_template_sha256=(
-            hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None
-        ),
+        chat_template_sha256=None if tokenizer is None else template_digest(tokenizer),
     )
+
+
+def template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Returns the sha256 of a tokenizer's chat template; None if it has none, or several by name."""
+    template = tokenizer.chat_template
+    return hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None
 
 
 def checkpoint_state(model_path: str | os.PathLike[str]) -> list[tuple[str, int, int]]:

@@ -6,7 +6,6 @@ a threshold is chosen on the first half of the negative texts; everything that i
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from vllm_steer.offline.measures.detection import (
     separation,
     threshold,
 )
-from vllm_steer.offline.models.loading import public_name
+from vllm_steer.offline.models.loading import public_name, template_digest
 from vllm_steer.offline.probe.settings import ProbeSettings
 from vllm_steer.offline.probe.texts import Text, check_apart, digest_of, rendered
 from vllm_steer.packs.pack import (
@@ -296,13 +295,10 @@ def _check_read(texts: Sequence[Text], counts: Sequence[int], what: str) -> None
 
 def _told(engine: ReadingEngine, texts: ProbeTexts, settings: ProbeSettings) -> dict[str, Any]:
     """What a probe says of its model and texts."""
-    template = engine.tokenizer.chat_template
     return {
         "model": public_name(engine.model),
         "dtype": engine.dtype,
-        "chat_template_sha256": (
-            hashlib.sha256(template.encode()).hexdigest() if isinstance(template, str) else None
-        ),
+        "chat_template_sha256": template_digest(engine.tokenizer),
         "positives": len(texts.positive),
         "negatives": len(texts.negative),
         "positives_sha256": digest_of(texts.positive),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -31,3 +32,8 @@ def parts(rows: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """Yields rows in parts of a size, the last one smaller."""
     for start in range(0, len(rows), size):
         yield rows[start : start + size]
+
+
+def total(values: Callable[[Sequence[T]], Tensor], rows: Sequence[T], size: int) -> float:
+    """Returns the sum of what ``values`` gives for rows, asked in parts of a size."""
+    return sum(float(values(part).sum()) for part in parts(rows, size))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vllm_steer.offline.models.hooks import Change
 from vllm_steer.offline.models.likelihood import AnswerModel
-from vllm_steer.offline.train.batches import parts
+from vllm_steer.offline.train.batches import total
 from vllm_steer.offline.train.edits import detected, strongest
 from vllm_steer.offline.train.examples import Answered, Row
 from vllm_steer.offline.train.forms import UnitVectors, where
@@ -75,11 +75,10 @@ class DetectionSteering(Objective[Answered]):
 
     def score(self, lesson: int, examples: Sequence[Answered], batch_size: int) -> float:
         """Returns the mean log-likelihood of an answer's token."""
-        total = sum(
-            float(self._forward(part, [lesson] * len(part))[0].sum())
-            for part in parts(examples, batch_size)
+        found = total(
+            lambda part: self._forward(part, [lesson] * len(part))[0], examples, batch_size
         )
-        return total / sum(example.tokens for example in examples)
+        return found / sum(example.tokens for example in examples)
 
     def largest(self, units: Tensor, examples: Sequence[Answered]) -> float:
         """Returns the largest detection in prompts and answers without steering: AxBench's largest activation.

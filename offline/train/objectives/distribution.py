@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vllm_steer.offline.models.hooks import Change
 from vllm_steer.offline.models.likelihood import by_row
-from vllm_steer.offline.train.batches import parts
+from vllm_steer.offline.train.batches import total
 from vllm_steer.offline.train.edits import clamped
 from vllm_steer.offline.train.examples import Contrast, Row, Tokens
 from vllm_steer.offline.train.forms import UnitVectors, where
@@ -45,11 +45,10 @@ class DistributionMatching(Objective[Contrast]):
 
     def score(self, lesson: int, examples: Sequence[Contrast], batch_size: int) -> float:
         """Returns the mean divergence, negative."""
-        total = sum(
-            float(self._divergences(part, [lesson] * len(part)).sum())
-            for part in parts(examples, batch_size)
+        found = total(
+            lambda part: self._divergences(part, [lesson] * len(part)), examples, batch_size
         )
-        return -total / len(examples)
+        return -found / len(examples)
 
     def components(self, units: Tensor, examples: Sequence[Contrast]) -> Tensor:
         """Returns w·h at the last tokens of the prompts with the concept and of those without, ``[2, examples]``, float64.

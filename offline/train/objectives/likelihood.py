@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vllm_steer.offline.measures.shares import closed
 from vllm_steer.offline.models.likelihood import AnswerModel
-from vllm_steer.offline.train.batches import parts
+from vllm_steer.offline.train.batches import total
 from vllm_steer.offline.train.examples import Answered, Row
 from vllm_steer.offline.train.forms import ChangingForm, Vectors
 from vllm_steer.offline.train.objectives.objective import Moment, Objective
@@ -78,13 +78,12 @@ class Likelihood(Objective[Answered]):
         lesson: int | None = None,
         prefixed: bool = False,
     ) -> float:
-        return sum(
-            float(
-                self._log_likelihoods(
-                    part, None if lesson is None else [lesson] * len(part), prefixed
-                ).sum()
-            )
-            for part in parts(examples, batch_size)
+        return total(
+            lambda part: self._log_likelihoods(
+                part, None if lesson is None else [lesson] * len(part), prefixed
+            ),
+            examples,
+            batch_size,
         )
 
     def _log_likelihoods(
