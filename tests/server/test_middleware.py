@@ -43,7 +43,7 @@ def server(
     }
     (folder / "policy.json").write_text(json.dumps(policy))
     options = ["--steering-policy", str(folder / "policy.json"), "--steering-rows", "4"]
-    options += ["--enable-log-requests"]
+    options += ["--enable-log-requests", "--steering-reads", "1"]
     paths = [pack.path for pack in packs]
     with serve(model, paths, folder / "log", "--enforce-eager", *options) as running:
         yield running
@@ -379,7 +379,8 @@ def test_the_log_tells_what_was_done_and_refused(
 
 
 def test_the_dashboard_asks_for_what_is_exposed(server: Server, client: OpenAI) -> None:
-    chat(client, TEXTS[0], steering=CALM | {"read": [{"name": "moods/cheerful"}]})
+    read = {"read": [{"name": "moods/cheerful"}], "stop_when": {"read": 0, "above": -1e9}}
+    chat(client, TEXTS[0], steering=CALM | read)
     with pytest.raises(BadRequestError):
         chat(client, TEXTS[0], steering={"directions": [{"name": "moods/nobody"}]})
     shown = metrics(server)
