@@ -33,7 +33,7 @@ from benchmarks.engine import ROOT
 from benchmarks.fuzz_http import memory
 from benchmarks.load_clients import scrape
 from benchmarks.options import results_parser
-from benchmarks.soak_model import CALM, DEEP, SWING, write_model, write_packs
+from benchmarks.soak_model import CALM, DEEP, FULL, LIGHT, SWING, Load, write_model, write_packs
 from vllm_steer.offline.demo.server import SERVED_NAME, Server, free_port, running, serve_command
 from vllm_steer.packs.pack import SteeringPack
 
@@ -55,7 +55,8 @@ def run(
         seconds: For how long the hostile clients ask.
         seed: Seed of what everybody asks.
         dtype: The served model's.
-        runner: vLLM's model runner, ``v1`` or ``v2``; the latter runs under Triton's interpreter.
+        runner: vLLM's model runner, ``v1`` or ``v2``; the latter runs under Triton's interpreter, which answers
+            about ten tokens a second, so all ask for less.
 
     Returns:
         The results, as they are written to the JSON file.
@@ -65,8 +66,9 @@ def run(
     port = free_port()
     environment = _ENV | (_v2_environment(folder / "site") if runner == "v2" else {})
     command = _command(model, packs, folder, port, dtype)
+    load = LIGHT if runner == "v2" else FULL
     with running(command, port, folder / "log", environment) as server:
-        return asyncio.run(_Soak(server, packs, folder / "root", seed, dtype).run(seconds))
+        return asyncio.run(_Soak(server, packs, folder / "root", seed, dtype, load).run(seconds))
 
 
 _ENV = {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}
@@ -114,15 +116,21 @@ class _Soak:
     """The clients of one server."""
 
     def __init__(
-        self, server: Server, packs: Sequence[SteeringPack], root: Path, seed: int, dtype: str
+        self,
+        server: Server,
+        packs: Sequence[SteeringPack],
+        root: Path,
+        seed: int,
+        dtype: str,
+        load: Load,
     ) -> None:
-        self._server, self._packs, self._root = server, packs, root
+        self._server, self._packs, self._root, self._load = server, packs, root, load
         self._seed, self._tolerance = seed, bystanders.TOLERANCES[dtype]
         self._damage = hostile.Damage()
         self._watch, self._baseline = bystanders.Watch(), bystanders.Watch()
 
     async def run(self, seconds: float) -> dict[str, Any]:
-        bodies = bystanders.cases(self._seed)
+        bodies = bystanders.cases(self._seed, self._load)
         async with AsyncExitStack() as stack:
             good, bad, admin = [
                 await stack.enter_async_context(self._client(key))
@@ -150,28 +158,28 @@ class _Soak:
         return httpx.AsyncClient(
             base_url=self._server.url,
             headers={"authorization": f"Bearer {key}"},
-            timeout=bystanders.TIMEOUT,
+            timeout=self._load.timeout,
             limits=httpx.Limits(max_connections=None),
         )
 
     async def _unsteered_load(self, http: httpx.AsyncClient, seconds: float) -> None:
-        end = time.monotonic() + seconds
+        end, load = time.monotonic() + seconds, self._load
         rng = random.Random(f"load {self._seed}")
 
         async def ask_on() -> None:
             while time.monotonic() < end:
                 body = {
                     "model": SERVED_NAME,
-                    "prompt": [rng.randrange(10, 1500) for _ in range(rng.randint(1, 300))],
-                    "max_tokens": rng.choice([1, 20, 150]),
-                    "n": rng.choice([1, 1, 8]),
+                    "prompt": [rng.randrange(10, 1500) for _ in range(rng.randint(1, load.prompt))],
+                    "max_tokens": rng.choice(load.answers),
+                    "n": rng.choice([1, 1, load.samples]),
                     "ignore_eos": True,
                 }
-                await http.post("/completions", json=body)
+                await bystanders.ask(http, body, self._baseline)
 
         rest = random.Random(f"short {self._seed}")
         await asyncio.gather(
-            *(ask_on() for _ in (*hostile.KINDS, *range(bystanders.CLIENTS))),
+            *(ask_on() for _ in range(len(hostile.KINDS) + load.bystanders)),
             bystanders.wait_short(http, self._baseline, rest, end),
         )
 
@@ -187,7 +195,7 @@ class _Soak:
                 bystanders.stand_by(
                     http, bodies, answers, self._watch, rng(number), end, self._tolerance
                 )
-                for number in range(bystanders.CLIENTS)
+                for number in range(self._load.bystanders)
             ),
         ]
 
@@ -203,6 +211,7 @@ class _Soak:
                     self._root,
                     swing,
                     size,
+                    self._load,
                 ),
                 kind,
                 end,

@@ -13,14 +13,11 @@ from typing import Any
 
 import httpx
 
-from benchmarks.soak_model import CALM, DIRECTIONS, LAYERS
+from benchmarks.soak_model import CALM, DIRECTIONS, LAYERS, Load
 from vllm_steer.offline.demo.server import SERVED_NAME
 
 KEY = "bystander"
 CASES = 24
-CLIENTS = 4
-# A request that takes longer will never end.
-TIMEOUT = 180.0
 _VOCABULARY = (10, 1500)
 # What two sums of the same numbers in another order may differ by, in log-probability.
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
@@ -74,16 +71,16 @@ class Watch:
     waits: list[float] = field(default_factory=list)
 
 
-def cases(seed: int) -> list[dict[str, Any]]:
+def cases(seed: int, load: Load) -> list[dict[str, Any]]:
     """Returns bodies of unsteered and of steered requests, by turns."""
     rng = random.Random(f"bystanders {seed}")
     found = []
     for number in range(CASES):
-        length = rng.choice([3, 17, 40, 150])
+        length = rng.choice([n for n in (3, 17, 40, 150) if n <= load.prompt])
         body: dict[str, Any] = {
             "model": SERVED_NAME,
             "prompt": [rng.randrange(*_VOCABULARY) for _ in range(length)],
-            "max_tokens": rng.randint(4, 24),
+            "max_tokens": min(rng.randint(4, 24), load.answers[-1]),
             "temperature": 0.0,
             "logprobs": 2,
             "ignore_eos": True,
@@ -121,7 +118,7 @@ async def stand_by(
     """Asks one question after the other, and holds each answer against the quiet server's."""
     while time.monotonic() < end:
         number = rng.randrange(len(bodies))
-        response = await _ask(http, bodies[number], watch)
+        response = await ask(http, bodies[number], watch)
         if response is None:
             continue
         found = _read(response.json())
@@ -143,17 +140,16 @@ async def wait_short(http: httpx.AsyncClient, watch: Watch, rng: random.Random, 
             "steering": {"directions": [choice]},
         }
         started = time.monotonic()
-        if await _ask(http, body, watch) is not None:
+        if await ask(http, body, watch) is not None:
             watch.waits.append(time.monotonic() - started)
         await asyncio.sleep(rng.uniform(0.0, 0.3))
 
 
-async def _ask(
-    http: httpx.AsyncClient, body: dict[str, Any], watch: Watch
-) -> httpx.Response | None:
+async def ask(http: httpx.AsyncClient, body: dict[str, Any], watch: Watch) -> httpx.Response | None:
+    """Sends one request, and notes what went wrong; None unless it was answered with 200."""
     watch.requests += 1
     try:
-        response = await http.post("/completions", json=body, timeout=TIMEOUT)
+        response = await http.post("/completions", json=body)
     except httpx.TimeoutException:
         watch.stuck += 1
         return None

@@ -19,7 +19,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from benchmarks.fuzz_http import FAULTS
-from benchmarks.soak_model import DEEP, DIRECTIONS, LAYERS, SWING
+from benchmarks.soak_model import DEEP, DIRECTIONS, LAYERS, SWING, Load
 from vllm_steer.offline.demo.server import SERVED_NAME
 from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.testing.random_pack import write_variant
@@ -76,6 +76,7 @@ class Hostile:
         root: Directory that packs may be loaded from.
         swing: The pack that comes and goes.
         hidden_size: Width of the residual stream.
+        load: How much it asks for.
     """
 
     http: httpx.AsyncClient
@@ -84,6 +85,7 @@ class Hostile:
     root: Path
     swing: SteeringPack
     hidden_size: int
+    load: Load
 
     async def send(self, what: str, method: str, path: str, **given: Any) -> httpx.Response | None:
         """Sends one request and counts its answer; None when there was none in time."""
@@ -95,14 +97,14 @@ class Hostile:
         self.damage.note(what, response.status_code, response.text)
         return response
 
-    def prompt(self, most: int = 300) -> list[int]:
+    def prompt(self) -> list[int]:
         """Random token ids."""
-        return [self.rng.randrange(10, 1500) for _ in range(self.rng.randint(1, most))]
+        return [self.rng.randrange(10, 1500) for _ in range(self.rng.randint(1, self.load.prompt))]
 
     def body(self, steering: Any, **fields: Any) -> dict[str, Any]:
         """A request for a long answer."""
         body = {"model": SERVED_NAME, "prompt": self.prompt(), "ignore_eos": True}
-        body |= {"max_tokens": self.rng.choice([1, 20, 150]), "steering": steering}
+        body |= {"max_tokens": self.rng.choice(self.load.answers), "steering": steering}
         return body | fields
 
     def choice(self, pack: str = DEEP) -> dict[str, Any]:
@@ -140,7 +142,7 @@ async def many_sums(one: Hostile) -> None:
         ranges = [[start + 3 * n, start + 3 * n + 2] for n in range(one.rng.choice([4, 16, 64]))]
         name = f"{DEEP}/{one.rng.choice(DIRECTIONS)}"
         directions.append({"name": name, "scale": 0.1 + number / 7, "positions": ranges})
-    body = one.body({"directions": directions}, n=one.rng.choice([1, 8]))
+    body = one.body({"directions": directions}, n=one.rng.choice([1, one.load.samples]))
     await one.send("many sums", "POST", "/completions", json=body)
 
 
@@ -173,7 +175,7 @@ async def background(one: Hostile) -> None:
     vectors = {"x": np.full((1, one.hidden_size), 0.1, np.float32)}
     path = f"/steering/vectors/{name}"
     await one.send("upload", "PUT", f"{path}?seconds=2", content=save(vectors, {"layers": "[3]"}))
-    body = {"model": SERVED_NAME, "input": "Hello", "max_output_tokens": 100}
+    body = {"model": SERVED_NAME, "input": "Hello", "max_output_tokens": one.load.answers[-1]}
     body |= {"background": True, "store": True, "ignore_eos": True}
     body |= {"steering": {"directions": [{"name": f"{name}/x"}]}}
     found = await one.send("background", "POST", "/responses", json=body)
@@ -194,7 +196,8 @@ async def not_reading(one: Hostile) -> None:
         {"name": f"{DEEP}/{d}", "scale": 1.0 + n, "positions": [[a + n, b + n] for a, b in ranges]}
         for n, d in enumerate(DIRECTIONS[:2])
     ]
-    body = one.body({"directions": choices}, stream=True, n=8, logprobs=5, max_tokens=100)
+    longest = {"n": one.load.samples, "max_tokens": one.load.answers[-1]}
+    body = one.body({"directions": choices}, stream=True, logprobs=5, **longest)
     content = json.dumps(body).encode()
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: {parts.netloc}\r\nAuthorization: Bearer {KEY}\r\n"
@@ -212,7 +215,9 @@ async def not_reading(one: Hostile) -> None:
 
 async def hang_up(one: Hostile) -> None:
     """Goes away before the answer, at its beginning, or in its midst."""
-    body = one.body({"directions": [one.choice()]}, stream=True, n=one.rng.choice([1, 4]))
+    body = one.body(
+        {"directions": [one.choice()]}, stream=True, n=one.rng.choice([1, one.load.samples])
+    )
     await _begun(one, one.rng.choice([0, 1, 5]), json=body)
 
 
@@ -274,7 +279,7 @@ async def reads(one: Hostile) -> None:
     if rng.random() < 0.5:
         steering[rng.choice(["stop_when", "abort_when"])] = rule
     streamed = rng.random() < 0.3
-    body = one.body(steering, stream=streamed, n=rng.choice([1, 3]))
+    body = one.body(steering, stream=streamed, n=rng.choice([1, one.load.samples]))
     # Not as httpx would write it: NaN and Infinity are sent as they are.
     given = {
         "content": json.dumps(body).encode(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,6 +16,31 @@ from vllm_steer.testing.random_pack import checkpoint_identity, write_random_pac
 LAYERS = 24
 CALM, DEEP, SWING = "calm", "deep", "swing"
 DIRECTIONS = ("a", "b", "c", "d")
+
+
+@dataclass(frozen=True)
+class Load:
+    """How much clients ask for.
+
+    Attributes:
+        bystanders: Clients that do nothing wrong.
+        prompt: Most tokens of a prompt.
+        answers: Lengths of answers, in tokens; the last is the longest.
+        samples: Most answers of one request.
+        timeout: Seconds after which a bystander's request counts as stuck.
+    """
+
+    bystanders: int
+    prompt: int
+    answers: tuple[int, ...]
+    samples: int
+    timeout: float
+
+
+FULL = Load(bystanders=4, prompt=300, answers=(1, 20, 150), samples=8, timeout=180.0)
+# For a server that answers ten tokens a second.
+LIGHT = Load(bystanders=1, prompt=40, answers=(1, 4, 12), samples=2, timeout=400.0)
+
 # Large enough that logits are far from ties, and that every part of a block counts.
 _DEVIATION = 0.1
 # About what such a model's residual stream has.
