@@ -42,15 +42,18 @@ showcase: demo-full
 
 # What make test starts of vLLM: an eager engine, a compiled one, one with Model Runner V2, and a server.
 CORE := tests/engine/test_parity.py tests/server/test_http.py
+# Two tests at a time, each with its engine on one thread.
+WORKERS ?= 2
+PARALLEL_PYTEST := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 ## test: tests without an engine, and the core engine tests, against real vLLM
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not (slow or engine or server)'
-	$(BIN)/python -m pytest $(CORE) -m 'not slow'
+	$(PARALLEL_PYTEST) -m 'not (slow or engine or server)'
+	$(PARALLEL_PYTEST) $(CORE) -m 'not slow'
 
 ## test-engine: all other engine and server tests that take minutes
 test-engine: setup
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(CORE)) -m '(engine or server) and not slow'
+	$(PARALLEL_PYTEST) $(addprefix --ignore=,$(CORE)) -m '(engine or server) and not slow'
 
 ## test-all: both
 test-all: test test-engine

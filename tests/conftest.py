@@ -34,8 +34,8 @@ READS = 3
 # An API key of the server, whose every answer the operator has ended one token after this is so.
 WATCHED = "watched"
 FIRES: dict[str, Any] = {"above": -1e6, "for": 3}
-# Each holds one to two gigabytes.
-MOST_ENGINES = 6
+# Each holds one to two gigabytes, and other workers have as many.
+MOST_ENGINES = max(1, 6 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 V2 = {
     "TRITON_INTERPRET": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "1",
@@ -116,7 +116,7 @@ def start(model: Path, packs: list[SteeringPack]) -> Iterator[Callable[..., Engi
                 engine_arguments(model, packs, kind),
                 environment(kind),
                 [schedule_asynchronously] if "async" in kind.split("-") else [],
-                fork=bool(FORKED & set(kind.split("-"))),
+                fork=kind != "eager" and not FRESH & set(kind.split("-")),
             )
         # The last one used is the last to go.
         running[kind] = running.pop(kind)
@@ -155,8 +155,9 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
-# Kinds that start faster by forking; the others are started as a server starts them.
-FORKED = {"async", "ngram", "lora", "cached"}
+# Engines of these words, and ``eager`` by itself, are started as a server starts them. The others are forked, which is
+# faster and takes less memory.
+FRESH = {"compiled", "v2", "tp2", "pp2", "ray", "plain"}
 
 
 def environment(kind: str) -> dict[str, str]:

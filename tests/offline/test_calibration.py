@@ -410,8 +410,8 @@ def test_the_engine_starts_for_what_the_packs_do(
     started: list[bool] = []
     start = vllm_steer.offline.engine.tokens.start_engine
 
-    def starting(*args: Any, affine: bool, **kwargs: Any) -> Any:
-        started.append(affine)
+    def starting(*args: Any, steering: Mapping[str, Any], **kwargs: Any) -> Any:
+        started.append(steering.get("ops") == "affine")
         return start()
 
     monkeypatch.setattr(vllm_steer.offline.engine.tokens, "start_engine", starting)

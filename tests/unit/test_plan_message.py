@@ -7,6 +7,9 @@ from typing import Any
 
 import msgspec
 import pytest
+from vllm import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.output_processor import OutputProcessor
 
 from vllm_steer.errors import RequestError
 from vllm_steer.plan.message import VERSION, decode_plan, encode_plan, plan_of
@@ -14,6 +17,7 @@ from vllm_steer.plan.steering_plan import Form, Segment, SteeringPlan, Term
 from vllm_steer.request.schedule import Schedule
 from vllm_steer.request.schema import PLAN_KEY
 from vllm_steer.request.stop_tokens import StopTokens
+from vllm_steer.serving.engine_requests import note_arrival
 
 FORM = Form("affine", "b" * 64, 0.5, "c" * 64, -1.0, True)
 TERM = Term("a" * 64, 1 / 3, (0, 2), FORM, Schedule(7, 1.0, 0.0, 4, 1))
@@ -51,3 +55,18 @@ def test_requests_without_a_plan_have_none() -> None:
     assert plan_of(None) is None
     assert plan_of(SimpleNamespace(extra_args=None)) is None
     assert plan_of(SimpleNamespace(extra_args={"other": 1})) is None
+
+
+@pytest.mark.parametrize("message", ["text", b"", b"\x90"])
+def test_a_front_end_keeps_nothing_of_a_request_whose_plan_cannot_be_read(message: Any) -> None:
+    params = SamplingParams(extra_args={PLAN_KEY: message}, detokenize=False)
+    request = EngineCoreRequest("one", [1, 2], None, params, None, 0.0, None, None, None)
+    request.external_req_id = "one"
+    processor = OutputProcessor(None, log_stats=False)
+    add_request = note_arrival(OutputProcessor.add_request)
+    with pytest.raises(RequestError, match="the steering plan is malformed"):
+        add_request(processor, request, None)
+    assert not processor.request_states
+    params.extra_args = {}
+    add_request(processor, request, None)
+    assert list(processor.request_states) == ["one"]

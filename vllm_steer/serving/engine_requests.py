@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
+from vllm_steer.plan.message import plan_of
 from vllm_steer.serving.scores import expect_scores
 
 # vLLM sends an abort right after noting it, and it must reach the engine before the next request.
@@ -50,8 +51,11 @@ def note_arrival(original: Callable[..., None]) -> Callable[..., None]:
     def add_request(
         self: OutputProcessor, request: EngineCoreRequest, *args: object, **kwargs: object
     ) -> None:
+        # A plan that cannot be read must leave nothing here, since the engine will not hear of the request.
+        plan = plan_of(request.sampling_params)
         original(self, request, *args, **kwargs)
-        expect_scores(self, request)
+        if plan is not None and plan.reads:
+            expect_scores(self.request_states[request.request_id], plan)
         prompt = arriving.get()
         if prompt is not None:
             prompt.running.add(request.request_id)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm_steer.plan.message import plan_of
 from vllm_steer.plan.reads import stop_reason
 from vllm_steer.plan.scores import CARRIER, SCORES_ATTRIBUTE, Scores, unpack_scores
 from vllm_steer.serving import metrics
 from vllm_steer.vllm_compat.attached import Attached
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.output_processor import RequestState
+
+    from vllm_steer.plan.steering_plan import SteeringPlan
 
 # Scores of a request in the output processor.
 _SCORES = Attached[Scores]("scores")
@@ -22,17 +26,14 @@ _OTHERS = "others"
 _named: set[str] = set()
 
 
-def expect_scores(processor: Any, request: Any) -> None:
+def expect_scores(state: RequestState, plan: SteeringPlan) -> None:
     """Prepares for the scores of a request that vLLM's output processor has added.
 
     Args:
-        processor: The ``OutputProcessor``.
-        request: The ``EngineCoreRequest``.
+        state: The processor's state of the request.
+        plan: The request's plan, which reads.
     """
-    plan = plan_of(request.sampling_params)
-    if plan is not None and plan.reads:
-        state = processor.request_states[request.request_id]
-        _SCORES.set(state, Scores(plan.reads, state.prompt_len, plan.rules))
+    _SCORES.set(state, Scores(plan.reads, state.prompt_len, plan.rules))
 
 
 def take_scores(original: Callable[..., Any]) -> Callable[..., Any]:

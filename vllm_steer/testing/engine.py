@@ -112,7 +112,7 @@ class Engine(EngineProcess):
         return self.call(_metrics)
 
     def send_raw_plan(self, prompt: Sequence[int], extra_args: dict[str, Any]) -> None:
-        """Sends a request past admission, as a faulty front end would.
+        """Sends a request past admission and the front end's other checks, as a faulty front end would.
 
         Raises:
             EngineError: The engine failed the request.
@@ -228,8 +228,10 @@ def _raw(llm: Any, prompt: list[int], extra_args: dict[str, Any]) -> None:
     request = engine.input_processor.process_inputs(
         "raw", {"type": "token", "prompt_token_ids": prompt}, params, ("generate",)
     )
+    engine.input_processor.assign_request_id(request)
+    engine.output_processor.add_request(request, None)
     request.sampling_params.extra_args = extra_args
-    engine.add_request("raw", request, params)
+    engine.engine_core.add_request(request)
     while engine.has_unfinished_requests():
         for output in engine.step():
             reason = output.outputs[0].finish_reason
