@@ -129,6 +129,6 @@ def test_a_stream_that_is_read_wrongly_stops_the_start(
     write_checkpoint(FAMILIES[name], tmp_path)
     with pytest.raises(
         EngineError,
-        match="CompatibilityError: the steering self-test cannot tell the residual stream after layer 0",
+        match="CompatibilityError: the steering self-test cannot identify the residual stream after layer 0",
     ):
         Engine(arguments(tmp_path), prepare=[fault], fork=True)
