@@ -37,6 +37,9 @@ TOOL = {
 def test_its_place_is_named(place: str, body: dict[str, Any]) -> None:
     for encoding in ("utf-8", "utf-16"):
         assert misplaced(json.dumps(body).encode(encoding)) == place
+    # What stricter parsers than vLLM's refuse, in a field that is passed over and beside it.
+    for more in ({"k": float("nan")}, {"k": "\ud800"}, {"k\ud800": [{}] * 9}):
+        assert misplaced(json.dumps(body | more).encode()) == place
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from vllm.exceptions import VLLMValidationError
 from tests.unit.front_end import started
 from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.plan.message import plan_of
-from vllm_steer.request.schema import PLAN_KEY, SteeringRequest
+from vllm_steer.request.schema import PLAN_KEY, SteeringRequest, steering_keys
 from vllm_steer.serving import request_hooks, request_plan
 from vllm_steer.serving.admission import UNSTEERED, Admission, Wanted
 from vllm_steer.serving.http_context import HttpContext, current_http_context
@@ -151,6 +151,23 @@ def test_a_response_holds_no_more_scores_of_prompts_than_can_be_written_soon(
             admitted(admission, wanted, 3, params)
 
 
+def test_the_prompts_of_one_body_have_no_more_ranges_than_can_be_planned_at_once(
+    admission: Admission, http_context: HttpContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_plan, "MAX_BODY_RANGES", 4)
+    three = {"name": "spiders", "scale": 1.0, "positions": [[0, 1], [2, 3], [4, 5]]}
+    one = {"name": "spiders", "scale": 1.0}
+    wanted, plain = (
+        Wanted(SteeringRequest.model_validate({"directions": [each]})) for each in (three, one)
+    )
+    for _ in range(2):
+        admitted(admission, wanted, 6, SamplingParams())
+    for _ in range(9):
+        admitted(admission, plain, 6, SamplingParams())
+    with pytest.raises(VLLMValidationError, match="may have 4 ranges of positions in total"):
+        admitted(admission, wanted, 6, SamplingParams())
+
+
 def test_a_further_turn_waits_for_the_rows_that_it_needs(admission: Admission) -> None:
     """The sums of a longer prompt may be others, where ranges meet that did not."""
     late = {"name": "New York", "scale": 1.0, "positions": [[-1, None]]}
@@ -200,3 +217,28 @@ def test_a_body_of_many_keys_is_looked_through_once(
     else:
         sampled(asked)
     assert time.process_time() - started < 10.0
+
+
+def test_a_body_of_many_prompts_is_looked_through_once(
+    admission: Admission, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[Any] = []
+
+    def counted(keys: Any) -> list[str]:
+        looked.append(keys)
+        return steering_keys(keys)
+
+    monkeypatch.setattr(request_hooks, "current_admission", lambda: admission)
+    monkeypatch.setattr(request_hooks, "steering_keys", counted)
+    one, other = (SimpleNamespace(model_extra={"steer": 1}, vllm_xargs=None) for _ in range(2))
+    given = {"a": 1}
+    sampled = check_sampling(lambda self, given=None: SamplingParams(extra_args=given))
+    for request, arguments, times in (
+        (one, None, 1),
+        (one, None, 1),
+        (one, given, 2),
+        (other, given, 3),
+    ):
+        with pytest.raises(VLLMValidationError, match="steer must be a list"):
+            sampled(request, arguments)
+        assert len(looked) == times

@@ -71,7 +71,7 @@ def check_distance(plan: SteeringPlan, registry: Contents, dtype: str) -> None:
     Raises:
         DoseError: It is too far; the message says what would be valid.
     """
-    for meeting in dict.fromkeys(segment.terms for segment in plan.segments):
+    for meeting in plan.sums:
         layers = sorted({layer for term in meeting for layer in term.layers})
         distance, norm = 0.0, 0.0
         for layer in layers:

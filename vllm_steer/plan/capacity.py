@@ -28,7 +28,7 @@ def check_capacity(plan: SteeringPlan, config: ResolvedConfig) -> None:
         RequestError: It cannot; the message says how to start the server.
     """
     # Ranges with the same terms share rows.
-    different = list({segment.terms: segment for segment in plan.segments}.values())
+    different = list({id(segment.terms): segment for segment in plan.segments}.values())
     count = len({segment.row_key for segment in different})
     if count > config.sums_per_request:
         raise RequestError(

@@ -51,8 +51,8 @@ def relative_dose(plan: SteeringPlan, registry: PackRegistry) -> float:
     Returns:
         The largest value over positions; 0 for a plan that changes nothing.
     """
-    doses = {t: _dose(t, registry) for t in {t for s in plan.segments for t in s.terms}}
-    return max((sum(doses[t] for t in s.terms) for s in plan.segments), default=0.0)
+    doses = {term: _dose(term, registry) for term in plan.terms}
+    return max((sum(doses[term] for term in terms) for terms in plan.sums), default=0.0)
 
 
 def scaled(plan: SteeringPlan, factor: float) -> SteeringPlan | None:
@@ -65,14 +65,13 @@ def scaled(plan: SteeringPlan, factor: float) -> SteeringPlan | None:
     """
     if any(term.form.op not in LINEAR_OPS for term in plan.terms):
         return None
-    weaker = [
-        replace(
-            segment,
-            terms=tuple(replace(term, scale=term.scale * factor) for term in segment.terms),
-        )
-        for segment in plan.segments
-    ]
-    return replace(plan, segments=tuple(weaker))
+    objects = {id(segment.terms): segment.terms for segment in plan.segments}
+    weaker = {
+        key: tuple(replace(term, scale=term.scale * factor) for term in terms)
+        for key, terms in objects.items()
+    }
+    segments = (replace(segment, terms=weaker[id(segment.terms)]) for segment in plan.segments)
+    return replace(plan, segments=tuple(segments))
 
 
 def check_scale(field: str, term: Term, direction: LoadedDirection, registry: PackRegistry) -> None:

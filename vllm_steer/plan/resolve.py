@@ -105,10 +105,14 @@ def _segments(spans: Sequence[_Span], stop: StopTokens | None) -> list[Segment]:
     segments: list[Segment] = []
     terms = [term for _, term in spans]
     depth, size = [0] * len(spans), 0
+    # Equal sums are one object, which whoever looks at each of them once goes by.
+    sums: dict[tuple[int, ...], tuple[Term, ...]] = {}
     for start, end in zip_longest(cuts, cuts[1:]):
         for number, step in steps[start]:
             depth[number] += step
-        here = tuple([terms[number] for number, inside in enumerate(depth) if inside])
+        inside = tuple([number for number, count in enumerate(depth) if count])
+        here = sums.setdefault(inside, ()) or tuple([terms[number] for number in inside])
+        sums[inside] = here
         size += len(here)
         if size > MAX_PLAN_TERMS:
             raise RequestError(

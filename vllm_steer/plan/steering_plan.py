@@ -181,10 +181,16 @@ class SteeringPlan:
         return replace(self, reads=self.reads + watch.reads, rules=rules)
 
     @cached_property
+    def sums(self) -> tuple[tuple[Term, ...], ...]:
+        """The distinct sums of terms at a position, in order of first use."""
+        # Most are one object, and to hash all the ranges' terms takes longer than to plan them.
+        objects = {id(segment.terms): segment.terms for segment in self.segments}
+        return tuple(dict.fromkeys(objects.values()))
+
+    @cached_property
     def terms(self) -> tuple[Term, ...]:
         """Its distinct terms, in order of first use."""
-        sums = dict.fromkeys(segment.terms for segment in self.segments)
-        return tuple(dict.fromkeys(term for terms in sums for term in terms))
+        return tuple(dict.fromkeys(term for terms in self.sums for term in terms))
 
     @cached_property
     def digests(self) -> frozenset[str]:

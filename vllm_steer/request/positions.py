@@ -206,19 +206,25 @@ def absolute_ranges(
     for first, last in positions:
         start = first + prompt_len if first < 0 else first
         end = last + prompt_len if last is not None and last < 0 else last
-        shown = f"[{first}, {'null' if last is None else last}]"
         if start < 0:
             raise RequestError(
-                f"{shown} starts before the prompt, which has {prompt_len} tokens; start must be at least {-prompt_len}"
+                f"{_shown(first, last)} starts before the prompt, which has {prompt_len} tokens; start must be at least "
+                f"{-prompt_len}"
             )
         if end is not None and start >= end:
-            raise RequestError(f"{shown} is empty for this prompt of {prompt_len} tokens")
+            raise RequestError(
+                f"{_shown(first, last)} is empty for this prompt of {prompt_len} tokens"
+            )
         if max_len is not None and start >= max_len:
             raise RequestError(
-                f"{shown} is never reached: prompt and answer have at most {max_len} tokens"
+                f"{_shown(first, last)} is never reached: prompt and answer have at most {max_len} tokens"
             )
         ranges.append((start, end))
     return ranges
+
+
+def _shown(first: int, last: int | None) -> str:
+    return f"[{first}, {'null' if last is None else last}]"
 
 
 def _within_prompt(positions: PromptRanges, prompt_len: int) -> list[PositionRange]:

@@ -39,8 +39,10 @@ PLAN_KEY = "_vllm_steer_plan"
 # Misspelt keys are looked for only among this many with a steering prefix, of at most this length.
 _MOST_MISSPELT = 64
 _LONGEST_MISSPELT = 24
-# Blanks, marks, case, and what clients put before a name that is not of the API itself.
-_FIRST_CHARACTERS = frozenset("sStTxXvV_.- \t\r\n")
+# How a key may begin that was meant for steering: blanks, marks, case, and what clients put before a name that is
+# not of the API itself.
+_LIKELY = re.compile(r"[sStTxXvV_.\s-]|[^\x00-\x7f]")
+_ANY_LIKELY = re.compile(rf"\n(?:{_LIKELY.pattern})")
 _MEANT = re.compile(r"[\s.-]*(?:(?:x|vllm)[-_])?steer", re.IGNORECASE)
 _MAY_BE_MISSPELT = re.compile(r"[\s.-]*[sStT_]|[^\x00-\x7f]")
 # Python takes more for a number, as digits of other scripts and underscores between them.
@@ -242,14 +244,12 @@ def steering_keys(keys: Iterable[Any]) -> list[str]:
 
     A body may have hundreds of thousands of keys, and checking each for typos takes time.
     """
+    names = [key for key in keys if isinstance(key, str)]
+    if _ANY_LIKELY.search("\n" + "\n".join(names)) is None:
+        return []
     known = (REQUEST_KEY, *FLAT_KEYS)
     found, left = [], _MOST_MISSPELT
-    likely = [
-        key
-        for key in keys
-        if isinstance(key, str) and (key[:1] in _FIRST_CHARACTERS or not key[:1].isascii())
-    ]
-    for key in likely:
+    for key in filter(_LIKELY.match, names):
         if _MEANT.match(key):
             found.append(key)
         elif left and len(key) <= _LONGEST_MISSPELT and _MAY_BE_MISSPELT.match(key):

@@ -20,11 +20,16 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
-class _Named(msgspec.Struct):
+class _Fields(msgspec.Struct):
+    """The fields of a body that are looked at before vLLM parses it; others are passed over."""
+
     model: Any = None
+    messages: Any = None
+    input: Any = None
+    stream_options: Any = None
 
 
-_NAMED = msgspec.json.Decoder(_Named)
+_FIELDS = msgspec.json.Decoder(_Fields)
 # Lone surrogates are not valid text, and stricter parsers than vLLM's refuse them.
 _SURROGATES = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 STEERED_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
@@ -125,16 +130,21 @@ def dump_object(fields: dict[str, Any]) -> bytes:
         return json.dumps(fields).encode()
 
 
-def model_of(body: bytes) -> str | None:
-    """Returns ``model`` of a JSON object without parsing other values; None if it has none."""
-    model: Any = None
+def fields_of(body: bytes) -> _Fields:
+    """Returns some fields of a JSON object without parsing others, however many there are; None for those it lacks."""
     try:
-        model = _NAMED.decode(body).model
+        return _FIELDS.decode(body)
     except (msgspec.MsgspecError, RecursionError):
         try:
-            model = _NAMED.decode(_SURROGATES.sub(b"?", body)).model
+            return _FIELDS.decode(_SURROGATES.sub(b"?", body))
         except (msgspec.MsgspecError, RecursionError):
-            model = (parse_object(body) or {}).get("model")
+            found = parse_object(body) or {}
+            return _Fields(**{name: found.get(name) for name in _Fields.__struct_fields__})
+
+
+def model_of(body: bytes) -> str | None:
+    """Returns ``model`` of a JSON object; None if it has none."""
+    model = fields_of(body).model
     return model if isinstance(model, str) else None
 
 

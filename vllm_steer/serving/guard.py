@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 _XARGS = "vllm_xargs"
-# A body without these has no steering keys, so most bodies need not be parsed.
-_MAY_ASK = re.compile(
-    rb'"\s*(?:[sStT_]|[^\x00-\x7f])|(?i:steer)|vllm_xargs|extra_|_params|\\u|\x00'
-)
+# A body without these has no steering keys, so most bodies need not be parsed. Searched one by one, since an expression
+# of all of them takes ten times as long.
+_MAY_ASK = (b"steer", b"vllm_xargs", b"extra_", b"_params", b"\\u", b"\0")
+_MAY_BE_MISSPELT = re.compile(rb'"\s*(?:[sStT_]|[^\x00-\x7f])')
 # Of audio messages, almost none are parsed twice.
 _SAYS_STEER = re.compile(rb"steer|\\u", re.IGNORECASE)
 _PARAMS = "sampling_params"
@@ -143,7 +143,7 @@ def _dropped_field(body: bytes, scope: Message) -> str | None:
         return first_steering_key(
             name.replace(b"+", b" ").decode(errors="replace") for name in names
         )
-    fields = parse_object(body) if _MAY_ASK.search(body) else None
+    fields = parse_object(body) if _may_ask(body) else None
     if fields is None:
         return None
     top = first_steering_key(fields)
@@ -161,6 +161,11 @@ def _dropped_field(body: bytes, scope: Message) -> str | None:
     if isinstance(params, dict) and _takes(scope, _PARAMS):
         params = {key: value for key, value in params.items() if key != "extra_args"}
     return _PARAMS if wrapped_steering(params) else None
+
+
+def _may_ask(body: bytes) -> bool:
+    lower = body.lower()
+    return any(word in lower for word in _MAY_ASK) or _MAY_BE_MISSPELT.search(body) is not None
 
 
 def _takes(scope: Message, field: str) -> bool:

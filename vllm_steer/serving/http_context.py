@@ -30,6 +30,7 @@ class HttpContext:
         let_in: Whether one of its prompts got its rows.
         busy: Why one of its prompts got no rows; None unless its wait timed out.
         receipts: One for each steered prompt, in the order of the prompts.
+        ranges: Ranges of positions of its prompts, without the first of each.
         prompt_scores: How many scores of its prompts' tokens its answers will have.
         asked: The extra arguments parsed last, and their steering: all prompts of a body share it.
     """
@@ -43,6 +44,7 @@ class HttpContext:
     let_in: bool = False
     busy: str | None = None
     receipts: list[Receipt] = field(default_factory=list)
+    ranges: int = 0
     prompt_scores: int = 0
     asked: tuple[Mapping[str, Any], SteeringRequest | None] | None = None
 

@@ -8,7 +8,7 @@ from urllib.parse import parse_qsl
 
 from vllm_steer.errors import RequestError
 from vllm_steer.request.schema import REQUEST_KEY, is_steering_key
-from vllm_steer.serving.asgi import Message, Send, key_digest, parse_object, route_of, send_error
+from vllm_steer.serving.asgi import Message, Send, fields_of, key_digest, route_of, send_error
 from vllm_steer.serving.refusals import count_refusal
 
 # Fields with vLLM's messages and options. Other fields may hold anything: schemas and arguments of tools,
@@ -17,8 +17,6 @@ _PLACES = ("messages", "input", "stream_options")
 _CONTENT = "content"
 _DEPTH = 4
 _IN_QUERY = re.compile(r"steer|%", re.IGNORECASE)
-# In another encoding than UTF-8 it looks different.
-_ASKS = re.compile(rb'"steer|\x00')
 
 
 async def refused(body: bytes, scope: Message, send: Send) -> bool:
@@ -52,10 +50,11 @@ def beside(scope: Message) -> str | None:
 
 def misplaced(body: bytes) -> str | None:
     """Returns the path of steering inside a message or a part of its content; None if there is none."""
-    if _ASKS.search(body) is None:
+    # In another encoding than UTF-8 it looks different.
+    if b'"steer' not in body and b"\0" not in body:
         return None
-    fields = parse_object(body) or {}
-    found = (_inside(fields.get(place), place, _DEPTH) for place in _PLACES)
+    fields = fields_of(body)
+    found = (_inside(getattr(fields, place), place, _DEPTH) for place in _PLACES)
     return next((place for place in found if place is not None), None)
 
 

@@ -7,7 +7,7 @@ is added; requests from ``LLM`` or elsewhere are admitted there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -47,6 +47,10 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
+# The last request model, its extra arguments, and these with the top-level steering keys of its body.
+_last: ContextVar[tuple[OpenAIRequest, dict[str, Any] | None, dict[str, Any]] | None] = ContextVar(
+    "_last", default=None
+)
 # Set by vLLM's serving code just before it builds a request's sampling parameters.
 _prompt_len: ContextVar[int | None] = ContextVar("_prompt_len", default=None)
 
@@ -103,8 +107,7 @@ def check_sampling(original: Callable[..., SamplingParams]) -> Callable[..., Sam
 
     def to_sampling_params(self: OpenAIRequest, *args: object, **kwargs: object) -> SamplingParams:
         params = original(self, *args, **kwargs)
-        extra_args = dict(params.extra_args or {})
-        extra_args = _with_top_level(extra_args, self)
+        extra_args = _arguments(self, params)
         admission = current_admission()
         if admission is None:
             return params
@@ -145,7 +148,7 @@ def refuse_beam_search(original: Callable[..., R]) -> Callable[..., R]:
     """Wraps ``to_beam_search_params``: vLLM's beam search ignores a request's extra arguments."""
 
     def to_beam_search_params(self: BeamRequest, *args: object, **kwargs: object) -> R:
-        extra_args = _with_top_level(dict(self.vllm_xargs or {}), self)
+        extra_args = _with_top_level(self.vllm_xargs or {}, self)
         admission = current_admission()
         if admission is not None and wanted_of(admission, extra_args) is not None:
             raise refusal(
@@ -165,13 +168,24 @@ def _without_steering(extra_args: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in extra_args.items() if key not in own}
 
 
-def _with_top_level(extra_args: dict[str, Any], request: OpenAIRequest) -> dict[str, Any]:
-    """Adds the top-level steering keys of the request's body."""
-    unknown = request.model_extra or {}
-    # As a dict: a body may have hundreds of thousands of keys, and each is looked up.
+def _arguments(request: OpenAIRequest, params: SamplingParams) -> dict[str, Any]:
+    """The extra arguments of a request with the top-level steering keys of its body, put together once for all prompts."""
+    known = _last.get()
+    if known is not None and known[0] is request and known[1] is params.extra_args:
+        return known[2]
+    found = _with_top_level(params.extra_args or {}, request)
+    _last.set((request, params.extra_args, found))
+    return found
+
+
+def _with_top_level(given: Mapping[str, Any], request: OpenAIRequest) -> dict[str, Any]:
+    """Adds the top-level steering keys of the request's body to extra arguments."""
+    extra_args, unknown = dict(given), request.model_extra or {}
+    # A body may have hundreds of thousands of keys.
     own = dict.fromkeys(steering_keys(unknown))
-    for key, value in unknown.items():
-        if key not in own and wrapped_steering(value, text=key in WRAPPERS):
+    wrapped = [key for key, value in unknown.items() if isinstance(value, dict) or key in WRAPPERS]
+    for key in wrapped:
+        if key not in own and wrapped_steering(unknown[key], text=key in WRAPPERS):
             raise refusal(
                 RequestError(
                     f"{REQUEST_KEY}: is inside {key!r}, which this route does not read; send it beside 'model', or in "

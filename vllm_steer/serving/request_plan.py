@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Of one response.
 MAX_PROMPT_SCORES = 2**20
+# Of all prompts of one body, without the first of each.
+MAX_BODY_RANGES = 2**12
 # Set while vLLM's beam search generates, step by step, for a request without steering.
 beam_search: ContextVar[bool] = ContextVar("beam_search", default=False)
 
@@ -73,8 +75,9 @@ def _asked(
     known = http_context.asked if http_context is not None else None
     if known is not None:
         before, asked = known
-        if before.keys() == extra_args.keys() and all(
-            before[key] is value for key, value in extra_args.items()
+        if before is extra_args or (
+            before.keys() == extra_args.keys()
+            and all(before[key] is value for key, value in extra_args.items())
         ):
             return asked
     asked = admission.parse(extra_args)
@@ -100,10 +103,27 @@ def admitted(
     plan = admission.admit(wanted, prompt_len, sampling_params)
     http_context = current_http_context.get()
     if http_context is not None and not http_context.ended:
+        _count_ranges(http_context, plan.receipt)
         _count_prompt_scores(http_context, plan.receipt)
         http_context.receipts.append(plan.receipt)
         admission.pin(plan.receipt)
     return plan
+
+
+def _count_ranges(http_context: HttpContext, receipt: Receipt) -> None:
+    """Counts the ranges that are planned before the server can answer anybody else.
+
+    Raises:
+        VLLMValidationError: They are too many.
+    """
+    http_context.ranges += max(0, len(receipt.plan.segments) - 1)
+    if http_context.ranges > MAX_BODY_RANGES:
+        raise refusal(
+            RequestError(
+                f"{REQUEST_KEY}: the prompts of one body may have {MAX_BODY_RANGES} ranges of positions in total, besides "
+                f"one each; send fewer prompts, or give fewer ranges"
+            )
+        )
 
 
 def _count_prompt_scores(http_context: HttpContext, receipt: Receipt) -> None:
