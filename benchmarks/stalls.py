@@ -108,7 +108,7 @@ BODIES: tuple[Bad, ...] = (
     _bad(
         "as many ranges as are taken",
         "/v1/completions",
-        prompt=_PROMPTS[:32],
+        prompt=_PROMPTS[:16],
         max_tokens=1,
         steering=_directions(2, positions=_RANGES),
     ),

@@ -37,7 +37,8 @@ MAX_DIRECTIONS = 64
 MAX_REQUEST_RANGES = 128
 PLAN_KEY = "_vllm_steer_plan"
 # Misspelt keys are looked for only among this many with a steering prefix, of at most this length.
-_MOST_MISSPELT = 64
+MOST_MISSPELT = 64
+_MOST_LIKELY = 2**12
 _LONGEST_MISSPELT = 24
 # How a key may begin that was meant for steering: blanks, marks, case, and what clients put before a name that is
 # not of the API itself.
@@ -239,26 +240,32 @@ def _check_size(value: Any) -> None:
 
 
 def steering_keys(keys: Iterable[Any]) -> list[str]:
-    """Returns the keys that were meant for steering and must not be ignored; only the first few are checked
-    for typos.
+    """Returns the keys that were meant for steering and must not be ignored: first those that say so, then misspelt ones.
 
-    A body may have hundreds of thousands of keys, and checking each for typos takes time.
+    A body may have hundreds of thousands of keys, so only the first few that may be misspelt are compared, and the
+    first few that say so are returned, more of which than there are known ones.
     """
     names = [key for key in keys if isinstance(key, str)]
-    if _ANY_LIKELY.search("\n" + "\n".join(names)) is None:
+    joined = "\n".join(("", *names))
+    if _ANY_LIKELY.search(joined) is None:
         return []
-    known = (REQUEST_KEY, *FLAT_KEYS)
-    found, left = [], _MOST_MISSPELT
-    for key in filter(_LIKELY.match, names):
-        if _MEANT.match(key):
-            found.append(key)
-        elif left and len(key) <= _LONGEST_MISSPELT and _MAY_BE_MISSPELT.match(key):
-            left -= 1
-            # What is not seen, as a blank of no width, and the same letters of other forms.
-            plain = "".join(each for each in normalize("NFKC", key) if each.isprintable()).lower()
-            near = get_close_matches(plain, known, n=1, cutoff=0.8)
-            found += [key] if near or _MEANT.match(plain) else []
+    likely = [*filter(_LIKELY.match, names)]
+    # Of many, one search is quicker than to match each.
+    found = []
+    if len(likely) < _MOST_LIKELY or "steer" in joined.lower():
+        found += islice(filter(_MEANT.match, likely), _MOST_KEYS)
+    others = filter(_MAY_BE_MISSPELT.match, islice(likely, _MOST_LIKELY))
+    short = (key for key in others if len(key) <= _LONGEST_MISSPELT and not _MEANT.match(key))
+    found += filter(_is_misspelt, islice(short, MOST_MISSPELT))
     return found
+
+
+def _is_misspelt(key: str) -> bool:
+    # What is not seen, as a blank of no width, and the same letters of other forms.
+    plain = "".join(each for each in normalize("NFKC", key) if each.isprintable()).lower()
+    if _MEANT.match(plain):
+        return True
+    return bool(get_close_matches(plain, (REQUEST_KEY, *FLAT_KEYS), n=1, cutoff=0.8))
 
 
 def is_steering_key(key: str) -> bool:

@@ -112,7 +112,8 @@ def replay(messages: list[Message], receive: Receive) -> Receive:
 def parse_object(body: bytes) -> dict[str, Any] | None:
     """Parses a JSON object; None for any other body, which is left to its route."""
     try:
-        fields = from_json(body)
+        # Keys and texts of a body are seldom the same.
+        fields = from_json(body, cache_strings=False)
     except ValueError:
         # Stricter about text, such as lone surrogates, than vLLM's parser.
         try:

@@ -9,11 +9,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import islice
 from typing import TYPE_CHECKING, TypeVar, get_type_hints
 from urllib.parse import unquote_to_bytes
 
 from vllm_steer.errors import UnsupportedError
-from vllm_steer.request.schema import WRAPPERS, first_steering_key, wrapped_steering
+from vllm_steer.request.schema import (
+    MOST_MISSPELT,
+    WRAPPERS,
+    first_steering_key,
+    steering_keys,
+    wrapped_steering,
+)
 from vllm_steer.serving.asgi import (
     STEERED_ROUTES,
     App,
@@ -40,7 +47,7 @@ _XARGS = "vllm_xargs"
 # A body without these has no steering keys, so most bodies need not be parsed. Searched one by one, since an expression
 # of all of them takes ten times as long.
 _MAY_ASK = (b"steer", b"vllm_xargs", b"extra_", b"_params", b"\\u", b"\0")
-_MAY_BE_MISSPELT = re.compile(rb'"\s*(?:[sStT_]|[^\x00-\x7f])')
+_MAY_BE_MISSPELT = re.compile(rb'"(\s*(?:[sStT_]|[^\x00-\x7f])[^"]{0,95})"\s*:')
 # Of audio messages, almost none are parsed twice.
 _SAYS_STEER = re.compile(rb"steer|\\u", re.IGNORECASE)
 _PARAMS = "sampling_params"
@@ -165,7 +172,13 @@ def _dropped_field(body: bytes, scope: Message) -> str | None:
 
 def _may_ask(body: bytes) -> bool:
     lower = body.lower()
-    return any(word in lower for word in _MAY_ASK) or _MAY_BE_MISSPELT.search(body) is not None
+    if any(word in lower for word in _MAY_ASK):
+        return True
+    keys = [*islice(_MAY_BE_MISSPELT.finditer(body), MOST_MISSPELT + 1)]
+    # Of so many only the first of the body itself count, not those of objects in it.
+    if len(keys) > MOST_MISSPELT:
+        return True
+    return bool(steering_keys(match[1].decode(errors="replace") for match in keys))
 
 
 def _takes(scope: Message, field: str) -> bool:

@@ -164,8 +164,10 @@ def refuse_beam_search(original: Callable[..., R]) -> Callable[..., R]:
 
 
 def _without_steering(extra_args: dict[str, Any]) -> dict[str, Any]:
-    own = {REQUEST_KEY, PLAN_KEY, *FLAT_KEYS}
-    return {key: value for key, value in extra_args.items() if key not in own}
+    kept = dict(extra_args)
+    for key in (REQUEST_KEY, PLAN_KEY, *FLAT_KEYS):
+        kept.pop(key, None)
+    return kept
 
 
 def _arguments(request: OpenAIRequest, params: SamplingParams) -> dict[str, Any]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # Of one response.
 MAX_PROMPT_SCORES = 2**20
 # Of all prompts of one body, without the first of each.
-MAX_BODY_RANGES = 2**12
+MAX_BODY_RANGES = 2**11
 # Set while vLLM's beam search generates, step by step, for a request without steering.
 beam_search: ContextVar[bool] = ContextVar("beam_search", default=False)
 
