@@ -19,7 +19,7 @@ from tests.unit.front_end import started
 from vllm_steer.engine.bank import BankShape, SteeringBank
 from vllm_steer.engine.blocks import hook_blocks, hook_finite
 from vllm_steer.engine.finite import limit_of
-from vllm_steer.engine.row_values import row_values
+from vllm_steer.engine.row_values import SHARE, row_values
 from vllm_steer.errors import DoseError
 from vllm_steer.packs.pack import PackContent, SteeringPack, write_pack
 from vllm_steer.packs.registry import PackRegistry
@@ -57,6 +57,19 @@ DIRECTIONS = st.one_of(
     st.fixed_dictionaries(
         {"scale": SCALES, "op": st.just("affine"), "bias": SCALES}
         | {"read": st.sampled_from(NAMES)}
+    ),
+    st.fixed_dictionaries({"scale": SCALES, "op": st.just("multiply")}),
+    st.fixed_dictionaries(
+        {"scale": SCALES, "op": st.sampled_from(["add", "ablate", "clamp"])}
+        | {
+            "gate": st.fixed_dictionaries(
+                {
+                    "direction": st.sampled_from(NAMES),
+                    "above": SCALES,
+                    "slope": st.floats(1e-3, 1e9),
+                }
+            )
+        }
     ),
 )
 
@@ -99,7 +112,8 @@ def test_what_the_graph_does_stays_within_the_bound(
 def steered(segment: Segment, registry: PackRegistry, stream: torch.Tensor) -> torch.Tensor:
     block, bank = nn.Identity(), new_bank(torch.float32)
     hook_blocks([(1, block)], bank)
-    bank.write_row(1, row_values(segment, bank.index, RANK, HIDDEN, registry.by_digest))
+    find = registry.by_digest
+    bank.write_row(1, row_values(segment, bank.index, RANK, HIDDEN, find, multiply=True))
     bank.set_rows(np.ones(len(stream), dtype=np.int32))
     found: torch.Tensor = block(stream.clone())
     return found
@@ -107,7 +121,9 @@ def steered(segment: Segment, registry: PackRegistry, stream: torch.Tensor) -> t
 
 def new_bank(dtype: torch.dtype, layers: tuple[int, ...] = (1,)) -> SteeringBank:
     return SteeringBank(
-        BankShape(tuple(layers), 2, HIDDEN, 64, rank=RANK), dtype, torch.device("cpu")
+        BankShape(tuple(layers), 2, HIDDEN, 64, rank=RANK, multiply=True),
+        dtype,
+        torch.device("cpu"),
     )
 
 
@@ -127,6 +143,19 @@ def test_what_does_not_lengthen_the_stream_is_not_said_to(
     (segment,) = plan(registry, {"name": "a"} | form).segments
     bound = layer_bound(segment.terms, 0, NORM, registry)
     assert (bound.gain, bound.length) == (1.0, 0.0)
+
+
+def test_multiplication_is_bounded_by_its_largest_factors(registry: PackRegistry) -> None:
+    low, high = registry.find("p/a").extremes[0]
+    for scale, gain in ((2.0, 1.0 + 2.0 * high), (-2.0, 1.0 - 2.0 * low)):
+        (segment,) = plan(registry, {"name": "a", "op": "multiply", "scale": scale}).segments
+        bound = layer_bound(segment.terms, 0, NORM, registry)
+        assert (bound.gain, bound.length) == (pytest.approx(gain), 0.0)
+    swings = {"schedule": {"start": 1.0, "end": -3.0, "tokens": 4}}
+    choice = {"name": "a", "op": "multiply", "scale": 2.0} | swings
+    (segment,) = plan(registry, choice).segments
+    gain = 1.0 + max(2.0 * high, -6.0 * low)
+    assert layer_bound(segment.terms, 0, NORM, registry).gain == pytest.approx(gain)
 
 
 def test_several_ablations_do_not_compound(registry: PackRegistry) -> None:
@@ -188,8 +217,9 @@ def test_the_graph_cuts_what_nobody_admitted(dtype: torch.dtype, registry: PackR
         RANK,
         HIDDEN,
         registry.by_digest,
-    ).zeros(len(layers), RANK, HIDDEN)
+    ).zeros(len(layers), RANK, HIDDEN, multiply=True)
     values.left[:], values.readers[:, :RANK] = 200.0, 200.0
+    values.diagonal[:], values.numbers[:, SHARE, 0] = 1e30, 1.0
     values.numbers[:, 2] = -1.0
     bank.write_row(1, values)
     rows = np.zeros(8, dtype=np.int32)
@@ -250,7 +280,8 @@ def test_vectors_of_any_length_are_read_in_half_precision(
         (segment,) = plan(found, choice).segments
         bank, block = new_bank(torch.float16), nn.Identity()
         hook_blocks([(1, block)], bank)
-        bank.write_row(1, row_values(segment, bank.index, RANK, HIDDEN, found.by_digest))
+        find = found.by_digest
+        bank.write_row(1, row_values(segment, bank.index, RANK, HIDDEN, find, multiply=True))
         bank.set_rows(np.ones(8, dtype=np.int32))
         u, r = (found.find(name).at(1).astype(np.float64) for name in (write, read))
         wanted = stream.double() + torch.from_numpy(np.outer(stream.double() @ r, u))

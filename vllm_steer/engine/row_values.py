@@ -98,8 +98,8 @@ class RowValues:
         if rank:
             lengths = np.linalg.norm(found.left.astype(np.float64), axis=-1)
             numbers = found.numbers.copy()
-            # There the limit is that of a length.
-            lengths[numbers[:, SHARE] > 0] = 1.0
+            # The limit of the diagonal is one of a length.
+            lengths = np.maximum(lengths, numbers[:, SHARE] > 0)
             most = limit / rank / np.maximum(lengths, np.finfo(np.float32).tiny)
             numbers[:, MOST] = np.minimum(numbers[:, MOST], most)
             found = replace(found, numbers=numbers)
