@@ -23,7 +23,7 @@ from vllm_steer.offline.train.pipeline import read_data, read_settings, train_pa
 from vllm_steer.packs.pack import SteeringPack, load_pack
 from vllm_steer.request.positions import plain_positions
 
-PRESETS = ("likelihood", "bipo", "reft_r1", "loreft", "prosv", "cdas")
+PRESETS = ("likelihood", "bipo", "reft_r1", "loreft", "prosv", "cdas", "jola")
 FEW = {"epochs": 2, "examples": 3, "every": 2, "end": False, "dtype": "float32", "batch_size": 4}
 WORDS = ("rain", "sun", "wind", "snow", "fog", "hail", "dust", "heat")
 
@@ -67,6 +67,7 @@ def train(model_dir: Path, file: Path, out: Path, preset: str, **given: Any) -> 
 
 NAMES = {
     "loreft": ["fear bias", "fear 1", "fear 2", "fear 1 read", "fear 2 read"],
+    "jola": ["fear bias", "fear factors"],
 }
 POSITIONS = {
     "loreft": {"prompt": [[0, 5], [-5, None]]},
@@ -188,7 +189,7 @@ def test_what_was_kept_of_another_training_is_not_used(
 def test_a_loss_on_held_out_examples_falls(model_dir, data, tmp_path, preset) -> None:
     """Of a random model, which learns nothing of them but the words."""
     given = {"held_out": 0.25, "every": 1}
-    rate = {"likelihood": 0.1, "bipo": 0.1, "loreft": 0.02}.get(preset)
+    rate = {"likelihood": 0.1, "bipo": 0.1, "loreft": 0.02, "jola": 0.1}.get(preset)
     more = {} if rate is None else {"rate": rate}
     first, last = (
         train(

@@ -23,7 +23,7 @@ def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     train.add_argument(
         "--preset",
         required=True,
-        choices=("likelihood", "bipo", "reft_r1", "loreft", "prosv", "cdas"),
+        choices=("likelihood", "bipo", "reft_r1", "loreft", "prosv", "cdas", "jola"),
         help="objective and form; it sets what follows",
     )
     train.add_argument(
@@ -90,7 +90,7 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def forms_to_name(pack: SteeringPack) -> str:
-    """Returns what a request says of each low-rank form in a pack, in lines of their own; empty where there is none."""
+    """Returns what a request says of each form of several directions in a pack, in lines of their own; empty without one."""
     from vllm_steer.offline.train.directions import together
 
     said = ""
