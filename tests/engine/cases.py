@@ -58,11 +58,11 @@ CASES: dict[str, dict[str, Any] | None] = {
         "directions": [
             {"name": GLOOMY, "scale": 12.0, "positions": {"tokens": [NEWLINE], "within": "prompt"}},
             {"name": CHEERFUL, "scale": 6.0, "positions": {"from_tokens": [COLON, 1603]}},
-            {"name": HEIGHTS, "scale": 3.0, "positions": [[2, 40]]},
         ]
     },
-    "from the first full stop of the answer on": {
+    "from the first full stop of the answer on, beside all": {
         "directions": [
+            {"name": HEIGHTS, "scale": 3.0},
             {
                 "name": SPIDERS,
                 "scale": 9.0,
