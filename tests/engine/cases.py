@@ -67,7 +67,7 @@ CASES: dict[str, dict[str, Any] | None] = {
                 "name": SPIDERS,
                 "scale": 9.0,
                 "positions": {"from_tokens": [FULL_STOP], "within": "generated"},
-            }
+            },
         ]
     },
 }

@@ -64,10 +64,8 @@ def steered_extra_keys(original: ExtraKeys) -> ExtraKeys:
             if mask and states is not None:
                 runs = _runs(states, mask, state, first - start, last - start, start)
             # vLLM publishes key[1] of each tuple in its cache events, so it stays a string.
-            keys = [
-                *keys,
-                *(("steering", f"{segment.key}:{a - start}:{b - start}") for a, b in runs),
-            ]
+            for begin, stop in runs:
+                keys = [*keys, ("steering", f"{segment.key}:{begin - start}:{stop - start}")]
         return keys
 
     return extra_keys
