@@ -5,8 +5,9 @@
 Each world is one engine with a small key-value cache, so that requests are preempted, and a small
 token budget, so that prompts are chunked; prefix cache, asynchronous scheduling, the number of
 running requests, and whether directions may do more than be added are drawn from the world's seed. Steered
-and unsteered requests arrive, some of which read directions, share prefixes, and are aborted at random. Every token of every answer, and every score, is then held
-against Hugging Face with forward hooks, which sees the whole sequence at once, without cache, batch or schedule.
+and unsteered requests arrive, some of which read directions, share prefixes, and are aborted at random.
+Every token of every answer, and every score, is then held against Hugging Face with forward hooks, which sees the
+whole sequence at once, without cache, batch or schedule.
 """
 
 from __future__ import annotations
