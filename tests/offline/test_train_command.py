@@ -17,6 +17,7 @@ import pytest
 
 from vllm_steer.cli import main
 from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.shards import Shards
 from vllm_steer.offline.train.directions import Target
 from vllm_steer.offline.train.kept import DIRECTORY, StateFile
 from vllm_steer.offline.train.pipeline import read_data, read_settings, train_pack
@@ -102,6 +103,28 @@ def test_a_pack_of_every_preset(model_dir, data, tmp_path, preset) -> None:
     assert other.manifest.tensors.sha256 != pack.manifest.tensors.sha256
     # Nothing is left of what was kept.
     assert not (tmp_path / "one" / DIRECTORY).exists()
+
+
+def test_shards_give_the_same_bytes(model_dir, data, tmp_path) -> None:
+    pytest.importorskip("ray", reason="Ray, of the extra 'ray', is not installed")
+    lines = read_data([f"{name}={data('bipo')}" for name in ("fear", "joy", "awe")], "bipo")
+    settings = read_settings(None, {"preset": "bipo", **FEW})
+    packs = [
+        train_pack(model_dir, lines, settings, Target("it", tmp_path / str(n)), "cpu", Shards(n))
+        for n in (0, 2)
+    ]
+    assert packs[0].manifest.tensors == packs[1].manifest.tensors
+    assert packs[0].manifest.directions == packs[1].manifest.directions
+    assert list(packs[1].directions) == ["fear", "joy", "awe"]
+    assert not (tmp_path / "2" / DIRECTORY).exists()
+
+
+def test_what_fails_in_a_shard_says_why(model_dir, data, tmp_path) -> None:
+    pytest.importorskip("ray", reason="Ray, of the extra 'ray', is not installed")
+    lines = read_data([f"fear={data('bipo')}"], "bipo")
+    settings = read_settings(None, {"preset": "bipo", **FEW, "rate": 1e30})
+    with pytest.raises(ExtractionError, match="not finite"):
+        train_pack(model_dir, lines, settings, Target("it", tmp_path / "it"), "cpu", Shards(1))
 
 
 class Killed(Exception):
