@@ -27,7 +27,12 @@ from vllm_steer.packs.store import PackStore
 from vllm_steer.plan.capacity import check_capacity
 from vllm_steer.plan.message import decode_plan, encode_plan
 from vllm_steer.plan.steering_plan import SteeringPlan, count_matched
-from vllm_steer.request.positions import MAX_TOKEN_IDS, plain_positions
+from vllm_steer.request.positions import (
+    MAX_TOKEN_IDS,
+    absolute_positions,
+    parse_positions,
+    plain_positions,
+)
 from vllm_steer.request.schema import PLAN_KEY, SteeringRequest, parse
 from vllm_steer.request.stop_tokens import MAX_TRIGGERS
 from vllm_steer.request.token_matches import TokenMatch, match_states
@@ -89,6 +94,14 @@ def test_positions_are_written_as_they_are_read(positions: Any) -> None:
 def test_malformed_positions_are_refused(positions: Any) -> None:
     with pytest.raises(RequestError, match=r"steering.directions.0.positions: must be "):
         parse({"steering": one(positions)})
+
+
+def test_positions_of_one_prompt_are_absolute() -> None:
+    for within, pairs in (("generated", [[7, None]]), ({"prompt": [[-2, None]]}, [[5, 7]])):
+        for key in ("tokens", "from_tokens"):
+            positions = parse_positions({key: [3], "within": within})
+            assert absolute_positions(positions, 7) == {key: [3], "within": pairs}
+        assert absolute_positions(parse_positions(within), 7) == pairs
 
 
 def test_reads_have_no_token_ids() -> None:

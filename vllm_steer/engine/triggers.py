@@ -204,7 +204,8 @@ class MatchWatch:
             if number == len(self._watches):
                 self._watches.append(FirstTokens(self._device))
                 self._onward.append(self._none(1))
-            slot = self._watches[number].add(request_id, match, tokens)
+            # Of the others no token matters to those after it.
+            slot = self._watches[number].add(request_id, match, tokens if match.onward else ())
             onward = self._onward[number]
             if slot >= len(onward):
                 onward = torch.cat([onward, self._none(1 + slot - len(onward))])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, get_args
 
 from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
@@ -291,6 +291,22 @@ def absolute_ranges(
             )
         ranges.append((start, end))
     return ranges
+
+
+def absolute_positions(positions: AnyPositions, prompt_len: int) -> Any:
+    """Returns the choice for one prompt as it is written in JSON, with absolute ranges alone.
+
+    Args:
+        positions: The choice.
+        prompt_len: Tokens of the prompt.
+
+    Raises:
+        RequestError: As :func:`absolute_ranges`.
+    """
+    ranges = absolute_ranges(positions, prompt_len)
+    if isinstance(positions, TokenPositions):
+        return plain_positions(replace(positions, within=tuple(ranges)))
+    return plain_positions(tuple(ranges))
 
 
 def _within_prompt(positions: PromptRanges, prompt_len: int) -> list[PositionRange]:
