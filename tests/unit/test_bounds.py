@@ -19,7 +19,7 @@ from tests.unit.front_end import started
 from vllm_steer.engine.bank import BankShape, SteeringBank
 from vllm_steer.engine.blocks import hook_blocks, hook_finite
 from vllm_steer.engine.finite import limit_of
-from vllm_steer.engine.row_values import SHARE, row_values
+from vllm_steer.engine.row_values import ALWAYS, SHARE, THRESHOLD, RowValues, row_values
 from vllm_steer.errors import DoseError
 from vllm_steer.packs.pack import PackContent, SteeringPack, write_pack
 from vllm_steer.packs.registry import PackRegistry
@@ -29,6 +29,7 @@ from vllm_steer.plan.resolve import resolve
 from vllm_steer.plan.steering_plan import Segment, SteeringPlan
 from vllm_steer.request.schema import SteeringRequest
 from vllm_steer.serving.admission import Wanted
+from vllm_steer.verify.oracle_forms import apply_form, opened
 
 NAMES = ("a", "b", "c")
 NORM = 10.0
@@ -201,6 +202,59 @@ def test_admission_knows_the_models_dtype(pack_at: Callable[..., SteeringPack]) 
     admission._dtype = "float16"
     with pytest.raises(VLLMValidationError, match="steering.directions: over 4 layers"):
         admission.admit(Wanted(request), 10)
+
+
+def test_the_graph_is_the_sum_of_plain_forms(tmp_path: Any) -> None:
+    """Gates by probes of any length, factors of dimensions, and others, each by its own formula."""
+    pack = make_pack(tmp_path / "q", "q", dict.fromkeys(NAMES, [1]))
+    sizes = dict(zip(NAMES, (0.3, 2.0, 7.0), strict=True))
+    longer = {name: pack.vectors[name] * np.float32(sizes[name]) for name in NAMES}
+    content = PackContent(
+        name="q",
+        model=pack.manifest.model,
+        directions=pack.manifest.directions,
+        vectors=longer,
+        method=pack.manifest.method,
+        residual_norms={int(k): v for k, v in pack.manifest.residual_norms.items()},
+    )
+    found = PackRegistry([write_pack(tmp_path / "q", content)])
+    vectors = {name: torch.tensor(found.find(name).at(1)) for name in NAMES}
+    stream = torch.randn(64, HIDDEN, generator=torch.Generator().manual_seed(0))
+    soft = {"direction": "q/b", "above": 0.4, "slope": 1.7}
+    choices: list[dict[str, Any]] = [
+        {"name": "q/a", "scale": 3.0, "gate": soft},
+        {"name": "q/b", "op": "ablate", "scale": 1.5, "gate": soft | {"direction": "q/c"}},
+        {"name": "q/c", "op": "clamp", "scale": 2.0, "gate": {"direction": "q/a", "above": 0.05}},
+        {"name": "q/c", "op": "multiply", "scale": 0.5, "gate": soft | {"direction": "q/a"}},
+    ]
+    wanted = stream.clone()
+    for choice in choices:
+        moved = apply_form(stream, vectors[choice["name"][2:]], choice["scale"], choice) - stream
+        gate = choice["gate"]
+        wanted += opened(stream, vectors[gate["direction"][2:]], gate)[:, None] * moved
+    (segment,) = plan(found, *choices).segments
+    torch.testing.assert_close(steered(segment, found, stream), wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_factors_that_nobody_admitted_move_the_stream_by_the_limit(dtype: torch.dtype) -> None:
+    bank, block = new_bank(dtype), nn.Identity()
+    hook_blocks([(1, block)], bank)
+    values = RowValues.zeros(1, RANK, HIDDEN, multiply=True)
+    values.numbers[0, THRESHOLD], values.numbers[0, SHARE, 0] = ALWAYS, 1.0
+    values.diagonal[:] = torch.inf
+    assert bank.write_row(1, values)
+    bank.set_rows(np.ones(8, dtype=np.int32), np.full((1 + RANK, 8), 1e3, dtype=np.float32))
+    limit = limit_of(dtype, 1) / RANK
+    small = torch.full((8, HIDDEN), 1e-3, dtype=dtype)
+    moved = (block(small).float() - small.float()).norm(dim=-1)
+    assert moved.isfinite().all()
+    assert (moved > 10.0).all()
+    stream = torch.full((8, HIDDEN), limit, dtype=dtype)
+    # In float16 the sum overflows, which ``hook_finite`` mends.
+    stream[0] = 1e4 if dtype == torch.float16 else torch.finfo(dtype).max
+    change = block(stream).float() - stream.float()
+    assert (change.norm(dim=-1) <= 1.01 * limit).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
