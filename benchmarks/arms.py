@@ -19,6 +19,8 @@ CONTROL = "control"
 PLUGIN = "plugin"
 AFFINE = "affine"
 READS = "reads"
+MULTIPLY = "multiply"
+TOKENS = "tokens"
 # Probes of each request that reads, and the layers of each where it is not one.
 PROBES = 4
 READ_LAYERS = 8
@@ -107,6 +109,36 @@ def rotated_distinct(count: int, rng: random.Random) -> list[ExtraArgs]:
     return asked
 
 
+def gated_softly(count: int, rng: random.Random) -> list[ExtraArgs]:
+    """Every request by an addition behind a soft gate at all layers, at a scale that no request had before."""
+    asked = []
+    for extra in multiplied_distinct(count, rng):
+        chosen = extra["steering"]["directions"][0] | {"op": "add"}
+        chosen["gate"] = {"direction": f"{PACK_NAME}/d0", "above": 0.0, "slope": 1.0}
+        asked.append({"steering": extra["steering"] | {"directions": [chosen]}})
+    return asked
+
+
+def multiplied_distinct(count: int, rng: random.Random) -> list[dict[str, Any]]:
+    """Every request multiplied by a direction at all layers, at a scale that no request had before."""
+    asked = []
+    for _ in range(count):
+        extra = _ask([(rng.randrange(DIRECTIONS), rng.uniform(0.1, 0.5))])
+        extra["steering"]["directions"][0] |= {"op": "multiply"}
+        asked.append(extra)
+    return asked
+
+
+def at_tokens(count: int, rng: random.Random) -> list[ExtraArgs]:
+    """Every request by a combination of its own, at the tokens with one of eight ids."""
+    asked = []
+    for extra in steered_distinct(count, rng):
+        assert extra is not None
+        ids = sorted(rng.sample(range(3, 100), 8))
+        asked.append({"steering": extra["steering"] | {"positions": {"tokens": ids}}})
+    return asked
+
+
 def reading(layers: int) -> Steering:
     """Every request reads :data:`PROBES` directions of each generated token, at the first layers."""
 
@@ -146,7 +178,7 @@ class Variant:
     arms: tuple[Arm, ...]
 
 
-VARIANTS = (AFFINE, READS)
+VARIANTS = (AFFINE, READS, MULTIPLY, TOKENS)
 
 
 def variant(name: str, layers: int) -> Variant:
@@ -156,8 +188,19 @@ def variant(name: str, layers: int) -> Variant:
             Arm("affine_idle", AFFINE, unsteered),
             Arm("affine_add_distinct", AFFINE, steered_distinct),
             Arm("affine_rank2_distinct", AFFINE, rotated_distinct),
+            Arm("affine_soft_gate_distinct", AFFINE, gated_softly),
         )
         return Variant({"ops": "affine"}, affine)
+    if name == MULTIPLY:
+        multiply = (
+            Arm("multiply_idle", MULTIPLY, unsteered),
+            Arm("multiply_add_distinct", MULTIPLY, steered_distinct),
+            Arm("multiply_distinct", MULTIPLY, multiplied_distinct),
+        )
+        return Variant({"ops": "affine", "multiply": True}, multiply)
+    if name == TOKENS:
+        # The engine is that of the other arms, and only what requests name differs.
+        return Variant({}, (Arm("tokens_distinct", TOKENS, at_tokens),))
     reads = (
         Arm("reads_idle", READS, unsteered),
         Arm("reads_add_distinct", READS, steered_distinct),

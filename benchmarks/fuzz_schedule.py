@@ -3,10 +3,11 @@
     python -m benchmarks.fuzz_schedule --requests 2000 --json fuzz_schedule.json
 
 Each world is one engine with a small key-value cache, so that requests are preempted, and a small
-token budget, so that prompts are chunked; prefix cache, asynchronous scheduling and the number of
-running requests are drawn from the world's seed. Steered and unsteered requests arrive, some of which read
-directions, share prefixes, and are aborted at random. Every token of every answer, and every score, is then held
-against Hugging Face with forward hooks, which sees the whole sequence at once, without cache, batch or schedule.
+token budget, so that prompts are chunked; prefix cache, asynchronous scheduling, the number of
+running requests, and whether directions may do more than be added are drawn from the world's seed. Steered
+and unsteered requests arrive, some of which read directions, share prefixes, and are aborted at random.
+Every token of every answer, and every score, is then held against Hugging Face with forward hooks, which sees the
+whole sequence at once, without cache, batch or schedule.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ DIRECTIONS = 6
 READS = 3
 BLOCK = 32
 TOP = 5
+# Token ids of line breaks, full stops, colons and blanks, and of words that many prompts have.
+FREQUENT = (201, 16, 28, 223, 291, 295, 322)
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def draw_engine(rng: random.Random) -> dict[str, Any]:
     }
 
 
-def draw_request(rng: random.Random, bases: list[list[int]], layers: int) -> Wanted:
+def draw_request(rng: random.Random, bases: list[list[int]], layers: int, *, forms: bool) -> Wanted:
     """A request; prompts share beginnings, so that the prefix cache is hit."""
     base = rng.choice(bases)
     prompt = base[: rng.randint(1, len(base))] if rng.random() < 0.4 else list(base)
@@ -138,7 +141,7 @@ def draw_request(rng: random.Random, bases: list[list[int]], layers: int) -> Wan
     sampled = rng.random() < 0.3
     return Wanted(
         prompt,
-        draw_request_steering(rng, len(prompt), layers),
+        draw_request_steering(rng, len(prompt), layers, forms=forms),
         max_tokens=rng.randint(1, 40),
         samples=rng.choice([1, 1, 2]) if sampled else 1,
         temperature=1.0 if sampled else 0.0,
@@ -148,10 +151,10 @@ def draw_request(rng: random.Random, bases: list[list[int]], layers: int) -> Wan
 
 
 def draw_request_steering(
-    rng: random.Random, prompt_len: int, layers: int
+    rng: random.Random, prompt_len: int, layers: int, *, forms: bool
 ) -> dict[str, Any] | None:
     """What a request steers and reads: both, one of them, or neither."""
-    steering = draw_steering(rng, prompt_len, layers) if rng.random() < 0.7 else {}
+    steering = draw_steering(rng, prompt_len, layers, forms=forms) if rng.random() < 0.7 else {}
     if rng.random() < 0.5:
         steering |= draw_reads(rng, prompt_len, layers)
     return steering or None
@@ -163,7 +166,7 @@ def draw_reads(rng: random.Random, prompt_len: int, layers: int) -> dict[str, An
         {
             "name": f"fuzz/d{number}",
             "layers": sorted(rng.sample(range(layers), rng.choice([1, 2, layers]))),
-            "at": draw_positions(rng, prompt_len),
+            "at": draw_ranges(rng, prompt_len),
             "when": rng.choice(["before", "after"]),
         }
         for number in rng.sample(range(DIRECTIONS), rng.randint(1, READS))
@@ -171,8 +174,10 @@ def draw_reads(rng: random.Random, prompt_len: int, layers: int) -> dict[str, An
     return {"read": reads, "recompute": rng.random() < 0.3}
 
 
-def draw_steering(rng: random.Random, prompt_len: int, layers: int) -> dict[str, Any]:
-    """One to three directions, each with a scale, layers and positions of its own."""
+def draw_steering(
+    rng: random.Random, prompt_len: int, layers: int, *, forms: bool
+) -> dict[str, Any]:
+    """One to three directions, each with a scale, layers and positions of its own, some with a form."""
     return {
         "directions": [
             {
@@ -181,12 +186,40 @@ def draw_steering(rng: random.Random, prompt_len: int, layers: int) -> dict[str,
                 "layers": sorted(rng.sample(range(layers), rng.choice([1, 3, layers]))),
                 "positions": draw_positions(rng, prompt_len),
             }
+            | (draw_form(rng) if forms else {})
             for number in rng.sample(range(DIRECTIONS), rng.randint(1, 3))
         ]
     }
 
 
-def draw_positions(rng: random.Random, prompt_len: int) -> str | list[list[int | None]]:
+def draw_form(rng: random.Random) -> dict[str, Any]:
+    """Addition, ablation or multiplication, or one of the first two behind a soft gate.
+
+    A hard gate would be open or closed by rounding alone.
+    """
+    forms: list[dict[str, Any]] = [
+        {},
+        {"op": "ablate", "scale": round(rng.uniform(-1.0, 2.0), 3)},
+        {"op": "multiply", "scale": round(rng.uniform(-5.0, 5.0), 3)},
+    ]
+    form = rng.choice(forms)
+    if form.get("op") == "multiply" or rng.random() < 0.5:
+        return form
+    probe = f"fuzz/d{rng.randrange(DIRECTIONS)}"
+    gate = {"direction": probe, "above": rng.uniform(-1.0, 1.0), "slope": rng.uniform(0.2, 3.0)}
+    return form | {"gate": gate}
+
+
+def draw_positions(rng: random.Random, prompt_len: int) -> Any:
+    """Ranges, or tokens within them by their ids; some are frequent, and the answer may have any."""
+    ranges = draw_ranges(rng, prompt_len)
+    if rng.random() < 0.7:
+        return ranges
+    ids = rng.sample(FREQUENT, 2) + [rng.randint(5, 500) for _ in range(rng.choice([0, 40]))]
+    return {rng.choice(["tokens", "from_tokens"]): ids, "within": ranges}
+
+
+def draw_ranges(rng: random.Random, prompt_len: int) -> str | list[list[int | None]]:
     """A name, a range from some position on, one from the prompt's end, or a short one."""
     choices: list[Callable[[], Any]] = [
         *(lambda name=name: name for name in ("all", "prompt", "generated", "last_prompt")),
@@ -219,7 +252,7 @@ def run_world(seed: int, count: int, pack: Path, runner: str) -> Report:
 
     model, rng = demo_model_path(), random.Random(seed)
     loaded = load_pack(str(pack))
-    engine_settings = draw_engine(rng)
+    engine_settings, forms = draw_engine(rng), rng.random() < 0.5
     engine = LLMEngine.from_engine_args(
         EngineArgs(
             model=str(model),
@@ -235,6 +268,7 @@ def run_world(seed: int, count: int, pack: Path, runner: str) -> Report:
                     "reads": READS,
                     "rows": 12 * engine_settings["max_num_seqs"] + 1,
                 }
+                | ({"ops": "affine", "rank": 4, "multiply": True} if forms else {})
             },
             **engine_settings,
         )
@@ -247,7 +281,7 @@ def run_world(seed: int, count: int, pack: Path, runner: str) -> Report:
         if wanted and rng.random() < 0.4:
             wanted.append(draw_sibling(rng, rng.choice(wanted[-3:])))
         else:
-            wanted.append(draw_request(rng, bases, layers))
+            wanted.append(draw_request(rng, bases, layers, forms=forms))
     idle = {index for index, want in enumerate(wanted) if not reaches(want)}
     answers = _drive(engine, wanted, idle, rng)
     plain = Reference(model, [loaded])
@@ -264,7 +298,7 @@ def run_world(seed: int, count: int, pack: Path, runner: str) -> Report:
     metrics = {metric.name: getattr(metric, "value", 0) for metric in engine.get_metrics()}
     return Report(
         seed,
-        engine_settings,
+        engine_settings | {"forms": forms},
         count,
         len(answers),
         tokens,
@@ -296,7 +330,9 @@ def reaches(want: Wanted) -> bool:
     prompt_len = len(want.prompt)
     starts = {"all": 0, "prompt": 0, "generated": prompt_len, "last_prompt": prompt_len - 1}
 
-    def first(chosen: str | list[list[int]]) -> int:
+    def first(chosen: Any) -> int:
+        if isinstance(chosen, dict):
+            chosen = chosen["within"]
         if isinstance(chosen, str):
             return starts[chosen]
         return min(start + prompt_len if start < 0 else start for start, _ in chosen)

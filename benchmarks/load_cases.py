@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.fuzz_schedule import draw_positions
+from benchmarks.fuzz_schedule import draw_ranges
 from vllm_steer.offline.demo.corpus import user_text
 from vllm_steer.offline.demo.server import SERVED_NAME
 from vllm_steer.offline.questions.statements import statements
@@ -221,14 +221,14 @@ class CaseBook:
             choice: dict[str, Any] = {
                 "name": full_name,
                 "scale": round(rng.uniform(-strongest, strongest), 3),
-                "positions": draw_positions(rng, prompt_len),
+                "positions": draw_ranges(rng, prompt_len),
             }
             if rng.random() < 0.5:
                 choice["layers"] = sorted(rng.sample(layers, rng.randint(1, len(layers))))
             directions.append(choice)
         steering: dict[str, Any] = {"directions": directions}
         if rng.random() < 0.3:
-            steering["positions"] = draw_positions(rng, prompt_len)
+            steering["positions"] = draw_ranges(rng, prompt_len)
             del directions[0]["positions"]
         return steering
 

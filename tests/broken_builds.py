@@ -44,13 +44,20 @@ MUTATIONS = {
     ),
     "prefix cache: blocks are found by token ids alone": Mutation(
         "engine/prefix_cache.py",
-        'keys = [*keys, ("steering", f"{segment.key}:{first - start}:{last - start}")]',
+        'keys = [*keys, ("steering", f"{segment.key}:{begin - start}:{stop - start}")]',
         "keys = [*keys]",
     ),
     "prefix cache: where a block is steered does not count": Mutation(
         "engine/prefix_cache.py",
-        'keys = [*keys, ("steering", f"{segment.key}:{first - start}:{last - start}")]',
+        'keys = [*keys, ("steering", f"{segment.key}:{begin - start}:{stop - start}")]',
         'keys = [*keys, ("steering", segment.key)]',
+        # A world with room for many cached blocks.
+        seed=5,
+    ),
+    "tokens: those in cached blocks are forgotten": Mutation(
+        "engine/runner_v1.py",
+        "tokens = request.prompt_token_ids or ()",
+        "tokens = ()",
         # A world with room for many cached blocks.
         seed=5,
     ),

@@ -191,7 +191,7 @@ def engine_arguments(model: Path, packs: list[SteeringPack], kind: str) -> dict[
         # Rows for four different sums in each request.
         steering: dict[str, Any] = {"packs": [str(pack.path) for pack in packs], "rows": 65}
         if "affine" in words:
-            steering["ops"] = "affine"
+            steering |= {"ops": "affine", "multiply": True}
         if "reads" in words:
             steering["reads"] = READS
         arguments["additional_config"] = {"steering": steering}

@@ -144,7 +144,7 @@ FIELDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "vllm.config",
         "ModelConfig",
         (
-            "runner_type", "dtype", "max_model_len", "hf_config", "hf_text_config", "get_hidden_size",
+            "runner_type", "dtype", "max_model_len", "hf_config", "hf_text_config", "get_hidden_size", "get_vocab_size",
             "get_total_num_hidden_layers", "get_total_num_kv_heads", "get_head_size", "use_mla",
             "is_hybrid", "is_attention_free",
         ),
@@ -187,7 +187,7 @@ FIELDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "vllm.v1.core.sched.output",
         "NewRequestData",
-        ("req_id", "sampling_params", "prefill_token_ids"),
+        ("req_id", "sampling_params", "prompt_token_ids", "prefill_token_ids"),
     ),
     (f"{WORKER}.gpu_worker", "Worker", ("use_v2_model_runner", "model_runner", "device")),
     (f"{WORKER}.cpu_worker", "CPUWorker", ("use_v2_model_runner", "model_runner", "device")),

@@ -12,10 +12,10 @@ from vllm_steer.request.schema import REQUEST_KEY, parse
 
 
 def steer(
-    directions: Mapping[str, float | None] | Sequence[str] | str,
+    directions: Mapping[str, float | Mapping[str, Any] | None] | Sequence[str] | str,
     *,
     layers: Sequence[int] | None = None,
-    positions: PositionChoice | Sequence[PositionRange] | None = None,
+    positions: PositionChoice | Sequence[PositionRange] | Mapping[str, Any] | None = None,
     by: Literal["scale", "strength"] = "scale",
     xargs: bool = False,
 ) -> dict[str, Any]:
@@ -26,9 +26,11 @@ def steer(
 
     Args:
         directions: Names to scales, ``{"fears/spiders": 9.0}``; None, or a name alone, takes the
-            direction's default scale.
+            direction's default scale. Instead of a scale, any fields of a direction, such as
+            ``{"op": "multiply", "scale": 2.0}``.
         layers: Layers to steer; None takes each direction's default layers.
-        positions: Token positions to steer; None takes each direction's default.
+        positions: Token positions to steer, in any form of a request, such as ``{"tokens": [13]}``; None takes
+            each direction's default.
         by: Whether the numbers are scales, or strengths (multiples of the default scale of calibrated
             directions).
         xargs: Whether to build ``vllm_xargs``, for clients and routes that pass on only these.
@@ -46,15 +48,19 @@ def steer(
         directions = dict.fromkeys(directions)
     fields: dict[str, Any] = {
         "directions": [
-            {"name": name} if number is None else {"name": name, by: float(number)}
-            for name, number in directions.items()
+            {"name": name} | (dict(given) if isinstance(given, Mapping) else _number(by, given))
+            for name, given in directions.items()
         ]
     }
     if layers is not None:
         fields["layers"] = list(layers)
     if positions is not None:
-        fields["positions"] = (
-            positions if isinstance(positions, str) else [list(pair) for pair in positions]
-        )
+        whole = isinstance(positions, (str, Mapping))
+        fields["positions"] = positions if whole else [list(pair) for pair in positions]
     parse({REQUEST_KEY: fields})
     return {"vllm_xargs": {REQUEST_KEY: json.dumps(fields)}} if xargs else {REQUEST_KEY: fields}
+
+
+def _number(by: str, given: float | None) -> dict[str, float]:
+    """The field of a scale or strength; none for the default."""
+    return {} if given is None else {by: float(given)}

@@ -11,16 +11,17 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from vllm_steer.errors import ConfigError, choices
 from vllm_steer.fields import LayerIndex
 
 CONFIG_KEY = "steering"
 # Incremented whenever the traced addition changes, so that no outdated graph is reused.
-GRAPH_REVISION = 5
+GRAPH_REVISION = 6
 # Fields of the resolved configuration that shape the traced graph or a worker's memory.
-GRAPH_FIELDS = ("rows", "layers", "ops", "rank", "version", "graph_revision")
+GRAPH_FIELDS = ("rows", "layers", "ops", "rank", "multiply", "version", "graph_revision")
 # Further fields where requests may read; otherwise they do not change the graph.
 READ_FIELDS = ("reads", "read_rows")
 
@@ -38,7 +39,8 @@ class SteeringConfig(BaseModel):
         pack_roots: Directories that packs may be loaded from while the server runs.
         layers: Layers to hook; None takes those of the packs.
         ops: ``additive`` compiles only the addition, ``affine`` every form of
-            ``vllm_steer.operations.OPS``.
+            ``vllm_steer.operations.OPS`` but ``multiply``.
+        multiply: ``affine``: whether op ``multiply`` is compiled too.
         upload_mib: Largest body of vectors that a client may send, in MiB; None accepts no uploads.
         wait_seconds: How long a request waits for rows before it is answered with 503.
         upload_total_mib: Largest total of all served uploads, in MiB; None takes eight times ``upload_mib``.
@@ -62,6 +64,13 @@ class SteeringConfig(BaseModel):
     upload_count: Annotated[int, Field(ge=1, le=2**16)] = 64
     rank: Annotated[int, Field(ge=2, le=64, multiple_of=2)] = 2
     reads: Annotated[int, Field(ge=0, le=16)] = 0
+    multiply: bool = False
+
+    @model_validator(mode="after")
+    def _multiplies_in_affine_rows(self) -> SteeringConfig:
+        if self.multiply and self.ops != "affine":
+            raise PydanticCustomError("multiply", "multiply needs ops 'affine' too")
+        return self
 
 
 class ResolvedConfig(SteeringConfig):

@@ -1,7 +1,8 @@
 """How a direction acts on the residual stream: addition, or one of the affine forms.
 
-All forms are cases of h ← h + s·v + U·(V·h + b) of low rank, optionally only where a probe fires, and
-optionally restoring ‖h‖. A form names further directions of the loaded packs, so a pack holds only vectors.
+All forms but one are cases of h ← h + s·v + U·(V·h + b) of low rank, optionally gated by a probe, and
+optionally restoring ‖h‖; the other one scales each dimension. A form names further directions of the loaded
+packs, so a pack holds only vectors.
 Importing this module imports neither torch nor vllm.
 """
 
@@ -9,12 +10,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from vllm_steer.fields import ThresholdName
 
-Op = Literal["add", "ablate", "clamp", "rotate", "angle", "affine"]
+Op = Literal["add", "ablate", "clamp", "rotate", "angle", "affine", "multiply"]
 # The effect of each form on the residual stream h; â is the unit vector of the direction, ε the scale.
 OPS: Final[dict[str, str]] = {
     "add": "`h + ε·a`",
@@ -23,15 +31,18 @@ OPS: Final[dict[str, str]] = {
     "rotate": "rotates h by ε degrees from `a` towards `plane`, in their plane; keeps ‖h‖",
     "angle": "rotates h in that plane to ε degrees from `a`; keeps ‖h‖ (Angular Steering)",
     "affine": "`h + ε·a(r·h + bias)` with `read` as r: closed-loop feedback",
+    "multiply": "`h ⊙ (1 + ε·a)`: scales each dimension; needs `--steering-multiply` too",
 }
 PLANE_OPS: Final = ("rotate", "angle")
 # The change is proportional to the scale.
-LINEAR_OPS: Final = ("add", "ablate", "affine")
+LINEAR_OPS: Final = ("add", "ablate", "affine", "multiply")
 # Degrees.
 MAX_ANGLE: Final = 360.0
 
 _Name = Annotated[str, Field(min_length=1, max_length=300)]
 _Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]
+# Smaller ones are constant, and larger ones hard, for any stream.
+_Slope = Annotated[float, Field(allow_inf_nan=False, ge=1e-9, le=1e9)]
 _PARTNERS: Final = {"plane": PLANE_OPS, "read": ("affine",), "bias": ("affine",)}
 
 
@@ -44,13 +55,15 @@ def check_one_threshold(above: float | None, at: str | None) -> None:
 
 
 class Gate(BaseModel):
-    """A probe: the direction acts only on tokens where it fires.
+    """A probe: the direction acts only on tokens where it fires, or the more the further it fires.
 
     Attributes:
         direction: Direction w whose vector is the probe.
-        above: It fires where w·h is greater; h is the residual stream before the change.
+        above: θ: it fires where w·h is greater; h is the residual stream before the change.
         at: Instead of ``above``, a measured threshold such as ``fpr=0.01``: that of this false-positive rate of the
             probe of w, at the single steered layer; if no layers are given, at the layer of that probe.
+        slope: κ of a soft gate: the change is multiplied by σ(κ(w·h − θ)). None is a hard gate: all of the change
+            above θ, and nothing at θ and below.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -58,11 +71,18 @@ class Gate(BaseModel):
     direction: _Name
     above: _Number | None = None
     at: ThresholdName | None = None
+    slope: _Slope | None = None
 
     @model_validator(mode="after")
     def _has_one_threshold(self) -> Gate:
         check_one_threshold(self.above, self.at)
         return self
+
+    @model_serializer(mode="wrap")
+    def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Older versions refuse unknown keys of a manifest.
+        fields: dict[str, Any] = write(self)
+        return {key: value for key, value in fields.items() if value is not None or key != "slope"}
 
 
 class FormChoice(BaseModel):
@@ -73,7 +93,7 @@ class FormChoice(BaseModel):
         plane: ``rotate`` and ``angle``: direction that spans the plane with this one.
         read: ``affine``: direction that is read; this one is written.
         bias: ``affine``: b, added to what is read.
-        gate: Acts only on tokens where a probe fires.
+        gate: Acts only on tokens where a probe fires, or the more the further it fires.
         restore_norm: Whether the norm of the residual stream is restored after the change.
     """
 

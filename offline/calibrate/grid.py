@@ -35,7 +35,7 @@ class Subject:
     Attributes:
         name: ``pack/direction``.
         record: Its record.
-        lengths: Euclidean length of the vector by layer.
+        lengths: Length that a scale of 1 adds at most, by layer: the vector's, or of a stream that it multiplies.
         norms: Norm of the residual stream by layer.
         joint: Whether its layers were learned together and must be used together.
     """
@@ -109,10 +109,9 @@ def subject(pack: SteeringPack, name: str) -> Subject:
     """Returns one direction of a pack."""
     record = pack.directions[name]
     norms = {int(layer): norm for layer, norm in pack.manifest.residual_norms.items()}
+    lengths = _lengths(record, pack.vectors[name], norms)
     joint = pack.manifest.method.settings.get("estimator") == "trained"
-    return Subject(
-        f"{pack.name}/{name}", record, _lengths(record, pack.vectors[name]), norms, joint
-    )
+    return Subject(f"{pack.name}/{name}", record, lengths, norms, joint)
 
 
 def rounded(value: float) -> float:
@@ -120,6 +119,11 @@ def rounded(value: float) -> float:
     return float(f"{value:.3g}")
 
 
-def _lengths(record: DirectionRecord, vector: NDArray[np.float32]) -> dict[int, float]:
+def _lengths(
+    record: DirectionRecord, vector: NDArray[np.float32], norms: Mapping[int, float]
+) -> dict[int, float]:
+    if record.op == "multiply":
+        largest = dict(zip(record.layers, np.abs(vector).max(axis=1).tolist(), strict=True))
+        return {layer: norms[layer] * size for layer, size in largest.items()}
     lengths = np.linalg.norm(vector.astype(np.float64), axis=1).tolist()
     return dict(zip(record.layers, lengths, strict=True))

@@ -24,7 +24,7 @@ from vllm_steer.offline.measures.fluency import Fluency, repetition
 from vllm_steer.offline.measures.intervals import ratio_interval
 from vllm_steer.offline.measures.shares import closed
 from vllm_steer.packs.pack import CalibrationPoint
-from vllm_steer.request.positions import absolute_ranges
+from vllm_steer.request.positions import absolute_positions
 
 Doubles = NDArray[np.float64]
 Tokens = tuple[int, ...]
@@ -92,8 +92,8 @@ class Trial:
     def steering(self, prompt_len: int) -> dict[str, Any]:
         """Returns the steering of a prompt of a given length, whatever follows it."""
         chosen = {"name": self.subject.name, "scale": self.scale, "layers": list(self.layers)}
-        ranges = absolute_ranges(self.subject.record.positions, prompt_len)
-        return {"directions": [chosen | {"positions": [list(pair) for pair in ranges]}]}
+        positions = absolute_positions(self.subject.record.positions, prompt_len)
+        return {"directions": [chosen | {"positions": positions}]}
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ class TokenEngine:
         self.model, self.packs = model, list(packs)
         self._options = {**({"enforce_eager": True} if quick else {}), **(options or {})}
         self._bar, self._room, self._quick = bar, 0, quick
-        self._steering: dict[str, Any] = {"ops": "affine"} if _acts(self.packs) else {}
+        self._steering: dict[str, Any] = _needed(self.packs)
         self._llm: LLM | None = None
         common = {
             "model": model_state(model),
@@ -297,10 +297,14 @@ class TokenEngine:
         return self._llm
 
 
-def _acts(packs: Sequence[SteeringPack]) -> bool:
-    """Whether a direction of some packs does more than be added."""
+def _needed(packs: Sequence[SteeringPack]) -> dict[str, Any]:
+    """Fields of the configuration of an engine in which all directions of some packs can act."""
     forms = [record.form for pack in packs for record in pack.directions.values() if record.form]
-    return any(f.op not in (None, "add") or f.gate or f.restore_norm for f in forms)
+    if not any(f.op not in (None, "add") or f.gate or f.restore_norm for f in forms):
+        return {}
+    return {"ops": "affine"} | (
+        {"multiply": True} if any(f.op == "multiply" for f in forms) else {}
+    )
 
 
 def _logprob(found: Mapping[int, Logprob] | None, token: int) -> float:

@@ -151,6 +151,8 @@ def _use(pack: SteeringPack) -> str:
     data = json.dumps(body).replace("'", r"'\''")
     affine = any(_form(record) != "add" for record in pack.directions.values())
     ops = " --steering-ops affine" if affine else ""
+    if any(record.op == "multiply" for record in pack.directions.values()):
+        ops += " --steering-multiply"
     return (
         f"```bash\nvllm serve {pack.manifest.model.name} --enable-steering --steering-packs .{ops}\n"
         "curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\\n"

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_steer.offline.extract.shards import Shards
 from vllm_steer.offline.models.prompts import AnswerPair, Concept
 from vllm_steer.offline.questions.everyday import Everyday
+from vllm_steer.offline.shards import Shards
 
 # One scale for all directions, or one by concept.
 Scales = Mapping[str, float] | float

@@ -30,7 +30,7 @@ from vllm_steer.offline.extract.methods import METHODS
 from vllm_steer.offline.extract.parts import Parts, answers_directory, library_versions
 from vllm_steer.offline.extract.records import learned_records, learned_vectors, records_of
 from vllm_steer.offline.extract.settings import ExtractionSettings
-from vllm_steer.offline.extract.shards import Shards, learn_all
+from vllm_steer.offline.extract.shards import learn_all
 from vllm_steer.offline.models.loading import (
     check_quantisation,
     chosen_dtype,
@@ -44,6 +44,7 @@ from vllm_steer.offline.models.prompts import (
     without_thoughts,
 )
 from vllm_steer.offline.questions.everyday import everyday_questions
+from vllm_steer.offline.shards import Shards
 from vllm_steer.packs.pack import MethodRecord, PackContent, SteeringPack, load_pack, write_pack
 
 __all__ = [

@@ -23,7 +23,7 @@ class _Line(BaseModel):
 
 
 class AnsweredLine(_Line):
-    """A line of a file for ``likelihood``, ``reft_r1``, ``loreft`` or ``prosv``.
+    """A line of a file for ``likelihood``, ``reft_r1``, ``loreft``, ``prosv`` or ``jola``.
 
     Attributes:
         prompt: What the user says.

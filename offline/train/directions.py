@@ -14,8 +14,8 @@ from vllm_steer.packs.pack import DirectionRecord, FormChoice, SteeringPack
 from vllm_steer.request.positions import AnyPositions
 
 Floats = NDArray[np.float32]
-BIAS, READ = "bias", "read"
-"""Words after the name of a low-rank form: what is added, and what a component reads."""
+BIAS, READ, FACTORS = "bias", "read", "factors"
+"""Words after the name of a form: what is added, what a component reads, and what dimensions are scaled by."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,12 +98,38 @@ def low_rank_directions(
     return found
 
 
+def scaled_directions(
+    name: str, layers: Sequence[int], factors: Floats, bias: Floats
+) -> list[Direction]:
+    """Returns h ⊙ (1 + m) + a as directions, which a request names together.
+
+    None of them has the name alone, so that a request for a part of the form is refused.
+
+    Args:
+        name: Name of the form.
+        layers: Layers, ascending.
+        factors: m, ``[layers, hidden_size]``.
+        bias: a, ``[layers, hidden_size]``.
+    """
+    parts = ((BIAS, bias, None), (FACTORS, factors, FormChoice(op="multiply")))
+    found = []
+    for part, vectors, form in parts:
+        # A pack holds no zeros.
+        kept = np.flatnonzero(vectors.any(axis=1))
+        if len(kept):
+            at = [layers[place] for place in kept]
+            found.append(Direction(f"{name} {part}", at, vectors[kept], form))
+    return found
+
+
 def together(pack: SteeringPack) -> list[list[str]]:
-    """Returns the names of the pack's low-rank forms, for each those that a request gives together."""
+    """Returns the names of the pack's forms of several directions, for each those that a request gives together."""
     forms: dict[str, list[str]] = {}
     for name, record in pack.directions.items():
         whole, _, part = name.rpartition(" ")
         reads = record.form is not None and record.form.read == f"{name} {READ}"
-        if reads or (part == BIAS and f"{whole} 1" in pack.directions):
+        others = {f"{whole} 1", f"{whole} {FACTORS}"} & pack.directions.keys()
+        scales = part == FACTORS and record.op == "multiply"
+        if reads or scales or (part == BIAS and others):
             forms.setdefault(whole, []).append(name)
     return list(forms.values())

@@ -23,6 +23,17 @@ def low_rank(hidden: Tensor, projection: Tensor, weight: Tensor, bias: Tensor) -
     return hidden + read @ projection
 
 
+def multiplied(hidden: Tensor, factors: Tensor, offsets: Tensor) -> Tensor:
+    """Returns h ⊙ (1 + m) + a, each dimension scaled and moved (arXiv 2502.01179, of a head's output there).
+
+    Args:
+        hidden: h.
+        factors: m, ``[rows, hidden_size]``.
+        offsets: a, ``[rows, hidden_size]``.
+    """
+    return hidden * (1.0 + factors[:, None]) + offsets[:, None]
+
+
 def clamped(hidden: Tensor, unit: Tensor, value: Tensor) -> Tensor:
     """Returns h + (s − w·h)·w: the component along a unit vector is set.
 

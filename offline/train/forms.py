@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from vllm_steer.offline.models.hooks import Change, added
-from vllm_steer.offline.train.edits import low_rank
+from vllm_steer.offline.train.edits import low_rank, multiplied
 
 
 class Form(nn.Module, ABC):
@@ -170,6 +170,39 @@ class LowRank(ChangingForm):
             "weight": self.weight[lesson],
             "bias": self.bias[lesson],
         }
+
+
+class ScaledDimensions(ChangingForm):
+    """Factors of the dimensions and a vector at each block, beginning at no change."""
+
+    unit: Tensor
+
+    def __init__(self, norms: Tensor, hidden_size: int) -> None:
+        """Begins at zeros.
+
+        Args:
+            norms: ``[lessons, layers]``; norm of the residual stream after each block.
+            hidden_size: Width of the residual stream.
+        """
+        super().__init__()
+        # As for ``Vectors``; factors have no unit.
+        self.register_buffer("unit", norms[..., None] / hidden_size**0.5)
+        shape = (*norms.shape, hidden_size)
+        self.factors = nn.Parameter(torch.zeros(shape))
+        self.steps = nn.Parameter(torch.zeros(shape))
+
+    def change(self, lessons: Sequence[int], acting: Tensor | None) -> Change:
+        rows = list(lessons)
+        factors, offsets = self.factors[rows], (self.steps * self.unit)[rows]
+
+        def changed(at: int, hidden: Tensor) -> Tensor:
+            found = multiplied(hidden.float(), factors[:, at], offsets[:, at])
+            return where(acting, found.to(hidden.dtype), hidden)
+
+        return changed
+
+    def learned(self, lesson: int) -> dict[str, Tensor]:
+        return {"factors": self.factors[lesson], "bias": (self.steps * self.unit)[lesson]}
 
 
 class UnitVectors(Form):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from math import ceil
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, JsonValue, TypeAdapter, ValidationError
 from transformers import PreTrainedTokenizerBase
 
@@ -28,6 +30,7 @@ from vllm_steer.offline.models.loading import (
     load_model,
     model_identity,
 )
+from vllm_steer.offline.shards import Shards, spread
 from vllm_steer.offline.train.data import LINES, Encoder, read_lines_of
 from vllm_steer.offline.train.directions import Direction, Target
 from vllm_steer.offline.train.kept import StateFile
@@ -93,6 +96,7 @@ def train_pack(
     settings: TrainSettings,
     target: Target,
     device: str | None = None,
+    shards: Shards | None = None,
 ) -> SteeringPack:
     """Trains one direction for each data file and writes them as a steering pack.
 
@@ -104,22 +108,25 @@ def train_pack(
         settings: How to train.
         target: The pack that is written.
         device: Device of the model; None for CUDA where there is one, else CPU.
+        shards: Where directions are trained; None for this process alone. The vectors are the same.
 
     Returns:
         The pack, read back from disk.
 
     Raises:
-        ExtractionError: The settings do not fit the model, a prompt cannot be rendered, or a loss is not finite.
+        ExtractionError: The settings do not fit the model, a prompt cannot be rendered, a loss is not finite, or Ray is
+            missing or has no room.
         PackError: The pack cannot be written.
     """
     config, tokenizer = load_config(model_path, settings.chat)
     check_quantisation(config, model_path)
     settings = settings.model_copy(update={"dtype": chosen_dtype(settings.dtype, device)})
     _check_name(target)
-    training = _Training(str(model_path), tokenizer, settings, Path(target.path), device)
+    make = partial(_Training, str(model_path), tokenizer, settings, Path(target.path), device)
+    training = make()
     lessons = {name: training.lesson(lines) for name, lines in data.items()}
-    found = {name: training.train(name, lesson) for name, lesson in lessons.items()}
-    directions = [direction for each in found.values() for direction in each]
+    found = _trained(training, make, list(lessons.items()), shards or Shards())
+    directions = [direction for name in lessons for direction in found[name]]
     served = training.positions.served()
     try:
         records = [direction.record(served) for direction in directions]
@@ -149,9 +156,31 @@ def train_pack(
             residual_norms=dict(enumerate(training.norms.tolist())),
         ),
     )
-    for keeper in training.keepers:
-        keeper.remove()
+    for name, lesson in lessons.items():
+        training.keeper(name, lesson).remove()
     return pack
+
+
+_Task = tuple[str, Lesson[Any]]
+
+
+def _trained(
+    training: _Training,
+    make: Callable[..., _Training],
+    tasks: Sequence[_Task],
+    shards: Shards,
+) -> dict[str, list[Direction]]:
+    """What each direction's lesson gave, by its name."""
+    if not shards.count:
+        return {name: training.train(name, lesson) for name, lesson in tasks}
+    # One worker's norms for all, so that vectors do not depend on who learned which.
+    workers = spread(partial(make, norms=training.norms), tasks, shards)
+    found: dict[str, list[Direction]] = {}
+    for (name, _), result in workers:
+        if isinstance(result, str):
+            raise ExtractionError(result)
+        found[name] = result
+    return found
 
 
 class _Training:
@@ -164,6 +193,7 @@ class _Training:
         settings: TrainSettings,
         folder: Path,
         device: str | None,
+        norms: NDArray[np.float64] | None = None,
     ) -> None:
         self._path, self._settings, self._folder = model_path, settings, folder
         self._preset = PRESETS[settings.preset]
@@ -174,8 +204,15 @@ class _Training:
         text = self._model.config.get_text_config()
         self._hidden_size = text.hidden_size
         self.layers = _layers(settings, text.num_hidden_layers)
-        self.keepers: list[StateFile] = []
-        self.norms = np.zeros(0)
+        # Measured on the first lesson, unless they are given.
+        self.norms = np.zeros(0) if norms is None else norms
+
+    def __call__(self, task: _Task) -> list[Direction] | str:
+        """Trains a direction, or returns why that cannot be."""
+        try:
+            return self.train(*task)
+        except ExtractionError as error:
+            return str(error)
 
     @property
     def device(self) -> str:
@@ -203,17 +240,18 @@ class _Training:
         objective = self._preset.objective(
             Bench(answers, norms, self._hidden_size, self.positions, settings)
         )
-        keeper = StateFile(self._folder, self._content(name, lesson))
-        self.keepers.append(keeper)
-        (result,) = Trainer(
-            objective, [lesson], _options(settings, len(lesson.learned)), keeper
-        ).run(name)
+        options, keeper = _options(settings, len(lesson.learned)), self.keeper(name, lesson)
+        (result,) = Trainer(objective, [lesson], options, keeper).run(name)
         found = self._preset.directions(name, objective, result, lesson.learned)
         first = found[0]
         kept: dict[str, JsonValue] = {"steps": result.steps}
         if result.score is not None:
             kept |= objective.figures(result.score, lesson.held_out)
         return [replace(first, metrics={**kept, **first.metrics}), *found[1:]]
+
+    def keeper(self, name: str, lesson: Lesson[Any]) -> StateFile:
+        """Returns the file that keeps the state of a training."""
+        return StateFile(self._folder, self._content(name, lesson))
 
     def _content(self, name: str, lesson: Lesson[Any]) -> list[Any]:
         """Returns everything that decides what is trained."""

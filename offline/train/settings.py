@@ -50,7 +50,7 @@ class TrainSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    preset: Literal["likelihood", "bipo", "reft_r1", "loreft", "prosv", "cdas"]
+    preset: Literal["likelihood", "bipo", "reft_r1", "loreft", "prosv", "cdas", "jola"]
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
     positions: str = "all"
     epochs: int = Field(gt=0)

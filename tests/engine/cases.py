@@ -11,6 +11,9 @@ SPIDERS, HEIGHTS, CHEERFUL, GLOOMY = (
     "moods/gloomy",
 )
 
+# Token ids of the demo model.
+NEWLINE, FULL_STOP, COLON = 201, 16, 28
+
 CASES: dict[str, dict[str, Any] | None] = {
     "unsteered": None,
     "one direction": {"directions": [{"name": SPIDERS, "scale": 10.0}]},
@@ -45,6 +48,26 @@ CASES: dict[str, dict[str, Any] | None] = {
         "directions": [
             {"name": CHEERFUL, "scale": 5.0, "positions": [[3, None]]},
             {"name": GLOOMY, "scale": 5.0, "positions": [[-30, 9]]},
+        ]
+    },
+    "at delimiters": {
+        "directions": [{"name": SPIDERS, "scale": 12.0}],
+        "positions": {"tokens": [NEWLINE, FULL_STOP]},
+    },
+    "at delimiters of the prompt, beside others": {
+        "directions": [
+            {"name": GLOOMY, "scale": 12.0, "positions": {"tokens": [NEWLINE], "within": "prompt"}},
+            {"name": CHEERFUL, "scale": 6.0, "positions": {"from_tokens": [COLON, 1603]}},
+        ]
+    },
+    "from the first full stop of the answer on, beside all": {
+        "directions": [
+            {"name": HEIGHTS, "scale": 3.0},
+            {
+                "name": SPIDERS,
+                "scale": 9.0,
+                "positions": {"from_tokens": [FULL_STOP], "within": "generated"},
+            },
         ]
     },
 }
@@ -89,6 +112,85 @@ FORM_CASES: dict[str, dict[str, Any] | None] = {
     "ablation where a probe fires": {
         "directions": [
             {"name": GLOOMY, "op": "ablate", "gate": {"direction": GLOOMY, "above": 0.2}}
+        ]
+    },
+    "addition by a soft gate": {
+        "directions": [
+            {
+                "name": SPIDERS,
+                "scale": 9.0,
+                "gate": {"direction": HEIGHTS, "above": 0.1, "slope": 3.0},
+            }
+        ]
+    },
+    "ablation by a soft gate beside a hard one": {
+        "directions": [
+            {
+                "name": GLOOMY,
+                "op": "ablate",
+                "scale": 2.0,
+                "gate": {"direction": CHEERFUL, "above": -0.2, "slope": 0.7},
+            },
+            {"name": SPIDERS, "scale": 6.0, "gate": {"direction": GLOOMY, "above": 0.0}},
+        ]
+    },
+    "rotation by a soft gate": {
+        "directions": [
+            {
+                "name": SPIDERS,
+                "op": "rotate",
+                "plane": CHEERFUL,
+                "scale": 90.0,
+                "gate": {"direction": SPIDERS, "above": 0.0, "slope": 2.0},
+            }
+        ]
+    },
+    "multiplication": {"directions": [{"name": SPIDERS, "op": "multiply", "scale": 2.0}]},
+    "multiplication of the answer beside addition and ablation": {
+        "directions": [
+            {"name": CHEERFUL, "op": "multiply", "scale": -2.0, "positions": "generated"},
+            {"name": HEIGHTS, "scale": 5.0},
+            {"name": GLOOMY, "op": "ablate"},
+        ]
+    },
+    "two multiplications of some layers": {
+        "directions": [
+            {"name": GLOOMY, "op": "multiply", "scale": 2.0, "layers": [1, 2]},
+            {"name": HEIGHTS, "op": "multiply", "scale": 1.5, "layers": [2, 3]},
+        ]
+    },
+    "multiplication by a soft gate and a ramp": {
+        "directions": [
+            {
+                "name": SPIDERS,
+                "op": "multiply",
+                "scale": 2.5,
+                "gate": {"direction": CHEERFUL, "above": 0.0, "slope": 1.5},
+                "schedule": {"start": 0.2, "end": 1.0, "tokens": 8},
+            },
+            {"name": CHEERFUL, "scale": 4.0},
+        ]
+    },
+    "multiplication where a probe fires that keeps the length": {
+        "directions": [
+            {
+                "name": GLOOMY,
+                "op": "multiply",
+                "scale": 3.0,
+                "gate": {"direction": SPIDERS, "above": 0.0},
+                "restore_norm": True,
+            }
+        ]
+    },
+    "multiplication at delimiters beside addition from one on": {
+        "directions": [
+            {"name": SPIDERS, "op": "multiply", "scale": 3.0, "positions": {"tokens": [NEWLINE]}},
+            {
+                "name": GLOOMY,
+                "scale": 7.0,
+                "positions": {"from_tokens": [FULL_STOP], "within": "generated"},
+                "schedule": {"start": 1.0, "end": 0.5, "tokens": 6},
+            },
         ]
     },
     "addition that keeps the length": {

@@ -15,6 +15,7 @@ ORDER = (
     "test_isolation.py",
     "test_prefix_cache.py",
     "test_stop_tokens.py",
+    "test_token_positions.py",
     "test_features.py",
     "test_forms.py",
     "test_reads.py",

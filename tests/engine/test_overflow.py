@@ -32,6 +32,12 @@ POISON = [
     *(_one(scale=scale, op="clamp") for scale in HUGE),
     *(_one(scale=-scale, op="ablate") for scale in HUGE),
     _one(scale=1e38, gate={"direction": OTHER, "above": -1e9}),
+    *(_one(scale=scale, gate={"direction": OTHER, "above": 0.0, "slope": 1e9}) for scale in HUGE),
+    *(_one(scale=scale, op="multiply") for scale in HUGE),
+    *(
+        _one(scale=-scale, op="multiply", gate={"direction": OTHER, "above": 0.0, "slope": 1e9})
+        for scale in HUGE
+    ),
     {
         "directions": [
             {"name": name, "scale": 3e38, "positions": "all"} for name in (SPIDERS, OTHER)
@@ -55,7 +61,7 @@ def switch_checks_off() -> None:
 @pytest.fixture(scope="module", params=list(TOLERANCE))
 def unbounded(request: pytest.FixtureRequest, packs: list[SteeringPack]) -> Iterator[Any]:
     """An engine whose few blocks of the key-value cache are used again and again."""
-    steering = {"packs": [str(pack.path) for pack in packs], "ops": "affine"}
+    steering = {"packs": [str(pack.path) for pack in packs], "ops": "affine", "multiply": True}
     arguments = {
         "model": str(demo_model_path()),
         "dtype": request.param,

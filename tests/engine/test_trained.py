@@ -35,9 +35,15 @@ from vllm_steer.testing.parity import TOLERANCE
 
 pytestmark = pytest.mark.engine
 TOKENS = 16
-LAYERS = {"likelihood": (2, 3), "loreft": (1, 3, 4), "prosv": (2,), "cdas": (3,)}
+LAYERS = {"likelihood": (2, 3), "loreft": (1, 3, 4), "prosv": (2,), "cdas": (3,), "jola": (2, 3)}
 # Two components, as an engine has room for them by default.
-OWN = {"loreft": {"rank": 2, "rate": 0.02}, "cdas": {}, "prosv": {}, "likelihood": {"rate": 0.03}}
+OWN = {
+    "loreft": {"rank": 2, "rate": 0.02},
+    "cdas": {},
+    "prosv": {},
+    "likelihood": {"rate": 0.03},
+    "jola": {"rate": 0.03},
+}
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,13 +17,14 @@ import pytest
 
 from vllm_steer.cli import main
 from vllm_steer.errors import ExtractionError
+from vllm_steer.offline.shards import Shards
 from vllm_steer.offline.train.directions import Target
 from vllm_steer.offline.train.kept import DIRECTORY, StateFile
 from vllm_steer.offline.train.pipeline import read_data, read_settings, train_pack
 from vllm_steer.packs.pack import SteeringPack, load_pack
 from vllm_steer.request.positions import plain_positions
 
-PRESETS = ("likelihood", "bipo", "reft_r1", "loreft", "prosv", "cdas")
+PRESETS = ("likelihood", "bipo", "reft_r1", "loreft", "prosv", "cdas", "jola")
 FEW = {"epochs": 2, "examples": 3, "every": 2, "end": False, "dtype": "float32", "batch_size": 4}
 WORDS = ("rain", "sun", "wind", "snow", "fog", "hail", "dust", "heat")
 
@@ -67,6 +68,7 @@ def train(model_dir: Path, file: Path, out: Path, preset: str, **given: Any) -> 
 
 NAMES = {
     "loreft": ["fear bias", "fear 1", "fear 2", "fear 1 read", "fear 2 read"],
+    "jola": ["fear bias", "fear factors"],
 }
 POSITIONS = {
     "loreft": {"prompt": [[0, 5], [-5, None]]},
@@ -101,6 +103,28 @@ def test_a_pack_of_every_preset(model_dir, data, tmp_path, preset) -> None:
     assert other.manifest.tensors.sha256 != pack.manifest.tensors.sha256
     # Nothing is left of what was kept.
     assert not (tmp_path / "one" / DIRECTORY).exists()
+
+
+def test_shards_give_the_same_bytes(model_dir, data, tmp_path) -> None:
+    pytest.importorskip("ray", reason="Ray, of the extra 'ray', is not installed")
+    lines = read_data([f"{name}={data('bipo')}" for name in ("fear", "joy", "awe")], "bipo")
+    settings = read_settings(None, {"preset": "bipo", **FEW})
+    packs = [
+        train_pack(model_dir, lines, settings, Target("it", tmp_path / str(n)), "cpu", Shards(n))
+        for n in (0, 2)
+    ]
+    assert packs[0].manifest.tensors == packs[1].manifest.tensors
+    assert packs[0].manifest.directions == packs[1].manifest.directions
+    assert list(packs[1].directions) == ["fear", "joy", "awe"]
+    assert not (tmp_path / "2" / DIRECTORY).exists()
+
+
+def test_what_fails_in_a_shard_says_why(model_dir, data, tmp_path) -> None:
+    pytest.importorskip("ray", reason="Ray, of the extra 'ray', is not installed")
+    lines = read_data([f"fear={data('bipo')}"], "bipo")
+    settings = read_settings(None, {"preset": "bipo", **FEW, "rate": 1e30})
+    with pytest.raises(ExtractionError, match="not finite"):
+        train_pack(model_dir, lines, settings, Target("it", tmp_path / "it"), "cpu", Shards(1))
 
 
 class Killed(Exception):
@@ -188,7 +212,7 @@ def test_what_was_kept_of_another_training_is_not_used(
 def test_a_loss_on_held_out_examples_falls(model_dir, data, tmp_path, preset) -> None:
     """Of a random model, which learns nothing of them but the words."""
     given = {"held_out": 0.25, "every": 1}
-    rate = {"likelihood": 0.1, "bipo": 0.1, "loreft": 0.02}.get(preset)
+    rate = {"likelihood": 0.1, "bipo": 0.1, "loreft": 0.02, "jola": 0.1}.get(preset)
     more = {} if rate is None else {"rate": rate}
     first, last = (
         train(

@@ -24,9 +24,15 @@ from tests.offline.train_cases import (
     reft_r1_loss,
 )
 from vllm_steer.offline.models.likelihood import AnswerModel
-from vllm_steer.offline.train.directions import low_rank_directions
+from vllm_steer.offline.train.directions import low_rank_directions, scaled_directions
 from vllm_steer.offline.train.examples import Row
-from vllm_steer.offline.train.forms import LowRank, ScaledVectors, UnitVectors, Vectors
+from vllm_steer.offline.train.forms import (
+    LowRank,
+    ScaledDimensions,
+    ScaledVectors,
+    UnitVectors,
+    Vectors,
+)
 from vllm_steer.offline.train.objectives.detection import DetectionSteering
 from vllm_steer.offline.train.objectives.distribution import DistributionMatching, jensen_shannon
 from vllm_steer.offline.train.objectives.likelihood import Likelihood
@@ -209,6 +215,49 @@ def test_loreft(tiny_llama, positions) -> None:
         )
         found = whole_loss(objective, ANSWERED, 2)
         assert_same(found, expected, R=(columns, C), W=(form.weight, W), b=(form.bias, b))
+
+
+@pytest.mark.parametrize("positions", ["f2+l2", "all"])
+def test_jola(tiny_llama, positions) -> None:
+    layers, norms = (0, 2), torch.tensor([[2.0, 5.0]])
+    form = ScaledDimensions(norms, HIDDEN)
+    assert not any(value.any() for value in form.learned(0).values())
+    with torch.no_grad():
+        form.factors += 0.3 * draw(1, 2, HIDDEN, seed=1)
+        form.steps += 0.3 * draw(1, 2, HIDDEN, seed=2)
+    objective = Likelihood(AnswerModel(tiny_llama, layers), form, Positions.parse(positions))
+    m, steps = (x[0].detach().clone().requires_grad_(True) for x in (form.factors, form.steps))
+    a = steps * torch.tensor([[2.0], [5.0]]) / HIDDEN**0.5
+    expected = likelihood_loss(
+        tiny_llama,
+        ANSWERED,
+        lambda e: {
+            layer: only_at(
+                list(PLACES[positions](*lengths(e))), lambda h, k=k: (1 + m[k]) * h + a[k]
+            )
+            for k, layer in enumerate(layers)
+        },
+    )
+    found = whole_loss(objective, ANSWERED, 2)
+    assert_same(found, expected, m=(form.factors, m), a=(form.steps, steps))
+
+
+def test_scaled_dimensions_are_directions_that_add_up() -> None:
+    layers, hidden = [2, 5], draw(7, HIDDEN, seed=9)
+    m, a = draw(2, HIDDEN, seed=1), draw(2, HIDDEN, seed=2)
+    found = scaled_directions("it", layers, m.numpy(), a.numpy())
+    assert [direction.name for direction in found] == ["it bias", "it factors"]
+    for k in range(2):
+        total = hidden.clone()
+        for direction in found:
+            choice = {"op": direction.form.op} if direction.form else {}
+            vector = torch.tensor(direction.vectors[k])
+            total += apply_form(hidden, vector, direction.scale, choice) - hidden
+        torch.testing.assert_close(total, hidden * (1 + m[k]) + a[k], rtol=1e-5, atol=1e-5)
+    # A pack holds no zeros.
+    m[0] = 0.0
+    found = scaled_directions("it", layers, m.numpy(), a.numpy())
+    assert [direction.layers for direction in found] == [layers, [5]]
 
 
 def test_prosv(tiny_llama) -> None:

@@ -15,6 +15,8 @@ from vllm_steer.packs.store import keep_store
 from vllm_steer.serving.admission import Admission
 from vllm_steer.serving.pack_manager import PackManager
 
+VOCABULARY = 500
+
 
 def started(*packs: SteeringPack, **fields: Any) -> Admission:
     """The admission of an engine that was started with some packs, and ``fields`` of its configuration."""
@@ -30,6 +32,7 @@ def started(*packs: SteeringPack, **fields: Any) -> Admission:
         hf_config=SimpleNamespace(model_type=packs[0].manifest.model.model_type),
         hf_text_config=SimpleNamespace(model_type=packs[0].manifest.model.model_type),
         get_hidden_size=lambda: HIDDEN,
+        get_vocab_size=lambda: VOCABULARY,
         get_total_num_hidden_layers=lambda: LAYERS,
     )
     additional_config = {"steering": config.model_dump()}

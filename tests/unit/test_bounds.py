@@ -19,7 +19,7 @@ from tests.unit.front_end import started
 from vllm_steer.engine.bank import BankShape, SteeringBank
 from vllm_steer.engine.blocks import hook_blocks, hook_finite
 from vllm_steer.engine.finite import limit_of
-from vllm_steer.engine.row_values import row_values
+from vllm_steer.engine.row_values import ALWAYS, SHARE, THRESHOLD, RowValues, row_values
 from vllm_steer.errors import DoseError
 from vllm_steer.packs.pack import PackContent, SteeringPack, write_pack
 from vllm_steer.packs.registry import PackRegistry
@@ -29,6 +29,7 @@ from vllm_steer.plan.resolve import resolve
 from vllm_steer.plan.steering_plan import Segment, SteeringPlan
 from vllm_steer.request.schema import SteeringRequest
 from vllm_steer.serving.admission import Wanted
+from vllm_steer.verify.oracle_forms import apply_form, opened
 
 NAMES = ("a", "b", "c")
 NORM = 10.0
@@ -57,6 +58,19 @@ DIRECTIONS = st.one_of(
     st.fixed_dictionaries(
         {"scale": SCALES, "op": st.just("affine"), "bias": SCALES}
         | {"read": st.sampled_from(NAMES)}
+    ),
+    st.fixed_dictionaries({"scale": SCALES, "op": st.just("multiply")}),
+    st.fixed_dictionaries(
+        {"scale": SCALES, "op": st.sampled_from(["add", "ablate", "clamp"])}
+        | {
+            "gate": st.fixed_dictionaries(
+                {
+                    "direction": st.sampled_from(NAMES),
+                    "above": SCALES,
+                    "slope": st.floats(1e-3, 1e9),
+                }
+            )
+        }
     ),
 )
 
@@ -99,7 +113,8 @@ def test_what_the_graph_does_stays_within_the_bound(
 def steered(segment: Segment, registry: PackRegistry, stream: torch.Tensor) -> torch.Tensor:
     block, bank = nn.Identity(), new_bank(torch.float32)
     hook_blocks([(1, block)], bank)
-    bank.write_row(1, row_values(segment, bank.index, RANK, HIDDEN, registry.by_digest))
+    find = registry.by_digest
+    bank.write_row(1, row_values(segment, bank.index, RANK, HIDDEN, find, multiply=True))
     bank.set_rows(np.ones(len(stream), dtype=np.int32))
     found: torch.Tensor = block(stream.clone())
     return found
@@ -107,7 +122,9 @@ def steered(segment: Segment, registry: PackRegistry, stream: torch.Tensor) -> t
 
 def new_bank(dtype: torch.dtype, layers: tuple[int, ...] = (1,)) -> SteeringBank:
     return SteeringBank(
-        BankShape(tuple(layers), 2, HIDDEN, 64, rank=RANK), dtype, torch.device("cpu")
+        BankShape(tuple(layers), 2, HIDDEN, 64, rank=RANK, multiply=True),
+        dtype,
+        torch.device("cpu"),
     )
 
 
@@ -127,6 +144,19 @@ def test_what_does_not_lengthen_the_stream_is_not_said_to(
     (segment,) = plan(registry, {"name": "a"} | form).segments
     bound = layer_bound(segment.terms, 0, NORM, registry)
     assert (bound.gain, bound.length) == (1.0, 0.0)
+
+
+def test_multiplication_is_bounded_by_its_largest_factors(registry: PackRegistry) -> None:
+    low, high = registry.find("p/a").extremes[0]
+    for scale, gain in ((2.0, 1.0 + 2.0 * high), (-2.0, 1.0 - 2.0 * low)):
+        (segment,) = plan(registry, {"name": "a", "op": "multiply", "scale": scale}).segments
+        bound = layer_bound(segment.terms, 0, NORM, registry)
+        assert (bound.gain, bound.length) == (pytest.approx(gain), 0.0)
+    swings = {"schedule": {"start": 1.0, "end": -3.0, "tokens": 4}}
+    choice = {"name": "a", "op": "multiply", "scale": 2.0} | swings
+    (segment,) = plan(registry, choice).segments
+    gain = 1.0 + max(2.0 * high, -6.0 * low)
+    assert layer_bound(segment.terms, 0, NORM, registry).gain == pytest.approx(gain)
 
 
 def test_several_ablations_do_not_compound(registry: PackRegistry) -> None:
@@ -174,6 +204,59 @@ def test_admission_knows_the_models_dtype(pack_at: Callable[..., SteeringPack]) 
         admission.admit(Wanted(request), 10)
 
 
+def test_the_graph_is_the_sum_of_plain_forms(tmp_path: Any) -> None:
+    """Gates by probes of any length, factors of dimensions, and others, each by its own formula."""
+    pack = make_pack(tmp_path / "q", "q", dict.fromkeys(NAMES, [1]))
+    sizes = dict(zip(NAMES, (0.3, 2.0, 7.0), strict=True))
+    longer = {name: pack.vectors[name] * np.float32(sizes[name]) for name in NAMES}
+    content = PackContent(
+        name="q",
+        model=pack.manifest.model,
+        directions=pack.manifest.directions,
+        vectors=longer,
+        method=pack.manifest.method,
+        residual_norms={int(k): v for k, v in pack.manifest.residual_norms.items()},
+    )
+    found = PackRegistry([write_pack(tmp_path / "q", content)])
+    vectors = {name: torch.tensor(found.find(name).at(1)) for name in NAMES}
+    stream = torch.randn(64, HIDDEN, generator=torch.Generator().manual_seed(0))
+    soft = {"direction": "q/b", "above": 0.4, "slope": 1.7}
+    choices: list[dict[str, Any]] = [
+        {"name": "q/a", "scale": 3.0, "gate": soft},
+        {"name": "q/b", "op": "ablate", "scale": 1.5, "gate": soft | {"direction": "q/c"}},
+        {"name": "q/c", "op": "clamp", "scale": 2.0, "gate": {"direction": "q/a", "above": 0.05}},
+        {"name": "q/c", "op": "multiply", "scale": 0.5, "gate": soft | {"direction": "q/a"}},
+    ]
+    wanted = stream.clone()
+    for choice in choices:
+        moved = apply_form(stream, vectors[choice["name"][2:]], choice["scale"], choice) - stream
+        gate = choice["gate"]
+        wanted += opened(stream, vectors[gate["direction"][2:]], gate)[:, None] * moved
+    (segment,) = plan(found, *choices).segments
+    torch.testing.assert_close(steered(segment, found, stream), wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_factors_that_nobody_admitted_move_the_stream_by_the_limit(dtype: torch.dtype) -> None:
+    bank, block = new_bank(dtype), nn.Identity()
+    hook_blocks([(1, block)], bank)
+    values = RowValues.zeros(1, RANK, HIDDEN, multiply=True)
+    values.numbers[0, THRESHOLD], values.numbers[0, SHARE, 0] = ALWAYS, 1.0
+    values.diagonal[:] = torch.inf
+    assert bank.write_row(1, values)
+    bank.set_rows(np.ones(8, dtype=np.int32), np.full((1 + RANK, 8), 1e3, dtype=np.float32))
+    limit = limit_of(dtype, 1) / RANK
+    small = torch.full((8, HIDDEN), 1e-3, dtype=dtype)
+    moved = (block(small).float() - small.float()).norm(dim=-1)
+    assert moved.isfinite().all()
+    assert (moved > 10.0).all()
+    stream = torch.full((8, HIDDEN), limit, dtype=dtype)
+    # In float16 the sum overflows, which ``hook_finite`` mends.
+    stream[0] = 1e4 if dtype == torch.float16 else torch.finfo(dtype).max
+    change = block(stream).float() - stream.float()
+    assert (change.norm(dim=-1) <= 1.01 * limit).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_the_graph_cuts_what_nobody_admitted(dtype: torch.dtype, registry: PackRegistry) -> None:
     """The second bound holds alone, layer after layer, and leaves other tokens their bits."""
@@ -188,8 +271,9 @@ def test_the_graph_cuts_what_nobody_admitted(dtype: torch.dtype, registry: PackR
         RANK,
         HIDDEN,
         registry.by_digest,
-    ).zeros(len(layers), RANK, HIDDEN)
+    ).zeros(len(layers), RANK, HIDDEN, multiply=True)
     values.left[:], values.readers[:, :RANK] = 200.0, 200.0
+    values.diagonal[:], values.numbers[:, SHARE, 0] = 1e30, 1.0
     values.numbers[:, 2] = -1.0
     bank.write_row(1, values)
     rows = np.zeros(8, dtype=np.int32)
@@ -250,7 +334,8 @@ def test_vectors_of_any_length_are_read_in_half_precision(
         (segment,) = plan(found, choice).segments
         bank, block = new_bank(torch.float16), nn.Identity()
         hook_blocks([(1, block)], bank)
-        bank.write_row(1, row_values(segment, bank.index, RANK, HIDDEN, found.by_digest))
+        find = found.by_digest
+        bank.write_row(1, row_values(segment, bank.index, RANK, HIDDEN, find, multiply=True))
         bank.set_rows(np.ones(8, dtype=np.int32))
         u, r = (found.find(name).at(1).astype(np.float64) for name in (write, read))
         wanted = stream.double() + torch.from_numpy(np.outer(stream.double() @ r, u))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.unit.conftest import HIDDEN, resolved
-from vllm_steer.engine.row_values import BIAS, THRESHOLD, TURN, RowValues, row_values
+from vllm_steer.engine.row_values import BIAS, SHARE, SLOPE, THRESHOLD, TURN, RowValues, row_values
 from vllm_steer.errors import PackError, RequestError
 from vllm_steer.operations import FormChoice, Gate
 from vllm_steer.packs.pack import DirectionRecord, PackContent, SteeringPack, load_pack, write_pack
@@ -24,6 +24,8 @@ from vllm_steer.plan.steering_plan import SteeringPlan
 from vllm_steer.request.schema import parse
 
 AFFINE: dict[str, Any] = {"ops": "affine", "rank": 4}
+MULTIPLY = AFFINE | {"multiply": True}
+GATED: dict[str, Any] = {"gate": {"direction": "q/b", "above": 0.0, "slope": 2.0}}
 PROMPT = 10
 
 
@@ -61,6 +63,13 @@ def plan(registry: PackRegistry, *directions: dict[str, Any]) -> SteeringPlan:
         ({"gate": {"direction": "b"}}, "directions.0.gate: give either above"),
         ({"gate": {"direction": "b", "over": 1.0}}, "gate.over: unknown key; .*above"),
         ({"gate": {"direction": "nobody", "above": 1.0}}, "directions.0.gate.direction: no loaded"),
+        ({"gate": {"direction": "b", "above": 1.0, "slope": 0.0}}, "gate.slope: .*greater than"),
+        ({"gate": {"direction": "b", "above": 1.0, "slope": -1.0}}, "gate.slope: "),
+        ({"gate": {"direction": "b", "above": 1.0, "slope": 1e300}}, "gate.slope: "),
+        ({"gate": {"direction": "b", "above": 1.0, "slope": math.nan}}, "gate.slope: "),
+        ({"op": "multiply"}, "directions.0.scale: op 'multiply' needs a scale"),
+        ({"op": "multiply", "plane": "b", "scale": 1.0}, "plane belongs to op"),
+        ({"op": "multiply", "scale": 1e6}, r"\|scale\| must be at most"),
     ],
 )
 def test_malformed_forms(direction: dict[str, Any], message: str, registry: PackRegistry) -> None:
@@ -95,6 +104,10 @@ def test_plans_travel_unchanged_and_forms_have_identities_of_their_own(
         {"op": "affine", "read": "b", "bias": 1.0},
         {"gate": {"direction": "b", "above": 1.0}},
         {"gate": {"direction": "b", "above": 2.0}},
+        {"gate": {"direction": "b", "above": 2.0, "slope": 1.0}},
+        {"gate": {"direction": "b", "above": 2.0, "slope": 2.0}},
+        {"op": "multiply"},
+        {"op": "multiply", "gate": {"direction": "b", "above": 2.0}},
         {"restore_norm": True},
     ]
     plans = [plan(registry, {"name": "p/a", "scale": 2.0} | form) for form in forms]
@@ -103,7 +116,12 @@ def test_plans_travel_unchanged_and_forms_have_identities_of_their_own(
 
 
 def test_what_changes_nothing_is_left_out(registry: PackRegistry) -> None:
-    idle: list[dict[str, Any]] = [{"op": "ablate"}, {"op": "rotate", "plane": "b"}, {}]
+    idle: list[dict[str, Any]] = [
+        {"op": "ablate"},
+        {"op": "rotate", "plane": "b"},
+        {"op": "multiply"},
+        {},
+    ]
     for form in idle:
         assert not plan(registry, {"name": "p/a", "scale": 0.0} | form).segments
     assert plan(registry, {"name": "p/a", "scale": 0.0, "op": "clamp"}).segments
@@ -119,6 +137,12 @@ def test_what_changes_nothing_is_left_out(registry: PackRegistry) -> None:
         ([{"restore_norm": True}, {}], AFFINE, "set restore_norm for all"),
         ([{"op": "rotate", "plane": "b", "scale": 9.0}] * 2, AFFINE, None),
         ([{"op": "ablate"}, {}], AFFINE, None),
+        ([{"op": "multiply"}], {}, "started with --steering-ops affine"),
+        ([{"op": "multiply"}], AFFINE, "--steering-ops affine --steering-multiply"),
+        ([{"op": "multiply"}] * 4, MULTIPLY, None),
+        ([{"op": "multiply"}] * 5, MULTIPLY, "total rank of 5"),
+        ([{"op": "multiply"}, {"op": "multiply"} | GATED], MULTIPLY, "at layer 0 the same gate"),
+        ([{"op": "multiply"} | GATED] * 2, MULTIPLY, None),
     ],
 )
 def test_limits(
@@ -151,6 +175,7 @@ def test_positions_keep_forms_apart(registry: PackRegistry) -> None:
         ({"op": "rotate", "plane": "b", "scale": 60.0}, 1.0),
         ({"op": "angle", "plane": "b", "scale": 1.0}, 2.0),
         ({"op": "affine", "read": "b", "bias": 5.0, "scale": 2.0}, 3.0),
+        ({"gate": {"direction": "q/b", "above": -9.0, "slope": 2.0}, "scale": 3.0}, 0.3),
     ],
 )
 def test_dose_bounds_the_change(
@@ -176,7 +201,8 @@ def test_only_proportional_forms_are_weakened(registry: PackRegistry) -> None:
 
 def values_of(found: SteeringPlan, registry: PackRegistry) -> RowValues:
     (segment,) = found.segments
-    return row_values(segment, {0: 0, 1: 1}, AFFINE["rank"], HIDDEN, registry.by_digest)
+    index, find = {0: 0, 1: 1}, registry.by_digest
+    return row_values(segment, index, AFFINE["rank"], HIDDEN, find, multiply=True)
 
 
 def change(values: RowValues, at: int, stream: np.ndarray) -> np.ndarray:
@@ -184,12 +210,16 @@ def change(values: RowValues, at: int, stream: np.ndarray) -> np.ndarray:
     rank = values.left.shape[1]
     total = np.tile(values.vectors[at].astype(np.float64), (len(stream), 1))
     read = stream @ values.readers[at].T.astype(np.float64)
+    share = np.zeros(len(stream))
     for k in range(rank):
         pair = read[:, k - k % 2 : k - k % 2 + 2]
         numbers = values.numbers[at, :, k].astype(np.float64)
         value = read[:, k] + numbers[BIAS] + numbers[TURN] * np.linalg.norm(pair, axis=1)
-        total += np.outer(value * (read[:, rank + k] > numbers[THRESHOLD]), values.left[at, k])
-    return total
+        beyond = read[:, rank + k] - numbers[THRESHOLD]
+        gate = 1 / (1 + np.exp(-numbers[SLOPE] * beyond)) if numbers[SLOPE] else beyond > 0
+        total += np.outer(value * gate, values.left[at, k])
+        share += numbers[SHARE] * gate
+    return total + share[:, None] * values.diagonal[at] * stream
 
 
 def test_rows_hold_planes_and_single_components_together(registry: PackRegistry) -> None:
@@ -204,6 +234,26 @@ def test_rows_hold_planes_and_single_components_together(registry: PackRegistry)
     together = change(values_of(plan(registry, *choices), registry), 1, stream)
     apart = sum(change(values_of(plan(registry, c), registry), 1, stream) for c in choices)
     np.testing.assert_allclose(together, apart, atol=1e-5)
+
+
+def test_dimensions_are_multiplied_behind_one_gate(registry: PackRegistry) -> None:
+    """Those at one layer share the component of the first, and a soft gate lets a part of them through."""
+    choices = [
+        {"name": name, "op": "multiply", "scale": scale} | GATED
+        for name, scale in (("p/a", 3.0), ("p/b", -2.0))
+    ]
+    stream = np.random.default_rng(3).standard_normal((50, HIDDEN))
+    a, b, probe = (registry.find(name).at(0).astype(float) for name in ("p/a", "p/b", "q/b"))
+    gate = 1 / (1 + np.exp(-2.0 * (stream @ probe)))
+    wanted = gate[:, None] * stream * (3.0 * a - 2.0 * b)
+    found = change(values_of(plan(registry, *choices), registry), 0, stream)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_the_dose_of_multiplication_is_its_largest_factor(registry: PackRegistry) -> None:
+    choice = {"name": "p/a", "op": "multiply", "scale": -2.0}
+    sizes = [np.abs(registry.find("p/a").at(layer)).max() for layer in (0, 1)]
+    assert relative_dose(plan(registry, choice), registry) == pytest.approx(2.0 * sum(sizes))
 
 
 def test_rotation_turns_by_its_angle_and_keeps_the_length(registry: PackRegistry) -> None:
@@ -255,6 +305,17 @@ def test_a_pack_names_the_form_of_its_directions(moods: SteeringPack) -> None:
     assert (other.form.op, other.scale, other.form.gate) == ("ablate", 1.0, None)
     ungated = plan(registry, {"name": first, "op": "rotate", "scale": 5.0}).segments[0].terms[0]
     assert ungated.form == term.form
+
+
+def test_a_hard_gate_is_written_as_older_versions_read_it(moods: SteeringPack) -> None:
+    second = moods.manifest.directions[1].name
+    for slope in (None, 2.0):
+        gate = Gate(direction=second, above=0.5, slope=slope)
+        written = pack_with(moods, FormChoice(op="ablate", gate=gate))
+        manifest = (written.path / "steering_config.json").read_text()
+        assert ('"slope"' in manifest) == (slope is not None)
+        (form,) = [d.form for d in load_pack(written.path).manifest.directions if d.form]
+        assert form.gate == gate
 
 
 def test_a_pack_whose_form_names_a_stranger(moods: SteeringPack) -> None:

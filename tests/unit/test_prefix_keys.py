@@ -10,7 +10,7 @@ from vllm_steer.engine.prefix_cache import steered_extra_keys
 from vllm_steer.plan.message import encode_plan
 from vllm_steer.plan.steering_plan import Segment, SteeringPlan, Term
 from vllm_steer.request.schema import PLAN_KEY
-from vllm_steer.request.stop_tokens import StopTokens, stop_position
+from vllm_steer.request.stop_tokens import StopTokens, first_token
 
 BLOCK = 16
 
@@ -43,7 +43,7 @@ def test_keys_tell_where_it_ended() -> None:
         for _ in range(12):
             tokens += [rng.randrange(40) for _ in range(rng.randrange(1, 40))]
             while done + BLOCK <= len(tokens):
-                at = stop_position(stop, list(tokens[: done + BLOCK]))
+                at = first_token(stop, list(tokens[: done + BLOCK]))
                 last = done + BLOCK if at is None else min(done + BLOCK, at + 1)
                 found = extra_keys(request, done, done + BLOCK)
                 ends = [int(value.rpartition(":")[2]) for _, value in found]

@@ -23,7 +23,7 @@ def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     train.add_argument(
         "--preset",
         required=True,
-        choices=("likelihood", "bipo", "reft_r1", "loreft", "prosv", "cdas"),
+        choices=("likelihood", "bipo", "reft_r1", "loreft", "prosv", "cdas", "jola"),
         help="objective and form; it sets what follows",
     )
     train.add_argument(
@@ -37,6 +37,11 @@ def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     train.add_argument("--name", required=True, help="name of the pack, as requests will give it")
     train.add_argument("--out", type=Path, required=True, help="directory of the pack")
     train.add_argument("--device", help="device of the model (default: cuda where there is one)")
+    train.add_argument(
+        "--shards", type=int, default=0, metavar="N", help="Ray workers, each with the whole model"
+    )
+    train.add_argument("--ray-address", help="a running Ray cluster (default: start one here)")
+    train.add_argument("--gpus", type=float, help="GPUs per shard")
     train.add_argument(
         "--settings", type=Path, metavar="FILE", help="JSON of any training settings"
     )
@@ -79,18 +84,21 @@ def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 def _train(args: argparse.Namespace) -> None:
     with extras("offline"):
+        from vllm_steer.offline.shards import Shards
         from vllm_steer.offline.train.directions import Target
         from vllm_steer.offline.train.pipeline import read_data, read_settings, train_pack
     given = {name: getattr(args, name) for name in args.setting_names if hasattr(args, name)}
     given |= given_chat(args) | {"preset": args.preset}
     settings = read_settings(args.settings, given)
     data = read_data(args.data, settings.preset)
-    pack = train_pack(args.model, data, settings, Target(args.name, args.out), args.device)
+    shards = Shards(args.shards, args.ray_address, args.gpus)
+    target = Target(args.name, args.out)
+    pack = train_pack(args.model, data, settings, target, args.device, shards)
     sys.stdout.write(pack_summary(pack) + forms_to_name(pack))
 
 
 def forms_to_name(pack: SteeringPack) -> str:
-    """Returns what a request says of each low-rank form in a pack, in lines of their own; empty where there is none."""
+    """Returns what a request says of each form of several directions in a pack, in lines of their own; empty without one."""
     from vllm_steer.offline.train.directions import together
 
     said = ""

@@ -1,6 +1,8 @@
 """The affine form in the graph of a block: h ← h + f_0 vector + Σ_k f_k c_k U_k, see ``row_values``.
 
-The factors f are per token, from the schedules of a request.
+The factors f are per token, from the schedules of a request. All forms read the stream as the block returned it,
+those that scale its dimensions too, and their changes are summed, so there is no order among them; only then is a
+norm restored.
 It acts on the true residual stream, which a block returns in two parts if vLLM fuses the addition with the
 next norm. A self-test at startup (``residual_selftest``) proves that the parts are read correctly.
 """
@@ -11,7 +13,7 @@ import torch
 from torch import nn
 
 from vllm_steer.engine.bank import SteeringBank
-from vllm_steer.engine.row_values import BIAS, MOST, THRESHOLD, TURN
+from vllm_steer.engine.row_values import BIAS, MOST, SHARE, SLOPE, THRESHOLD, TURN
 from vllm_steer.plan.capacity import PLANE_RANK
 
 # A block's output: hidden states, alone or with the residual or None.
@@ -22,6 +24,8 @@ READERS_BUFFER = "_steering_readers"
 NUMBERS_BUFFER = "_steering_numbers"
 RESTORE_BUFFER = "_steering_restore"
 FACTORS_BUFFER = "_steering_factors"
+DIAGONAL_BUFFER = "_steering_diagonal"
+_TINY = torch.finfo(torch.float32).tiny
 # Blocks that return an unused second tensor of the same shape: hidden is the whole stream.
 UNREAD_RESIDUALS = (
     "Cohere2MoeDecoderLayer",
@@ -51,6 +55,8 @@ def register(block: nn.Module, bank: SteeringBank, layer: int) -> None:
     block.register_buffer(NUMBERS_BUFFER, bank.numbers[at], persistent=False)
     block.register_buffer(RESTORE_BUFFER, bank.restore[at], persistent=False)
     block.register_buffer(FACTORS_BUFFER, bank.factors, persistent=False)
+    if bank.multiply:
+        block.register_buffer(DIAGONAL_BUFFER, bank.diagonal[at], persistent=False)
 
 
 def residual_of(block: nn.Module, output: BlockOutput) -> torch.Tensor | None:
@@ -91,11 +97,24 @@ def affine_change(
     pairs = own.unflatten(-1, (-1, PLANE_RANK))
     lengths = pairs.square().sum(-1, keepdim=True).sqrt().expand_as(pairs).flatten(-2)
     values = own + numbers[..., BIAS, :] + numbers[..., TURN, :] * lengths
-    fires = probed > numbers[..., THRESHOLD, :]
+    threshold, slope = numbers[..., THRESHOLD, :], numbers[..., SLOPE, :]
+    soft = torch.sigmoid(slope * (probed - threshold))
+    gate = torch.where(slope > 0, soft, (probed > threshold).float())
     most = numbers[..., MOST, :]
-    acting = torch.where(fires, factors * values, 0.0).clamp(-most, most)
+    opened = factors * gate
+    # Nothing of a closed gate, not even an overflow.
+    acting = torch.where(gate > 0, opened * values, 0.0).clamp(-most, most)
     change: torch.Tensor = (acting.unsqueeze(-1) * left).sum(-2)
-    return change
+    diagonal: torch.Tensor | None = getattr(block, DIAGONAL_BUFFER, None)
+    if diagonal is None:
+        return change
+    share = numbers[..., SHARE, :]
+    amount = (share * opened).sum(-1, keepdim=True)
+    longest = (share * most).sum(-1, keepdim=True)
+    # Finite first, so that its length is.
+    grown = (amount * diagonal[rows].float() * stream).clamp(-longest, longest)
+    length = grown.norm(dim=-1, keepdim=True)
+    return change + grown * (longest / length.clamp(min=_TINY)).clamp(max=1.0)
 
 
 def restored(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from vllm_steer.engine.finite import limit_of
-from vllm_steer.engine.row_values import RowValues
+from vllm_steer.engine.row_values import NUMBERS, RowValues
 from vllm_steer.engine.token_rows import TokenRows
 from vllm_steer.request.schedule import factors
 
@@ -28,6 +28,7 @@ class BankShape:
         hidden_size: Width of the residual stream.
         max_num_tokens: Largest number of tokens of a step.
         rank: Components of the affine form; 0 if rows are only added.
+        multiply: Whether a row has factors of the dimensions.
     """
 
     layers: tuple[int, ...]
@@ -35,6 +36,7 @@ class BankShape:
     hidden_size: int
     max_num_tokens: int
     rank: int = 0
+    multiply: bool = False
 
 
 class SteeringBank:
@@ -46,13 +48,15 @@ class SteeringBank:
         vectors: ``[len(layers), num_rows, hidden_size]``, model dtype.
         left: ``[len(layers), num_rows, rank, hidden_size]``, model dtype.
         readers: ``[len(layers), num_rows, 2 * rank, hidden_size]``, model dtype.
-        numbers: ``[len(layers), num_rows, 4, rank]``, float32.
+        numbers: ``[len(layers), num_rows, NUMBERS, rank]``, float32.
         restore: ``[len(layers), num_rows]``, float32.
+        diagonal: ``[len(layers), num_rows, hidden_size]``, model dtype; empty without ``multiply``.
         rows: ``[max_num_tokens]`` int32, the row of each token of the step.
         factors: ``[max_num_tokens, 1 + rank]`` float32, the factors of each token's vector and
             components; read only by the affine form.
         rank: Components of the affine form.
         hidden_size: Width of the residual stream.
+        multiply: Whether a row has factors of the dimensions.
     """
 
     def __init__(self, shape: BankShape, dtype: torch.dtype, device: torch.device) -> None:
@@ -68,15 +72,16 @@ class SteeringBank:
         self.layers = shape.layers
         self.index = {layer: position for position, layer in enumerate(self.layers)}
 
-        def make(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-            return torch.zeros(len(self.layers), num_rows, *shape, dtype=dtype, device=device)
+        def make(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.zeros(len(self.layers), num_rows, *size, dtype=dtype, device=device)
 
-        self.rank, self.hidden_size = rank, hidden_size
+        self.rank, self.hidden_size, self.multiply = rank, hidden_size, shape.multiply
         self.vectors = make(hidden_size)
         self.left = make(rank, hidden_size)
         self.readers = make(2 * rank, hidden_size)
-        self.numbers = make(4, rank, dtype=torch.float32)
+        self.numbers = make(NUMBERS, rank, dtype=torch.float32)
         self.restore = make(dtype=torch.float32) if rank else make(0)
+        self.diagonal = make(hidden_size if shape.multiply else 0)
         self.rows = torch.zeros(max_num_tokens, dtype=torch.int32, device=device)
         self.factors = torch.ones(max_num_tokens, 1 + rank, dtype=torch.float32, device=device)
         # Tokens from here on have factor 1.
@@ -117,18 +122,21 @@ class SteeringBank:
             tensor[:, row].copy_(self._upload(value))
         return cut
 
-    def apply(self, step: TokenRows, positions: torch.Tensor) -> None:
+    def apply(
+        self, step: TokenRows, positions: torch.Tensor, states: torch.Tensor | None = None
+    ) -> None:
         """Sets the row and factor of each token of a step; new rows must be written before.
 
         Args:
             step: The step's plan.
             positions: Absolute position of each token on the device; may be longer than the step.
+            states: int32 ``[num_tokens]``, which matches hold at each token; None where none count.
         """
         if step.rows is not None:
             self.set_rows(step.rows, step.factors)
         elif step.owners is not None and step.ranges is not None:
             here = positions[: len(step.owners)]
-            self.assign_rows(step.owners, step.ranges, step.schedules, here)
+            self.assign_rows(step.owners, step.ranges, step.schedules, here, states)
         else:
             self.clear_rows()
 
@@ -138,23 +146,30 @@ class SteeringBank:
         ranges: np.ndarray,
         schedules: np.ndarray | None,
         positions: torch.Tensor,
+        states: torch.Tensor | None = None,
     ) -> None:
         """Sets the row of each token of a step from the range that contains its position.
 
         The positions are read on the device: under speculative decoding the host does not know
-        them. Tokens in no range, and all others up to the longest step, including padding, get row 0.
+        them, nor, where they decide, the tokens. Tokens in no range, and all others up to the longest
+        step, including padding, get row 0.
 
         Args:
             owners: int32 ``[num_tokens]``, index of each token's request.
-            ranges: int32 ``[3, most ranges of a request, num_requests]``: first positions,
-                positions after the last, rows; disjoint for one request.
+            ranges: int32 ``[RANGE_FIELDS, most ranges of a request, num_requests]``: first positions,
+                positions after the last, rows, masks and states of matches; for one request, at most one
+                holds at any token.
             schedules: float32 ``[SCHEDULE_FIELDS, 1 + rank, most ranges, num_requests]``; None for
                 factor 1.
             positions: ``[num_tokens]``, absolute position of each token, on the device.
+            states: int32 ``[num_tokens]``, which matches hold at each token, on the device; None where none
+                count.
         """
         owner = self._upload(torch.from_numpy(owners))
-        start, end, row = self._upload(torch.from_numpy(ranges))[:, :, owner]
+        start, end, row, mask, state = self._upload(torch.from_numpy(ranges))[:, :, owner]
         inside = (start <= positions) & (positions < end)
+        if states is not None:
+            inside &= (states & mask) == state
         self._set((row * inside).sum(0, dtype=torch.int32))
         self._known = None
         if schedules is None:

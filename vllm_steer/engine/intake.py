@@ -20,7 +20,9 @@ from vllm_steer.plan.capacity import check_capacity
 from vllm_steer.plan.message import plan_of
 from vllm_steer.plan.reads import Read, check_reads
 from vllm_steer.plan.steering_plan import MAX_SEGMENTS, SteeringPlan, Term
+from vllm_steer.request.positions import MAX_TOKEN_IDS
 from vllm_steer.request.stop_tokens import MAX_TRIGGERS, StopTokens
+from vllm_steer.request.token_matches import MAX_MATCHES
 from vllm_steer.vllm_compat.attached import Attached
 from vllm_steer.vllm_compat.model_shape import dtype_name
 
@@ -106,7 +108,8 @@ def check_plan(plan: SteeringPlan, config: ResolvedConfig, store: PackStore, dty
     if len({segment.stop for segment in plan.segments}) > 1:
         raise RequestError("the steering plan's segments have different triggers")
     _check_stop(plan.stop)
-    if len(plan.segments) > MAX_SEGMENTS:
+    _check_matches(plan)
+    if len(plan.segments) > MAX_SEGMENTS or len(plan.entries) > MAX_SEGMENTS:
         raise RequestError(f"the steering plan has more than {MAX_SEGMENTS} ranges")
     position = 0
     for number, segment in enumerate(plan.segments):
@@ -153,7 +156,7 @@ def _check_read(read: Read, store: PackStore) -> None:
 
 def _check_numbers(term: Term) -> None:
     """Raises RequestError if a number of a term is not finite, or its schedule has no length."""
-    numbers = [term.scale, term.form.bias, term.form.threshold]
+    numbers = [term.scale, term.form.bias, term.form.threshold, term.form.slope]
     schedule = term.schedule
     if schedule is not None:
         numbers += [schedule.start, schedule.end]
@@ -161,6 +164,21 @@ def _check_numbers(term: Term) -> None:
             raise RequestError("a schedule of the steering plan has no place or no length")
     if not all(map(math.isfinite, numbers)):
         raise RequestError("a number of the steering plan is not finite")
+    if term.form.slope < 0.0:
+        raise RequestError("the slope of a gate of the steering plan is negative")
+
+
+def _check_matches(plan: SteeringPlan) -> None:
+    """Raises RequestError if a worker could not find the tokens that a plan's directions act on."""
+    if len(plan.matches) > MAX_MATCHES:
+        raise RequestError(f"the steering plan has more than {MAX_MATCHES} choices of tokens")
+    for match in plan.matches:
+        numbers = (match.origin, *match.tokens)
+        fit = all(0 <= number < NO_END for number in numbers)
+        if not fit or not 1 <= len(match.tokens) <= MAX_TOKEN_IDS:
+            raise RequestError(
+                f"the steering plan's choices of tokens must be 1 to {MAX_TOKEN_IDS} token ids and a position"
+            )
 
 
 def _check_stop(stop: StopTokens | None) -> None:

@@ -2,10 +2,12 @@
 
 All forms are cases of one change of the residual stream h, at one layer::
 
-    c_k = V_k·h + bias_k + turn_k · ‖(V·h) of k's pair‖    where W_k·h > threshold_k, else 0
-    change = vector + Σ_k c_k U_k
+    g_k = σ(slope_k (W_k·h − threshold_k)), or 1 where W_k·h > threshold_k and else 0 if slope_k is 0
+    c_k = g_k (V_k·h + bias_k + turn_k · ‖(V·h) of k's pair‖)
+    change = vector + Σ_k c_k U_k + (Σ_k share_k g_k) diagonal ⊙ h
 
-with components k in pairs (0, 1), (2, 3), …; a plane takes one pair. Pure numpy, no vllm.
+with components k in pairs (0, 1), (2, 3), …; a plane takes one pair. A direction that multiplies takes a component
+for its gate and its factor alone. Pure numpy, no vllm.
 """
 
 from __future__ import annotations
@@ -23,12 +25,15 @@ from vllm_steer.plan.dose import MAX_RELATIVE_SCALE
 from vllm_steer.plan.row_layout import layout_of, planes_first
 from vllm_steer.plan.steering_plan import Segment, Term
 
-BIAS, TURN, THRESHOLD, MOST = range(4)
+BIAS, TURN, THRESHOLD, MOST, SLOPE, SHARE = range(6)
+NUMBERS = 6
 # Below the zero that an absent probe reads, so that it always fires.
 ALWAYS = -1.0
 # Limit that an admitted request's reader cannot reach: its result can be squared in float32 for any stream
 # within the bounds.
 LONGEST_READER = 2.0 * MAX_RELATIVE_SCALE
+# Likewise for the factors of dimensions.
+LARGEST_FACTOR = 2.0 * MAX_RELATIVE_SCALE
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +44,10 @@ class RowValues:
         vectors: ``[layers, hidden_size]``, added to the stream.
         left: ``[layers, rank, hidden_size]``, U; rank 0 if only additions are compiled.
         readers: ``[layers, 2 * rank, hidden_size]``, V followed by W, the probes.
-        numbers: ``[layers, 4, rank]``: bias, turn, threshold, and the limit of c.
+        numbers: ``[layers, NUMBERS, rank]``: bias, turn, threshold, the limit of c or of the change by the
+            diagonal, slope, and the share of the diagonal.
         restore: ``[layers]``, 1 where ‖h‖ is restored, else 0.
+        diagonal: ``[layers, hidden_size]``, factors of the dimensions; ``[layers, 0]`` if ``multiply`` is not compiled.
     """
 
     vectors: np.ndarray
@@ -48,15 +55,18 @@ class RowValues:
     readers: np.ndarray
     numbers: np.ndarray
     restore: np.ndarray
+    diagonal: np.ndarray
 
     @classmethod
-    def zeros(cls, layers: int, rank: int, hidden_size: int) -> RowValues:
+    def zeros(
+        cls, layers: int, rank: int, hidden_size: int, *, multiply: bool = False
+    ) -> RowValues:
         """Values that change nothing."""
 
         def make(*shape: int) -> np.ndarray:
             return np.zeros((layers, *shape), dtype=np.float32)
 
-        numbers = make(4, rank)
+        numbers = make(NUMBERS, rank)
         numbers[:, MOST] = np.finfo(np.float32).max
         return cls(
             make(hidden_size),
@@ -64,6 +74,7 @@ class RowValues:
             make(2 * rank, hidden_size),
             numbers,
             make(),
+            make(hidden_size if multiply else 0),
         )
 
     def within(self, limit: float) -> tuple[RowValues, bool]:
@@ -82,10 +93,13 @@ class RowValues:
         if rank:
             fit &= bool((_squares(self.readers) <= LONGEST_READER**2).all())
             fit &= bool(np.isfinite(self.left).all() and np.isfinite(self.numbers).all())
+            fit &= bool((np.abs(self.diagonal) <= LARGEST_FACTOR).all())
         found = self if fit else self._cut(limit)
         if rank:
             lengths = np.linalg.norm(found.left.astype(np.float64), axis=-1)
             numbers = found.numbers.copy()
+            # The limit of the diagonal is one of a length.
+            lengths = np.maximum(lengths, numbers[:, SHARE] > 0)
             most = limit / rank / np.maximum(lengths, np.finfo(np.float32).tiny)
             numbers[:, MOST] = np.minimum(numbers[:, MOST], most)
             found = replace(found, numbers=numbers)
@@ -99,6 +113,7 @@ class RowValues:
             left=_no_longer(self.left, limit),
             readers=_no_longer(self.readers, LONGEST_READER),
             numbers=np.nan_to_num(self.numbers, nan=0.0),
+            diagonal=np.nan_to_num(self.diagonal, nan=0.0).clip(-LARGEST_FACTOR, LARGEST_FACTOR),
         )
 
 
@@ -122,6 +137,8 @@ def row_values(
     rank: int,
     hidden_size: int,
     find: Callable[[str], LoadedDirection],
+    *,
+    multiply: bool = False,
 ) -> RowValues:
     """Returns the values of a segment's row.
 
@@ -131,8 +148,9 @@ def row_values(
         rank: Components at each layer.
         hidden_size: Width of the residual stream.
         find: Direction by content digest.
+        multiply: Whether op ``multiply`` is compiled.
     """
-    values = RowValues.zeros(len(index), rank, hidden_size)
+    values = RowValues.zeros(len(index), rank, hidden_size, multiply=multiply)
     layout = layout_of(segment, rank)
     used = dict.fromkeys(index, 0)
     for number in planes_first(layout.ranks):
@@ -170,8 +188,13 @@ def _enter(
         probe, length = _unit(find(form.gate).at(layer))
         readers[rank + slot : rank + slots.stop] = probe
         numbers[THRESHOLD, slots] = form.threshold / length
+        numbers[SLOPE, slots] = form.slope * length
     if form.op in PLANE_OPS and partner is not None:
         _enter_plane(values, at, slots, _basis(vector, partner), term)
+    elif form.op == "multiply":
+        values.diagonal[at] += np.float32(term.scale) * vector
+        # One component holds the gate and the factor that all of them share.
+        numbers[SHARE, slot] = float(not numbers[SHARE].any())
     elif form.op == "add":
         values.left[at, slot] = np.float32(term.scale) * vector
         numbers[BIAS, slot] = 1.0

@@ -43,7 +43,8 @@ def attach(runner: GPUModelRunner, steering: WorkerSteering) -> None:
             steering.remove_request(request_id)
         # A preempted request keeps its entry: V1 resumes it without sending its parameters again.
         for request in scheduler_output.scheduled_new_reqs:
-            steering.add_request(request.req_id, request.sampling_params)
+            tokens = request.prompt_token_ids or ()
+            steering.add_request(request.req_id, request.sampling_params, tokens)
         return result
 
     def _prepare_inputs(

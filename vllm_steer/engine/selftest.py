@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from vllm_steer.engine.reading import Reading
-from vllm_steer.engine.row_values import ALWAYS, BIAS, THRESHOLD
+from vllm_steer.engine.row_values import ALWAYS, BIAS, SHARE, SLOPE, THRESHOLD
 from vllm_steer.engine.worker import WorkerSteering
 from vllm_steer.errors import CompatibilityError
 
@@ -74,7 +74,7 @@ def _test_forms(
     """Proves that each tensor of the affine form reaches the graph at one layer.
 
     If there is an earlier hooked layer, a vector is added there, since the stream of a dummy run may be zero
-    until then; so the first layer's reader is not proven.
+    until then; so the first layer's reader and factors are not proven.
     """
     at, norm, rank = steering.bank.index[layer], steering.residual_norm(layer), steering.bank.rank
 
@@ -104,8 +104,17 @@ def _test_forms(
         values.readers[at] *= -1.0
     values.restore[at] = 1.0
     _must_differ(hidden(), changed, layer, "restored a length")
-    values.restore[at], values.numbers[at, THRESHOLD] = 0.0, -ALWAYS
+    values.restore[at], values.numbers[at, SLOPE] = 0.0, 1.0
+    _must_differ(hidden(), changed, layer, "softened a gate")
+    values.numbers[at, THRESHOLD], values.numbers[at, SLOPE] = -ALWAYS, 0.0
     _must_equal(hidden(), before, layer, "closed a gate")
+    if steering.bank.multiply and at:
+        size = math.sqrt(steering.bank.hidden_size)
+        values.diagonal[at], values.numbers[at, SHARE, 0] = vectors(1, size)[0], 1.0
+        _must_equal(hidden(), before, layer, "closed a gate of factors")
+        values.numbers[at, THRESHOLD] = ALWAYS
+        values.numbers[at, BIAS], values.readers[at] = 0.0, 0.0
+        _must_differ(hidden(), before, layer, "multiplied dimensions")
 
 
 def _test_reads(

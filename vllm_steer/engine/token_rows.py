@@ -21,7 +21,8 @@ from vllm_steer.request.schedule import CONSTANT, factors
 NO_END = np.iinfo(np.int32).max
 # The slot of every unsteered request: its ranges are empty.
 _NO_SLOT = 0
-_START, _END, _ROW = range(3)
+_START, _END, _ROW, _MASK, _STATE = range(5)
+RANGE_FIELDS = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,12 +32,12 @@ class TokenRows:
     Attributes:
         new: Rows to fill before the step, with the segment of their sum.
         rows: int32 ``[num_tokens]``, the row of each token; None if no request of the step is steered, or if
-            only the device knows the positions.
+            only the device knows the positions or the tokens that decide.
         owners: int32 ``[num_tokens]``, the index in the batch of each token's request; None unless the rows
-            are found from positions on the device.
-        ranges: int32 ``[3, most ranges of a request, num_requests]``: first positions, positions
-            after the last, rows. The ranges of a request are disjoint; absent ones are empty.
-            None where ``owners`` is.
+            are found on the device.
+        ranges: int32 ``[RANGE_FIELDS, most ranges of a request, num_requests]``: first positions, positions
+            after the last, rows, masks and states of matches. Of a request's ranges, at most one holds at any
+            token; absent ones are empty. None where ``owners`` is.
         factors: float32 ``[1 + rank, num_tokens]``, the factors of each token's vector and
             components; None is 1 everywhere, or, if ``owners`` is given, as in ``schedules``.
         schedules: float32 ``[SCHEDULE_FIELDS, 1 + rank, ranges, num_requests]``, the schedules of
@@ -73,18 +74,22 @@ class TokenRowMapper:
         self._plans: dict[str, SteeringPlan] = {}
         self._slots: dict[str, int] = {}
         self._free_slots: list[int] = []
-        # [start | end | row, range, slot]
-        self._table = np.zeros((3, 1, 1), dtype=np.int32)
+        # [start | end | row | mask | state, range, slot]
+        self._table = np.zeros((RANGE_FIELDS, 1, 1), dtype=np.int32)
         # [field of the schedule, vector or component, range, slot]
         self._schedules = _constant(1 + rank, 1, 1)
         # Slots of requests with a schedule.
         self._scheduled: set[int] = set()
+        # Slots of requests whose rows the tokens decide.
+        self._matched: set[int] = set()
         # Steered requests without rows, or that lost one.
         self._rowless: set[str] = set()
         # The last step's batch and its columns of the table, until a request comes or goes.
         self._batch: list[str] = []
         self._columns: np.ndarray | None = None
         self._schedule_columns: np.ndarray | None = None
+        # Whether tokens decide any row of the last step.
+        self._decided_by_tokens = False
 
     def add(self, request_id: str, plan: SteeringPlan) -> None:
         """Adds a request; a known one gets the new plan."""
@@ -94,11 +99,11 @@ class TokenRowMapper:
         if not self._free_slots:
             self._grow(slots=self._table.shape[2])
         slot = self._free_slots.pop()
-        if len(plan.segments) > self._table.shape[1]:
-            self._grow(ranges=len(plan.segments) - self._table.shape[1])
-        for number, segment in enumerate(plan.segments):
+        if len(plan.entries) > self._table.shape[1]:
+            self._grow(ranges=len(plan.entries) - self._table.shape[1])
+        for number, (segment, mask, state) in enumerate(plan.entries):
             end = NO_END if segment.end is None else segment.end
-            self._table[:, number, slot] = segment.start, end, 0
+            self._table[:, number, slot] = segment.start, end, 0, mask, state
             if segment.schedules != (None,):
                 chosen = layout_of(segment, self._rank).schedules
                 fields = [schedule.to_list() if schedule else CONSTANT for schedule in chosen]
@@ -106,7 +111,9 @@ class TokenRowMapper:
                 self._scheduled.add(slot)
         self._slots[request_id] = slot
         self._plans[request_id] = plan
-        self._segments[request_id] = {segment.row_key: segment for segment in plan.segments}
+        if plan.matches:
+            self._matched.add(slot)
+        self._segments[request_id] = plan.sums
         self._allocator.acquire(self._segments[request_id])
         self._rowless.add(request_id)
         self._batch = []
@@ -123,6 +130,7 @@ class TokenRowMapper:
         if slot in self._scheduled:
             self._schedules[..., [slot]] = _constant(1 + self._rank, self._table.shape[1], 1)
             self._scheduled.remove(slot)
+        self._matched.discard(slot)
         self._free_slots.append(slot)
         self._batch = []
 
@@ -153,11 +161,11 @@ class TokenRowMapper:
         lengths = lengths[:count]
         total = int(lengths.sum())
         owners = np.repeat(np.arange(count, dtype=np.int32), lengths) if total != count else None
-        if not self._starts_are_exact:
+        if not self._starts_are_exact or self._decided_by_tokens:
             owners = np.arange(count, dtype=np.int32) if owners is None else owners
             schedules = self._schedule_columns
             return TokenRows(new, owners=owners, ranges=self._columns, schedules=schedules)
-        positions, columns = starts[:count], self._columns
+        positions, columns = starts[:count], self._columns[:_MASK]
         schedules = self._schedule_columns
         if owners is not None:
             before = np.cumsum(lengths) - lengths
@@ -179,6 +187,7 @@ class TokenRowMapper:
         if not slots.any():
             return np.zeros((3, 0, len(slots)), dtype=np.int32)
         columns: np.ndarray = self._table[:, :, slots]
+        self._decided_by_tokens = not self._matched.isdisjoint(slots.tolist())
         # Ranges that no request of the batch has.
         used = columns[_END].any(axis=1)
         scheduled = self._scheduled and not self._scheduled.isdisjoint(slots.tolist())
@@ -197,8 +206,8 @@ class TokenRowMapper:
             self._rowless |= {r for r, keys in self._segments.items() if lost & keys.keys()}
         for request_id in waiting:
             slot = self._slots[request_id]
-            for number, segment in enumerate(self._plans[request_id].segments):
-                self._table[_ROW, number, slot] = self._allocator.row(segment.row_key)
+            for number, entry in enumerate(self._plans[request_id].entries):
+                self._table[_ROW, number, slot] = self._allocator.row(entry.segment.row_key)
         self._columns = None
         return tuple((row, wanted[key]) for row, key in new)
 

@@ -24,7 +24,7 @@ from vllm_steer.engine.readers import ReaderBank
 from vllm_steer.engine.reading import Reading
 from vllm_steer.engine.row_values import RowValues, row_values
 from vllm_steer.engine.token_rows import TokenRowMapper
-from vllm_steer.engine.triggers import TriggerWatch
+from vllm_steer.engine.triggers import MatchWatch, TriggerWatch
 from vllm_steer.packs.store import configured_store
 from vllm_steer.plan.message import plan_of
 from vllm_steer.plan.steering_plan import Segment
@@ -91,6 +91,7 @@ class WorkerSteering:
                 runner.hidden_size,
                 runner.max_num_tokens,
                 rank=config.rank if config.ops == "affine" else 0,
+                multiply=config.multiply,
             ),
             runner.dtype,
             runner.device,
@@ -98,7 +99,7 @@ class WorkerSteering:
         self._planner = TokenRowMapper(
             config.rows, self.bank.rank, starts_are_exact=not runner.speculative
         )
-        self._watch = TriggerWatch(runner.device)
+        self._watch, self._matches = TriggerWatch(runner.device), MatchWatch(runner.device)
         self._probing, self._probe_factor = False, 1.0
         self._steps, self._seconds, self._cut = 0, 0.0, 0
         readers = None
@@ -125,7 +126,7 @@ class WorkerSteering:
         Args:
             request_id: Its id.
             sampling_params: Its ``SamplingParams``, None for pooling requests.
-            tokens: Its tokens so far; a resumed request may have generated some.
+            tokens: Its tokens so far, from the prompt's first; a resumed request may have generated some.
         """
         plan = plan_of(sampling_params)
         self.remove_request(request_id)
@@ -133,6 +134,8 @@ class WorkerSteering:
             self._planner.add(request_id, plan)
             if plan.stop is not None:
                 self._watch.add(request_id, plan.stop, tokens)
+            if plan.matches:
+                self._matches.add(request_id, plan.matches, tokens)
             if self.reading is not None:
                 self.reading.add(request_id, plan.reads)
 
@@ -140,6 +143,7 @@ class WorkerSteering:
         """Removes a request."""
         self._planner.remove(request_id)
         self._watch.remove(request_id)
+        self._matches.remove(request_id)
         if self.reading is not None:
             self.reading.remove(request_id)
 
@@ -167,7 +171,9 @@ class WorkerSteering:
             if self.bank.write_row(row, self._values(segment)):
                 self._cut += 1
                 log.ROW_CUT.write(directions=[term.digest for term in segment.terms])
-        self.bank.apply(step, positions)
+        self.bank.apply(
+            step, positions, self._matches.states(request_ids, lengths, positions, tokens)
+        )
         if self._watch.apply(request_ids, lengths, positions, tokens, self.bank.rows):
             self.bank.forget_known()
         if self.reading is not None:
@@ -212,7 +218,10 @@ class WorkerSteering:
 
     def no_values(self) -> RowValues:
         """Values of a row that change nothing."""
-        return RowValues.zeros(len(self.layers), self.bank.rank, self.bank.hidden_size)
+        bank = self.bank
+        return RowValues.zeros(
+            len(self.layers), bank.rank, bank.hidden_size, multiply=bank.multiply
+        )
 
     def residual_norm(self, layer: int) -> float:
         """Largest median norm of the residual stream after a layer among the loaded packs."""
@@ -223,8 +232,9 @@ class WorkerSteering:
         return max(norms)
 
     def _values(self, segment: Segment) -> RowValues:
+        bank, find = self.bank, self._store.by_digest
         return row_values(
-            segment, self.bank.index, self.bank.rank, self.bank.hidden_size, self._store.by_digest
+            segment, bank.index, bank.rank, bank.hidden_size, find, multiply=bank.multiply
         )
 
 

@@ -52,6 +52,17 @@ class LoadedDirection:
         return dict(zip(self.record.layers, lengths, strict=True))
 
     @cached_property
+    def extremes(self) -> dict[int, tuple[float, float]]:
+        """Least and largest value of the vector by layer."""
+        lows, highs = self.vector.min(axis=1).tolist(), self.vector.max(axis=1).tolist()
+        pairs = zip(lows, highs, strict=True)
+        return dict(zip(self.record.layers, pairs, strict=True))
+
+    def largest(self, layer: int) -> float:
+        """Largest magnitude of a value of the vector at one layer."""
+        return max(map(abs, self.extremes[layer]))
+
+    @cached_property
     def norms(self) -> dict[int, float]:
         """Median norm of the residual stream by layer, from the pack."""
         norms = self.pack.manifest.residual_norms

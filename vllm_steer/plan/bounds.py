@@ -71,7 +71,7 @@ def check_distance(plan: SteeringPlan, registry: Contents, dtype: str) -> None:
     Raises:
         DoseError: It is too far; the message says what would be valid.
     """
-    for meeting in plan.sums:
+    for meeting in plan.meetings:
         layers = sorted({layer for term in meeting for layer in term.layers})
         distance, norm = 0.0, 0.0
         for layer in layers:
@@ -106,7 +106,7 @@ def layer_bound(terms: Sequence[Term], layer: int, norm: float, registry: Conten
         # Set for all terms or none; the stream may be reversed.
         return LayerBound(1.0, 2.0 * norm)
     length, turned, rest = 0.0, [], 0.0
-    # Of the symmetric part 1 - Σ ε u uᵀ, by the sign of ε: its eigenvalues lie between 1 - taken and 1 + put.
+    # Of the symmetric part 1 + Σ diag(ε m) - Σ ε u uᵀ, by sign: its eigenvalues lie between 1 - taken and 1 + put.
     taken = put = 0.0
     for term in terms:
         scale, form = term.scale * term.peak, term.form
@@ -124,6 +124,9 @@ def layer_bound(terms: Sequence[Term], layer: int, norm: float, registry: Conten
                 taken -= own
             else:
                 put += own
+        elif form.op == "multiply":
+            low, high = _factors(term, direction.extremes[layer])
+            taken, put = taken + max(0.0, -low), put + max(0.0, high)
         elif form.op in PLANE_OPS:
             angle = 180.0 if form.op == "angle" else abs(scale)
             turned.append(2.0 * abs(math.sin(math.radians(min(angle, 180.0)) / 2.0)))
@@ -136,6 +139,18 @@ def layer_bound(terms: Sequence[Term], layer: int, norm: float, registry: Conten
     alone = len(turned) == 1 and taken == put == rest == 0.0
     gain = max(1.0 + put, taken - 1.0) + rest + (0.0 if alone else sum(turned))
     return LayerBound(gain, length)
+
+
+def _factors(term: Term, extremes: tuple[float, float]) -> tuple[float, float]:
+    """Least and largest factor of h that a term adds to 1, at any factor of its schedule.
+
+    Args:
+        term: The term, of op ``multiply``.
+        extremes: Least and largest value of its vector.
+    """
+    ends = (term.schedule.start, term.schedule.end) if term.schedule else (1.0,)
+    found = [term.scale * end * value for end in ends for value in extremes]
+    return min(found), max(found)
 
 
 def _slightly_more(limit: float) -> float:

@@ -29,11 +29,11 @@ def check_capacity(plan: SteeringPlan, config: ResolvedConfig) -> None:
     """
     # Ranges with the same terms share rows.
     different = list({id(segment.terms): segment for segment in plan.segments}.values())
-    count = len({segment.row_key for segment in different})
+    count = len(plan.sums)
     if count > config.sums_per_request:
         raise RequestError(
             f"{REQUEST_KEY}.directions: they need {count} rows, and a request may use {config.sums_per_request}; give fewer "
-            f"ranges of positions, or raise --steering-rows"
+            f"ranges of positions or choices of token ids, or raise --steering-rows"
         )
     for segment in different:
         if segment.schedules != (None,) and config.ops == "additive":
@@ -63,6 +63,11 @@ def _check_layer(terms: Sequence[Term], layer: int, config: ResolvedConfig) -> N
                 f"{REQUEST_KEY}.directions: op, gate and restore_norm need a server started with --steering-ops affine"
             )
         return
+    multiplied = [term for term in terms if term.form.op == "multiply"]
+    if multiplied and not config.multiply:
+        raise RequestError(
+            f"{REQUEST_KEY}.directions: op 'multiply' needs a server started with --steering-ops affine --steering-multiply"
+        )
     if rank > config.rank:
         raise RequestError(
             f"{REQUEST_KEY}.directions: those at layer {layer} have a total rank of {rank}, and the limit is "
@@ -71,4 +76,8 @@ def _check_layer(terms: Sequence[Term], layer: int, config: ResolvedConfig) -> N
     if len({term.form.restore_norm for term in terms}) > 1:
         raise RequestError(
             f"{REQUEST_KEY}.directions: set restore_norm for all directions at layer {layer}, or for none"
+        )
+    if len({(term.form, term.schedule) for term in multiplied}) > 1:
+        raise RequestError(
+            f"{REQUEST_KEY}.directions: give those with op 'multiply' at layer {layer} the same gate and the same schedule"
         )

@@ -1,10 +1,10 @@
 """The dose: a measure of a change's strength that predicts when the text breaks.
 
 The raw dose of a direction is the length of its change divided by that of the residual stream, summed over
-its layers, since changes of successive layers accumulate. So do ``add``, ``affine`` (feedback) and
-``rotate``. Ops that set a component accumulate in part: a component removed by one layer cannot be removed
-again, so the removal is counted once, at the layer where it is largest; the component put in its place is
-summed like an addition.
+its layers, since changes of successive layers accumulate. So do ``add``, ``affine`` (feedback), ``multiply``
+(by its largest factor) and ``rotate``. Ops that set a component accumulate in part: a component removed by
+one layer cannot be removed again, so the removal is counted once, at the layer where it is largest; the
+component put in its place is summed like an addition.
 
 - ``ablate``: ε up to 1 removes that share and puts in nothing; shares below 1 at several layers remove more
   together, at most all of it. Above 1, and below 0, the rest of ε puts the component in, reversed or once
@@ -52,7 +52,7 @@ def relative_dose(plan: SteeringPlan, registry: PackRegistry) -> float:
         The largest value over positions; 0 for a plan that changes nothing.
     """
     doses = {term: _dose(term, registry) for term in plan.terms}
-    return max((sum(doses[term] for term in terms) for terms in plan.sums), default=0.0)
+    return max((sum(doses[term] for term in terms) for terms in plan.meetings), default=0.0)
 
 
 def scaled(plan: SteeringPlan, factor: float) -> SteeringPlan | None:
@@ -160,6 +160,8 @@ def _unit_lengths(
         return {layer: norms[layer] for layer in term.layers}
     if form.op == "clamp":
         return dict.fromkeys(term.layers, 1.0)
+    if form.op == "multiply":
+        return {layer: direction.largest(layer) * norms[layer] for layer in term.layers}
     lengths = {layer: direction.lengths[layer] for layer in term.layers}
     if form.op == "affine" and form.partner is not None:
         read = registry.by_digest(form.partner).lengths

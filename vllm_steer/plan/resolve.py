@@ -28,7 +28,12 @@ from vllm_steer.plan.steering_plan import (
 )
 from vllm_steer.plan.strength import check_calibrated, scale_of
 from vllm_steer.plan.thresholds import check_tokens, gate_threshold
-from vllm_steer.request.positions import PositionRange, absolute_ranges
+from vllm_steer.request.positions import (
+    AnyPositions,
+    PositionRange,
+    TokenPositions,
+    absolute_ranges,
+)
 from vllm_steer.request.schedule import Schedule
 from vllm_steer.request.schema import (
     MAX_REQUEST_RANGES,
@@ -37,6 +42,7 @@ from vllm_steer.request.schema import (
     SteeringRequest,
 )
 from vllm_steer.request.stop_tokens import StopTokens
+from vllm_steer.request.token_matches import MAX_MATCHES, TokenMatch
 
 _Span = tuple[Sequence[PositionRange], Term]
 # Two directions with a smaller angle between them (its sine) span no plane.
@@ -73,7 +79,7 @@ def resolve(bound: BoundRequest, prompt_len: int, max_len: int | None = None) ->
             except RequestError as error:
                 raise RequestError(f"{choice.where}.gate.at: {error}") from None
         if not _is_idle(term):
-            spans.append((ranges, term))
+            spans.append((ranges, replace(term, match=_match(positions, ranges))))
     # A pack's own positions may be ranges, too.
     if (count := sum(len(ranges) for ranges, _ in spans)) > MAX_REQUEST_RANGES:
         raise RequestError(
@@ -84,7 +90,58 @@ def resolve(bound: BoundRequest, prompt_len: int, max_len: int | None = None) ->
     stop = StopTokens(prompt_len, tuple(triggers)) if triggers else None
     reads = resolve_reads(bound, prompt_len, max_len)
     rules = resolve_rules(bound, reads, prompt_len)
-    return SteeringPlan(tuple(_segments(spans, stop)), reads, rules)
+    plan = SteeringPlan(tuple(_segments(spans, stop)), reads, rules)
+    _check_matches(plan)
+    return plan
+
+
+def _match(positions: AnyPositions, ranges: Sequence[PositionRange]) -> TokenMatch | None:
+    """The tokens that a direction acts on; None for all in its ranges."""
+    if not isinstance(positions, TokenPositions):
+        return None
+    # The ranges alone limit which tokens count, unless one of them matters to those after it.
+    origin = min(start for start, _ in ranges) if positions.onward else 0
+    return TokenMatch(origin, positions.tokens, positions.onward)
+
+
+def _check_matches(plan: SteeringPlan) -> None:
+    """Raises RequestError if a plan has too many different choices of token ids, or entries by them."""
+    if len(plan.matches) > MAX_MATCHES:
+        raise RequestError(
+            f"{REQUEST_KEY}.directions: their positions have {len(plan.matches)} different choices of token ids, and the "
+            f"limit is {MAX_MATCHES}; give directions the same ids"
+        )
+    if plan.matches and len(plan.entries) > MAX_SEGMENTS:
+        raise RequestError(
+            f"{REQUEST_KEY}.directions: their token ids and ranges have {len(plan.entries)} combinations; the limit is "
+            f"{MAX_SEGMENTS}; give fewer ranges, or directions the same ids"
+        )
+
+
+def check_token_ids(bound: BoundRequest, vocabulary: int) -> None:
+    """Checks that the token ids of a request are the model's.
+
+    Args:
+        bound: The request.
+        vocabulary: Number of the model's token ids.
+
+    Raises:
+        RequestError: One is not; the message starts with the field.
+    """
+    request = bound.request
+    named = [(f"{bound.where}.until_token_ids", request.until_token_ids or ())]
+    for choice in bound.choices:
+        own, owner = choice.choice.positions, choice.where
+        if own is None and request.positions is not None:
+            own, owner = request.positions, bound.where
+        positions = own or choice.direction.record.positions
+        if isinstance(positions, TokenPositions):
+            named.append((f"{owner}.positions", positions.tokens))
+    for field, ids in named:
+        if unknown := [number for number in ids if number >= vocabulary]:
+            raise RequestError(
+                f"{field}: {unknown[0]} is no token id of this model, which has 0 to {vocabulary - 1}"
+            )
 
 
 def _segments(spans: Sequence[_Span], stop: StopTokens | None) -> list[Segment]:
@@ -122,7 +179,7 @@ def _segments(spans: Sequence[_Span], stop: StopTokens | None) -> list[Segment]:
         if not here:
             continue
         segment = Segment(start, end, here, stop)
-        if segments and segments[-1].end == start and segments[-1].key == segment.key:
+        if segments and segments[-1].end == start and segments[-1].terms == here:
             segment = Segment(segments.pop().start, end, here, stop)
         segments.append(segment)
     if len(segments) > MAX_SEGMENTS:
@@ -179,6 +236,7 @@ def _form(bound: BoundChoice, layers: Sequence[int]) -> Form:
         gate.digest if gate else None,
         (chosen.gate.above or 0.0) if chosen.gate else 0.0,
         bool(chosen.restore_norm),
+        (chosen.gate.slope or 0.0) if chosen.gate else 0.0,
     )
 
 

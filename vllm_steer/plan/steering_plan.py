@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any
+from itertools import combinations
+from typing import Any, NamedTuple
 
 from vllm_steer.operations import PLANE_OPS, Op
 from vllm_steer.plan.reads import Read, StopRule, after_others
 from vllm_steer.request.schedule import Schedule
 from vllm_steer.request.stop_tokens import StopTokens
+from vllm_steer.request.token_matches import TokenMatch, match_states
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Form:
         gate: Content digest of the probe's direction.
         threshold: The probe fires above it.
         restore_norm: Whether the norm of the residual stream is restored.
+        slope: κ of a soft gate; 0 is a hard one.
     """
 
     op: Op = "add"
@@ -37,10 +41,11 @@ class Form:
     gate: str | None = None
     threshold: float = 0.0
     restore_norm: bool = False
+    slope: float = 0.0
 
 
 ADDITION = Form()
-# Limits of a plan's ranges, which the planner checks for every token of a step, and of their total terms.
+# Limits of a plan's entries, which the planner checks for every token of a step, and of the terms of its ranges.
 MAX_SEGMENTS = 128
 MAX_PLAN_TERMS = 1024
 
@@ -55,6 +60,7 @@ class Term:
         layers: Layers, ascending.
         form: How it acts.
         schedule: Factor of its change over the positions; None is 1 everywhere.
+        match: The tokens that it acts on; None for all.
     """
 
     digest: str
@@ -62,10 +68,12 @@ class Term:
     layers: tuple[int, ...]
     form: Form = ADDITION
     schedule: Schedule | None = None
+    match: TokenMatch | None = None
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.digest, self.scale, self.layers, self.form, self.schedule))
+        content = self.digest, self.scale, self.layers, self.form, self.schedule, self.match
+        return hash(content)
 
     def __hash__(self) -> int:
         # Terms are looked up for every range.
@@ -92,11 +100,13 @@ class Term:
     @cached_property
     def order(self) -> tuple[Any, ...]:
         """Sort key of the canonical order of a segment's terms."""
-        return self.digest, self.scale, self.layers, repr(self.form), repr(self.schedule)
+        # Without the match the order is the same.
+        own = self.digest, self.scale, self.layers, repr(self.form), repr(self.schedule)
+        return *own, repr(self.match)
 
     @cached_property
     def identity(self) -> str:
-        """Equal for bit-equal changes, regardless of the schedule."""
+        """Equal for bit-equal changes, regardless of the schedule and the match."""
         content = [self.digest, float(self.scale).hex(), self.layers]
         if self.form != ADDITION:
             content += [v.hex() if isinstance(v, float) else v for v in astuple(self.form)]
@@ -112,13 +122,25 @@ class Segment:
         end: Position after the last one; None has no end.
         terms: The terms in canonical order, at least one.
         stop: Generated tokens after which the range ends early. It is not part of the identity: requests
-            whose ranges end at the same position are equal there.
+            whose ranges end at the same position are equal there. For the same reason, neither are matches.
     """
 
     start: int
     end: int | None
     terms: tuple[Term, ...]
     stop: StopTokens | None = None
+
+    @cached_property
+    def matches(self) -> tuple[TokenMatch, ...]:
+        """The distinct matches of the terms, in order."""
+        found = dict.fromkeys(term.match for term in self.terms)
+        return tuple(match for match in found if match is not None)
+
+    def where(self, holding: Collection[TokenMatch]) -> Segment | None:
+        """Returns what acts on tokens where some matches hold, without matches; None for nothing."""
+        kept = [term for term in self.terms if term.match is None or term.match in holding]
+        plain = tuple(replace(term, match=None) if term.match else term for term in kept)
+        return replace(self, terms=plain) if plain else None
 
     @cached_property
     def schedules(self) -> tuple[Schedule | None, ...]:
@@ -156,6 +178,20 @@ def _row_key(terms: tuple[Term, ...]) -> str:
     return _digest([identities, [schedules.index(term.schedule) for term in terms]])
 
 
+class Entry(NamedTuple):
+    """What acts on the tokens of a range where the matches have given states.
+
+    Attributes:
+        segment: The range and the terms, without matches.
+        mask: Bits of the matches that count, by their index in the plan.
+        state: These bits where they hold.
+    """
+
+    segment: Segment
+    mask: int = 0
+    state: int = 0
+
+
 @dataclass(frozen=True)
 class SteeringPlan:
     """The steering of one request by absolute position, and its reads.
@@ -175,14 +211,42 @@ class SteeringPlan:
         """The triggers, which all segments share."""
         return self.segments[0].stop if self.segments else None
 
+    @cached_property
+    def matches(self) -> tuple[TokenMatch, ...]:
+        """The distinct matches of its terms, in order."""
+        return tuple(dict.fromkeys(match for s in self.segments for match in s.matches))
+
+    @cached_property
+    def entries(self) -> tuple[Entry, ...]:
+        """What acts where: at most one entry for each token; those of one range follow each other."""
+        return tuple(entry for segment in self.segments for entry in self._entries(segment))
+
+    def _entries(self, segment: Segment) -> Iterator[Entry]:
+        own = segment.matches
+        if not own:
+            yield Entry(segment)
+            return
+        bits = {match: 1 << self.matches.index(match) for match in own}
+        for count in range(len(own) + 1):
+            for holding in combinations(own, count):
+                acting = segment.where(holding)
+                if acting is not None:
+                    held = sum(bits[match] for match in holding)
+                    yield Entry(acting, sum(bits.values()), held)
+
+    @cached_property
+    def sums(self) -> dict[str, Segment]:
+        """What each of its rows holds, by the row's key."""
+        return {entry.segment.row_key: entry.segment for entry in self.entries}
+
     def watched(self, watch: SteeringPlan) -> SteeringPlan:
         """Returns the plan with the reads of another one appended."""
         rules = self.rules + after_others(watch.rules, len(self.reads))
         return replace(self, reads=self.reads + watch.reads, rules=rules)
 
     @cached_property
-    def sums(self) -> tuple[tuple[Term, ...], ...]:
-        """The distinct sums of terms at a position, in order of first use."""
+    def meetings(self) -> tuple[tuple[Term, ...], ...]:
+        """The distinct tuples of terms that meet at a position, in order of first use."""
         # Most are one object, and to hash all the ranges' terms takes longer than to plan them.
         objects = {id(segment.terms): segment.terms for segment in self.segments}
         return tuple(dict.fromkeys(objects.values()))
@@ -190,7 +254,7 @@ class SteeringPlan:
     @cached_property
     def terms(self) -> tuple[Term, ...]:
         """Its distinct terms, in order of first use."""
-        return tuple(dict.fromkeys(term for terms in self.sums for term in terms))
+        return tuple(dict.fromkeys(term for terms in self.meetings for term in terms))
 
     @cached_property
     def digests(self) -> frozenset[str]:
@@ -200,10 +264,24 @@ class SteeringPlan:
 
 
 def count_steered(plan: SteeringPlan, num_tokens: int) -> int:
-    """Returns how many of the first ``num_tokens`` positions are steered, if no trigger occurs."""
+    """Returns how many of the first ``num_tokens`` positions are steered, if no trigger occurs and matches hold."""
     return sum(
         max(0, (num_tokens if s.end is None else min(s.end, num_tokens)) - s.start)
         for s in plan.segments
+    )
+
+
+def count_matched(plan: SteeringPlan, tokens: Sequence[int]) -> int:
+    """Returns how many of a request's first tokens are steered, if no trigger occurs.
+
+    Args:
+        plan: The plan.
+        tokens: The tokens, from the prompt's first.
+    """
+    states = match_states(plan.matches, tokens)
+    return sum(
+        int((states[entry.segment.start : entry.segment.end] & entry.mask == entry.state).sum())
+        for entry in plan.entries
     )
 
 

@@ -90,5 +90,5 @@ def _is_as_measured(
     name = own.plane or own.read
     partner = registry.find_beside(direction, name).digest if name else None
     measured = Form(record.op, partner, own.bias or 0.0, restore_norm=bool(own.restore_norm))
-    given = replace(form, gate=None, threshold=0.0)
+    given = replace(form, gate=None, threshold=0.0, slope=0.0)
     return given == measured and list(layers) == record.steered_layers

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, get_args
 
 from pydantic import PlainSerializer, PlainValidator, WithJsonSchema
@@ -18,6 +18,8 @@ from vllm_steer.errors import RequestError
 from vllm_steer.fields import PositionChoice
 
 MAX_RANGES = 64
+# Token ids of one choice of positions.
+MAX_TOKEN_IDS = 256
 # Characters of a choice in a message.
 _SHOWN = 80
 # First position and the position after the last; negative ones count from the prompt's end, None has no end.
@@ -30,7 +32,12 @@ _WANTED = (
     f"must be {', '.join(repr(name) for name in get_args(PositionChoice))} or a list of up to {MAX_RANGES} "
     "[start, end] pairs: end is not included and null has no end, and negative numbers count from the prompt's "
     'end, such as [[-4, null]]; or {"generated": [start, end]}, counted from the first generated token; or {"prompt": '
-    "pairs}, which null and a prompt that is shorter end at the prompt's end"
+    "pairs}, which null and a prompt that is shorter end at the prompt's end; directions may also have token ids, as "
+    '{"tokens": ids} or {"from_tokens": ids}'
+)
+_WANTED_TOKENS = (
+    f'must be {{"tokens": ids}} for the tokens with one of 1 to {MAX_TOKEN_IDS} token ids, or {{"from_tokens": ids}} for '
+    'the first of them and all that follow it, either with "within", the positions that count; "all" if it is not given'
 )
 
 
@@ -49,19 +56,60 @@ class PromptRanges:
     ranges: tuple[PositionRange, ...]
 
 
-AnyPositions = PositionChoice | GeneratedRange | PromptRanges | tuple[PositionRange, ...]
+# Positions that a prompt's length alone decides.
+PlainPositions = PositionChoice | GeneratedRange | PromptRanges | tuple[PositionRange, ...]
+
+
+@dataclass(frozen=True)
+class TokenPositions:
+    """Positions of tokens with given ids, or of all tokens from the first of them on.
+
+    Attributes:
+        tokens: The ids, ascending.
+        onward: Whether all tokens from the first on are meant.
+        within: The positions that count. With ``onward``, the first token is looked for from the first of them on.
+    """
+
+    tokens: tuple[int, ...]
+    onward: bool
+    within: PlainPositions
+
+
+AnyPositions = PlainPositions | TokenPositions
 
 
 def parse_positions(value: Any) -> AnyPositions:
     """Checks a choice of positions.
 
     Args:
-        value: A name, a list of ``[start, end]`` pairs, one pair as ``{"generated": pair}``, or pairs as
-            ``{"prompt": pairs}``.
+        value: A name, a list of ``[start, end]`` pairs, one pair as ``{"generated": pair}``, pairs as
+            ``{"prompt": pairs}``, or token ids as ``{"tokens": ids}`` or ``{"from_tokens": ids}``.
 
     Raises:
         PydanticCustomError: It is none of these; the message says what would be valid.
     """
+    if isinstance(value, TokenPositions):
+        return value
+    if isinstance(value, dict) and {"tokens", "from_tokens"} & value.keys():
+        return _token_positions(value)
+    return _plain(value)
+
+
+def _token_positions(value: dict[str, Any]) -> TokenPositions:
+    onward = "from_tokens" in value
+    ids = value["from_tokens" if onward else "tokens"]
+    if (
+        set(value) - {"within"} != {"from_tokens" if onward else "tokens"}
+        or not isinstance(ids, (list, tuple))
+        or not 1 <= len(ids) <= MAX_TOKEN_IDS
+        or not all(isinstance(each, int) and not isinstance(each, bool) for each in ids)
+        or not all(0 <= each < 2**31 for each in ids)
+    ):
+        raise PydanticCustomError("positions", _WANTED_TOKENS)
+    return TokenPositions(tuple(sorted(set(ids))), onward, _plain(value.get("within", "all")))
+
+
+def _plain(value: Any) -> PlainPositions:
     if isinstance(value, str) and value in get_args(PositionChoice):
         return value  # type: ignore[return-value]  # membership does not narrow to a Literal
     if isinstance(value, GeneratedRange | PromptRanges):
@@ -102,6 +150,10 @@ def _pair(pair: Any) -> PositionRange:
 
 def plain_positions(positions: AnyPositions) -> Any:
     """Returns positions as they are written in JSON."""
+    if isinstance(positions, TokenPositions):
+        ids = {"from_tokens" if positions.onward else "tokens": list(positions.tokens)}
+        within = plain_positions(positions.within)
+        return ids if within == "all" else ids | {"within": within}
     if isinstance(positions, GeneratedRange):
         return {"generated": [positions.start, positions.end]}
     if isinstance(positions, PromptRanges):
@@ -116,6 +168,8 @@ def show_positions(positions: AnyPositions) -> str:
 
 def count_ranges(positions: AnyPositions) -> int:
     """Returns how many ranges a choice has at most."""
+    if isinstance(positions, TokenPositions):
+        return count_ranges(positions.within)
     if isinstance(positions, PromptRanges):
         return len(positions.ranges)
     return len(positions) if isinstance(positions, tuple) else 1
@@ -133,30 +187,46 @@ _PAIRS_SCHEMA: dict[str, Any] = {
     "maxItems": MAX_RANGES,
     "items": _PAIR_SCHEMA,
 }
+_PLAIN_SCHEMAS: list[dict[str, Any]] = [
+    {"enum": list(get_args(PositionChoice))},
+    _PAIRS_SCHEMA,
+    *(
+        {
+            "type": "object",
+            "properties": {key: schema},
+            "required": [key],
+            "additionalProperties": False,
+        }
+        for key, schema in (("generated", _PAIR_SCHEMA), ("prompt", _PAIRS_SCHEMA))
+    ),
+]
+# Positions that depend on the prompt's length, and on no token.
+Ranges = Annotated[
+    PlainPositions,
+    PlainValidator(_plain),
+    PlainSerializer(plain_positions),
+    WithJsonSchema({"anyOf": _PLAIN_SCHEMAS}),
+]
+_IDS_SCHEMA: dict[str, Any] = {
+    "type": "array",
+    "minItems": 1,
+    "maxItems": MAX_TOKEN_IDS,
+    "items": {"type": "integer", "minimum": 0},
+}
+_TOKENS_SCHEMAS: list[dict[str, Any]] = [
+    {
+        "type": "object",
+        "properties": {key: _IDS_SCHEMA, "within": {"anyOf": _PLAIN_SCHEMAS}},
+        "required": [key],
+        "additionalProperties": False,
+    }
+    for key in ("tokens", "from_tokens")
+]
 Positions = Annotated[
     AnyPositions,
     PlainValidator(parse_positions),
     PlainSerializer(plain_positions),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"enum": list(get_args(PositionChoice))},
-                _PAIRS_SCHEMA,
-                {
-                    "type": "object",
-                    "properties": {"generated": _PAIR_SCHEMA},
-                    "required": ["generated"],
-                    "additionalProperties": False,
-                },
-                {
-                    "type": "object",
-                    "properties": {"prompt": _PAIRS_SCHEMA},
-                    "required": ["prompt"],
-                    "additionalProperties": False,
-                },
-            ]
-        }
-    ),
+    WithJsonSchema({"anyOf": [*_PLAIN_SCHEMAS, *_TOKENS_SCHEMAS]}),
 ]
 
 
@@ -180,13 +250,15 @@ def absolute_ranges(
     """Returns the absolute ranges of a choice for one prompt.
 
     Args:
-        positions: The choice.
+        positions: The choice; of token ids, the positions that count.
         prompt_len: Tokens of the prompt.
         max_len: Most tokens of prompt and answer together, None when unknown.
 
     Raises:
         RequestError: A range starts before the prompt, is empty, or can never be reached.
     """
+    if isinstance(positions, TokenPositions):
+        positions = positions.within
     if isinstance(positions, str):
         return [
             {
@@ -221,6 +293,22 @@ def absolute_ranges(
             )
         ranges.append((start, end))
     return ranges
+
+
+def absolute_positions(positions: AnyPositions, prompt_len: int) -> Any:
+    """Returns the choice for one prompt as it is written in JSON, with absolute ranges alone.
+
+    Args:
+        positions: The choice.
+        prompt_len: Tokens of the prompt.
+
+    Raises:
+        RequestError: As :func:`absolute_ranges`.
+    """
+    ranges = absolute_ranges(positions, prompt_len)
+    if isinstance(positions, TokenPositions):
+        return plain_positions(replace(positions, within=tuple(ranges)))
+    return plain_positions(tuple(ranges))
 
 
 def _shown(first: int, last: int | None) -> str:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vllm_steer.fields import LayerIndex, ThresholdName
 from vllm_steer.operations import check_one_threshold
-from vllm_steer.request.positions import Positions
+from vllm_steer.request.positions import Ranges
 
 # Per request; reads of one direction with the same ``when`` share one probe.
 MAX_READS = 64
@@ -28,7 +28,7 @@ class ReadChoice(BaseModel):
         name: ``pack/direction``, or ``direction`` where only one loaded pack has it.
         layers: Layers to read, 0-based block outputs; the score is the mean over them. None takes the
             default layers of the direction.
-        at: Token positions to read, with the same choices as ``positions``.
+        at: Token positions to read, with the same choices as ``positions`` but for token ids.
         when: ``before`` reads the block's output, ``after`` that output once the request's own directions
             have changed it.
         above: The receipt gives the share of an answer's scores that are greater.
@@ -38,7 +38,7 @@ class ReadChoice(BaseModel):
 
     name: Annotated[str, Field(min_length=1, max_length=300)]
     layers: Layers | None = None
-    at: Positions = "generated"
+    at: Ranges = "generated"
     when: Literal["before", "after"] = "before"
     above: Score | None = None
 

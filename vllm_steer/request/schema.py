@@ -101,7 +101,9 @@ class SteeringRequest(_Strict):
             prompt's length on), ``last_prompt``, or ``[start, end]`` pairs of absolute positions; end is not
             included and null has no end, negative numbers count from the prompt's end. ``{"generated":
             [start, end]}`` counts from the first generated token; ``{"prompt": pairs}`` stays within the
-            prompt, which null ends.
+            prompt, which null ends. ``{"tokens": ids}`` are the tokens with one of these ids, and
+            ``{"from_tokens": ids}`` the first of them and all that follow; ``within`` beside either holds one
+            of the other choices, where tokens count.
         schedule: Strength over the generated tokens, for directions without their own.
         until_token_ids: Steering ends after the first generated token with one of these ids.
         read: Directions whose scores are returned, with or without directions that steer. Needs a server

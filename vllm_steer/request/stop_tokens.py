@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from functools import cached_property
+from typing import Annotated, Protocol
 
 from pydantic import Field
 
@@ -27,16 +28,30 @@ class StopTokens:
     origin: int
     tokens: tuple[int, ...]
 
+    @cached_property
+    def ids(self) -> frozenset[int]:
+        """The token ids, for look-ups."""
+        return frozenset(self.tokens)
 
-def stop_position(stop: StopTokens | None, tokens: Sequence[int]) -> int | None:
-    """Returns the position of the first trigger, the last steered position; None without one.
+
+class Wanted(Protocol):
+    """Tokens that count from a position on."""
+
+    @property
+    def origin(self) -> int:
+        """Absolute position from which on they count."""
+
+    @property
+    def ids(self) -> frozenset[int]:
+        """Their ids."""
+
+
+def first_token(wanted: Wanted, tokens: Sequence[int]) -> int | None:
+    """Returns the position of the first of some tokens; None without one.
 
     Args:
-        stop: The triggers.
+        wanted: The tokens that are looked for; of triggers, the position is the last steered one.
         tokens: All tokens of the request so far, from the prompt's first.
     """
-    if stop is None:
-        return None
-    triggers = set(stop.tokens)
-    generated = range(stop.origin, len(tokens))
-    return next((position for position in generated if tokens[position] in triggers), None)
+    counted = range(wanted.origin, len(tokens))
+    return next((position for position in counted if tokens[position] in wanted.ids), None)

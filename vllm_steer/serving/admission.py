@@ -27,7 +27,7 @@ from vllm_steer.plan.capacity import check_capacity
 from vllm_steer.plan.dose import relative_dose, scaled
 from vllm_steer.plan.message import encode_plan
 from vllm_steer.plan.reads import Read, check_reads
-from vllm_steer.plan.resolve import resolve
+from vllm_steer.plan.resolve import check_token_ids, resolve
 from vllm_steer.plan.steering_plan import SteeringPlan, count_steered
 from vllm_steer.plan.strength import strengths_of
 from vllm_steer.request.schema import (
@@ -119,6 +119,7 @@ class Admission:
         self._max_len = vllm_config.model_config.max_model_len
         self._dtype = dtype_name(vllm_config.model_config.dtype)
         self._shape = model_shape(vllm_config.model_config)
+        self._vocabulary = vllm_config.model_config.get_vocab_size()
         # Running requests by content digest of their directions.
         self.active: Counter[str] = Counter()
         if self.config is not None and self.store is not None:
@@ -243,6 +244,7 @@ class Admission:
             check = None if alone else partial(self._check_allowed, key_digest)
             sees = partial(self.policy.sees, key_digest)
             bound = bind(wanted.request, registry, check, sees=sees)
+            check_token_ids(bound, self._vocabulary)
             plan = resolve(bound, prompt_len, self._max_len)
             check_capacity(plan, self.config)
             limited = self._limit_dose(plan, registry)

@@ -119,6 +119,7 @@ def _resolve(config: SteeringConfig, vllm_config: VllmConfig, queued: bool) -> R
         layers=_layers(config, registry, shape["num_layers"]),
         ops=config.ops,
         rank=config.rank,
+        multiply=config.multiply,
         digests=[pack.manifest.tensors.sha256 for pack in registry.packs.values()],
         version=plugin_version(),
         graph_revision=GRAPH_REVISION,

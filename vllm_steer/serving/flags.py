@@ -29,7 +29,7 @@ def add_flags(original: Callable[[Parser], Parser]) -> Callable[[Parser], Parser
             "--enable-steering, --steering-packs PACK ..., --steering-rows N, --steering-wait-seconds N, "
             "--steering-layers N ..., "
             "--steering-policy FILE, --steering-pack-roots DIR ..., --steering-ops {additive,affine}, --steering-rank N, "
-            "--steering-reads N, "
+            "--steering-multiply, --steering-reads N, "
             "--steering-upload-mib N, --steering-upload-total-mib N, --steering-upload-count N.",
         )
         group.add_argument(
@@ -115,6 +115,13 @@ def add_flags(original: Callable[[Parser], Parser]) -> Callable[[Parser], Parser
             default=None,
             help="With --steering-ops affine: components that a request may use at one layer and position; even. "
             "Default: 2.",
+        )
+        group.add_argument(
+            "--steering-multiply",
+            action="store_true",
+            default=None,
+            help="With --steering-ops affine: support op multiply too, which scales each dimension, at the cost of one more "
+            "vector of memory per row and layer, and some speed for every request. Off by default.",
         )
         group.add_argument(
             "--steering-reads",

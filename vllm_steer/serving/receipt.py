@@ -14,7 +14,7 @@ import numpy as np
 
 from vllm_steer.plan.reads import Read
 from vllm_steer.plan.scores import Scores
-from vllm_steer.plan.steering_plan import ADDITION, SteeringPlan, Term, count_steered
+from vllm_steer.plan.steering_plan import ADDITION, SteeringPlan, Term, count_matched, count_steered
 
 HEADER = "x-steering"
 # Proxies refuse long headers; the body is complete.
@@ -24,9 +24,11 @@ SCORES_KEY = "steering_scores"
 RECEIPT_FIELDS = {
     "directions": "Each direction's `name`, `scale`, `layers` and content `digest`, as carried out; the `strength`, "
     "`scale` divided by the default scale, of a calibrated direction in its default form on its default layers, and none "
-    "otherwise; the `op` with its fields, if it is not addition; and the `schedule` if there is one.",
+    "otherwise; the `op` with its fields, if it is not addition; the `schedule` if there is one; and `tokens`, the token "
+    "ids that it acts on alone, or `from_tokens`, those from the first of which on it acts, looked for from position "
+    "`origin` on.",
     "positions": "Ranges of absolute token positions, `start` to before `end` (null: to the end), each with the "
-    "indices of the directions summed there.",
+    "indices of the directions summed there; those with token ids act on these tokens alone.",
     "dose": "Largest dose over the positions, after limiting: 1 is the largest at which text was fluent, or, for "
     "uncalibrated directions, Σ&#124;ε&#124;·‖v‖ over their layers, each divided by the median norm of the residual "
     "stream there.",
@@ -73,6 +75,8 @@ class Receipt:
         answered: Tokens generated so far by index of the answer; filled while the engine runs.
         ended: Tokens of each answer up to its trigger, if there was one.
         scores: Scores of each answer, by its index; filled while the engine runs.
+        prompt_tokens: Token ids of the prompt, if token ids decide what is steered.
+        generated: Likewise of each answer, by its index; filled while the engine runs.
         own_reads: Number of the plan's first reads that are the request's; the others are the operator's.
         silent: Whether only the operator reads, and the request has no steering.
     """
@@ -87,6 +91,8 @@ class Receipt:
     answered: dict[int, int] = field(default_factory=dict)
     ended: dict[int, int] = field(default_factory=dict)
     scores: dict[int, Scores] = field(default_factory=dict)
+    prompt_tokens: Sequence[int] = ()
+    generated: dict[int, list[int]] = field(default_factory=dict)
     own_reads: int = 0
     silent: bool = False
 
@@ -115,7 +121,9 @@ class Receipt:
             before: Number of tokens before them.
         """
         self.answered[choice] = before + len(tokens)
-        triggers = self.plan.stop.tokens if self.plan.stop else ()
+        if self.plan.matches:
+            self.generated.setdefault(choice, [])[before:] = tokens
+        triggers = self.plan.stop.ids if self.plan.stop else ()
         if choice not in self.ended and triggers:
             found = (number for number, token in enumerate(tokens) if token in triggers)
             if (first := next(found, None)) is not None:
@@ -131,12 +139,18 @@ class Receipt:
         """
         counts = self.answered if choice is None else {choice: self.answered.get(choice, 0)}
         return sum(
-            count_steered(
-                self.plan,
-                self.prompt_len + min(max(0, count - 1), self.ended.get(index, count)),
+            self._count_steered(
+                index, self.prompt_len + min(max(0, count - 1), self.ended.get(index, count))
             )
             for index, count in counts.items()
         )
+
+    def _count_steered(self, choice: int, num_tokens: int) -> int:
+        """How many of the first tokens of a prompt and one answer are steered."""
+        if not self.plan.matches:
+            return count_steered(self.plan, num_tokens)
+        tokens = [*self.prompt_tokens, *self.generated.get(choice, ())]
+        return count_matched(self.plan, tokens[:num_tokens])
 
     def to_json(self, choice: int | None = None) -> dict[str, Any]:
         """Returns the receipt for a response's body, with counts for one answer or all."""
@@ -153,6 +167,7 @@ class Receipt:
                 | self._strength(term)
                 | self._form(term)
                 | ({"schedule": term.schedule.to_json()} if term.schedule else {})
+                | _tokens(term)
                 for term in terms
             ],
             "positions": [
@@ -238,8 +253,18 @@ class Receipt:
             found["bias"] = form.bias
         if form.gate is not None:
             gate = {"direction": self.names[form.gate], "digest": form.gate}
-            found["gate"] = gate | {"above": form.threshold}
+            gate |= {"above": form.threshold}
+            found["gate"] = gate | ({"slope": form.slope} if form.slope else {})
         return found | {"restore_norm": form.restore_norm}
+
+
+def _tokens(term: Term) -> dict[str, Any]:
+    """The tokens that a term acts on, if they decide."""
+    match = term.match
+    if match is None:
+        return {}
+    origin = {"origin": match.origin} if match.onward else {}
+    return {"from_tokens" if match.onward else "tokens": list(match.tokens)} | origin
 
 
 def shown_scores(scores: np.ndarray) -> list[float | None]:

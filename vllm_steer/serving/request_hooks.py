@@ -91,6 +91,15 @@ def plan_inputs(
             prompt_len = len(tokens) if embeds is None else embeds.shape[0]
             if wanted is not None and (plan is None or plan.receipt.prompt_len != prompt_len):
                 plan = admission.admit(wanted, prompt_len, found)
+            if isinstance(plan, AdmittedPlan) and plan.receipt.plan.matches:
+                if embeds is not None:
+                    raise refusal(
+                        UnsupportedError(
+                            f"{REQUEST_KEY}.positions: a prompt of embeddings has no token ids; name positions, or send "
+                            f"text or token ids"
+                        )
+                    )
+                plan.receipt.prompt_tokens = tokens
             # A new dict: vLLM's copies of the parameters share the caller's.
             message = plan.message if isinstance(plan, AdmittedPlan) else None
             kept = _without_steering(extra_args)

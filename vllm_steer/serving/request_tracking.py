@@ -208,7 +208,7 @@ async def _followed(
         entry: Fields of the request's log line, None if vLLM does not log requests.
     """
     receipt = plan.receipt
-    sums = {segment.row_key for segment in receipt.plan.segments}
+    sums = set(receipt.plan.sums)
     answered = receipt.answered
     outcome, reason = "error", None
     metrics.ACTIVE.inc()

@@ -86,6 +86,7 @@ def mixed_batch(directions: Directions, prompts: Sequence[list[int]]) -> list[Ca
     """
     # A range within the answer changes a request's rows between otherwise equal steps.
     in_answer = len(prompts[REQUESTS - 2]) + 3
+    middle = [prompts[11][len(prompts[11]) // 2]]
     both = [
         {"name": directions.first, "scale": directions.scale, "positions": "prompt"},
         {"name": directions.second, "scale": directions.second_scale, "positions": "generated"},
@@ -98,11 +99,11 @@ def mixed_batch(directions: Directions, prompts: Sequence[list[int]]) -> list[Ca
         ("another direction", directions.other()),
         ("the other way", directions.steer(-1.0)),
         ("prompt", directions.steer(positions="prompt")),
-        ("unsteered", None),
+        ("at a token of the prompt", directions.steer(2.0, positions={"tokens": prompts[7][-1:]})),
         ("generated", directions.steer(positions="generated")),
         ("last prompt token", directions.steer(2.0, positions="last_prompt")),
         ("from the prompt's end", directions.steer(positions=[[-4, None]])),
-        ("unsteered", None),
+        ("from a token of the prompt on", directions.steer(positions={"from_tokens": middle})),
         ("prompt and answer by different directions", {"directions": both}),
         ("one layer", directions.steer(2.0, layers=[directions.layers[-1]])),
         ("within the answer", directions.steer(2.0, positions=[[in_answer, in_answer + 4]])),

@@ -27,7 +27,13 @@ from vllm_steer.errors import EvaluationError
 from vllm_steer.offline.models.loading import find_blocks, load_model
 from vllm_steer.packs.pack import DirectionRecord, SteeringPack, load_pack
 from vllm_steer.request.positions import plain_positions
-from vllm_steer.verify.oracle_forms import apply_form, before_trigger, scheduled, steered_positions
+from vllm_steer.verify.oracle_forms import (
+    apply_form,
+    before_trigger,
+    opened,
+    scheduled,
+    steered_positions,
+)
 
 
 @dataclass(frozen=True)
@@ -183,7 +189,7 @@ class Reference:
                 continue
             where = choice.get("positions") or steering.get("positions")
             where = where or plain_positions(record.positions)
-            mask = steered_positions(where, position, prompt_len)
+            mask = steered_positions(where, position, prompt_len, self._tokens)
             mask &= before_trigger(
                 steering.get("until_token_ids"), self._tokens, prompt_len, position
             )
@@ -205,7 +211,7 @@ class Reference:
                 restore |= mask
             if "gate" in choice:
                 _, probe = self._vector(choice["gate"]["direction"], layer, stream)
-                mask = mask & (stream @ probe > choice["gate"]["above"])
+                own = opened(stream, probe, choice["gate"])[:, None] * own
             delta[mask] += own[mask]
         changed = stream + delta
         lengths = stream.norm(dim=-1) / changed.norm(dim=-1)

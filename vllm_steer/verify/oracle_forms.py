@@ -41,6 +41,8 @@ def apply_form(
         return hidden - scale * torch.outer(hidden @ unit, unit)
     if op == "clamp":
         return hidden - torch.outer(hidden @ unit, unit) + scale * unit
+    if op == "multiply":
+        return hidden * (1.0 + scale * vector)
     if op == "affine" and read is not None:
         return hidden + torch.outer(scale * (hidden @ read + choice.get("bias", 0.0)), vector)
     if plane is None:
@@ -54,6 +56,20 @@ def apply_form(
         angle = angle + torch.atan2(y, x)
     length = torch.hypot(x, y)
     return rest + torch.outer(length * angle.cos(), unit) + torch.outer(length * angle.sin(), other)
+
+
+def opened(hidden: torch.Tensor, probe: torch.Tensor, gate: dict[str, Any]) -> torch.Tensor:
+    """The share of its change that a gate lets through, ``[tokens]``.
+
+    Args:
+        hidden: Float32 ``[tokens, width]``.
+        probe: The gate's direction, ``[width]``.
+        gate: The gate as a request gives it, with a number as its threshold.
+    """
+    beyond = hidden @ probe - gate["above"]
+    if gate.get("slope") is None:
+        return (beyond > 0).float()
+    return torch.sigmoid(gate["slope"] * beyond)
 
 
 def scheduled(schedule: dict[str, Any], passed: torch.Tensor) -> torch.Tensor:
@@ -77,11 +93,27 @@ def before_trigger(
 
 
 def steered_positions(
-    choice: str | dict[str, list[Any]] | list[Any],
+    choice: str | dict[str, Any] | list[Any],
     position: torch.Tensor,
     prompt_len: int,
+    tokens: Sequence[int] = (),
 ) -> torch.Tensor:
-    """Mask of the absolute positions in a choice, in the shape of ``position``."""
+    """Mask of the absolute positions in a choice, in the shape of ``position``.
+
+    Args:
+        choice: The choice as a request gives it.
+        position: Every position from 0 on.
+        prompt_len: Tokens of the prompt.
+        tokens: The token at each position, where token ids are chosen.
+    """
+    if isinstance(choice, dict) and {"tokens", "from_tokens"} & choice.keys():
+        within = steered_positions(choice.get("within", "all"), position, prompt_len)
+        wanted = choice.get("tokens") or choice["from_tokens"]
+        found = torch.tensor([token in wanted for token in tokens], device=position.device)
+        if "tokens" in choice or not within.any():
+            return found & within
+        found[: int(within.nonzero()[0])] = False
+        return found.cumsum(0).bool() & within
     if isinstance(choice, str):
         return {
             "all": position >= 0,

@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm_steer.offline.train.presets.bipo import BiPOPreset
 from vllm_steer.offline.train.presets.cdas import CDASPreset
+from vllm_steer.offline.train.presets.jola import JoLAPreset
 from vllm_steer.offline.train.presets.likelihood import LikelihoodPreset
 from vllm_steer.offline.train.presets.loreft import LoReFTPreset
 from vllm_steer.offline.train.presets.preset import Preset
@@ -22,5 +23,6 @@ PRESETS: Mapping[str, Preset[Any]] = MappingProxyType(
         "loreft": LoReFTPreset(),
         "prosv": PrOSVPreset(),
         "cdas": CDASPreset(),
+        "jola": JoLAPreset(),
     }
 )
