@@ -46,6 +46,7 @@ class SteeringConfig(BaseModel):
         rank: ``affine``: components of U·(V·h + b) that a request can use at one layer and
             position; even, since a plane takes two.
         reads: Probes that a request can read; 0 leaves reading out of the graph.
+        playground: Whether ``vllm serve`` has the playground, a web page under ``/steering``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -62,6 +63,7 @@ class SteeringConfig(BaseModel):
     upload_count: Annotated[int, Field(ge=1, le=2**16)] = 64
     rank: Annotated[int, Field(ge=2, le=64, multiple_of=2)] = 2
     reads: Annotated[int, Field(ge=0, le=16)] = 0
+    playground: bool = False
 
 
 class ResolvedConfig(SteeringConfig):
