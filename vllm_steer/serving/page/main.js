@@ -140,9 +140,8 @@ function showAlias() {
   byId("steering").hidden = Boolean(alias);
   if (!alias) return;
   const steering = state.aliases.get(alias) ?? {};
-  const known = (name) => state.known.get(name) ?? [...state.known].find(([full]) => full.endsWith(`/${name}`))?.[1];
   const lines = (steering.directions ?? []).map((each) => {
-    const direction = known(each.name);
+    const direction = state.known.get(fullName(each.name));
     const given = each.strength === undefined ? `ε ${short(each.scale ?? direction?.default_scale ?? NaN)}` : `strength ${short(each.strength)}`;
     return make("li", {}, named(each.name), ` ${given}`, direction ? make("div", { class: "note" }, measured(direction)) : null);
   });
@@ -156,13 +155,24 @@ function showAlias() {
   );
 }
 
+/** `pack/direction` for a direction that an alias names alone; as it is where that is none, or several. */
+function fullName(name) {
+  const found = name.includes("/") ? [name] : [...state.known.keys()].filter((each) => each.endsWith(`/${name}`));
+  return found.length === 1 ? found[0] : name;
+}
+
 function copyAlias(steering, parent) {
+  const names = [...(steering.directions ?? []), ...(steering.read ?? [])].map((each) => fullName(each.name));
+  const unknown = names.filter((name) => !state.known.has(name));
+  if (unknown.length) {
+    notice(`The alias names directions that are none or several here: ${unknown.join(", ")}`);
+    return;
+  }
   const shared = Object.fromEntries(["layers", "positions", "schedule"].filter((each) => each in steering).map((each) => [each, steering[each]]));
-  const full = (name) => (state.known.has(name) ? name : ([...state.known.keys()].find((each) => each.endsWith(`/${name}`)) ?? name));
   state.rows = [];
   state.reads = [];
-  for (const each of steering.directions ?? []) addRow({ ...shared, ...each, name: full(each.name) });
-  for (const each of steering.read ?? []) addRead({ ...each, name: full(each.name) });
+  for (const each of steering.directions ?? []) addRow({ ...shared, ...each, name: fullName(each.name) });
+  for (const each of steering.read ?? []) addRead({ ...each, name: fullName(each.name) });
   const others = Object.fromEntries(Object.entries(steering).filter(([name]) => !ROWS.includes(name)));
   byId("extra").value = Object.keys(others).length ? JSON.stringify(others) : "";
   byId("model").value = parent;
