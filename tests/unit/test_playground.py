@@ -20,6 +20,7 @@ from tests.unit.front_end import started
 from tests.unit.test_layout import ROOT
 from vllm_steer.config import CONFIG_KEY
 from vllm_steer.errors import ConfigError
+from vllm_steer.operations import FormChoice
 from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.serving import middleware, playground
 from vllm_steer.serving.flags import add_flags, read_flags
@@ -248,9 +249,8 @@ def test_lists_show_each_key_what_it_may_use(client: Client) -> None:
 
 def test_a_direction_says_what_was_measured(fears: SteeringPack) -> None:
     record = fears.directions["spiders"].model_copy(
-        update={"calibration": calibrated(), "form": {"op": "ablate"}}
+        update={"calibration": calibrated(), "form": FormChoice(op="ablate")}
     )
-    record = type(record).model_validate(record.model_dump())
     pack = SimpleNamespace(
         name="fears",
         manifest=fears.manifest,

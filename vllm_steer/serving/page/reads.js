@@ -11,7 +11,7 @@ export class ReadRow {
     const direction = known.get(name);
     const layers = direction ? showLayers(steeredLayers(direction)) : "";
     const remove = make("button", { type: "button", "aria-label": `Stop reading ${name}`, on: { click: removed } }, "Remove");
-    this.name = name;
+    Object.assign(this, { name, at: given.at });
     this.layers = make("input", { placeholder: layers && `default: ${layers}`, value: given.layers ? showLayers(given.layers) : null, autocomplete: "off", on });
     this.when = select([["before", "before the change"], ["after", "after the change"]], given.when ?? "before", changed);
     this.above = make("input", { type: "number", step: "any", placeholder: "none", value: given.above ?? null, on });
@@ -34,7 +34,8 @@ export class ReadRow {
       throw new Error(`${this.name}: ${error.message}`);
     }
     const above = this.above.value === "" ? {} : { above: Number(this.above.value) };
-    return { name: this.name, ...(layers ? { layers } : {}), when: this.when.value, ...above };
+    const at = this.at === undefined ? {} : { at: this.at };
+    return { name: this.name, ...(layers ? { layers } : {}), ...at, when: this.when.value, ...above };
   }
 }
 
