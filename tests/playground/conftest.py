@@ -21,7 +21,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 AXE = Path("axe", "node_modules", "axe-core", "axe.min.js")
 # Where the screenshots go, to be looked at.
 PICTURES = "PLAYGROUND_PICTURES"
-SECONDS = 120
+SECONDS = 60
 
 
 class Page:
@@ -120,8 +120,10 @@ class Page:
 
     def faults(self) -> list[str]:
         """What the browser complained of since this was asked last, but for answers that are errors."""
-        lines = [line["message"] for line in self.driver.get_log("browser")]
-        return [line for line in lines if "Failed to load resource" not in line]
+        lines = [line for line in self.driver.get_log("browser") if line["level"] != "DEBUG"]
+        return [
+            line["message"] for line in lines if "Failed to load resource" not in line["message"]
+        ]
 
     def stored(self) -> list[Any]:
         """What the page has left in the browser."""

@@ -33,6 +33,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> SteeringPack:
         "names",
         random_identity(HIDDEN, LAYERS, name="<script>alert(2)</script>"),
         directions,
+        seed=0,
         default_scale=2.0,
         safe_scale=4.0,
         residual_norm=10.0,
@@ -82,13 +83,14 @@ def test_names_and_answers_are_text(opened: Page) -> None:
     steer_with(opened, "gnirrats")
     steer_with(opened, LENGTHY)
     assert [row.text for row in opened.all("#chosen h3")] == [
-        f"names/{each}" for each in (EVIL, TURNED, LENGTHY)
+        f"names/{each}" for each in (EVIL, TURNED.replace("\u202e", "\\u202e"), LENGTHY)
     ]
     opened.ask("markup")
     assert answers(opened) == [f"It begins {MARKUP}"] * 2
     assert opened.script("return document.title") == title
     assert not opened.all("main img, main script, main b")
     assert EVIL in opened.text("#snippet")
+    assert "\u202e" not in opened.text("body")
     assert opened.violations() == []
     for width in (360, 1280):
         opened.size(width)

@@ -16,8 +16,11 @@ export function make(tag, attributes = {}, ...children) {
 
 export const byId = (id) => document.getElementById(id);
 
+/** Text in which characters that turn the direction of writing around are seen, as JSON and Python escape them. */
+export const unturned = (text) => text.replace(/[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/g, (each) => `\\u${each.charCodeAt(0).toString(16).padStart(4, "0")}`);
+
 /** A name that someone chose: its direction of writing must not reorder what stands beside it. */
-export const named = (text) => make("bdi", { class: "name" }, text);
+export const named = (text) => make("bdi", { class: "name" }, unturned(text));
 
 let made = 0;
 

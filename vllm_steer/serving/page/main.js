@@ -86,6 +86,7 @@ function dropUnknown() {
 
 function showRows() {
   byId("chosen").replaceChildren(...state.rows.map((row) => row.element));
+  byId("marks-note").hidden = !state.rows.length;
   byId("reads").replaceChildren(...state.reads.map((row) => row.element));
   const { reads = 0 } = state.limits ?? {};
   byId("reads-note").textContent = state.reads.length ? `This server reads up to ${reads} directions per request.` : `Tokens are coloured by the scores of a direction that is read: up to ${reads} per request.`;

@@ -1,5 +1,7 @@
 // Requests: from what was set to a body, and from a body to curl, OpenAI Python and JSON. No part of the page.
 
+import { unturned } from "./dom.js";
+
 /** Layers as a person writes them, "1-3, 7", as a list; null for none. */
 export function parseLayers(text) {
   if (!text.trim()) return null;
@@ -75,7 +77,7 @@ const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 export function asCurl(body, root, hasKey) {
   const lines = [`curl ${quoted(new URL(pathOf(body), root).href)}`, `-H 'Content-Type: application/json'`];
   if (hasKey) lines.push(`-H "Authorization: Bearer $API_KEY"`);
-  lines.push(`-d ${quoted(JSON.stringify(body, null, 1))}`);
+  lines.push(`-d ${quoted(unturned(JSON.stringify(body, null, 1)))}`);
   return lines.join(" \\\n  ");
 }
 
@@ -84,11 +86,11 @@ export function asPython(value, indent = "") {
   const inner = `${indent}    `;
   if (value === null) return "None";
   if (typeof value === "boolean") return value ? "True" : "False";
-  if (typeof value !== "object") return JSON.stringify(value);
+  if (typeof value !== "object") return unturned(JSON.stringify(value));
   const isList = Array.isArray(value);
   const parts = isList
     ? value.map((each) => asPython(each, inner))
-    : Object.entries(value).map(([name, each]) => `${JSON.stringify(name)}: ${asPython(each, inner)}`);
+    : Object.entries(value).map(([name, each]) => `${asPython(name)}: ${asPython(each, inner)}`);
   const [open, close] = isList ? "[]" : "{}";
   const line = open + parts.join(", ") + close;
   if (indent.length + line.length <= 80 && !line.includes("\n")) return line;
@@ -116,4 +118,4 @@ export function asOpenAI(body, root, hasKey) {
 }
 
 /** The request as JSON alone. */
-export const asJson = (body) => JSON.stringify(body, null, 2);
+export const asJson = (body) => unturned(JSON.stringify(body, null, 2));
