@@ -110,9 +110,8 @@ def test_an_alias_shows_what_it_steers(opened: Page, front_end: tuple[FrontEnd, 
     assert f"names/{EVIL} ε 3" in opened.text("#alias")
     assert '"until_token_ids"' in opened.text("#alias")
     opened.ask("hello")
-    plain, steered = front_end[0].bodies[-2:]
-    bodies = {each["model"]: each for each in (plain, steered)}
-    assert bodies[MODEL]["steering"] == "none"
+    # The middleware has made the alias's name that of the model.
+    assert {each.get("steering") for each in front_end[0].bodies[-2:]} == {"none", None}
     opened.press("#alias button")
     opened.ask("hello")
     (copied,) = (each for each in front_end[0].bodies[-2:] if each["steering"] != "none")

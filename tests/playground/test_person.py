@@ -172,7 +172,8 @@ def test_a_whole_way(opened: Page, base: str, tmp_path: Path) -> None:
     cheerful = next(row for row in opened.all("#chosen .row") if "cheerful" in row.text)
     assert "fluent to" in cheerful.text
     fluent = cheerful.find_element("css selector", ".marks .fluent")
-    low, high = (float(opened.script(f"return arguments[0].style.getPropertyValue('--{end}')", fluent)) for end in ("from", "to"))  # fmt: skip
+    read = "return [...arguments].slice(1).map((e) => +arguments[0].style.getPropertyValue(e))"
+    low, high = opened.script(read, fluent, "--from", "--to")
     assert (low, high) == (0.5, pytest.approx(1.0 - (1.0 - 1 / 1.5) / 2))
     slider = cheerful.find_element("css selector", "[type=range]")
     value = cheerful.find_element("css selector", "[type=number]")

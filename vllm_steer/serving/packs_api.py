@@ -1,7 +1,8 @@
 """The routes under ``/v1/steering``: listing packs and aliases, and changing them while the server runs.
 
-``GET packs`` and ``GET aliases`` list, ``GET limits`` says what a request may ask for; ``POST packs`` and ``DELETE packs/NAME`` load and unload; ``PUT`` and ``DELETE`` of
-``aliases/NAME`` change aliases, those of ``vectors/NAME`` uploads.
+``GET packs`` and ``GET aliases`` list, ``GET limits`` says what a request may ask for; ``POST packs`` and
+``DELETE packs/NAME`` load and unload; ``PUT`` and ``DELETE`` of ``aliases/NAME`` change aliases, those of
+``vectors/NAME`` uploads.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ PREFIX = "/v1/steering/"
 ROUTES = {
     "GET /v1/steering/packs": "The packs that the API key may use: `packs`, a list of `name`, `model`, `sha256` and "
     "`directions`, each with `name`, `layers`, `default_layers` (null: all), `positions`, `default_scale`, `safe_scale` "
-    "(null: not measured), `form` (FormChoice; null: addition), `calibration` (Calibration without its curve, with `scales`, "
-    "the least and the greatest that was measured; null: none), `probe` (Probe without its layers, "
+    "(null: not measured), `form` (FormChoice; null: addition), `calibration` (Calibration without its curve, with "
+    "`scales`, the least and the greatest that was measured; null: none), `probe` (Probe without its layers, "
     "with the rates `fpr` that requests may name; null: none) and content `digest`.",
     "GET /v1/steering/aliases": "The aliases all of whose directions the API key may use: `aliases`, a list of `name` and "
     "`steering`, a SteeringRequest.",
-    "GET /v1/steering/limits": "What requests may ask for: `ops` and `rank`, `layers` that are hooked, number of `reads`, and "
-    "`max_dose` (null: any) with `dose_action`.",
+    "GET /v1/steering/limits": "What requests may ask for: `ops` and `rank`, `layers` that are hooked, number of `reads`, "
+    "and `max_dose` (null: any) with `dose_action`.",
     "POST /v1/steering/packs": 'Loads or reloads the pack `{"name": NAME}` from a directory of that name in a root, '
     "and returns it as above. Running requests keep the content they were admitted with.",
     "DELETE /v1/steering/packs/NAME": "Unloads a pack; 409 while a request, an alias or the default needs it.",
