@@ -149,16 +149,15 @@ export class Pane {
     this.colour();
   }
 
-  /** Colours the tokens whose scores came, or all if the colours mean something else now. */
-  colour(all = false) {
+  /** Colours the tokens; a score that widens the scale changes the colours of the other answer too. */
+  colour() {
     const { answer, legend, spans = [] } = this;
     if (!answer?.usage) return;
-    if (all) this.coloured = 0;
     let wider = false;
     const scores = spans.map((_, index) => answer.score(index, legend.index));
     for (const score of scores) wider = (typeof score === "number" && legend.widen(score)) || wider;
     scores.forEach((score, index) => legend.colour(spans[index], score));
-    if (wider && !all) legend.changed(this);
+    if (wider) legend.changed(this);
   }
 
   end() {

@@ -15,7 +15,7 @@ const ROWS = ["directions", "read", "layers", "positions", "schedule"];
 const NONE = "none";
 
 const state = { known: new Map(), aliases: new Map(), limits: null, rows: [], reads: [], running: null, sweeping: null };
-const legend = new Legend(byId("legend"), (but) => Object.values(panes).forEach((pane) => pane !== but && pane.colour(true)));
+const legend = new Legend(byId("legend"), (but) => Object.values(panes).forEach((pane) => pane !== but && pane.colour()));
 const panes = { plain: new Pane("Plain", legend), steered: new Pane("Steered", legend) };
 
 /** Shows what went wrong, until something else is done. */
@@ -288,7 +288,7 @@ async function runSweep() {
     notice("A sweep needs a direction that steers; of an alias, change a copy");
     return;
   }
-  const { directions, read, ...extra } = made.steered.steering;
+  const { directions, read = [], ...extra } = made.steered.steering;
   state.sweeping = new AbortController();
   setBusy();
   const use = (chosen) => {
@@ -303,7 +303,7 @@ async function runSweep() {
   };
   try {
     const bodyFor = (steering) => ({ ...made.steered, steering });
-    await sweep(directions, read ? {} : extra, factors, byId("vary").value, bodyFor, use, state.sweeping.signal);
+    await sweep(directions, read, extra, factors, byId("vary").value, bodyFor, use, state.sweeping.signal);
   } catch (error) {
     notice(error.message);
   }

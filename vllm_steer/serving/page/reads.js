@@ -79,7 +79,12 @@ export class Legend {
 
   /** Colours the element of a token. */
   colour(element, score) {
-    if (score === null || score === undefined) return;
+    if (score === null || score === undefined) {
+      delete element.dataset.sign;
+      element.removeAttribute("title");
+      element.classList.remove("above");
+      return;
+    }
     const share = this.greatest ? Math.abs(score) / this.greatest : 0;
     element.dataset.sign = score < 0 ? "low" : "high";
     element.style.setProperty("--share", `${(100 * share).toFixed(1)}%`);

@@ -16,7 +16,7 @@ function rowsOf(directions, vary) {
 }
 
 /** Asks for every cell and shows the answers as they come. `bodyFor` makes a body from a steering. */
-export async function sweep(directions, extra, factors, vary, bodyFor, use, signal) {
+export async function sweep(directions, reads, extra, factors, vary, bodyFor, use, signal) {
   const rows = rowsOf(directions, vary);
   if (rows.length * factors.length > MOST) throw new Error(`A sweep has at most ${MOST} answers; these would be ${rows.length * factors.length}`);
   const cells = [];
@@ -24,7 +24,7 @@ export async function sweep(directions, extra, factors, vary, bodyFor, use, sign
     const line = factors.map((factor) => {
       const steering = chosen.map((each) => times(each, factor));
       const cell = new Cell(() => use(steering));
-      cells.push([cell, bodyFor(steeringOf(steering, [], extra))]);
+      cells.push([cell, bodyFor(steeringOf(steering, reads, extra))]);
       return cell.element;
     });
     const scales = chosen.map((each) => short(each.strength ?? each.scale)).join(", ");
