@@ -10,7 +10,10 @@ OLDEST_TORCH := torch==2.11.0
 OLDEST_VENV := .venv-oldest
 OLDEST_BIN := $(OLDEST_VENV)/bin
 
-.PHONY: setup demo demo-full demo-tiny showcase test test-engine test-all test-slow test-oldest check-versions architectures compatibility benchmarks docs lint format model clean
+# The accessibility checks of the playground's tests, which no package brings.
+AXE := axe-core@4.14.1
+
+.PHONY: setup demo demo-full demo-tiny showcase test test-engine test-all test-slow playground-test test-oldest check-versions architectures compatibility benchmarks docs lint format model clean
 
 ## setup: build .venv with vLLM for CPU and all dependencies
 setup: $(VENV)/ready
@@ -48,7 +51,7 @@ PARALLEL_PYTEST := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/pyt
 
 ## test: tests without an engine, and the core engine tests, against real vLLM
 test: setup
-	$(PARALLEL_PYTEST) -m 'not (slow or engine or server)'
+	$(PARALLEL_PYTEST) -m 'not (slow or engine or server or browser)'
 	$(PARALLEL_PYTEST) $(CORE) -m 'not slow'
 
 ## test-engine: all other engine and server tests that take minutes
@@ -61,6 +64,12 @@ test-all: test test-engine
 ## test-slow: the long tests
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+## playground-test: a person's way through the playground in a real browser; needs npm, chromium and chromium-driver
+playground-test: setup
+	$(BIN)/python -m pip install --quiet -e '.[browser]'
+	npm install --silent --no-save --prefix $(VENV)/axe $(AXE)
+	$(BIN)/python -m pytest -m browser tests/playground
 
 ## test-oldest: the unit, engine and server tests on the oldest supported vLLM
 test-oldest: $(OLDEST_VENV)/ready

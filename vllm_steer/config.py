@@ -48,6 +48,7 @@ class SteeringConfig(BaseModel):
         rank: ``affine``: components of U·(V·h + b) that a request can use at one layer and
             position; even, since a plane takes two.
         reads: Probes that a request can read; 0 leaves reading out of the graph.
+        playground: Whether ``vllm serve`` has the playground, a web page under ``/steering``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -65,6 +66,7 @@ class SteeringConfig(BaseModel):
     rank: Annotated[int, Field(ge=2, le=64, multiple_of=2)] = 2
     reads: Annotated[int, Field(ge=0, le=16)] = 0
     multiply: bool = False
+    playground: bool = False
 
     @model_validator(mode="after")
     def _multiplies_in_affine_rows(self) -> SteeringConfig:

@@ -21,6 +21,8 @@ from vllm_steer.offline.questions.everyday import everyday_questions
 from vllm_steer.offline.showcase import shipped_pack
 from vllm_steer.packs.pack import load_pack
 print(len(everyday_questions().heldout), load_pack(shipped_pack()).name)
+from vllm_steer.serving import playground
+print(sum(bool(playground._read(name).content) for name in playground.FILES) == len(playground.FILES))
 """
 
 
@@ -39,6 +41,7 @@ def test_the_wheel_brings_the_plugin(tmp_path: Path) -> None:
         "{'torch': False, 'vllm': False, 'offline': False}",
         "True",
         "96 smollm2",
+        "True",
     ]
     shown = subprocess.run(
         [python.with_name("vllm-steer"), "--help"], check=True, capture_output=True, text=True

@@ -71,6 +71,10 @@ def resolve_config(original: Callable[..., VllmConfig]) -> Callable[..., VllmCon
         # Only the OpenAI API server queues requests for rows.
         queued = usage_context == UsageContext.OPENAI_API_SERVER
         config = parse_config(value)
+        if config.playground and not queued:
+            raise ConfigError(
+                f"additional_config.{CONFIG_KEY}.playground: only vllm serve has the playground; remove it"
+            )
         if config.reads:
             refuse_unread(vllm_config)
         resolved = _resolve(config, vllm_config, queued)
@@ -115,6 +119,7 @@ def _resolve(config: SteeringConfig, vllm_config: VllmConfig, queued: bool) -> R
         sums_per_request=sums,
         queued=queued,
         reads=config.reads,
+        playground=config.playground,
         read_rows=config.reads * max_num_seqs + 1,
         layers=_layers(config, registry, shape["num_layers"]),
         ops=config.ops,

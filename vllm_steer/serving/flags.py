@@ -30,7 +30,7 @@ def add_flags(original: Callable[[Parser], Parser]) -> Callable[[Parser], Parser
             "--steering-layers N ..., "
             "--steering-policy FILE, --steering-pack-roots DIR ..., --steering-ops {additive,affine}, --steering-rank N, "
             "--steering-multiply, --steering-reads N, "
-            "--steering-upload-mib N, --steering-upload-total-mib N, --steering-upload-count N.",
+            "--steering-upload-mib N, --steering-upload-total-mib N, --steering-upload-count N, --steering-playground.",
         )
         group.add_argument(
             "--enable-steering",
@@ -137,6 +137,14 @@ def add_flags(original: Callable[[Parser], Parser]) -> Callable[[Parser], Parser
             metavar="FILE",
             default=None,
             help="JSON file with aliases, a default steering, a dose limit, and the directions that each API key may use.",
+        )
+        group.add_argument(
+            "--steering-playground",
+            action="store_true",
+            # Given or not, as with the other flags.
+            default=None,
+            help="Serve the playground, a web page for trying directions, under /steering. Off by default. The page is "
+            "served without an API key; all that it shows needs the key that its user enters.",
         )
         return parser
 

@@ -1,4 +1,4 @@
-"""Middleware of the steered routes: aliases and receipts.
+"""Middleware of the steered routes: aliases and receipts. It also serves the plugin's own routes.
 
 A request for the model ``SERVED:ALIAS`` becomes one for ``SERVED`` with the alias's steering, for clients
 that can only choose a model. Responses to steered requests get ``steering``, a list with a receipt for each
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from vllm import envs
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from vllm_steer.serving import metrics, misplaced
+from vllm_steer.serving import metrics, misplaced, playground
 from vllm_steer.serving.admission import Admission, current_admission
 from vllm_steer.serving.aliases import named_alias
 from vllm_steer.serving.asgi import (
@@ -74,6 +74,8 @@ class SteeringMiddleware:
         route = (scope["method"], route_of(scope))
         if route[1].startswith(PREFIX) and admission.store is not None:
             await answer(admission, admission.store, route[1], scope, receive, send)
+        elif admission.config.playground and playground.serves(route[1]):
+            await playground.answer(scope, send)
         elif route == ("GET", "/metrics"):
             await self._measure(scope["app"].state.engine_client)
             await self.app(scope, receive, send)

@@ -1,7 +1,8 @@
-"""The routes under ``/v1/steering``: listing packs, and changing them while the server runs.
+"""The routes under ``/v1/steering``: listing packs and aliases, and changing them while the server runs.
 
-``GET packs`` lists; ``POST packs`` and ``DELETE packs/NAME`` load and unload; ``PUT`` and ``DELETE`` of
-``aliases/NAME`` change aliases, those of ``vectors/NAME`` uploads.
+``GET packs`` and ``GET aliases`` list, ``GET limits`` says what a request may ask for; ``POST packs`` and
+``DELETE packs/NAME`` load and unload; ``PUT`` and ``DELETE`` of ``aliases/NAME`` change aliases, those of
+``vectors/NAME`` uploads.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from vllm_steer.config import ResolvedConfig
 from vllm_steer.errors import ConflictError, NotAllowedError, PackError, RequestError
+from vllm_steer.packs.calibration import Calibration
 from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.packs.registry import PackRegistry
 from vllm_steer.packs.store import PackStore
@@ -34,8 +37,13 @@ PREFIX = "/v1/steering/"
 ROUTES = {
     "GET /v1/steering/packs": "The packs that the API key may use: `packs`, a list of `name`, `model`, `sha256` and "
     "`directions`, each with `name`, `layers`, `default_layers` (null: all), `positions`, `default_scale`, `safe_scale` "
-    "(null: not measured), `calibration` (Calibration without its curve; null: none), `probe` (Probe without its layers, "
+    "(null: not measured), `form` (FormChoice; null: addition), `calibration` (Calibration without its curve, with "
+    "`scales`, the least and the greatest that was measured; null: none), `probe` (Probe without its layers, "
     "with the rates `fpr` that requests may name; null: none) and content `digest`.",
+    "GET /v1/steering/aliases": "The aliases all of whose directions the API key may use: `aliases`, a list of `name` and "
+    "`steering`, a SteeringRequest.",
+    "GET /v1/steering/limits": "What requests may ask for: `ops` and `rank`, `layers` that are hooked, number of `reads`, "
+    "and `max_dose` (null: any) with `dose_action`.",
     "POST /v1/steering/packs": 'Loads or reloads the pack `{"name": NAME}` from a directory of that name in a root, '
     "and returns it as above. Running requests keep the content they were admitted with.",
     "DELETE /v1/steering/packs/NAME": "Unloads a pack; 409 while a request, an alias or the default needs it.",
@@ -52,6 +60,8 @@ _REFUSED: dict[type, tuple[str, int]] = {
 }
 _MANAGER = Attached[PackManager]("pack_manager")
 _MAX_BODY = 2**20
+# As clients write them.
+_SPARSE: dict[str, Any] = {"exclude_defaults": True, "by_alias": True}
 _FIXED = {
     "packs": "packs cannot be changed on this server; start it with --steering-pack-roots DIR",
     "aliases": "aliases cannot be changed on this server; start it with --steering-pack-roots DIR",
@@ -64,8 +74,8 @@ async def answer(
 ) -> None:
     """Answers a request on a route under ``/v1/steering``."""
     method, (kind, _, name) = scope["method"], route.removeprefix(PREFIX).partition("/")
-    if (method, kind, name) == ("GET", "packs", ""):
-        await send_json(send, 200, describe(store.registry, admission.policy, key_digest(scope)))
+    if method == "GET" and not name and (listed := _listed(admission, store, kind, scope)):
+        await send_json(send, 200, listed)
         return
     changes = {("POST", "packs", False), ("DELETE", "packs", True)}
     changes |= {(m, k, True) for m in ("PUT", "DELETE") for k in ("aliases", "vectors")}
@@ -100,6 +110,20 @@ async def answer(
         await send_error(send, str(error), kind, status)
     else:
         await send_json(send, 200, content)
+
+
+def _listed(
+    admission: Admission, store: PackStore, kind: str, scope: Message
+) -> dict[str, Any] | None:
+    """What ``GET`` of a kind answers; None if it lists nothing of that kind."""
+    key, policy = key_digest(scope), admission.policy
+    if kind == "packs":
+        return describe(store.registry, policy, key)
+    if kind == "aliases":
+        return describe_aliases(store.registry, policy, key)
+    if kind == "limits" and admission.config is not None:
+        return describe_limits(admission.config, policy)
+    return None
 
 
 async def _change(
@@ -146,6 +170,24 @@ def describe(registry: PackRegistry, policy: Policy, key_digest: str | None) -> 
     return {"packs": shown}
 
 
+def describe_aliases(
+    registry: PackRegistry, policy: Policy, key_digest: str | None
+) -> dict[str, Any]:
+    """Returns the aliases that ``/v1/models`` shows to a key, with their steering, as JSON."""
+    return {
+        "aliases": [
+            {"name": name, "steering": policy.aliases[name].model_dump(**_SPARSE)}
+            for name in policy.shown_aliases(key_digest, registry)
+        ]
+    }
+
+
+def describe_limits(config: ResolvedConfig, policy: Policy) -> dict[str, Any]:
+    """Returns what requests may ask for, as JSON."""
+    limits = config.model_dump(include={"ops", "rank", "layers", "reads"})
+    return limits | {"max_dose": policy.max_dose, "dose_action": policy.dose_action}
+
+
 def describe_pack(pack: SteeringPack, names: Collection[str] | None = None) -> dict[str, Any]:
     """Returns one pack as JSON, with the directions in ``names``, or all."""
     return {
@@ -160,8 +202,8 @@ def describe_pack(pack: SteeringPack, names: Collection[str] | None = None) -> d
                 "positions": plain_positions(record.positions),
                 "default_scale": record.default_scale,
                 "safe_scale": record.safe_scale,
-                "calibration": record.calibration
-                and record.calibration.model_dump(exclude={"curve"}),
+                "form": record.form and record.form.model_dump(**_SPARSE),
+                "calibration": record.calibration and _without_curve(record.calibration),
                 "probe": record.probe
                 and {**record.probe.model_dump(exclude={"layers"}), "fpr": record.probe.rates},
                 "digest": pack.digests[name],
@@ -170,3 +212,9 @@ def describe_pack(pack: SteeringPack, names: Collection[str] | None = None) -> d
             if names is None or name in names
         ],
     }
+
+
+def _without_curve(calibration: Calibration) -> dict[str, Any]:
+    """A calibration with the ends of its curve in place of the curve, which is long."""
+    first, last = calibration.curve[0], calibration.curve[-1]
+    return calibration.model_dump(exclude={"curve"}) | {"scales": [first.scale, last.scale]}
