@@ -1,19 +1,19 @@
 """AxBench's steering evaluation, arXiv 2501.17148: every concept at every factor on sampled instructions.
 
-Each answer is rated from 0 to 2 for its concept, for its instruction and for its fluency; the harmonic mean of the three is its
-score. A concept's factor is chosen by the mean score on the first half of its instructions, and what is reported is the mean
-on the other half. As in the authors' code: the grid of factors, 10 instructions sampled by the concept's id, answers of at
-most 128 tokens at temperature 1, and the first of equal factors.
+Each answer is rated from 0 to 2 for its concept, for its instruction and for its fluency; the harmonic mean of the
+three is its score. A concept's factor is chosen by the mean score on the first half of its instructions, and what is
+reported is the mean on the other half. As in the authors' code: the grid of factors, 10 instructions sampled by the
+concept's id, answers of at most 128 tokens at temperature 1, and the first of equal factors.
 
-It departs in these. ε is the factor times the direction's default scale, which for a pack of ``reft_r1`` is the paper's largest
-detection. Answers that are not rated enter no mean and are counted, where the authors' code takes 0. Empty answers are 0 in
-all three without being shown to the judge. The judge's questions ask the same in the project's words; those of the authors
-can be given. The unsteered model is rated as well.
+It departs in these. ε is the factor times the direction's default scale, which for a pack of ``reft_r1`` is the
+paper's largest detection. Answers that are not rated enter no mean and are counted, where the authors' code takes 0.
+Empty answers are 0 in all three without being shown to the judge. The judge's questions ask the same in the project's
+words; those of the authors can be given. The unsteered model is rated as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,12 +45,14 @@ QUESTIONS: Mapping[str, str] = {
         "<concept>\n{concept}\n</concept>\n\n<text>\n{sentence}\n</text>"
     ),
     "instruct": (
-        "Is a text about what an instruction asks for? Only its topic matters, not grammar, sense or how much it says. Rate 0 "
+        "Is a text about what an instruction asks for? Only its topic matters, not grammar, sense or how much it "
+        "says. Rate 0 "
         "if it has nothing to do with the instruction, 1 if it is loosely related, 2 if it is clearly about it.\n\n"
         "<instruction>\n{instruction}\n</instruction>\n\n<text>\n{sentence}\n</text>"
     ),
     "fluency": (
-        "How fluent is a text? What it is about does not matter, nor whether it is complete. Rate 0 if it cannot be understood "
+        "How fluent is a text? What it is about does not matter, nor whether it is complete. Rate 0 if it cannot be "
+        "understood "
         "or repeats itself, 1 if it is readable with clear errors or awkward turns, 2 if it is fluent and almost without "
         "fault.\n\n<text>\n{sentence}\n</text>"
     ),
@@ -239,7 +241,7 @@ def run_axbench(
     ]
     said = answers(engine, asks, settings.max_tokens, sampling)
     ratings = _ratings(rater, concepts, asks, said, settings.instructions * len(grid))
-    able = iter([None] * len(steers))
+    able: Iterator[Capability | None] = iter([None] * len(steers))
     unsteered_ability = None
     if texts:
         unsteered_ability, *measured = capability(

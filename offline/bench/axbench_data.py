@@ -1,7 +1,8 @@
 """AxBench's files: its concepts and the instructions that it samples from AlpacaEval.
 
-Concepts are a JSON list, as Neuronpedia exports them (``description``, ``index``), or JSON lines, as the metadata of Concept10
-and Concept500 (``concept``, ``concept_id``). Instructions are AlpacaEval's JSON list of objects with ``instruction``.
+Concepts are a JSON list, as Neuronpedia exports them (``description``, ``index``), or JSON lines, as the metadata of
+Concept10 and Concept500 (``concept``, ``concept_id``). Instructions are AlpacaEval's JSON list of objects with
+``instruction``.
 """
 
 from __future__ import annotations
@@ -106,9 +107,7 @@ def read_instructions(file: Path) -> list[str]:
     return [each.instruction for each in read]
 
 
-def sampled_instructions(
-    instructions: Sequence[str], concept: Concept, count: int
-) -> list[str]:
+def sampled_instructions(instructions: Sequence[str], concept: Concept, count: int) -> list[str]:
     """Returns the instructions of a concept: the rows that the benchmark's ``DataFrame.sample`` takes with its id as seed.
 
     Raises:
@@ -150,13 +149,15 @@ def matched(
         for name in given or [word for word in own if word in pack.directions]:
             if name in found and found[name] != concept:
                 raise EvaluationError(
-                    f"direction {name!r} is that of two concepts, {found[name].text!r} and {concept.text!r}; say which by names"
+                    f"direction {name!r} is that of two concepts, {found[name].text!r} and {concept.text!r}; say "
+                    f"which by names"
                 )
             found[name] = concept
             break
     if not found:
         raise EvaluationError(
-            f"no direction of pack {pack.name!r} is named by a concept's words, id or feature; give a JSON object of concept "
+            f"no direction of pack {pack.name!r} is named by a concept's words, id or feature; give a JSON object of "
+            f"concept "
             f"to direction by --names"
         )
     return found

@@ -33,7 +33,9 @@ class Mean(BaseModel):
         return cls(value=float(array.mean()), low=low, high=high)
 
     def __str__(self) -> str:
-        return f"{self.value:.3f}" + ("" if self.low is None else f" [{self.low:.2f}, {self.high:.2f}]")
+        return f"{self.value:.3f}" + (
+            "" if self.low is None else f" [{self.low:.2f}, {self.high:.2f}]"
+        )
 
 
 def harmonic(values: Sequence[float]) -> float:

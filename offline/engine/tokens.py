@@ -1,7 +1,7 @@
 """The engine's interface in token ids: answers to prompts, and likelihoods of given answers, steered or not.
 
-Everything is batched, since steering is per request, and greedy unless a sampling is given. Answers are stored, so that a killed run
-continues and loses at most half a minute of work.
+Everything is batched, since steering is per request, and greedy unless a sampling is given. Answers are stored, so
+that a killed run continues and loses at most half a minute of work.
 """
 
 from __future__ import annotations

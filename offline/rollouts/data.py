@@ -1,7 +1,8 @@
 """The questions that a model is asked to learn from its answers, from files.
 
-For ``roast`` and ``corrsteer`` a file has a JSON object a line, ``prompt`` and perhaps ``reference``, which the judge is told.
-For ``persona`` it is a trait as its authors write one: ``instruction``, a list of ``pos`` and ``neg``, and ``questions``.
+For ``roast`` and ``corrsteer`` a file has a JSON object a line, ``prompt`` and perhaps ``reference``, which the judge
+is told. For ``persona`` it is a trait as its authors write one: ``instruction``, a list of ``pos`` and ``neg``, and
+``questions``.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class Instructions(BaseModel):
     """Two opposite instructions of a trait.
 
     Attributes:
-        pos: System message that asks for the trait.
-        neg: System message that asks for its opposite.
+        pos: What asks for the trait.
+        neg: What asks for its opposite.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -72,13 +73,12 @@ class Asking:
     Attributes:
         prompt: What the user says.
         reference: What a right answer says; None where nothing is known.
-        systems: The system messages that it is asked after, one side after the other: none, or one that asks for the
-            trait and one that asks for its opposite.
+        instructions: What it is asked after: nothing, or what asks for a trait and what asks for its opposite.
     """
 
     prompt: str
     reference: str | None = None
-    systems: tuple[str, ...] = ("",)
+    instructions: tuple[str, ...] = ("",)
 
 
 def read_askings(items: Sequence[str], method: RolloutMethod) -> dict[str, list[Asking]]:
@@ -114,7 +114,7 @@ def _trait(file: Path) -> list[Asking]:
             f"{explain_faults(error, 'file')}"
         ) from error
     return [
-        Asking(question, systems=(pair.pos, pair.neg))
+        Asking(question, instructions=(pair.pos, pair.neg))
         for pair in trait.instruction
         for question in trait.questions
     ]
@@ -144,4 +144,8 @@ def _lines(file: Path) -> list[Asking]:
 
 def first_positive(askings: Mapping[str, Sequence[Asking]]) -> dict[str, str]:
     """Returns the first instruction that asks for each trait, by name; none where nothing is instructed."""
-    return {name: asked[0].systems[0] for name, asked in askings.items() if asked[0].systems[0]}
+    return {
+        name: asked[0].instructions[0]
+        for name, asked in askings.items()
+        if asked[0].instructions[0]
+    }

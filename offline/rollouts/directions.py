@@ -62,7 +62,8 @@ def roast(states: Floats, questions: NDArray[np.int64], right: Flags) -> tuple[F
         voted.append(difference / np.maximum(length, _TINY))
     if not voted:
         raise ExtractionError(
-            "no question has right and wrong answers; sample more of each, ask questions that the model answers now rightly, "
+            "no question has right and wrong answers; sample more of each, ask questions that the model answers now "
+            "rightly, "
             "now wrongly, or choose another threshold"
         )
     return np.mean(voted, axis=0).astype(np.float32), len(voted)
@@ -89,7 +90,8 @@ def persona_pairs(rollouts: Sequence[Rollout], threshold: float) -> list[tuple[i
         if side or other is None:
             continue
         shows, hides = rollouts[at].score, rollouts[other].score
-        assert shows is not None and hides is not None
+        assert shows is not None
+        assert hides is not None
         if shows >= threshold and hides < 1 - threshold:
             pairs.append((at, other))
     if not pairs:

@@ -25,7 +25,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -55,7 +55,7 @@ class RolloutMethod:
     contrasted: bool = False
     one_layer: bool = False
     unit: bool = False
-    defaults: Mapping[str, Any] = MappingProxyType({})
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 ROLLOUT_METHODS: Mapping[str, RolloutMethod] = MappingProxyType(

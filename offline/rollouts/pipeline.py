@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import JsonValue, TypeAdapter, ValidationError
 from transformers import PreTrainedModel
 
 from vllm_steer.errors import ExtractionError, explain_faults
@@ -112,7 +112,7 @@ def learn_pack(
                 name=settings.method,
                 settings={
                     **settings.model_dump(mode="json", exclude={"seed"}),
-                    "layers": layers,
+                    "layers": list[JsonValue](layers),
                     "judge": judge.name,
                     "paper": settings.of.paper,
                     "device": model.device.type,
@@ -197,7 +197,7 @@ def _record(
         default_layers=[found.layers[len(found.layers) // 2]] if method.one_layer else None,
         default_scale=scale,
         positions=method.positions,
-        prefix=None if prefix is None else Prefix(text=prefix, role="system"),
+        prefix=None if prefix is None else Prefix(text=prefix, role=settings.prefix_role),
         metrics=found.metrics,
     )
 

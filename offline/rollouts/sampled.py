@@ -65,59 +65,15 @@ def sampled(
     seeds = count(settings.seed)
     for name, questions in askings.items():
         for number, asking in enumerate(questions):
-            for side, system in enumerate(asking.systems):
-                prompt = render_question(tokenizer, asking.prompt, system, "system").token_ids
+            for side, told in enumerate(asking.instructions):
+                prompt = render_question(
+                    tokenizer, asking.prompt, told, settings.prefix_role
+                ).token_ids
                 for draw in range(settings.samples):
                     places.append((name, number, side, draw))
                     asked.append(Asked(prompt, seed=next(seeds) % 2**31))
     answers = engine.generate(asked, settings.answer_length, "rollouts", settings.sampling)
     found: dict[str, list[Rollout]] = {name: [] for name in askings}
-    for (name, *place), one, given in zip(places, asked, answers, strict=True):
-        found[name].append(Rollout(*place, one.prompt, given.tokens, given.text, given.finished))
-    return found
-
-
-def scored(
-    judge: Judge,
-    askings: Mapping[str, Sequence[Asking]],
-    rollouts: Mapping[str, Sequence[Rollout]],
-) -> dict[str, list[Rollout]]:
-    """Returns the answers with their scores; empty ones are not judged and score nothing.
-
-    Raises:
-        ExtractionError: The judge gave no answer of some name a score.
-        EvaluationError: The judge fails as a whole.
-    """
-    kept = {name: [r for r in each if r.text.strip()] for name, each in rollouts.items()}
-    cases = [
-        Case(
-            GENERAL,
-            name,
-            Question(asked[r.question].prompt, asked[r.question].prompt),
-            r.text,
-            r.finished,
-            asked[r.question].reference,
-        )
-        for name, asked in askings.items()
-        for r in kept[name]
-    ]
-    grades = judge.grade(cases)
-    if len(grades) != len(cases):
-        raise EvaluationError(f"the judge gave {len(grades)} grades for {len(cases)} answers")
-    every = iter(grades)
-    found = {}
-    for name, each in kept.items():
-        given = [next(every) for _ in each]
-        if all(grade.value is None for grade in given):
-            reason = next((grade.error for grade in given), "all answers are empty")
-            raise ExtractionError(
-                f"{name!r}: no answer was given a score; the first error: {reason}"
-            )
-        found[name] = list(_with(each, [grade.value for grade in given]))
-    return found
-
-
-def _with(rollouts: Sequence[Rollout], scores: Sequence[float | None]) -> Iterator[Rollout]:
-    for rollout, score in zip(rollouts, scores, strict=True):
-        if score is not None:
-            yield replace(rollout, score=score)
+    for (name, number, side, draw), one, given in zip(places, asked, answers, strict=True):
+        answer = (one.prompt, given.tokens, given.text, given.finished)
+        found[name].append(Rollout(number, side, draw, *answer))

@@ -20,6 +20,7 @@ from vllm_steer.errors import ExtractionError, explain_faults
 from vllm_steer.offline.engine.tokens import Sampling
 from vllm_steer.offline.files import read_text
 from vllm_steer.offline.models.chat import ChatFormat
+from vllm_steer.offline.models.prompts import PrefixRole
 from vllm_steer.offline.rollouts.methods import ROLLOUT_METHODS, RolloutMethod, RolloutMethodName
 
 
@@ -34,6 +35,7 @@ class RolloutSettings(BaseModel):
         answer_length: Longest answer, in tokens.
         threshold: Score from which an answer is right, or shows the trait.
         layers: Blocks; None for all but block 0.
+        prefix_role: ``persona``: message with the instruction.
         features: ``corrsteer``: the best feature of all blocks, or the best of ``each``.
         chat_template: Template of the prompts, in Jinja, or ``plain`` for none; None for the tokenizer's own.
         chat_template_kwargs: Arguments of the template, such as ``enable_thinking``.
@@ -51,6 +53,7 @@ class RolloutSettings(BaseModel):
     answer_length: int = Field(default=48, gt=0)
     threshold: float = Field(default=0.5, gt=0, le=1)
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, min_length=1)
+    prefix_role: PrefixRole = "system"
     features: Literal["best", "each"] = "best"
     chat_template: str | None = Field(default=None, min_length=1)
     chat_template_kwargs: dict[str, JsonValue] = {}
@@ -81,8 +84,9 @@ class RolloutSettings(BaseModel):
         method = ROLLOUT_METHODS.get(str(given.get("method"))) if isinstance(given, dict) else None
         if method is None:
             return given
-        if "features" in given and given["method"] != "corrsteer":
-            raise ValueError("features belongs to method 'corrsteer'")
+        for field, owner in {"features": "corrsteer", "prefix_role": "persona"}.items():
+            if field in given and given["method"] != owner:
+                raise ValueError(f"{field} belongs to method {owner!r}")
         return {**method.defaults, **given}
 
 

@@ -18,6 +18,7 @@ from vllm_steer.offline.rollouts.methods import Pool
 from vllm_steer.offline.rollouts.sampled import Rollout
 
 Floats = NDArray[np.float32]
+Rows = NDArray[np.int64]
 
 
 def read_states(
@@ -53,9 +54,7 @@ def read_states(
             rows = by_length[start : start + batch_size]
             batch = _Batch([rollouts[row] for row in rows], pool, model.device)
 
-            def see(
-                block: int, output: Tensor, batch: _Batch = batch, rows: NDArray = rows
-            ) -> None:
+            def see(block: int, output: Tensor, batch: _Batch = batch, rows: Rows = rows) -> None:
                 found[rows, block] = batch.pooled(output.float()).cpu().numpy()
 
             with watched(blocks, see):

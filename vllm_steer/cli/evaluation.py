@@ -137,7 +137,8 @@ def add_judge(command: argparse.ArgumentParser, required: bool = True) -> None:
     judge.add_argument(
         "--script",
         metavar="FILE",
-        help="grade by a program of your own: FILE.py or FILE.py:FUNCTION, which takes an answer as a dictionary and returns "
+        help="grade by a program of your own: FILE.py or FILE.py:FUNCTION, which takes an answer as a dictionary and "
+        "returns "
         "a number from 0 to 1, or an executable, which reads JSON lines and writes a number for each",
     )
     judge.add_argument(

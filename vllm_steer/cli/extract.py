@@ -75,7 +75,8 @@ def add_extract(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--rollouts",
         nargs="+",
         metavar="NAME=FILE",
-        help="methods roast, persona and corrsteer: one direction per file of questions, learned from the model's own answers "
+        help="methods roast, persona and corrsteer: one direction per file of questions, learned from the model's own "
+        "answers "
         "as --judge scores them; JSON lines {prompt, reference}, or for persona one object {instruction: [{pos, neg}], "
         "questions}",
     )
