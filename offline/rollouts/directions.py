@@ -19,6 +19,7 @@ Flags = NDArray[np.bool_]
 # Share of repeated word pairs above which an answer counts as looping, as in extraction.
 LOOPING = 0.2
 _TINY = 1e-12
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,9 +121,11 @@ def correlations(features: Floats, scores: NDArray[np.float64]) -> NDArray[np.fl
         )
     values = features.astype(np.float64) - features.mean(axis=0, dtype=np.float64)
     length = np.sqrt((values**2).sum(axis=0))
+    # What is constant differs from its mean by rounding.
+    floor = _TINY + _ROUNDING * np.abs(features).max(axis=0)
     covariance = np.tensordot(centred, values, axes=1)
     found: NDArray[np.float64] = np.where(
-        length > _TINY, covariance / (np.maximum(length, _TINY) * spread), 0.0
+        length > floor, covariance / (np.maximum(length, floor) * spread), 0.0
     )
     return found
 

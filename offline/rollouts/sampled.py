@@ -77,3 +77,50 @@ def sampled(
     for (name, number, side, draw), one, given in zip(places, asked, answers, strict=True):
         answer = (one.prompt, given.tokens, given.text, given.finished)
         found[name].append(Rollout(number, side, draw, *answer))
+    return found
+
+
+def scored(
+    judge: Judge,
+    askings: Mapping[str, Sequence[Asking]],
+    rollouts: Mapping[str, Sequence[Rollout]],
+) -> dict[str, list[Rollout]]:
+    """Returns the answers with their scores; empty ones are not judged and score nothing.
+
+    Raises:
+        ExtractionError: The judge gave no answer of some name a score.
+        EvaluationError: The judge fails as a whole.
+    """
+    kept = {name: [r for r in each if r.text.strip()] for name, each in rollouts.items()}
+    cases = [
+        Case(
+            GENERAL,
+            name,
+            Question(asked[r.question].prompt, asked[r.question].prompt),
+            r.text,
+            r.finished,
+            asked[r.question].reference,
+        )
+        for name, asked in askings.items()
+        for r in kept[name]
+    ]
+    grades = judge.grade(cases)
+    if len(grades) != len(cases):
+        raise EvaluationError(f"the judge gave {len(grades)} grades for {len(cases)} answers")
+    every = iter(grades)
+    found = {}
+    for name, each in kept.items():
+        given = [next(every) for _ in each]
+        if all(grade.value is None for grade in given):
+            reason = next((grade.error for grade in given), "all answers are empty")
+            raise ExtractionError(
+                f"{name!r}: no answer was given a score; the first error: {reason}"
+            )
+        found[name] = list(_with(each, [grade.value for grade in given]))
+    return found
+
+
+def _with(rollouts: Sequence[Rollout], scores: Sequence[float | None]) -> Iterator[Rollout]:
+    for rollout, score in zip(rollouts, scores, strict=True):
+        if score is not None:
+            yield replace(rollout, score=score)

@@ -81,6 +81,8 @@ def test_corrsteer_chooses_by_pearson_and_adds_the_mean_of_right_answers() -> No
     features = RANDOM.normal(size=(12, 2, 5)).astype(np.float32)
     features[:, 0, 4] = 7.0
     scores = RANDOM.uniform(size=12)
+    # In both blocks one feature goes with the score.
+    features[:, :, 2] += scores[:, None]
     right = scores >= 0.5
     decoder = RANDOM.normal(size=(2, 5, 3)).astype(np.float32)
     best = [
