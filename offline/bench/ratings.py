@@ -89,7 +89,7 @@ class EndpointRater:
 
 @dataclass(frozen=True)
 class ScriptRater:
-    """A user's script, which is sent each question's name with its fields and says a number from 0 to 2."""
+    """A user's script, which is sent what is rated, with the fields of the question, and says a number from 0 to 2."""
 
     script: Script
 
@@ -106,7 +106,7 @@ class ScriptRater:
         """
         return [
             _said(line)
-            for line in self.script.ask([{"question": r.question, **r.fields} for r in rated])
+            for line in self.script.ask([{"rating": r.question, **r.fields} for r in rated])
         ]
 
 

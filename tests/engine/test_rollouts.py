@@ -49,7 +49,7 @@ def rate(case):
         "concept": min(2, sum(word in text for word in WORDS)),
         "instruct": 2,
         "fluency": 2 if len(set(pairs)) == len(pairs) else 0,
-    }}[case["question"]]
+    }}[case["rating"]]
 
 def relevance(case):
     return 1 + ({WORD!r} in case["response"])
