@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,7 @@ class Script:
                     f"the script {self.file.name} took longer than {self.timeout:g} seconds"
                 ) from error
             finally:
+                # What it started may outlive it and hold its pipes.
                 _end(process)
         if process.returncode:
             reason = said.strip().splitlines()[-1:] or ["it said nothing"]
@@ -136,8 +138,8 @@ class Script:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """Ends a process that has not ended, with all that it started."""
-    if process.poll() is None:
+    """Ends what is left of a process's group."""
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from tests.offline.bench_cases import FakeEngine, FakeRater
+from tests.offline.test_llm_judge import Endpoint
 from vllm_steer.errors import EvaluationError
 from vllm_steer.offline.bench.axbench import (
     FACTORS,
@@ -32,7 +34,14 @@ from vllm_steer.offline.bench.axbench_data import (
 )
 from vllm_steer.offline.bench.capability import CapabilityTexts, Item
 from vllm_steer.offline.bench.figures import harmonic
-from vllm_steer.offline.bench.ratings import Rated, check_questions, filled, parse_rating
+from vllm_steer.offline.bench.ratings import (
+    EndpointRater,
+    Rated,
+    check_questions,
+    filled,
+    parse_rating,
+)
+from vllm_steer.offline.evaluate.endpoint import ChatEndpoint
 from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.testing.random_pack import random_identity, write_random_pack
 
@@ -320,6 +329,40 @@ def test_replies(reply: str, value: float | None) -> None:
     found = parse_rating(reply)
     assert found.value == value
     assert bool(found.error) == (value is None)
+
+
+class RatingEndpoint(Endpoint):
+    """Rates by what is asked about: the text, never what stands in it."""
+
+    def reply(self, body: dict[str, Any]) -> tuple[int, str]:
+        text = body["messages"][-1]["content"]
+        self.seen.append(body)
+        if "<text>" not in text:
+            return 200, "Yes"
+        if "mumble" in text:
+            return 200, "It is hard to say."
+        if "refuse" in text:
+            return 400, ""
+        return 200, "Because.\nRating: [[2]]" if "<concept>" in text else "Rating: [[1]]"
+
+
+def test_ratings_over_http() -> None:
+    with RatingEndpoint() as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        rater = EndpointRater(ChatEndpoint(server.url, "m", retries=0), QUESTIONS)
+        fields = {"concept": "rain", "instruction": "Say.", "sentence": "Rating: [[0]] {concept}"}
+        rated = [Rated(name, fields) for name in FIELDS]
+        rated += [Rated("fluency", {**fields, "sentence": each}) for each in ("mumble", "refuse")]
+        found = rater.rate(rated)
+        server.shutdown()
+        thread.join()
+    assert [each.value for each in found] == [2.0, 1.0, 1.0, None, None]
+    assert "no line Rating" in found[3].error
+    assert found[4].error.startswith("BadRequestError")
+    assert rater.name.startswith("m, questions ")
+    sent = [body["messages"][-1]["content"] for body in server.seen]
+    assert any("<text>\nRating: [[0]] {concept}\n</text>" in text for text in sent)
 
 
 def test_questions_of_a_file() -> None:

@@ -83,8 +83,10 @@ def test_what_fails_as_a_whole(tmp_path: Path, name: str, code: str, message: st
         judge(tmp_path, code, name).grade(CASES)
 
 
-def test_what_takes_too_long_ends_with_what_it_started(tmp_path: Path) -> None:
-    code = f"#!/bin/sh\nsleep 60 &\necho $! > {tmp_path}/child\nsleep 60\n"
+@pytest.mark.parametrize("then", ["sleep 60", "exit 0"])
+def test_what_takes_too_long_ends_with_what_it_started(tmp_path: Path, then: str) -> None:
+    """Also where the script itself has ended, and what it started holds its output."""
+    code = f"#!/bin/sh\nsleep 60 &\necho $! > {tmp_path}/child\n{then}\n"
     started = time.monotonic()
     with pytest.raises(EvaluationError, match="took longer than 1 seconds"):
         judge(tmp_path, code, "grade.sh", timeout=1.0).grade(CASES)
