@@ -14,6 +14,7 @@ import pytest
 
 from tests.offline.answers_cases import ENGINE, QUESTIONS
 from vllm_steer.offline.bench.capability import CapabilityTexts, Item, capability
+from vllm_steer.offline.bench.clas import ClasSettings, run_clas
 from vllm_steer.offline.bench.languages import ScriptIdentifier
 from vllm_steer.offline.bench.ratings import ScriptRater
 from vllm_steer.offline.bench.steers import Ask, Part, Steer, answers
@@ -24,7 +25,13 @@ from vllm_steer.offline.rollouts.data import Asking
 from vllm_steer.offline.rollouts.pipeline import STORE, learn_pack
 from vllm_steer.offline.rollouts.settings import read_settings
 from vllm_steer.offline.train.directions import Target
-from vllm_steer.packs.pack import SteeringPack, load_pack
+from vllm_steer.packs.pack import (
+    DirectionRecord,
+    PackContent,
+    SteeringPack,
+    load_pack,
+    write_pack,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -68,6 +75,7 @@ class Learned:
     persona: SteeringPack
     roast: SteeringPack
     corrsteer: SteeringPack
+    languages: SteeringPack
     engine: TokenEngine
 
 
@@ -102,8 +110,29 @@ def learned(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[L
                 OPTIONS,
             )
         )
+    packs.append(languages(packs[1], folder / "languages"))
     with TokenEngine(model, packs, OPTIONS) as engine:
         yield Learned(folder, printed, *packs, engine)
+
+
+def languages(roast: SteeringPack, path: Path) -> SteeringPack:
+    """Two languages of which one is the answers with the word."""
+    vectors = roast.vectors["evident"]
+    layers = roast.directions["evident"].layers
+    return write_pack(
+        path,
+        PackContent(
+            name="languages",
+            model=roast.manifest.model,
+            directions=[
+                DirectionRecord(name=name, layers=layers, default_scale=1.0, positions="all")
+                for name in ("en", "de")
+            ],
+            vectors={"en": vectors, "de": -vectors},
+            method=roast.manifest.method,
+            residual_norms={int(k): v for k, v in roast.manifest.residual_norms.items()},
+        ),
+    )
 
 
 def run(folder: Path, command: list[str]) -> str:
@@ -195,9 +224,31 @@ def test_axbench(learned: Learned, model: Path) -> None:
     assert "| a fear of spiders | persona/spiders |" in printed
 
 
-def test_clas_bench_and_capability(learned: Learned) -> None:
-    """A pack's direction alone, towards answers that have the word, which counts as a language."""
+def test_clas_bench(learned: Learned) -> None:
+    """Every strength of the grid is asked, and the one that forces the word is chosen."""
     script = learned.folder / "judge.py"
+    layers = learned.languages.directions["en"].layers
+    norms = learned.languages.manifest.residual_norms
+    middle = layers[len(layers) // 2]
+    strong = 1.5 * norms[str(middle)]
+    found = run_clas(
+        learned.engine,
+        learned.languages,
+        {"en": QUESTIONS[20:26], "de": QUESTIONS[26:32]},
+        ScriptRater(Script.parse(f"{script}:relevance")),
+        ScriptIdentifier(Script.parse(f"{script}:language")),
+        ClasSettings((0.01, strong), (middle,), max_tokens=TOKENS),
+        CapabilityTexts(),
+    )
+    weak, forced = found.strengths
+    assert [each.strength for each in found.strengths] == [0.01, strong]
+    assert weak.targets["en"].forcing == pytest.approx(found.unsteered.forcing, abs=0.5)
+    steered = forced.targets["en"].forcing
+    assert steered > weak.targets["en"].forcing
+    assert found.chosen == max(found.strengths, key=lambda each: each.choosing.score or 0)
+
+
+def test_capability(learned: Learned) -> None:
     record = learned.roast.directions["evident"]
     steer = Steer((Part("roast/evident", record, 3 * record.default_scale),))
     texts = CapabilityTexts(
@@ -207,8 +258,3 @@ def test_clas_bench_and_capability(learned: Learned) -> None:
     assert plain.perplexity is not None
     assert steered.perplexity is not None
     assert steered.perplexity > plain.perplexity
-    asks = [Ask(question, steer) for question in QUESTIONS[20:26]]
-    said = [one.text for one in answers(learned.engine, asks, TOKENS, None)]
-    told = ScriptIdentifier(Script.parse(f"{script}:language")).languages(said)
-    assert told.count("en") > 3
-    assert ScriptRater(Script.parse(f"{script}:relevance")).name.startswith("script judge.py")
