@@ -25,11 +25,17 @@ from pydantic import TypeAdapter
 
 from tests.documents import ROOT, Fence, block, fence, fences
 from tests.shell_commands import check
+from vllm_steer.offline.bench.capability import Item
 from vllm_steer.offline.convert.gguf_file import write_gguf
 from vllm_steer.offline.demo.gold import gold_questions
+from vllm_steer.offline.demo.judge import expressed_concept
 from vllm_steer.offline.demo.server import SERVED_NAME, Server, free_port, running
+from vllm_steer.offline.evaluate.judges import Case
+from vllm_steer.offline.evaluate.script import Script, ScriptJudge
 from vllm_steer.offline.fusion.questions import GoldQuestion
 from vllm_steer.offline.fusion.results import FusionResult
+from vllm_steer.offline.questions.by_class import Question
+from vllm_steer.offline.rollouts.data import QuestionLine, TraitFile
 from vllm_steer.offline.train.data import PreferenceLine
 from vllm_steer.packs.pack import SteeringPack, load_pack
 from vllm_steer.request.schema import SteeringRequest
@@ -57,7 +63,15 @@ EXCUSED = {
     ): "what python -m benchmarks.demo_model printed",
 }
 # JSON of the documentation is one of these.
-SCHEMAS: tuple[type[Any], ...] = (SteeringRequest, Policy, GoldQuestion, PreferenceLine)
+SCHEMAS: tuple[type[Any], ...] = (
+    SteeringRequest,
+    Policy,
+    GoldQuestion,
+    PreferenceLine,
+    QuestionLine,
+    TraitFile,
+    Item,
+)
 
 
 def runs(page: str, language: str, containing: str) -> Callable[[Any], Any]:
@@ -127,9 +141,20 @@ def test_openai_client(code: str, server: Server, tmp_path: Path) -> None:
 @pytest.fixture(scope="session")
 def clients(pytestconfig: pytest.Config) -> Path:
     """Python of an environment with the other clients and without vLLM; kept in pytest's cache."""
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]["clients"]
+    return environment(pytestconfig, "clients")
+
+
+@pytest.fixture(scope="session")
+def harnesses(pytestconfig: pytest.Config) -> Path:
+    """Python of an environment with the other harnesses and without vLLM and torch; likewise."""
+    return environment(pytestconfig, "harnesses")
+
+
+def environment(pytestconfig: pytest.Config, group: str) -> Path:
+    """Returns the Python of an environment with the packages of a dependency group."""
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"][group]
     assert pytestconfig.cache is not None
-    folder = pytestconfig.cache.mkdir("clients")
+    folder = pytestconfig.cache.mkdir(group)
     ready, python = folder / "ready", folder / "bin" / "python"
     wanted = json.dumps([sys.version, *packages])
     if not ready.exists() or ready.read_text() != wanted:
@@ -165,6 +190,64 @@ def test_litellm(code: str, server: Server, clients: Path, tmp_path: Path) -> No
     tokens, *equal = run([str(clients), "-c", code], tmp_path, **OFFLINE).split()
     assert int(tokens) > 0
     assert equal == ["True", "True"]
+
+
+@runs("docs/how-to/harnesses.md", "bash", "lm_eval run")
+@pytest.mark.server
+@pytest.mark.slow
+def test_lm_evaluation_harness(
+    code: str, server: Server, harnesses: Path, model: Path, tmp_path: Path
+) -> None:
+    """The alias steers what is scored, on the harness's own questions."""
+    code = code.replace("http://localhost:8000/v1", server.url).replace("MODEL", str(model))
+    path = f"{harnesses.parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-ec", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **OFFLINE, "PATH": path, "HF_HOME": str(tmp_path / "cache")},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {}
+    for name in ("plain", "steered"):
+        (results,) = (tmp_path / name).rglob("results_*.json")
+        assert 0 <= json.loads(results.read_text())["results"]["facts"]["acc,none"] <= 1
+        (samples,) = (tmp_path / name).rglob("samples_facts_*.jsonl")
+        lines = [json.loads(line) for line in samples.read_text().splitlines()]
+        found[name] = [
+            float(one[0][0] if isinstance(one[0], list) else one[0])
+            for line in lines
+            for one in line["resps"]
+        ]
+    assert len(found["plain"]) == len(found["steered"]) == 6
+    assert not np.allclose(found["plain"], found["steered"], atol=0.1)
+
+
+@runs("docs/how-to/harnesses.md", "python", "inspect_ai")
+@pytest.mark.server
+@pytest.mark.slow
+def test_inspect(code: str, server: Server, harnesses: Path, tmp_path: Path) -> None:
+    code = code.replace("http://localhost:8000/v1", server.url)
+    code += "import json\nprint(json.dumps([[log.status for log in logs], answers]))\n"
+    statuses, (plain, steered) = json.loads(run([str(harnesses), "-c", code], tmp_path, **OFFLINE))
+    assert statuses == ["success", "success"]
+    assert plain != steered
+    assert expressed_concept(steered) == "cheerful"
+
+
+@runs("docs/how-to/rollouts.md", "python", "def grade")
+def test_a_script_as_judge(code: str, tmp_path: Path) -> None:
+    (tmp_path / "judge.py").write_text(code)
+    line = QuestionLine.model_validate_json(block("docs/how-to/rollouts.md", "json", "reference"))
+    question = Question(line.prompt, line.prompt)
+    judge = ScriptJudge(Script.parse(str(tmp_path / "judge.py")))
+    cases = [
+        Case("general", "honest", question, text, True, line.reference)
+        for text in ("17 times 3 is 51.", "It is 51, or 52.", "I do not know.")
+    ]
+    assert [grade.value for grade in judge.grade(cases)] == [1.0, 0.0, 0.0]
 
 
 @runs("docs/how-to/clients.md", "bash", "/v1/completions")

@@ -1,16 +1,17 @@
 """The engine's interface in token ids: answers to prompts, and likelihoods of given answers, steered or not.
 
-Everything is greedy and batched, since steering is per request. Answers are stored, so that a killed run
-continues and loses at most half a minute of work.
+Everything is batched, since steering is per request, and greedy unless a sampling is given. Answers are stored, so
+that a killed run continues and loses at most half a minute of work.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -51,20 +52,43 @@ class Asked:
         prompt: Token ids of the prompt.
         answer: Token ids of the answer to score; empty to generate one.
         steering: Steering of prompt and answer as in a request; None for none.
+        seed: Seed of a sampled answer; a greedy one has none.
     """
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...] = ()
     steering: Steering = None
+    seed: int | None = None
 
     def to_json(self) -> list[Any]:
         """Returns everything that its answer depends on."""
-        return [self.prompt, self.answer, self.steering]
+        seeded = [] if self.seed is None else [self.seed]
+        return [self.prompt, self.answer, self.steering, *seeded]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are sampled, where they are not greedy.
+
+    Attributes:
+        temperature: What logits are divided by, above 0.
+        top_p: Share of the probability that is sampled from.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf or not 0 < self.top_p <= 1:
+            raise EvaluationError(
+                f"temperature {self.temperature:g} and top_p {self.top_p:g} sample nothing: the first must be above 0, "
+                f"the second above 0 and at most 1"
+            )
 
 
 @dataclass(frozen=True)
 class Generated:
-    """A greedy answer.
+    """An answer.
 
     Attributes:
         tokens: Its token ids; the last one ended it, if any did.
@@ -119,24 +143,34 @@ class TokenEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def generate(self, asked: Sequence[Asked], max_tokens: int, name: str) -> list[Generated]:
-        """Answers prompts greedily, in their order.
+    def generate(
+        self,
+        asked: Sequence[Asked],
+        max_tokens: int,
+        name: str,
+        sampling: Sampling | None = None,
+    ) -> list[Generated]:
+        """Answers prompts, in their order.
 
         Args:
-            asked: The prompts.
+            asked: The prompts, with a seed each if they are sampled.
             max_tokens: Longest answer.
             name: Label of the progress bar.
+            sampling: How answers are sampled; None for greedy ones.
 
         Raises:
             EvaluationError: The engine does not start, dies or refuses a request, or a stored file is
                 damaged.
         """
         longest = max((len(a.prompt) for a in asked), default=0) + max_tokens
+        chosen = {} if sampling is None else asdict(sampling)
         rows = self._all(
-            f"generate {max_tokens}",
+            " ".join(["generate", str(max_tokens), *(f"{key}={chosen[key]:g}" for key in chosen)]),
             asked,
             name,
-            lambda part, bar: self._generate(part, max_tokens, longest, bar),
+            lambda part, bar: self._generate(
+                part, {"max_tokens": max_tokens, **chosen}, longest, bar
+            ),
         )
         return [Generated(tuple(row[0]), *row[1:]) for row in rows]
 
@@ -214,11 +248,14 @@ class TokenEngine:
         return [row for at in range(len(parts)) for row in found[at]]
 
     def _generate(
-        self, asked: Sequence[Asked], max_tokens: int, longest: int, bar: tqdm
+        self, asked: Sequence[Asked], chosen: Mapping[str, Any], longest: int, bar: tqdm
     ) -> list[Any]:
         outputs = self._run(
             [one.prompt for one in asked],
-            [{"max_tokens": max_tokens, "logprobs": 0, "extra_args": _extra(one)} for one in asked],
+            [
+                {**chosen, "logprobs": 0, "seed": one.seed, "extra_args": _extra(one)}
+                for one in asked
+            ],
             longest,
             bar,
         )
@@ -263,7 +300,7 @@ class TokenEngine:
         with asking():
             outputs = llm.generate(
                 requests,
-                [SamplingParams(temperature=0.0, **given) for given in parameters],
+                [SamplingParams(**{"temperature": 0.0, **given}) for given in parameters],
                 use_tqdm=_moving(bar),
             )
         failed = sum(output.outputs[0].finish_reason == "error" for output in outputs)

@@ -21,6 +21,7 @@ class Case:
         question: The question.
         answer: The answer, without the prompt.
         finished: Whether it ended by itself.
+        reference: What a right answer says; None where nothing is known.
     """
 
     concept_class: str
@@ -28,6 +29,7 @@ class Case:
     question: Question
     answer: str
     finished: bool
+    reference: str | None = None
 
 
 @dataclass(frozen=True)

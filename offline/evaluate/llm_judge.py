@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-from openai import AsyncOpenAI, OpenAIError
-from tqdm import tqdm
+from typing import Literal
 
 from vllm_steer.errors import EvaluationError
+from vllm_steer.offline.evaluate.endpoint import ChatEndpoint, Told
 from vllm_steer.offline.evaluate.judges import Case, Grade
 from vllm_steer.offline.evaluate.rubrics import RUBRICS
 from vllm_steer.offline.questions.by_class import GENERAL
-
-logger = logging.getLogger(__name__)
 
 Mode = Literal["graded", "yes-no"]
 
@@ -42,9 +36,6 @@ _LINES: dict[Mode, re.Pattern[str]] = {
     "yes-no": re.compile(r"GRADE: ?(yes|no)"),
 }
 _SHOWN = 80
-_PROBE = "Are you ready?"
-# Statuses of endpoints whose template refuses a message: vLLM, TGI, llama.cpp.
-_REFUSALS = (400, 422, 500)
 
 
 @dataclass(frozen=True)
@@ -88,7 +79,19 @@ class LlmJudge:
 
     def grade(self, cases: Sequence[Case]) -> list[Grade]:
         """Grades every case; a request that finally fails is a grade without a value."""
-        return asyncio.run(self._grade_all(cases))
+        endpoint = ChatEndpoint(
+            self.url,
+            self.model,
+            self.api_key,
+            self.concurrency,
+            self.retries,
+            self.timeout,
+            self.max_tokens,
+        )
+        return [
+            Grade(None, reply.error) if reply.text is None else parse_reply(reply.text, self.mode)
+            for reply in endpoint.ask([self._told(case) for case in cases])
+        ]
 
     def messages(self, case: Case, system_role: bool = True) -> list[dict[str, str]]:
         """Returns the messages for a case.
@@ -97,6 +100,9 @@ class LlmJudge:
             case: The case.
             system_role: Whether the instructions are in a system message; else they begin the user message.
         """
+        return self._told(case).messages(system_role)
+
+    def _told(self, case: Case) -> Told:
         rubric = self.rubrics.get(case.concept_class) or self.rubrics.get(GENERAL)
         if rubric is None:
             raise EvaluationError(
@@ -108,74 +114,7 @@ class LlmJudge:
             f"<answer>\n{case.answer.strip() or '(empty)'}\n</answer>",
             _ENDINGS[self.mode],
         )
-        return _told("\n\n".join(parts), system_role)
-
-    async def _grade_all(self, cases: Sequence[Case]) -> list[Grade]:
-        places = asyncio.Semaphore(self.concurrency)
-        client = AsyncOpenAI(
-            base_url=self.url,
-            api_key=self.api_key,
-            max_retries=self.retries,
-            timeout=self.timeout,
-        )
-        async with client:
-            system_role = await self._takes_system(client)
-            with tqdm(total=len(cases), desc="judging", unit="answer") as bar:
-
-                async def one(case: Case) -> Grade:
-                    async with places:
-                        grade = await self._ask(client, self.messages(case, system_role))
-                    bar.update()
-                    return grade
-
-                return list(await asyncio.gather(*map(one, cases)))
-
-    async def _takes_system(self, client: AsyncOpenAI) -> bool:
-        """Returns whether the endpoint renders a system message; True if that is unknown.
-
-        Only the endpoint has the template, so it is sent one short request, and if it refuses that, the same
-        without the role. If it accepts the second, the role is at fault.
-        """
-        try:
-            await self._complete(client, _told(_PROBE, True), 1)
-            return True
-        except OpenAIError as error:
-            if getattr(error, "status_code", None) not in _REFUSALS:
-                return True
-        try:
-            await self._complete(client, _told(_PROBE, False), 1)
-        except OpenAIError:
-            return True
-        logger.warning(
-            "the judge %s refuses the system role: its instructions begin the user message",
-            self.model,
-        )
-        return False
-
-    async def _complete(
-        self, client: AsyncOpenAI, messages: list[dict[str, str]], max_tokens: int
-    ) -> Any:
-        return await client.chat.completions.create(
-            model=self.model,
-            messages=messages,
-            temperature=0.0,
-            max_tokens=max_tokens,
-        )
-
-    async def _ask(self, client: AsyncOpenAI, messages: list[dict[str, str]]) -> Grade:
-        try:
-            response = await self._complete(client, messages, self.max_tokens)
-        except OpenAIError as error:
-            return Grade(None, f"{type(error).__name__}: {error}")
-        if not response.choices:
-            return Grade(None, "the reply has no choice")
-        return parse_reply(response.choices[0].message.content or "", self.mode)
-
-
-def _told(text: str, system_role: bool) -> list[dict[str, str]]:
-    if not system_role:
-        return [{"role": "user", "content": f"{_SYSTEM}\n\n{text}"}]
-    return [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": text}]
+        return Told(_SYSTEM, "\n\n".join(parts))
 
 
 def parse_reply(reply: str, mode: Mode) -> Grade:

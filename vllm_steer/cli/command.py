@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllm_steer.cli.bench import add_bench
 from vllm_steer.cli.calibrate import add_calibrate
 from vllm_steer.cli.demo import add_demo
 from vllm_steer.cli.evaluation import add_card, add_chat, add_sweep, given_chat
@@ -56,6 +57,7 @@ def command_line() -> argparse.ArgumentParser:
     add_probe(commands)
     add_sweep(commands)
     add_card(commands)
+    add_bench(commands)
     add_fusion(commands)
     inspect = commands.add_parser("inspect", help="verify a steering pack and show its content")
     inspect.add_argument("pack", help=_PACK_HELP)

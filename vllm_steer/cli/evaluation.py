@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +56,7 @@ def add_sweep(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     add_engine(sweep)
     _add_questions(sweep)
     add_prefixes(sweep, "They define the ceiling; if the pack has none, that of --class is used.")
-    _add_judge(sweep)
+    add_judge(sweep)
     sweep.set_defaults(run=_sweep)
 
 
@@ -125,14 +125,30 @@ def _add_questions(sweep: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_judge(sweep: argparse.ArgumentParser) -> None:
-    judge = sweep.add_argument_group("judge")
+def add_judge(command: argparse.ArgumentParser, required: bool = True) -> None:
+    """Adds the arguments of the judge of answers."""
+    judge = command.add_argument_group("judge")
     judge.add_argument(
         "--judge",
-        choices=("llm", "keywords", "demo"),
-        required=True,
+        choices=("llm", "keywords", "script", "demo"),
+        required=required,
         help="demo: only for the demo model",
     )
+    judge.add_argument(
+        "--script",
+        metavar="FILE",
+        help="grade by a program of your own: FILE.py or FILE.py:FUNCTION, which takes an answer as a dictionary and "
+        "returns "
+        "a number from 0 to 1, or an executable, which reads JSON lines and writes a number for each",
+    )
+    judge.add_argument(
+        "--script-timeout",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="time for all answers together (default: 600)",
+    )
+    add_endpoint(judge)
     judge.add_argument(
         "--keywords",
         type=Path,
@@ -140,8 +156,6 @@ def _add_judge(sweep: argparse.ArgumentParser) -> None:
         help="lines of 'concept: word, stem*' (default: the names)",
     )
     judge.add_argument("--least", type=int, default=1, help="keywords that must occur (default: 1)")
-    judge.add_argument("--judge-url", help="OpenAI-compatible endpoint, ending in /v1")
-    judge.add_argument("--judge-model", help="model at that endpoint")
     judge.add_argument("--judge-mode", choices=("graded", "yes-no"), default="graded")
     judge.add_argument(
         "--rubric",
@@ -150,10 +164,16 @@ def _add_judge(sweep: argparse.ArgumentParser) -> None:
         help="grading rubric with {concept} for the concept (default: built-in); the "
         f"endpoint's key is read from {API_KEY_VARIABLE}",
     )
-    judge.add_argument(
+
+
+def add_endpoint(group: argparse._ArgumentGroup) -> None:
+    """Adds the arguments of a judge's endpoint."""
+    group.add_argument("--judge-url", help="OpenAI-compatible endpoint, ending in /v1")
+    group.add_argument("--judge-model", help="model at that endpoint")
+    group.add_argument(
         "--concurrency", type=int, default=16, help="concurrent requests to the judge"
     )
-    judge.add_argument("--retries", type=int, default=4, help="retries of a failed request")
+    group.add_argument("--retries", type=int, default=4, help="retries of a failed request")
 
 
 def add_card(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -194,7 +214,7 @@ def _sweep(args: argparse.Namespace) -> None:
         )
         for pack, concepts in _concepts(args.concepts, packs)
     ]
-    judge = _judge(args, packs)
+    judge = given_judge(args, [name for pack in packs for name in pack.directions])
     store = args.out / "answers"
     with generating(args.model, packs, args.max_tokens, store, args.engine) as generator:
         result = run_sweep(generator, subjects, judge)
@@ -260,7 +280,16 @@ def _questions(args: argparse.Namespace, concept_class: str) -> QuestionSet:
     return given_questions(tuning, reported, args.statements)
 
 
-def _judge(args: argparse.Namespace, packs: list[SteeringPack]) -> Judge:
+def given_judge(args: argparse.Namespace, names: Sequence[str]) -> Judge:
+    """Returns the judge that is asked for.
+
+    Args:
+        args: The arguments of :func:`add_judge`.
+        names: Names of the directions, whose words are looked for where no keywords are given.
+
+    Raises:
+        EvaluationError: What the judge needs is missing.
+    """
     from vllm_steer.offline.demo.judge import DemoJudge
     from vllm_steer.offline.evaluate.judges import KeywordJudge
     from vllm_steer.offline.files import read_lines, read_text
@@ -270,7 +299,13 @@ def _judge(args: argparse.Namespace, packs: list[SteeringPack]) -> Judge:
     if args.judge == "keywords":
         if args.keywords is not None:
             return KeywordJudge.of_lines(read_lines(args.keywords, EvaluationError), args.least)
-        return KeywordJudge.of_names([name for pack in packs for name in pack.directions])
+        return KeywordJudge.of_names(names)
+    if args.judge == "script":
+        from vllm_steer.offline.evaluate.script import Script, ScriptJudge
+
+        if not args.script:
+            raise EvaluationError("--judge script needs --script FILE")
+        return ScriptJudge(Script.parse(args.script, args.script_timeout))
     if not args.judge_url or not args.judge_model:
         raise EvaluationError("--judge llm needs --judge-url and --judge-model")
     with extras("cpu"):

@@ -6,14 +6,27 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from vllm_steer.cli.evaluation import add_chat, add_engine, extras, given_chat
+from vllm_steer.cli.evaluation import (
+    add_chat,
+    add_engine,
+    add_judge,
+    extras,
+    given_chat,
+    given_judge,
+)
 from vllm_steer.errors import ExtractionError
 from vllm_steer.packs.summary import pack_summary
 
 if TYPE_CHECKING:
     from vllm_steer.offline.models.prompts import AnswerPair, Concept
+    from vllm_steer.offline.questions.everyday import Everyday
+    from vllm_steer.packs.pack import SteeringPack
+
+
+ROLLOUT_METHODS = ("roast", "persona", "corrsteer")
+"""Methods of --rollouts."""
 
 
 def cores() -> int:
@@ -57,6 +70,15 @@ def add_extract(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         nargs="+",
         metavar="NAME=FILE",
         help="one direction per file, whose whole text is the prefix, such as a long system prompt",
+    )
+    source.add_argument(
+        "--rollouts",
+        nargs="+",
+        metavar="NAME=FILE",
+        help="methods roast, persona and corrsteer: one direction per file of questions, learned from the model's own "
+        "answers "
+        "as --judge scores them; JSON lines {prompt, reference}, or for persona one object {instruction: [{pos, neg}], "
+        "questions}",
     )
     kind = extract.add_mutually_exclusive_group()
     kind.add_argument(
@@ -106,6 +128,7 @@ def add_extract(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     extract.add_argument("--ray-address", help="a running Ray cluster (default: start one here)")
     extract.add_argument("--gpus", type=float, help="GPUs per shard")
     _add_settings(extract)
+    add_judge(extract, required=False)
     extract.set_defaults(run=_extract)
 
 
@@ -117,7 +140,15 @@ def _add_settings(extract: argparse.ArgumentParser) -> None:
     group = extract.add_argument_group("settings", argument_default=argparse.SUPPRESS)
     group.add_argument(
         "--method",
-        choices=("trained", "attention_guided", "caa", "ablation", "angular", "prompt_only"),
+        choices=(
+            "trained",
+            "attention_guided",
+            "caa",
+            "ablation",
+            "angular",
+            "prompt_only",
+            *ROLLOUT_METHODS,
+        ),
         help="how directions are learned; sets some of the following (default: trained, or "
         "attention_guided if one of its settings is given, or caa for --pairs)",
     )
@@ -209,7 +240,24 @@ def _add_settings(extract: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--rfm-iterations", type=int, help="the best is taken of so many")
     group.add_argument("--rfm-bandwidths", type=float, nargs="+", metavar="L", help="likewise")
-    group.set_defaults(setting_names=tuple(action.dest for action in group._group_actions))
+    own = extract.add_argument_group(
+        "settings of the methods of --rollouts", argument_default=argparse.SUPPRESS
+    )
+    own.add_argument("--samples", type=int, metavar="N", help="answers to each question")
+    own.add_argument("--temperature", type=float, help="of the sampling")
+    own.add_argument("--top-p", type=float, help="of the sampling")
+    own.add_argument(
+        "--threshold", type=float, help="score from which an answer is right (default: 0.5)"
+    )
+    own.add_argument(
+        "--features",
+        choices=("best", "each"),
+        help="corrsteer: the best feature of all blocks (default), or of each block",
+    )
+    extract.set_defaults(
+        setting_names=tuple(a.dest for a in (*group._group_actions, *own._group_actions)),
+        rollout_names=tuple(a.dest for a in own._group_actions),
+    )
 
 
 def _extract(args: argparse.Namespace) -> None:
@@ -221,8 +269,13 @@ def _extract(args: argparse.Namespace) -> None:
 
     given = {name: getattr(args, name) for name in args.setting_names if hasattr(args, name)}
     given |= given_chat(args)
-    settings = inputs.read_settings(args.settings, given, pairs=args.pairs is not None)
     questions = everyday_questions(args.questions)
+    if args.rollouts is not None:
+        pack = _rolled_out(args, given)
+        _finish(args, pack, questions)
+        return
+    _without_rollouts(args, given)
+    settings = inputs.read_settings(args.settings, given, pairs=args.pairs is not None)
     concepts: list[Concept] = []
     pairs: dict[str, list[AnswerPair]] = {}
     if args.pairs is not None:
@@ -254,6 +307,53 @@ def _extract(args: argparse.Namespace) -> None:
             engine=args.engine,
         ),
     )
+    _finish(args, pack, questions)
+
+
+def _rolled_out(args: argparse.Namespace, given: dict[str, Any]) -> SteeringPack:
+    """Learns a pack from the model's own answers."""
+    from vllm_steer.offline.rollouts.data import read_askings
+    from vllm_steer.offline.rollouts.pipeline import learn_pack
+    from vllm_steer.offline.rollouts.settings import read_settings
+    from vllm_steer.offline.train.directions import Target
+
+    for flag in ("positive", "negative", "concept_class", "prefix", "scale", "safe_scale"):
+        if getattr(args, flag) is not None:
+            raise ExtractionError(
+                f"--{flag.replace('concept_', '').replace('_', '-')} has no meaning for --rollouts"
+            )
+    if args.shards:
+        raise ExtractionError("--rollouts learns in one process; leave --shards out")
+    if args.judge is None:
+        raise ExtractionError("--rollouts needs --judge, which scores the answers")
+    settings = read_settings(args.settings, given)
+    askings = read_askings(args.rollouts, settings.of)
+    return learn_pack(
+        args.model,
+        askings,
+        settings,
+        given_judge(args, list(askings)),
+        Target(args.name, args.out),
+        args.device,
+        args.engine,
+    )
+
+
+def _without_rollouts(args: argparse.Namespace, given: dict[str, Any]) -> None:
+    """Refuses what only --rollouts has."""
+    if given.get("method") in ROLLOUT_METHODS:
+        raise ExtractionError(f"method {given['method']!r} needs --rollouts NAME=FILE and --judge")
+    for name in args.rollout_names:
+        if name in given:
+            raise ExtractionError(
+                f"--{name.replace('_', '-')} belongs to the methods of --rollouts"
+            )
+    if args.judge is not None:
+        raise ExtractionError("--judge belongs to the methods of --rollouts")
+
+
+def _finish(args: argparse.Namespace, pack: SteeringPack, questions: Everyday) -> None:
+    """Calibrates a pack if that is wanted, and shows it."""
     if args.calibrate:
         from vllm_steer.offline.calibrate.run import CalibrationSettings, calibrate_pack
 

@@ -1,0 +1,1 @@
+"""The field's benchmarks of steering, and capability beside it."""
