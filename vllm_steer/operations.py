@@ -22,7 +22,11 @@ from pydantic_core import PydanticCustomError
 
 from vllm_steer.fields import ThresholdName
 
-Op = Literal["add", "ablate", "clamp", "rotate", "angle", "affine", "multiply"]
+Op = Literal[
+    "add", "ablate", "clamp", "rotate", "angle", "affine", "multiply", "feature"
+]
+# What ε does to the activation of a feature.
+Activation = Literal["set", "multiply"]
 # The effect of each form on the residual stream h; â is the unit vector of the direction, ε the scale.
 OPS: Final[dict[str, str]] = {
     "add": "`h + ε·a`",
@@ -32,8 +36,12 @@ OPS: Final[dict[str, str]] = {
     "angle": "rotates h in that plane to ε degrees from `a`; keeps ‖h‖ (Angular Steering)",
     "affine": "`h + ε·a(r·h + bias)` with `read` as r: closed-loop feedback",
     "multiply": "`h ⊙ (1 + ε·a)`: scales each dimension; needs `--steering-multiply` too",
+    "feature": "`h + a(f' − f)`: sets the activation `f` of a sparse autoencoder's feature, `r·h + bias` where that is above "
+    "`threshold` and else 0, to f' = ε, or f' = ε·f with `activation` `multiply`",
 }
 PLANE_OPS: Final = ("rotate", "angle")
+# They read a second direction.
+READING_OPS: Final = ("affine", "feature")
 # The change is proportional to the scale.
 LINEAR_OPS: Final = ("add", "ablate", "affine", "multiply")
 # Degrees.
@@ -43,7 +51,13 @@ _Name = Annotated[str, Field(min_length=1, max_length=300)]
 _Number = Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]
 # Smaller ones are constant, and larger ones hard, for any stream.
 _Slope = Annotated[float, Field(allow_inf_nan=False, ge=1e-9, le=1e9)]
-_PARTNERS: Final = {"plane": PLANE_OPS, "read": ("affine",), "bias": ("affine",)}
+_PARTNERS: Final = {
+    "plane": PLANE_OPS,
+    "read": READING_OPS,
+    "bias": READING_OPS,
+    "threshold": ("feature",),
+    "activation": ("feature",),
+}
 
 
 def check_one_threshold(above: float | None, at: str | None) -> None:
@@ -91,8 +105,10 @@ class FormChoice(BaseModel):
     Attributes:
         op: The form; None takes the direction's default, or addition.
         plane: ``rotate`` and ``angle``: direction that spans the plane with this one.
-        read: ``affine``: direction that is read; this one is written.
-        bias: ``affine``: b, added to what is read.
+        read: ``affine`` and ``feature``: direction that is read; this one is written.
+        bias: ``affine`` and ``feature``: b, added to what is read.
+        threshold: ``feature``: θ of JumpReLU, above which the feature is active; None is 0, which is ReLU.
+        activation: ``feature``: whether the scale is what the activation is set to, or a factor of it; None sets it.
         gate: Acts only on tokens where a probe fires, or the more the further it fires.
         restore_norm: Whether the norm of the residual stream is restored after the change.
     """
@@ -103,6 +119,8 @@ class FormChoice(BaseModel):
     plane: _Name | None = None
     read: _Name | None = None
     bias: _Number | None = None
+    threshold: Annotated[float, Field(allow_inf_nan=False, ge=0.0, le=1e9)] | None = None
+    activation: Activation | None = None
     gate: Gate | None = None
     restore_norm: bool | None = None
 

@@ -72,6 +72,11 @@ DIRECTIONS = st.one_of(
             )
         }
     ),
+    st.fixed_dictionaries(
+        {"scale": SCALES, "op": st.just("feature"), "bias": SCALES}
+        | {"read": st.sampled_from(NAMES), "threshold": st.floats(0, 20)}
+        | {"activation": st.sampled_from(["set", "multiply"])}
+    ),
 )
 
 

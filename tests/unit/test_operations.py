@@ -50,7 +50,40 @@ def plan(registry: PackRegistry, *directions: dict[str, Any]) -> SteeringPlan:
             {"op": "ablate", "plane": "b"},
             "plane belongs to op 'rotate' and 'angle'; op is 'ablate'",
         ),
-        ({"read": "b"}, "read belongs to op 'affine'; op is None"),
+        ({"read": "b"}, "read belongs to op 'affine' and 'feature'; op is None"),
+        ({"op": "affine", "read": "b", "threshold": 1.0}, "threshold belongs to op 'feature'"),
+        ({"activation": "multiply"}, "activation belongs to op 'feature'; op is None"),
+        (
+            {"op": "feature", "read": "q/b", "activation": "add"},
+            "activation: .*'set' or 'multiply'",
+        ),
+        ({"op": "feature", "read": "q/b", "threshold": -1.0}, "threshold: .*greater than or equal"),
+        ({"op": "feature", "scale": 1.0}, "directions.0.read: op 'feature' needs the name"),
+        ({"op": "feature", "read": "q/b"}, "directions.0.scale: op 'feature' needs a scale"),
+        (
+            {
+                "op": "feature",
+                "read": "q/b",
+                "scale": 1.0,
+                "gate": {"direction": "c", "above": 0.0},
+            },
+            "directions.0.gate: op 'feature' acts only where the feature is active",
+        ),
+        (
+            {
+                "op": "feature",
+                "read": "q/b",
+                "scale": 1.0,
+                "schedule": {"start": 1, "end": 0, "tokens": 2},
+            },
+            "directions.0.schedule: op 'feature' has no strength",
+        ),
+        ({"op": "feature", "read": "c", "scale": 1.0}, r"read: .*no vector for layers \[0\]"),
+        ({"op": "feature", "read": "q/b", "scale": 1e5}, r"\|scale\| must be at most 10000"),
+        (
+            {"op": "feature", "read": "q/b", "activation": "multiply", "scale": 1001.0},
+            r"\|scale\| must be at most 1000$",
+        ),
         ({"op": "rotate", "scale": 10.0}, "directions.0.plane: op 'rotate' needs the name"),
         ({"op": "affine", "scale": 1.0}, "directions.0.read: op 'affine' needs the name"),
         ({"op": "clamp"}, "directions.0.scale: op 'clamp' needs a scale"),
@@ -102,6 +135,11 @@ def test_plans_travel_unchanged_and_forms_have_identities_of_their_own(
         {"op": "angle", "plane": "b"},
         {"op": "affine", "read": "b"},
         {"op": "affine", "read": "b", "bias": 1.0},
+        {"op": "feature", "read": "b"},
+        {"op": "feature", "read": "q/b"},
+        {"op": "feature", "read": "b", "bias": 1.0},
+        {"op": "feature", "read": "b", "threshold": 1.0},
+        {"op": "feature", "read": "b", "activation": "multiply"},
         {"gate": {"direction": "b", "above": 1.0}},
         {"gate": {"direction": "b", "above": 2.0}},
         {"gate": {"direction": "b", "above": 2.0, "slope": 1.0}},
@@ -125,6 +163,10 @@ def test_what_changes_nothing_is_left_out(registry: PackRegistry) -> None:
     for form in idle:
         assert not plan(registry, {"name": "p/a", "scale": 0.0} | form).segments
     assert plan(registry, {"name": "p/a", "scale": 0.0, "op": "clamp"}).segments
+    feature = {"name": "p/a", "op": "feature", "read": "b"}
+    assert not plan(registry, feature | {"scale": 1.0, "activation": "multiply"}).segments
+    for scale in (0.0, 1.0):
+        assert plan(registry, feature | {"scale": scale}).segments
 
 
 @pytest.mark.parametrize(
@@ -176,6 +218,12 @@ def test_positions_keep_forms_apart(registry: PackRegistry) -> None:
         ({"op": "angle", "plane": "b", "scale": 1.0}, 2.0),
         ({"op": "affine", "read": "b", "bias": 5.0, "scale": 2.0}, 3.0),
         ({"gate": {"direction": "q/b", "above": -9.0, "slope": 2.0}, "scale": 3.0}, 0.3),
+        # What is taken away: of an activation of up to 10, and of 15.
+        ({"op": "feature", "read": "b", "scale": 0.0}, 1.0),
+        ({"op": "feature", "read": "b", "bias": 5.0, "scale": 0.0}, 1.5),
+        ({"op": "feature", "read": "b", "bias": -5.0, "scale": 0.0}, 1.0),
+        ({"op": "feature", "read": "b", "scale": -20.0}, 3.0),
+        ({"op": "feature", "read": "b", "scale": 4.0, "activation": "multiply"}, 3.0),
     ],
 )
 def test_dose_bounds_the_change(
@@ -197,6 +245,8 @@ def test_only_proportional_forms_are_weakened(registry: PackRegistry) -> None:
     assert weaker is not None
     assert relative_dose(weaker, registry) == pytest.approx(0.5)
     assert scaled(plan(registry, {"name": "p/a", "op": "clamp", "scale": 1.0}), 0.5) is None
+    feature = {"name": "p/a", "op": "feature", "read": "b", "scale": 1.0}
+    assert scaled(plan(registry, feature), 0.5) is None
 
 
 def values_of(found: SteeringPlan, registry: PackRegistry) -> RowValues:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from vllm_steer.operations import PLANE_OPS
+from vllm_steer.operations import PLANE_OPS, READING_OPS
 from vllm_steer.packs.registry import LoadedDirection
 from vllm_steer.plan.capacity import PLANE_RANK
 from vllm_steer.plan.dose import MAX_RELATIVE_SCALE
@@ -158,9 +158,11 @@ def row_values(
         here = [layer for layer in term.layers if layer in index]
         places, direction = [index[layer] for layer in here], find(term.digest)
         values.restore[places] = float(term.form.restore_norm)
-        if not own:
+        added = term.added if term.form.op == "feature" else float(not own) * term.scale
+        if added:
             rows = [direction.rows[layer] for layer in here]
-            values.vectors[places] += np.float32(term.scale) * direction.vector[rows]
+            values.vectors[places] += np.float32(added) * direction.vector[rows]
+        if not own:
             continue
         for layer in here:
             slot = used[layer] if layout.slots is None else layout.slots[number]
@@ -198,12 +200,18 @@ def _enter(
     elif form.op == "add":
         values.left[at, slot] = np.float32(term.scale) * vector
         numbers[BIAS, slot] = 1.0
-    elif form.op == "affine" and partner is not None:
+    elif form.op in READING_OPS and partner is not None:
         # Values that fit half precision, whatever the lengths of the two vectors.
         unit, length = _unit(vector)
+        factor = term.gain if form.op == "feature" else term.scale
         values.left[at, slot] = unit
-        readers[slot] = term.scale * length * partner.astype(np.float64)
-        numbers[BIAS, slot] = term.scale * length * form.bias
+        readers[slot] = factor * length * partner.astype(np.float64)
+        numbers[BIAS, slot] = factor * length * form.bias
+        if form.op == "feature":
+            # Active where r·h + bias > θ; a θ below 0 would leave ReLU.
+            probe, length = _unit(partner)
+            readers[rank + slot] = probe
+            numbers[THRESHOLD, slot] = (form.threshold - form.bias) / length
     else:
         unit, _ = _unit(vector)
         clamp = form.op == "clamp"

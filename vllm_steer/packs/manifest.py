@@ -224,9 +224,13 @@ class Manifest(Record):
         return self
 
     def _check_form(self, direction: DirectionRecord) -> None:
-        """Raises ValueError if a form names a direction or a threshold that is not in the pack."""
+        """Raises ValueError if a form names a direction or a threshold that is not in the pack, or is no whole feature."""
         if direction.form is None:
             return
+        if direction.op == "feature" and (direction.form.read is None or direction.form.gate):
+            raise ValueError(
+                f"the form of direction {direction.name!r} has op 'feature', which needs read, and takes no gate"
+            )
         layers = {other.name: set(other.layers) for other in self.directions}
         for name in direction.form.partners().values():
             if not set(direction.layers) <= layers.get(name, set()):

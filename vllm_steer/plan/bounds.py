@@ -127,6 +127,11 @@ def layer_bound(terms: Sequence[Term], layer: int, norm: float, registry: Conten
         elif form.op == "multiply":
             low, high = _factors(term, direction.extremes[layer])
             taken, put = taken + max(0.0, -low), put + max(0.0, high)
+        elif form.op == "feature" and form.partner is not None:
+            # Of the activation, 0 or r·h + b, no sign is known that would let parts cancel.
+            read = registry.by_digest(form.partner).lengths[layer]
+            length += (abs(term.added) + abs(term.gain) * max(form.bias, 0.0)) * size
+            rest += abs(term.gain) * size * read
         elif form.op in PLANE_OPS:
             angle = 180.0 if form.op == "angle" else abs(scale)
             turned.append(2.0 * abs(math.sin(math.radians(min(angle, 180.0)) / 2.0)))

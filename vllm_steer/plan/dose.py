@@ -10,6 +10,8 @@ component put in its place is summed like an addition.
   together, at most all of it. Above 1, and below 0, the rest of ε puts the component in, reversed or once
   more, at every layer.
 - ``clamp``: removes at most the whole stream, and puts in |ε| at every layer.
+- ``feature``: takes away at most the largest activation that a stream of the measured norm can have, or adds its
+  multiple, and puts in |ε| where the activation is set, at every layer.
 - ``angle``: rotates the stream to a fixed angle, which moves it by at most twice its length.
 
 The dose is the raw dose divided by the largest at which the direction's text was fluent, so 1 is the largest
@@ -125,6 +127,9 @@ def _fluent_dose(term: Term, direction: LoadedDirection, registry: PackRegistry)
     # Measurements of one op do not apply to another.
     if record.calibration is None or term.form.op != record.op:
         return None
+    own = (record.form and record.form.activation) or "set"
+    if record.op == "feature" and term.form.activation != own:
+        return None
     if record.calibration.fluent_dose is not None or record.op in ("add", "affine"):
         return record.calibration.fluent_dose
     if record.safe_scale is None:
@@ -144,6 +149,11 @@ def _raw_dose(
         return 2.0
     if op == "rotate":
         return len(term.layers) * 2.0 * abs(math.sin(math.radians(scale) / 2.0))
+    if op == "feature":
+        at = replace(term, scale=scale)
+        lengths = {layer: direction.lengths[layer] for layer in term.layers}
+        replaced = raw_dose(at.gain, _most_active(at, direction, registry), direction.norms)
+        return replaced + raw_dose(at.added, lengths, direction.norms)
     taken = 1.0 if op == "clamp" else 0.0
     if op == "ablate":
         taken = min(max(scale, 0.0), 1.0)
@@ -162,6 +172,8 @@ def _unit_lengths(
         return dict.fromkeys(term.layers, 1.0)
     if form.op == "multiply":
         return {layer: direction.largest(layer) * norms[layer] for layer in term.layers}
+    if form.op == "feature" and form.activation == "multiply":
+        return _most_active(term, direction, registry)
     lengths = {layer: direction.lengths[layer] for layer in term.layers}
     if form.op == "affine" and form.partner is not None:
         read = registry.by_digest(form.partner).lengths
@@ -170,6 +182,19 @@ def _unit_lengths(
             for layer, length in lengths.items()
         }
     return lengths
+
+
+def _most_active(
+    term: Term, direction: LoadedDirection, registry: PackRegistry
+) -> dict[int, float]:
+    """Upper bound of the length of a feature's part in a stream of the measured norm, by layer."""
+    assert term.form.partner is not None
+    read = registry.by_digest(term.form.partner).lengths
+    return {
+        layer: direction.lengths[layer]
+        * (read[layer] * direction.norms[layer] + max(term.form.bias, 0.0))
+        for layer in term.layers
+    }
 
 
 def _floor(value: float, digits: int = 4) -> float:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vllm.pooling_params import PoolingParams
     from vllm.sampling_params import SamplingParams
 
-VERSION = 3
+VERSION = 4
 # Number of decoded plans to cache; the scheduler reads a plan for every block of its prompt.
 _DECODED = 1024
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from vllm_steer.errors import RequestError
 from vllm_steer.fields import show_layers
-from vllm_steer.operations import LINEAR_OPS, PLANE_OPS, FormChoice
+from vllm_steer.operations import LINEAR_OPS, PLANE_OPS, READING_OPS, FormChoice
 from vllm_steer.packs.registry import LoadedDirection
 from vllm_steer.plan.binding import BoundChoice, BoundRequest
 from vllm_steer.plan.dose import check_scale
@@ -222,7 +222,11 @@ def _form(bound: BoundChoice, layers: Sequence[int]) -> Form:
     where, chosen = bound.where, bound.form
     op = chosen.op or "add"
     field = "plane" if op in PLANE_OPS else "read"
-    if (op in PLANE_OPS or op == "affine") and field not in bound.partners:
+    if op == "feature" and chosen.gate is not None:
+        raise RequestError(
+            f"{where}.gate: op 'feature' acts only where the feature is active, and takes no other gate"
+        )
+    if op in (*PLANE_OPS, *READING_OPS) and field not in bound.partners:
         raise RequestError(f"{where}.{field}: op {op!r} needs the name of a second direction")
     for part, direction in bound.partners.items():
         _check_layers(f"{where}.{part}", direction, layers)
@@ -234,9 +238,10 @@ def _form(bound: BoundChoice, layers: Sequence[int]) -> Form:
         partner.digest if partner else None,
         chosen.bias or 0.0,
         gate.digest if gate else None,
-        (chosen.gate.above or 0.0) if chosen.gate else 0.0,
+        (chosen.gate.above or 0.0) if chosen.gate else chosen.threshold or 0.0,
         bool(chosen.restore_norm),
         (chosen.gate.slope or 0.0) if chosen.gate else 0.0,
+        (chosen.activation or "set") if op == "feature" else None,
     )
 
 
@@ -246,12 +251,14 @@ def _scale(
     if choice.scale is not None:
         return choice.scale
     op = chosen.op or "add"
-    if op == direction.record.op:
+    own = direction.record.form or FormChoice()
+    if op == direction.record.op and (chosen.activation or "set") == (own.activation or "set"):
         return direction.record.default_scale
     if op == "ablate":
         return 1.0
+    what = f"op {op!r}" + (f" with activation {chosen.activation!r}" if chosen.activation else "")
     raise RequestError(
-        f"{where}.scale: op {op!r} needs a scale; {direction.full_name!r} has a default only for its own op"
+        f"{where}.scale: {what} needs a scale; {direction.full_name!r} has a default only for its own op"
     )
 
 
@@ -295,4 +302,6 @@ def _schedule(
 
 def _is_idle(term: Term) -> bool:
     """Whether a term changes nothing."""
+    if term.form.op == "feature":
+        return term.gain == term.added == 0.0
     return term.scale == 0.0 and term.form.op in (*LINEAR_OPS, "rotate")

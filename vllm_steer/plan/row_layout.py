@@ -2,7 +2,8 @@
 
 A row has a vector and some components, and each token has a factor for the vector and for every component. If
 all terms have the same schedule, plain additions are summed in the vector, and each layer assigns components
-separately. Terms with different schedules, including additions, have the same components at every layer.
+separately. Terms with different schedules, including additions, have the same components at every layer; what a
+feature adds at every token has no schedule and is in the vector.
 Importing this module imports neither torch nor vllm.
 """
 
@@ -55,7 +56,8 @@ def layout_of(segment: Segment, rank: int) -> Layout:
     if len(segment.schedules) == 1:
         (schedule,) = segment.schedules
         return Layout(tuple(term.rank for term in terms), None, (schedule,) * (1 + rank))
-    shared = next((term.schedule for term in terms if not term.rank), None)
+    added = any(term.form.op == "feature" and term.added for term in terms)
+    shared = None if added else next((term.schedule for term in terms if not term.rank), None)
     ranks = tuple(term.rank or int(term.schedule != shared) for term in terms)
     slots, schedules = [0] * len(terms), [shared]
     for number in planes_first(ranks):

@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 from itertools import combinations
 from typing import Any, NamedTuple
 
-from vllm_steer.operations import PLANE_OPS, Op
+from vllm_steer.operations import PLANE_OPS, Activation, Op
 from vllm_steer.plan.reads import Read, StopRule, after_others
 from vllm_steer.request.schedule import Schedule
 from vllm_steer.request.stop_tokens import StopTokens
@@ -28,11 +28,12 @@ class Form:
     Attributes:
         op: The form, ``vllm_steer.operations.OPS``.
         partner: Content digest of the direction that spans the plane or is read.
-        bias: b of ``affine``.
+        bias: b of ``affine`` and ``feature``.
         gate: Content digest of the probe's direction.
-        threshold: The probe fires above it.
+        threshold: The probe fires above it; of ``feature``, which has no probe, θ of JumpReLU.
         restore_norm: Whether the norm of the residual stream is restored.
         slope: κ of a soft gate; 0 is a hard one.
+        activation: ``feature``: what the scale does to the activation.
     """
 
     op: Op = "add"
@@ -42,6 +43,7 @@ class Form:
     threshold: float = 0.0
     restore_norm: bool = False
     slope: float = 0.0
+    activation: Activation | None = None
 
 
 ADDITION = Form()
@@ -85,6 +87,16 @@ class Term:
         if self.form.op in PLANE_OPS:
             return 2
         return int(self.form.op != "add" or self.form.gate is not None)
+
+    @property
+    def gain(self) -> float:
+        """Factor of the activation in the change of a feature: −1 where it is replaced, ε − 1 where it is multiplied."""
+        return self.scale - 1.0 if self.form.activation == "multiply" else -1.0
+
+    @property
+    def added(self) -> float:
+        """Multiple of the vector that a feature adds at every token: ε where the activation is set."""
+        return 0.0 if self.form.activation == "multiply" else self.scale
 
     @property
     def peak(self) -> float:

@@ -89,6 +89,15 @@ def _is_as_measured(
     own = record.form or FormChoice()
     name = own.plane or own.read
     partner = registry.find_beside(direction, name).digest if name else None
-    measured = Form(record.op, partner, own.bias or 0.0, restore_norm=bool(own.restore_norm))
-    given = replace(form, gate=None, threshold=0.0, slope=0.0)
+    measured = Form(
+        record.op,
+        partner,
+        own.bias or 0.0,
+        threshold=own.threshold or 0.0,
+        restore_norm=bool(own.restore_norm),
+        activation=(own.activation or "set") if record.op == "feature" else None,
+    )
+    given = replace(
+        form, gate=None, threshold=0.0 if form.gate else form.threshold, slope=0.0
+    )
     return given == measured and list(layers) == record.steered_layers

@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from vllm_steer.operations import READING_OPS
 from vllm_steer.plan.reads import Read
 from vllm_steer.plan.scores import Scores
 from vllm_steer.plan.steering_plan import ADDITION, SteeringPlan, Term, count_matched, count_steered
@@ -247,10 +248,12 @@ class Receipt:
             return {}
         found: dict[str, Any] = {"op": form.op}
         if form.partner is not None:
-            key = "read" if form.op == "affine" else "plane"
+            key = "read" if form.op in READING_OPS else "plane"
             found |= {key: self.names[form.partner], f"{key}_digest": form.partner}
-        if form.op == "affine":
+        if form.op in READING_OPS:
             found["bias"] = form.bias
+        if form.op == "feature":
+            found |= {"threshold": form.threshold, "activation": form.activation}
         if form.gate is not None:
             gate = {"direction": self.names[form.gate], "digest": form.gate}
             gate |= {"above": form.threshold}

@@ -45,6 +45,11 @@ def apply_form(
         return hidden * (1.0 + scale * vector)
     if op == "affine" and read is not None:
         return hidden + torch.outer(scale * (hidden @ read + choice.get("bias", 0.0)), vector)
+    if op == "feature" and read is not None:
+        before = hidden @ read + choice.get("bias", 0.0)
+        active = torch.where(before > choice.get("threshold", 0.0), before, 0.0)
+        wanted = scale * active if choice.get("activation") == "multiply" else scale
+        return hidden + torch.outer(wanted - active, vector)
     if plane is None:
         raise ValueError(f"op {op!r} needs a second direction")
     other = plane - (plane @ unit) * unit
