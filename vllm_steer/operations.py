@@ -36,8 +36,8 @@ OPS: Final[dict[str, str]] = {
     "angle": "rotates h in that plane to ε degrees from `a`; keeps ‖h‖ (Angular Steering)",
     "affine": "`h + ε·a(r·h + bias)` with `read` as r: closed-loop feedback",
     "multiply": "`h ⊙ (1 + ε·a)`: scales each dimension; needs `--steering-multiply` too",
-    "feature": "`h + a(f' − f)`: sets the activation `f` of a sparse autoencoder's feature, `r·h + bias` where that is above "
-    "`threshold` and else 0, to f' = ε, or f' = ε·f with `activation` `multiply`",
+    "feature": "`h + a(f' − f)`: f is the activation of a sparse autoencoder's feature, `r·h + bias` where that is above "
+    "`threshold`, else 0; sets it to f' = ε, or with `activation` `multiply` to f' = ε·f",
 }
 PLANE_OPS: Final = ("rotate", "angle")
 # They read a second direction.

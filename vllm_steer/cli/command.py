@@ -17,6 +17,7 @@ from vllm_steer.cli.extract import add_extract
 from vllm_steer.cli.fusion import add_fusion
 from vllm_steer.cli.model import add_model
 from vllm_steer.cli.probe import add_probe
+from vllm_steer.cli.sae import add_sae
 from vllm_steer.cli.train import add_train, forms_to_name
 from vllm_steer.cli.verify import add_verify
 from vllm_steer.config import plugin_version
@@ -133,6 +134,7 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     reft.add_argument("--residual-norms", metavar="PATH", help="as of convert import")
     add_chat(reft)
     reft.set_defaults(run=_import_reft)
+    add_sae(ways)
     out = ways.add_parser("export", help="write a pack's direction as a GGUF control vector")
     out.add_argument("pack", help=_PACK_HELP)
     out.add_argument("direction", help="name of the direction")
