@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
@@ -15,6 +15,7 @@ from vllm_steer.errors import ConversionError
 from vllm_steer.offline.convert.model import MEASURED, NormSource, model_of, norms_of
 from vllm_steer.offline.convert.sae_files import Features, SaeOptions, check_alive, read_features
 from vllm_steer.offline.extract.records import explain
+from vllm_steer.offline.models.loading import read_config
 from vllm_steer.offline.train.directions import Direction, Target
 from vllm_steer.packs.pack import (
     FormChoice,
@@ -91,6 +92,7 @@ def import_sae(
         PackError: The pack cannot be written.
     """
     model = model_of(model_path, norms.chat)
+    options = for_model(options, model_path)
     features = read_features(Path(path), [each.id for each in chosen], model, options)
     check_alive(Path(path), features)
     if features.model_name is not None:
@@ -100,7 +102,15 @@ def import_sae(
         "residual_norms": "measured" if norms.given is None else "given",
         **norms.chat.model_dump(),
     }
-    return write_features(features, chosen, target, model, norms_of(model_path, norms, model), settings)
+    return write_features(
+        features, chosen, target, model, norms_of(model_path, norms, model), settings
+    )
+
+
+def for_model(options: SaeOptions, model_path: str | os.PathLike[str]) -> SaeOptions:
+    """Returns the options with what the model's configuration says of its norms."""
+    config = read_config(model_path).get_text_config()
+    return replace(options, rms_norm=getattr(config, "rms_norm_eps", None) is not None)
 
 
 def write_features(
@@ -129,7 +139,9 @@ def write_features(
     """
     names = [each.name for each in chosen]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConversionError(f"two features have the name {twice[0]!r}; give each a name of its own")
+        raise ConversionError(
+            f"two features have the name {twice[0]!r}; give each a name of its own"
+        )
     try:
         TypeAdapter(PackName).validate_python(target.name)
         directions = [
@@ -171,8 +183,6 @@ def _directions(features: Features, at: int, chosen: NamedFeature) -> list[Direc
     metrics: dict[str, JsonValue] = {"feature": chosen.id, **chosen.metrics}
     layers = [features.layer]
     return [
-        Direction(
-            chosen.name, layers, features.decoder[at : at + 1], form, chosen.scale, metrics
-        ),
+        Direction(chosen.name, layers, features.decoder[at : at + 1], form, chosen.scale, metrics),
         Direction(f"{chosen.name} {ENCODER}", layers, features.encoder[at : at + 1]),
     ]

@@ -107,12 +107,13 @@ class _Npz:
                 )
             with archive.open(member) as stream:
                 self.shapes[name], _, dtype = self._header(name, stream)
-                if member.file_size - stream.tell() != math.prod(self.shapes[name]) * dtype.itemsize:
+                if (
+                    member.file_size - stream.tell()
+                    != math.prod(self.shapes[name]) * dtype.itemsize
+                ):
                     raise ConversionError(f"{file}: {name[:80]!r} is not as long as its shape says")
 
-    def _header(
-        self, name: str, stream: IO[bytes]
-    ) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    def _header(self, name: str, stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
         version = np.lib.format.read_magic(stream)
         read = {(1, 0): np.lib.format.read_array_header_1_0,
                 (2, 0): np.lib.format.read_array_header_2_0}.get(version)  # fmt: skip

@@ -66,12 +66,14 @@ class SaeOptions:
         hook: Hook point, such as ``blocks.20.hook_resid_post``, where the files name none.
         norm_scale: Factor of the input that ``expected_average_only_in`` trained with, SAELens's ``norm_scaling_factor``.
         centered: Whether it was trained on a stream without its mean, as TransformerLens gives it with
-            ``center_writing_weights``; only for models with layer norms that subtract the mean.
+            ``center_writing_weights``.
+        rms_norm: Whether the model's norms do not subtract the mean; TransformerLens then never centers the stream.
     """
 
     hook: str | None = None
     norm_scale: float | None = None
     centered: bool = False
+    rms_norm: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +148,10 @@ def read_features(
     Raises:
         ConversionError: It cannot be read, does not fit the model, or does not compute what ``op: "feature"`` does.
     """
+    if options.centered and options.rms_norm:
+        raise ConversionError(
+            f"{path}: --centered is for models whose norms subtract the mean; this one has RMS norms"
+        )
     if (path / CONFIG).is_file():
         kind = _saelens(path, options)
     elif (path if path.is_file() else path / PARAMS).is_file():
@@ -270,7 +276,13 @@ def _saelens(folder: Path, options: SaeOptions) -> _Kind:
         raise ConversionError(
             f"{file}: reshape_activations {shape[:80]!r} is for the heads of an attention, which are not steered"
         )
-    for name in ("hook_head_index", "hook_point_head_index", "hook_name_out", "hook_point_out", "d_out"):
+    for name in (
+        "hook_head_index",
+        "hook_point_head_index",
+        "hook_name_out",
+        "hook_point_out",
+        "d_out",
+    ):
         if known.get(name) is not None:
             raise ConversionError(
                 f"{file}: has {name}, so it does not read and write one and the same residual stream"
@@ -284,7 +296,9 @@ def _saelens(folder: Path, options: SaeOptions) -> _Kind:
             f"{file}: names no hook_name; say where it reads with --hook, such as blocks.20.hook_resid_post"
         )
     if hook and options.hook not in (None, hook):
-        raise ConversionError(f"{file}: hook_name is {hook[:80]!r}, and --hook says {options.hook!r}")
+        raise ConversionError(
+            f"{file}: hook_name is {hook[:80]!r}, and --hook says {options.hook!r}"
+        )
     loaded = known.get("model_from_pretrained_kwargs") or {}
     if not isinstance(loaded, dict):
         raise ConversionError(f"{file}: model_from_pretrained_kwargs must be an object")
@@ -297,7 +311,7 @@ def _saelens(folder: Path, options: SaeOptions) -> _Kind:
         fields.flag("finetuning_scaling_factor", default=False),
         _DTYPES[dtype],
         _norm_scale(file, known.get("normalize_activations"), options),
-        options.centered or loaded.get("center_writing_weights") is True,
+        options.centered or (loaded.get("center_writing_weights") is True and not options.rms_norm),
         fields.text("model_name", default="") or None,
     )
 
