@@ -1,4 +1,4 @@
-"""Features of sparse autoencoders to steering packs: a decoder row that ``op: "feature"`` writes, an encoder column it reads."""
+"""Features of sparse autoencoders to packs: a decoder row that ``op: "feature"`` writes, an encoder column it reads."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def saelens_folder(
     """As ``SAE.save_model``."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
-        {name: value.contiguous() for name, value in (sae.state() | more).items()},
+        {name: value.contiguous().clone() for name, value in (sae.state() | more).items()},
         folder / "sae_weights.safetensors",
     )
     (folder / "cfg.json").write_text(json.dumps(config))

@@ -17,7 +17,7 @@ def add_sae(ways: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     sae = ways.add_parser(
         "import-sae",
         help="import features of sparse autoencoders: SAELens, Gemma Scope",
-        description="Writes a pack of chosen features. A request sets the activation of one with its scale, on a server with "
+        description="Writes a pack of chosen features. The scale of a request sets the activation of one, on a server with "
         "--steering-ops affine and --steering-rank of as many features as a request may use at once.",
     )
     sae.add_argument(
