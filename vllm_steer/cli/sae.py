@@ -1,4 +1,4 @@
-"""``convert import-sae`` of ``vllm-steer``."""
+"""``convert import-sae`` and ``convert select-features`` of ``vllm-steer``."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import argparse
 import math
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from vllm_steer.cli.evaluation import add_chat, given_chat
+from vllm_steer.cli.evaluation import add_chat, extras, given_chat
 from vllm_steer.errors import ConversionError
 from vllm_steer.packs.summary import pack_summary
 
+if TYPE_CHECKING:
+    from vllm_steer.offline.convert.sae_files import SaeOptions
+
 
 def add_sae(ways: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds ``vllm-steer convert import-sae``."""
+    """Adds ``vllm-steer convert import-sae`` and ``select-features``."""
     sae = ways.add_parser(
         "import-sae",
         help="import features of sparse autoencoders: SAELens, Gemma Scope",
@@ -41,6 +45,33 @@ def add_sae(ways: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     _add_common(sae)
     sae.set_defaults(run=_import_sae)
+    select = ways.add_parser(
+        "select-features",
+        help="choose features of a sparse autoencoder by examples",
+        description="Runs the model on examples, chooses features by what they do there, and writes a pack of them and a "
+        "report. contrast: pairs of prompts; langfir: texts of a language; corrsteer: scored answers.",
+    )
+    select.add_argument("sae", type=Path, metavar="SAE", help="as of convert import-sae")
+    select.add_argument(
+        "--preset", required=True, choices=("contrast", "langfir", "corrsteer"), help="the rule"
+    )
+    select.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="JSON lines: {prompt, prefixed} for contrast, {text} for langfir, {prompt, answer, score} for corrsteer",
+    )
+    select.add_argument("--count", type=int, default=10, metavar="N", help="most features (10)")
+    select.add_argument("--report", type=Path, metavar="FILE", help="JSON of the figures")
+    select.add_argument("--device", help="device of the model (default: cuda where there is one)")
+    select.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto"
+    )
+    select.add_argument("--batch-size", type=int, default=8, metavar="N")
+    select.add_argument("--seed", type=int, default=0, help="of random tokens")
+    _add_common(select)
+    select.set_defaults(run=_select_features)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -70,20 +101,49 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 def _import_sae(args: argparse.Namespace) -> None:
     from vllm_steer.offline.convert.model import NormSource
     from vllm_steer.offline.convert.sae import NamedFeature, import_sae
-    from vllm_steer.offline.convert.sae_files import SaeOptions
     from vllm_steer.offline.models.chat import ChatFormat
     from vllm_steer.offline.train.directions import Target
 
-    scale = args.norm_scaling_factor
-    if scale is not None and not (math.isfinite(scale) and scale > 0):
-        raise ConversionError(f"--norm-scaling-factor: {scale:g} must be a number above 0")
     pack = import_sae(
         args.sae,
         [NamedFeature.parse(text, args.scale) for text in args.features],
         Target(args.name, args.out),
         args.model,
-        SaeOptions(args.hook, scale, args.centered),
+        _options(args),
         NormSource(args.residual_norms, ChatFormat(**given_chat(args))),
         lambda line: sys.stderr.write(f"{line}\n"),
     )
     sys.stdout.write(pack_summary(pack))
+
+
+def _select_features(args: argparse.Namespace) -> None:
+    with extras("offline"):
+        from vllm_steer.offline.convert.model import NormSource
+        from vllm_steer.offline.convert.select_features import Selection, select_features
+        from vllm_steer.offline.convert.selection import PRESETS, report_table
+        from vllm_steer.offline.models.chat import ChatFormat
+        from vllm_steer.offline.train.directions import Target
+
+    selection = Selection(
+        args.preset, args.data, args.count, args.dtype, args.device, args.batch_size, args.seed
+    )
+    pack, chosen = select_features(
+        args.sae,
+        selection,
+        Target(args.name, args.out),
+        args.model,
+        _options(args),
+        args.report,
+        NormSource(args.residual_norms, ChatFormat(**given_chat(args))),
+    )
+    sys.stderr.write(f"{PRESETS[args.preset].departs}\n")
+    sys.stdout.write(f"{pack_summary(pack)}\n{report_table(chosen)}")
+
+
+def _options(args: argparse.Namespace) -> SaeOptions:
+    from vllm_steer.offline.convert.sae_files import SaeOptions
+
+    scale = args.norm_scaling_factor
+    if scale is not None and not (math.isfinite(scale) and scale > 0):
+        raise ConversionError(f"--norm-scaling-factor: {scale:g} must be a number above 0")
+    return SaeOptions(args.hook, scale, args.centered)
