@@ -27,6 +27,7 @@ from tests.documents import ROOT, Fence, block, fence, fences
 from tests.shell_commands import check
 from vllm_steer.offline.bench.capability import Item
 from vllm_steer.offline.convert.gguf_file import write_gguf
+from vllm_steer.offline.convert.selection import PairLine
 from vllm_steer.offline.demo.gold import gold_questions
 from vllm_steer.offline.demo.judge import expressed_concept
 from vllm_steer.offline.demo.server import SERVED_NAME, Server, free_port, running
@@ -71,6 +72,7 @@ SCHEMAS: tuple[type[Any], ...] = (
     QuestionLine,
     TraitFile,
     Item,
+    PairLine,
 )
 
 

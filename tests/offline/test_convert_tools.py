@@ -24,7 +24,7 @@ BLOCKS = 32
 TABLE = (Path(__file__).parents[2] / "docs" / "reference" / "vectors.md").read_text()
 ROWS = [
     [cell.strip() for cell in line.strip("|").split(" | ")]
-    for line in TABLE.splitlines()
+    for line in TABLE.partition("## Sparse autoencoders")[0].splitlines()
     if line.startswith("| ") and not line.startswith("| tool")
 ]
 Vectors = dict[int, np.ndarray]
