@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_steer.errors import EvaluationError
 from vllm_steer.packs.pack import DirectionRecord, SteeringPack, raw_dose
 
 # From a barely noticeable change to one that breaks the text.
@@ -95,7 +96,16 @@ class Subject:
 
 
 def subjects(pack: SteeringPack) -> list[Subject]:
-    """Returns the directions of a pack to calibrate: those not named by another's form."""
+    """Returns the directions of a pack to calibrate: those not named by another's form.
+
+    Raises:
+        EvaluationError: The scale of one is a factor of an activation, for which there is no grid.
+    """
+    for name, record in pack.directions.items():
+        if record.form is not None and record.form.activation == "multiply":
+            raise EvaluationError(
+                f"direction {name!r} multiplies an activation, which has no strength to calibrate; let its form set it"
+            )
     partners = {
         name
         for record in pack.directions.values()

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from vllm_steer.errors import EvaluationError
 from vllm_steer.offline.calibrate.grid import ANGLES, DOSES, FINER, TURNS, Subject, subjects
 from vllm_steer.offline.calibrate.measures import Gap, Trial, fluency_of
 from vllm_steer.offline.extract.answers import Example
@@ -170,3 +171,30 @@ def test_fluency_is_repetition_and_the_geometric_mean_of_perplexities() -> None:
     found = fluency_of(["one two three", "no no no no"], [np.log(2.0), np.log(8.0)])
     assert found.repetition == pytest.approx((0 + 2 / 3) / 2)
     assert found.perplexity == pytest.approx(4.0)
+
+
+def test_what_multiplies_an_activation_is_not_calibrated(tmp_path) -> None:
+    pack = write_random_pack(
+        tmp_path / "x", "x", random_identity(16, 4), {"a": [1], "b": [1]},
+        seed=0, default_scale=2.0, safe_scale=4.0, residual_norm=10.0,
+    )  # fmt: skip
+    for activation in (None, "multiply"):
+        form = FormChoice(op="feature", read="b", activation=activation)
+        a, b = pack.manifest.directions
+        content = PackContent(
+            name="x",
+            model=pack.manifest.model,
+            directions=[a.model_copy(update={"form": form}), b],
+            vectors=pack.vectors,
+            method=pack.manifest.method,
+            residual_norms=dict.fromkeys(range(4), 10.0),
+        )
+        found = write_pack(tmp_path / "x", content)
+        if activation is None:
+            (only,) = subjects(found)
+            assert only.name == "x/a"
+            # What is set is as long as an addition of it.
+            assert only.scales((1,)) == [10.0 * dose for dose in DOSES]
+        else:
+            with pytest.raises(EvaluationError, match="'a' multiplies an activation"):
+                subjects(found)

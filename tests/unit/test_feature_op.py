@@ -18,10 +18,14 @@ from vllm_steer.errors import PackError, RequestError
 from vllm_steer.operations import FormChoice, Gate
 from vllm_steer.packs.pack import SteeringPack
 from vllm_steer.packs.registry import PackRegistry
+from vllm_steer.plan.binding import bind
 from vllm_steer.plan.capacity import check_capacity
 from vllm_steer.plan.dose import relative_dose
+from vllm_steer.plan.resolve import resolve
 from vllm_steer.plan.row_layout import layout_of
 from vllm_steer.request.schedule import factors
+from vllm_steer.request.schema import parse
+from vllm_steer.serving.receipt import LimitedPlan, Receipt
 
 RANK, TOKENS = 4, 200
 BIAS, THRESHOLD = -0.5, 1.5
@@ -206,3 +210,36 @@ def test_its_strength_is_of_the_form_that_was_calibrated(pack: SteeringPack) -> 
 def test_a_pack_of_half_a_feature(form: dict[str, Any], pack: SteeringPack) -> None:
     with pytest.raises(PackError, match="op 'feature', which needs read, and takes no gate"):
         feature_pack(pack, form=form)
+
+
+def test_receipts_say_what_was_done(pack: SteeringPack) -> None:
+    registry = PackRegistry([feature_pack(pack)])
+    request = parse({"steer": ["d:9"]})
+    assert request is not None
+    bound = bind(request, registry)
+    receipt = Receipt.of(LimitedPlan(resolve(bound, 4), 0.0), bound.names, 4).to_json()
+    (said,) = receipt["directions"]
+    assert {
+        key: said[key] for key in ("op", "scale", "read", "bias", "threshold", "activation")
+    } == {
+        "op": "feature",
+        "scale": 9.0,
+        "read": "p/w",
+        "bias": BIAS,
+        "threshold": THRESHOLD,
+        "activation": "set",
+    }
+    assert said["read_digest"] == registry.find("p/w").digest
+
+
+def test_a_feature_of_another_pack_is_read_only_where_that_may_be_used(
+    pack: SteeringPack, tmp_path: Path
+) -> None:
+    """The names that a request gives are checked; those of a pack's own form belong to it."""
+    registry = PackRegistry([feature_pack(pack), make_pack(tmp_path / "q", "q", {"w": [1]})])
+    asked: list[str] = []
+    for direction in ({"name": "p/d"}, {"name": "p/d", "op": "feature", "read": "q/w"}):
+        request = parse({"steering": {"directions": [direction]}})
+        assert request is not None
+        bind(request, registry, lambda field, name, full: asked.append(full))
+    assert asked == ["p/d", "p/d", "q/w"]
