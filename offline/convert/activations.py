@@ -72,8 +72,16 @@ class ActivationReader:
         """Returns ``[readings, features]``, float64.
 
         Raises:
-            ConversionError: A sequence has no token that counts, or the model's states are not finite.
+            ConversionError: A sequence has no token that counts or is too long, or the model's states are not finite.
         """
+        most = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        for number, each in enumerate(readings, start=1):
+            if self._start(each) >= each.end:
+                raise ConversionError(f"example {number} has no tokens to read; leave it out")
+            if most is not None and len(each.token_ids) > most:
+                raise ConversionError(
+                    f"example {number} has {len(each.token_ids)} tokens, and the model takes {most}; shorten it"
+                )
         found = np.zeros((len(readings), len(self._bias)))
         order = sorted(range(len(readings)), key=lambda at: len(readings[at].token_ids))
         self._model.train(False)
@@ -81,15 +89,22 @@ class ActivationReader:
             rows = order[first : first + self._batch_size]
             for at, hidden in zip(rows, self._outputs([readings[at] for at in rows]), strict=True):
                 each = readings[at]
-                start = max(each.start, min(1, len(each.token_ids) - 1))
-                if start >= each.end:
-                    raise ConversionError(f"example {at + 1} has no tokens to read; leave it out")
-                active = self.encode(hidden[start : each.end])
+                active = self.encode(hidden[self._start(each) : each.end])
                 one = active.mean(dim=0) if pool is Pool.MEAN else active.amax(dim=0)
                 found[at] = one.double().cpu().numpy()
         if not np.isfinite(found).all():
             raise ConversionError("the model gives NaN or Inf; run it in float32 or bfloat16")
         return found
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids that the model knows."""
+        return int(self._model.get_input_embeddings().weight.shape[0])
+
+    @staticmethod
+    def _start(reading: Reading) -> int:
+        """The first token that counts."""
+        return max(reading.start, min(1, len(reading.token_ids) - 1))
 
     @torch.inference_mode()
     def _outputs(self, readings: Sequence[Reading]) -> Tensor:

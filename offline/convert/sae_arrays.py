@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import os
+import stat
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,7 +53,10 @@ def opened_arrays(file: Path) -> Iterator[Arrays]:
         ConversionError: It is neither of the two formats, damaged, or holds anything but floats.
     """
     try:
-        if file.stat().st_size > MAX_BYTES:
+        found = file.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise ConversionError(f"{file}: is not a regular file")
+        if found.st_size > MAX_BYTES:
             raise ConversionError(f"{file}: larger than the limit of {MAX_BYTES} bytes")
         with file.open("rb") as stream:
             archive = stream.read(4) == b"PK\x03\x04"
@@ -61,8 +66,9 @@ def opened_arrays(file: Path) -> Iterator[Arrays]:
         else:
             with safe_open(os.fspath(file), framework="pt") as held:
                 yield _Safetensors(file, held)
-    except (SafetensorError, OSError, ValueError, EOFError, RuntimeError, MemoryError,
-            zipfile.BadZipFile, zlib.error, NotImplementedError) as error:  # fmt: skip
+    # A header of .npy is a literal of Python, whose parser has errors of its own.
+    except (SafetensorError, OSError, ValueError, EOFError, RuntimeError, MemoryError, SyntaxError,
+            tokenize.TokenError, zipfile.BadZipFile, zlib.error) as error:  # fmt: skip
         raise ConversionError(
             f"{file}: not readable as safetensors or as an archive of np.savez ({one_line(error, _LINE)})"
         ) from error

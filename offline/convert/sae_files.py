@@ -120,6 +120,7 @@ class _Kind:
         norm_scale: Factor of the input.
         centered: Whether the mean of the input is subtracted.
         model_name: Model that the files name.
+        stated: Width and number of features that the configuration states; None where it does not.
     """
 
     format: str
@@ -132,6 +133,7 @@ class _Kind:
     norm_scale: float
     centered: bool
     model_name: str | None
+    stated: tuple[object, object] = (None, None)
 
 
 def read_features(
@@ -313,6 +315,7 @@ def _saelens(folder: Path, options: SaeOptions) -> _Kind:
         _norm_scale(file, known.get("normalize_activations"), options),
         options.centered or (loaded.get("center_writing_weights") is True and not options.rms_norm),
         fields.text("model_name", default="") or None,
+        (known.get("d_in"), known.get("d_sae")),
     )
 
 
@@ -395,6 +398,12 @@ def _checked_shapes(
         raise ConversionError(
             f"{kind.weights}: {wrong[0]} is {list(shapes[wrong[0]])} and must be {list(wanted[wrong[0]])}"
         )
+    for stated, size in zip(kind.stated, (width, count), strict=True):
+        if stated is not None and stated != size:
+            raise ConversionError(
+                f"{kind.weights}: has {size} where its configuration states {str(stated)[:80]}; they belong to different "
+                f"autoencoders"
+            )
     return count
 
 

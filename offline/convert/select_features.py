@@ -13,7 +13,13 @@ from vllm_steer.errors import ConversionError
 from vllm_steer.offline.convert.activations import ActivationReader
 from vllm_steer.offline.convert.model import MEASURED, NormSource, model_of, norms_of
 from vllm_steer.offline.convert.sae import NamedFeature, for_model, write_features
-from vllm_steer.offline.convert.sae_files import Features, SaeOptions, check_alive, read_features
+from vllm_steer.offline.convert.sae_files import (
+    MAX_FEATURES,
+    Features,
+    SaeOptions,
+    check_alive,
+    read_features,
+)
 from vllm_steer.offline.convert.selection import (
     PRESETS,
     Chosen,
@@ -79,8 +85,8 @@ def select_features(
         ExtractionError: The examples or the model cannot be read.
         PackError: The pack cannot be written.
     """
-    if selection.count < 1 or selection.batch_size < 1:
-        raise ConversionError("--count and --batch-size must be at least 1")
+    if not 1 <= selection.count <= MAX_FEATURES or selection.batch_size < 1:
+        raise ConversionError(f"--count must be 1 to {MAX_FEATURES}, and --batch-size at least 1")
     preset = PRESETS[selection.preset]
     lines = read_examples(selection.examples, selection.preset)
     identity = model_of(model_path, norms.chat)
@@ -95,7 +101,12 @@ def select_features(
     check_alive(Path(path), kept)
     if report is not None:
         text = report_json(selection.preset, chosen, features, len(lines), selection.seed)
-        write_atomically(report, text)
+        try:
+            write_atomically(report, text)
+        except OSError as error:
+            raise ConversionError(
+                f"--report: {report} cannot be written ({error.strerror})"
+            ) from error
     settings: dict[str, JsonValue] = {
         "form": "sparse_autoencoder",
         "preset": selection.preset,

@@ -168,7 +168,8 @@ def langfir(
     """By mean activation, of features that are active on nearly all texts and on few sequences of random tokens."""
     texts = [tuple(tokenizer(line.text)["input_ids"]) for line in lines]
     special = set(tokenizer.all_special_ids)
-    plain = np.array([number for number in range(len(tokenizer)) if number not in special])
+    known = range(min(len(tokenizer), reader.vocabulary))
+    plain = np.array([number for number in known if number not in special])
     random = np.random.default_rng(seed)
     # What the tokenizer puts in front stays, so that the first token is the same one.
     noise = [

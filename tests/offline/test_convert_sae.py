@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -244,6 +245,8 @@ def test_a_stream_without_its_mean(imported: Import, sae, tmp_path, config_dir) 
         ({"normalize_activations": "constant_norm_rescale"}, "norm of each token"),
         ({"normalize_activations": {}}, "not known to be a constant"),
         ({"reshape_activations": "hook_z"}, "heads of an attention"),
+        ({"d_sae": 41}, "has 40 where its configuration states 41"),
+        ({"d_in": "16"}, "has 16 where its configuration states 16"),
         ({"hook_head_index": 2}, "has hook_head_index"),
         ({"hook_name_out": "blocks.1.hook_mlp_out"}, "has hook_name_out"),
         ({"apply_b_dec_to_input": 1}, "apply_b_dec_to_input must be true or false"),
@@ -344,6 +347,13 @@ def negative_shape(file: Path) -> None:
         stream.write(bytes(64))
 
 
+def unparsable(file: Path) -> None:
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(
+            "W_enc.npy", b"\x93NUMPY\x01\x00" + (5000).to_bytes(2, "little") + 5000 * b"("
+        )
+
+
 def stranger(file: Path) -> None:
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("../evil.py", "print()")
@@ -377,6 +387,7 @@ def text(file: Path) -> None:
         objects,
         false_shape,
         negative_shape,
+        unparsable,
         stranger,
         twice,
         locked,
@@ -417,6 +428,10 @@ def test_damaged_weights_and_wrong_folders(imported: Import, sae, tmp_path) -> N
     folder = saelens_folder(tmp_path / "sae", sae, new_config(sae, POST))
     cut(folder / "sae_weights.safetensors")
     with pytest.raises(ConversionError, match="not readable as safetensors"):
+        imported(folder)
+    (folder / "sae_weights.safetensors").unlink()
+    os.mkfifo(folder / "sae_weights.safetensors")
+    with pytest.raises(ConversionError, match="is not a regular file"):
         imported(folder)
     (folder / "sae_weights.safetensors").unlink()
     with pytest.raises(ConversionError, match="sae_weights.safetensors"):

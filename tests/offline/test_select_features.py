@@ -174,6 +174,8 @@ def test_langfir_takes_what_noise_does_not_awaken(loaded, sae, model, tmp_path, 
             "line 1: must be a JSON object with prompt, prefixed",
         ),
         ("langfir", [{"text": ""}, {"text": "a"}], "line 1"),
+        ("langfir", [{"text": "a word " * 9000}, {"text": "a"}], "example 1 has "),
+        ("corrsteer", [{"prompt": "a", "answer": "b", "score": "good"}] * 2, "line 1"),
         (
             "corrsteer",
             [{"prompt": str(k), "answer": "b", "score": 1.0} for k in range(3)],
@@ -189,4 +191,11 @@ def test_examples_that_do_not_fit(sae, model, tmp_path, capsys, preset, lines, m
 def test_counts_that_do_not_fit(sae, model, tmp_path, capsys) -> None:
     lines = [{"prompt": "a", "prefixed": "b"}, {"prompt": "c", "prefixed": "d"}]
     assert select(tmp_path, model, sae, "contrast", lines, "--count", "0") == 1
-    assert "--count and --batch-size must be at least 1" in capsys.readouterr().err
+    assert "--count must be 1 to 4096" in capsys.readouterr().err
+    assert (
+        select(
+            tmp_path, model, sae, "contrast", lines, "--report", str(tmp_path / "data.jsonl" / "r")
+        )
+        == 1
+    )
+    assert "data.jsonl/r cannot be written" in capsys.readouterr().err
