@@ -22,9 +22,7 @@ from pydantic_core import PydanticCustomError
 
 from vllm_steer.fields import ThresholdName
 
-Op = Literal[
-    "add", "ablate", "clamp", "rotate", "angle", "affine", "multiply", "feature"
-]
+Op = Literal["add", "ablate", "clamp", "rotate", "angle", "affine", "multiply", "feature"]
 # What ε does to the activation of a feature.
 Activation = Literal["set", "multiply"]
 # The effect of each form on the residual stream h; â is the unit vector of the direction, ε the scale.

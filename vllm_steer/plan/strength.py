@@ -97,7 +97,5 @@ def _is_as_measured(
         restore_norm=bool(own.restore_norm),
         activation=(own.activation or "set") if record.op == "feature" else None,
     )
-    given = replace(
-        form, gate=None, threshold=0.0 if form.gate else form.threshold, slope=0.0
-    )
+    given = replace(form, gate=None, threshold=0.0 if form.gate else form.threshold, slope=0.0)
     return given == measured and list(layers) == record.steered_layers
