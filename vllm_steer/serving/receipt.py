@@ -252,7 +252,7 @@ class Receipt:
         if form.op == "affine":
             found["bias"] = form.bias
         if form.gate is not None:
-            gate = {"direction": self.names[form.gate], "digest": form.gate}
+            gate: dict[str, Any] = {"direction": self.names[form.gate], "digest": form.gate}
             gate |= {"above": form.threshold}
             found["gate"] = gate | ({"slope": form.slope} if form.slope else {})
         return found | {"restore_norm": form.restore_norm}
