@@ -214,7 +214,7 @@ def test_without_reads_the_graph_and_its_key_are_what_they_were() -> None:
         )
         return hashed[0]
 
-    assert set(key()) == {"rows", "layers", "ops", "rank", "version", "graph_revision"}
+    assert set(key()) == {"rows", "layers", "ops", "rank", "multiply", "version", "graph_revision"}
     assert key(reads=2, read_rows=9)["reads"] == 2
 
 

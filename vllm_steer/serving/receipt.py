@@ -255,7 +255,7 @@ class Receipt:
         if form.op == "feature":
             found |= {"threshold": form.threshold, "activation": form.activation}
         if form.gate is not None:
-            gate = {"direction": self.names[form.gate], "digest": form.gate}
+            gate: dict[str, Any] = {"direction": self.names[form.gate], "digest": form.gate}
             gate |= {"above": form.threshold}
             found["gate"] = gate | ({"slope": form.slope} if form.slope else {})
         return found | {"restore_norm": form.restore_norm}
