@@ -90,10 +90,11 @@ def test_blocks_are_shared_exactly_where_tokens_decide_alike(
     start: Callable[[str], Engine], prompts: list[list[int]], reference: Reference
 ) -> None:
     engine = start("cached-eager")
-    middle = [*prompts[0], *prompts[1]]
+    middle = [token for prompt in prompts[:3] for token in prompt]
+    assert len(middle) > 2 * BLOCK
     late, absent = [token for token in range(300, 1600) if token not in middle][:2]
     # A token at the start that no other test has, and one in the third block alone.
-    prompt = [7, *middle[: 2 * BLOCK], late, *middle]
+    prompt = [4, *middle[: 2 * BLOCK], late, *middle]
     whole = (len(prompt) - 1) // BLOCK * BLOCK
     for steering, cached in (
         (None, 0),
