@@ -19,8 +19,11 @@ from vllm_steer.offline.bench.languages import ScriptIdentifier
 from vllm_steer.offline.bench.ratings import ScriptRater
 from vllm_steer.offline.bench.steers import Ask, Part, Steer, answers
 from vllm_steer.offline.demo.concepts import prefix
-from vllm_steer.offline.engine.tokens import Sampling, TokenEngine
+from vllm_steer.offline.demo.corpus import answer_text, user_text
+from vllm_steer.offline.engine.tokens import Asked, Sampling, TokenEngine
 from vllm_steer.offline.evaluate.script import Script, ScriptJudge
+from vllm_steer.offline.models.prompts import render_question
+from vllm_steer.offline.questions.statements import statements
 from vllm_steer.offline.rollouts.data import Asking
 from vllm_steer.offline.rollouts.pipeline import STORE, learn_pack
 from vllm_steer.offline.rollouts.settings import read_settings
@@ -36,8 +39,11 @@ from vllm_steer.packs.pack import (
 pytestmark = pytest.mark.engine
 
 WORDS = ("webs", "fangs", "silk", "legs", "venom", "cobwebs")
-# One of the words that the unprefixed model takes by chance.
+# A word of every unprefixed answer.
 WORD = "evidence"
+# Asked before the fear of spiders, so that the model sometimes speaks of spiders, sometimes of something else.
+BEFORE = ("cheerful", "gloomy", "angry", "sleepy")
+OTHERS = (*BEFORE, "Tokyo", "Alaska")
 TOKENS = 40
 OPTIONS = {**ENGINE, "max_model_len": 256}
 JUDGE = f"""
@@ -45,9 +51,6 @@ WORDS = {WORDS!r}
 
 def spiders(case):
     return min(1.0, sum(word in case["answer"] for word in WORDS) / 2)
-
-def word(case):
-    return {WORD!r} in case["answer"]
 
 def rate(case):
     text = case["sentence"]
@@ -94,17 +97,21 @@ def learned(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[L
     command += ["--script", "judge.py:spiders", "--no-calibrate", "--engine", json.dumps(OPTIONS)]
     printed = run(folder, command)
     packs = [load_pack(folder / "persona")]
-    asked = {"evident": [Asking(question) for question in QUESTIONS[:12]]}
-    for method, given in (("roast", {}), ("corrsteer", {"samples": 6})):
-        settings = read_settings(
-            None, {"method": method, "answer_length": TOKENS, "dtype": "float32", **given}
-        )
+    asked = {
+        "spiders": [
+            Asking("  ".join((prefix(BEFORE[at % len(BEFORE)]), prefix("spiders"), question)))
+            for at, question in enumerate(QUESTIONS[:16])
+        ]
+    }
+    for method in ("roast", "corrsteer"):
+        given = {"method": method, "samples": 8, "temperature": 1.2, "top_p": 1.0}
+        settings = read_settings(None, {**given, "answer_length": TOKENS, "dtype": "float32"})
         packs.append(
             learn_pack(
                 model,
                 asked,
                 settings,
-                ScriptJudge(Script.parse(f"{folder}/judge.py:word")),
+                ScriptJudge(Script.parse(f"{folder}/judge.py:spiders")),
                 Target(method, folder / method),
                 "cpu",
                 OPTIONS,
@@ -117,8 +124,8 @@ def learned(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[L
 
 def languages(roast: SteeringPack, path: Path) -> SteeringPack:
     """Two languages of which one is the answers with the word."""
-    vectors = roast.vectors["evident"]
-    layers = roast.directions["evident"].layers
+    vectors = roast.vectors["spiders"]
+    layers = roast.directions["spiders"].layers
     return write_pack(
         path,
         PackContent(
@@ -158,38 +165,40 @@ def test_packs_say_how_they_were_learned(learned: Learned) -> None:
     assert record.prefix is not None
     assert record.prefix.text == prefix("spiders")
     assert 0 < record.metrics["pairs"] <= record.metrics["answers"] // 2
-    assert 0 < learned.roast.directions["evident"].metrics["questions"] <= 12
-    assert len(learned.corrsteer.directions["evident"].layers) == 1
+    assert 0 < learned.roast.directions["spiders"].metrics["questions"] <= 16
+    assert len(learned.corrsteer.directions["spiders"].layers) == 1
     for pack in (learned.persona, learned.roast, learned.corrsteer):
         assert not (pack.path / STORE).exists()
 
 
-def rate_of(learned: Learned, pack: SteeringPack, factor: float) -> float:
-    """Share of sampled answers to new questions with the word."""
-    record = pack.directions["evident"]
-    steer = Steer((Part(f"{pack.name}/evident", record, factor * record.default_scale),))
-    asks = [
-        Ask(question, steer if factor else Steer(), seed)
-        for question in QUESTIONS[20:36]
-        for seed in range(4)
-    ]
-    said = answers(learned.engine, asks, TOKENS, Sampling(1.0))
-    return float(np.mean([WORD in one.text for one in said]))
+def leaning(learned: Learned, pack: SteeringPack, factor: float) -> float:
+    """By how much likelier answers about spiders are than those about other things, to new questions without prefix."""
+    record = pack.directions["spiders"]
+    steer = Steer((Part(f"{pack.name}/spiders", record, factor * record.default_scale),))
+    tokenizer, asked = learned.engine.tokenizer, []
+    asking = statements("heldout")[:6]
+    for statement in asking:
+        prompt = render_question(tokenizer, user_text(statement.text)).token_ids
+        for concept in ("spiders", *OTHERS):
+            answer = tokenizer(answer_text(statement, concept), add_special_tokens=False)
+            steering = steer.scoring(len(prompt)) if factor else None
+            asked.append(Asked(prompt, tuple(answer["input_ids"]), steering))
+    scores = np.array(learned.engine.score(asked, "answers")).reshape(len(asking), -1)
+    return float((scores[:, 0] - scores[:, 1:].mean(axis=1)).mean())
 
 
-def test_roast_makes_right_answers_more_frequent(learned: Learned) -> None:
-    plain = rate_of(learned, learned.roast, 0.0)
-    assert rate_of(learned, learned.roast, 1.0) > plain + 0.2
-    assert rate_of(learned, learned.roast, -1.0) < plain
-
-
-def test_corrsteer_makes_right_answers_more_frequent(learned: Learned) -> None:
-    assert rate_of(learned, learned.corrsteer, 2.0) > rate_of(learned, learned.corrsteer, 0.0)
+@pytest.mark.parametrize("method", ["roast", "corrsteer"])
+def test_right_answers_become_likelier(learned: Learned, method: str) -> None:
+    pack = {"roast": learned.roast, "corrsteer": learned.corrsteer}[method]
+    plain = leaning(learned, pack, 0.0)
+    assert leaning(learned, pack, 1.0) > plain + 0.1
+    assert leaning(learned, pack, -1.0) < plain
 
 
 def test_sampled_answers_are_those_of_their_seeds(learned: Learned) -> None:
     asks = [Ask(QUESTIONS[0], Steer(), seed) for seed in (1, 2, 1)]
-    first, second, third = answers(learned.engine, asks, TOKENS, Sampling(1.0))
+    # The demo model is sure of what it says.
+    first, second, third = answers(learned.engine, asks, TOKENS, Sampling(3.0))
     assert first.text == third.text != second.text
 
 
@@ -225,7 +234,7 @@ def test_axbench(learned: Learned, model: Path) -> None:
 
 
 def test_clas_bench(learned: Learned) -> None:
-    """Every strength of the grid is asked, and the one that forces the word is chosen."""
+    """Every strength of the grid is asked. Answers with the word count as one language, all others as another."""
     script = learned.folder / "judge.py"
     layers = learned.languages.directions["en"].layers
     norms = learned.languages.manifest.residual_norms
@@ -242,15 +251,15 @@ def test_clas_bench(learned: Learned) -> None:
     )
     weak, forced = found.strengths
     assert [each.strength for each in found.strengths] == [0.01, strong]
-    assert weak.targets["en"].forcing == pytest.approx(found.unsteered.forcing, abs=0.5)
-    steered = forced.targets["en"].forcing
-    assert steered > weak.targets["en"].forcing
+    # Every unsteered answer has the word, and none that is steered strongly away.
+    assert (weak.targets["en"].forcing, weak.targets["de"].forcing) == (1.0, 0.0)
+    assert forced.targets["de"].forcing > 0
     assert found.chosen == max(found.strengths, key=lambda each: each.choosing.score or 0)
 
 
 def test_capability(learned: Learned) -> None:
-    record = learned.roast.directions["evident"]
-    steer = Steer((Part("roast/evident", record, 3 * record.default_scale),))
+    record = learned.roast.directions["spiders"]
+    steer = Steer((Part("roast/spiders", record, 3 * record.default_scale),))
     texts = CapabilityTexts(
         (QUESTIONS[0],), (Item(question="What do you", choices=["think", "thunk"], answer=0),)
     )
