@@ -80,7 +80,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 < self.temperature <= 2 or not 0 < self.top_p <= 1:
             raise EvaluationError(
-                f"temperature {self.temperature:g} and top_p {self.top_p:g} cannot be sampled with: the first must be above 0 and at most 2, "
+                f"temperature {self.temperature:g} and top_p {self.top_p:g} cannot be sampled with: the first "
+                f"must be above 0 and at most 2, "
                 f"the second above 0 and at most 1"
             )
 
