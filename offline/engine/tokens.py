@@ -7,7 +7,6 @@ that a killed run continues and loses at most half a minute of work.
 from __future__ import annotations
 
 import io
-import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -71,7 +70,7 @@ class Sampling:
     """How answers are sampled, where they are not greedy.
 
     Attributes:
-        temperature: What logits are divided by, above 0.
+        temperature: What logits are divided by, above 0 and at most 2, which is vLLM's limit.
         top_p: Share of the probability that is sampled from.
     """
 
@@ -79,9 +78,10 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < math.inf or not 0 < self.top_p <= 1:
+        if not 0 < self.temperature <= 2 or not 0 < self.top_p <= 1:
             raise EvaluationError(
-                f"temperature {self.temperature:g} and top_p {self.top_p:g} sample nothing: the first must be above 0, "
+                f"temperature {self.temperature:g} and top_p {self.top_p:g} cannot be sampled with: the first "
+                f"must be above 0 and at most 2, "
                 f"the second above 0 and at most 1"
             )
 

@@ -48,7 +48,7 @@ class RolloutSettings(BaseModel):
 
     method: RolloutMethodName
     samples: int = Field(gt=0, le=1024)
-    temperature: float = Field(gt=0, allow_inf_nan=False)
+    temperature: float = Field(gt=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
     answer_length: int = Field(default=48, gt=0)
     threshold: float = Field(default=0.5, gt=0, le=1)
