@@ -21,7 +21,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 AXE = Path("axe", "node_modules", "axe-core", "axe.min.js")
 # Where the screenshots go, to be looked at.
 PICTURES = "PLAYGROUND_PICTURES"
-SECONDS = 60
+SECONDS = 300
 
 
 class Page:
