@@ -21,7 +21,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 AXE = Path("axe", "node_modules", "axe-core", "axe.min.js")
 # Where the screenshots go, to be looked at.
 PICTURES = "PLAYGROUND_PICTURES"
-SECONDS = 60
+SECONDS = 300
 
 
 class Page:
@@ -94,6 +94,8 @@ class Page:
 
         given = {"captureBeyondViewport": whole, "format": "png"}
         if whole:
+            # The bar of buttons follows the view.
+            self.script("window.scrollTo(0, 0)")
             size = self.driver.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
             given["clip"] = {**size, "x": 0, "y": 0, "scale": 1}
         data = self.driver.execute_cdp_cmd("Page.captureScreenshot", given)["data"]

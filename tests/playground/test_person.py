@@ -296,4 +296,5 @@ def test_a_proxy_may_strip_the_prefix_or_not(page: Page, base: str) -> None:
     assert page.driver.current_url == f"{base}/models/demo/steering/"
     page.use_key(KEY)
     page.until(lambda: page.text("#found-note") == "4 directions.")
+    choose(page, "gloomy")
     assert f"{base}/models/demo/v1/chat/completions" in page.text("#snippet")

@@ -10,7 +10,7 @@ export class ReadRow {
     const on = { input: changed };
     const direction = known.get(name);
     const layers = direction ? showLayers(steeredLayers(direction)) : "";
-    const remove = make("button", { type: "button", "aria-label": `Stop reading ${name}`, on: { click: removed } }, "Remove");
+    const remove = make("button", { type: "button", "aria-label": `Remove ${name}, which is read`, on: { click: removed } }, "Remove");
     Object.assign(this, { name, at: given.at });
     this.layers = make("input", { placeholder: layers && `default: ${layers}`, value: given.layers ? showLayers(given.layers) : null, autocomplete: "off", on });
     this.when = select([["before", "before the change"], ["after", "after the change"]], given.when ?? "before", changed);
