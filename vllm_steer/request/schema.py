@@ -253,7 +253,7 @@ def steering_keys(keys: Iterable[Any]) -> list[str]:
         return []
     likely = [*filter(_LIKELY.match, names)]
     # Of many, one search is quicker than to match each.
-    found = []
+    found: list[str] = []
     if len(likely) < _MOST_LIKELY or "steer" in joined.lower():
         found += islice(filter(_MEANT.match, likely), _MOST_KEYS)
     others = filter(_MAY_BE_MISSPELT.match, islice(likely, _MOST_LIKELY))
