@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import cast
 
 import numpy as np
 import torch
@@ -99,7 +100,8 @@ class ActivationReader:
     @property
     def vocabulary(self) -> int:
         """Token ids that the model knows."""
-        return int(self._model.get_input_embeddings().weight.shape[0])
+        embeddings = cast(torch.nn.Embedding, self._model.get_input_embeddings())
+        return embeddings.weight.shape[0]
 
     @staticmethod
     def _start(reading: Reading) -> int:

@@ -152,7 +152,11 @@ def write_features(
         raise ConversionError(
             f"pack {target.name!r} cannot be written: {explain(error)}"
         ) from error
-    source = {"format": features.format, "sha256": features.sha256, "hook": features.hook}
+    source: dict[str, JsonValue] = {
+        "format": features.format,
+        "sha256": features.sha256,
+        "hook": features.hook,
+    }
     return write_pack(
         target.path,
         PackContent(

@@ -40,7 +40,7 @@ def test_unsteered_equals_an_engine_without_the_plugin(
     kind: str, start: Start, prompts: list[list[int]]
 ) -> None:
     zero = {"directions": [{"name": SPIDERS, "scale": 0.0}]}
-    steerings = [None, zero] * (len(prompts) // 2)
+    steerings = ([None, zero] * len(prompts))[: len(prompts)]
     ours = start(kind).generate(prompts, steerings, TOKENS)
     theirs = start(f"plain-{kind}").generate(prompts, [None] * len(prompts), TOKENS)
     for output, expected in zip(ours, theirs, strict=True):

@@ -111,9 +111,13 @@ def _import_sae(args: argparse.Namespace) -> None:
         args.model,
         _options(args),
         NormSource(args.residual_norms, ChatFormat(**given_chat(args))),
-        lambda line: sys.stderr.write(f"{line}\n"),
+        _notice,
     )
     sys.stdout.write(pack_summary(pack))
+
+
+def _notice(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
 
 
 def _select_features(args: argparse.Namespace) -> None:

@@ -114,7 +114,8 @@ def affine_change(
     # Finite first, so that its length is.
     grown = (amount * diagonal[rows].float() * stream).clamp(-longest, longest)
     length = grown.norm(dim=-1, keepdim=True)
-    return change + grown * (longest / length.clamp(min=_TINY)).clamp(max=1.0)
+    change += grown * (longest / length.clamp(min=_TINY)).clamp(max=1.0)
+    return change
 
 
 def restored(

@@ -9,7 +9,7 @@ tokens stay shared, too, and requests that name other tokens share those that we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from vllm_steer.plan.message import plan_of
@@ -77,7 +77,7 @@ def _states(request: Request, plan: SteeringPlan, start: int, end: int) -> list[
     for number, match in enumerate(plan.matches):
         if match.onward:
             first = _first(request, match, end)
-            held = range(end if first is None else max(first, start), end)
+            held: Iterable[int] = range(end if first is None else max(first, start), end)
         else:
             held = [at for at in range(start, end) if tokens[at] in match.ids]
         for at in held:

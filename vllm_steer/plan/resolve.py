@@ -129,7 +129,9 @@ def check_token_ids(bound: BoundRequest, vocabulary: int) -> None:
         RequestError: One is not; the message starts with the field.
     """
     request = bound.request
-    named = [(f"{bound.where}.until_token_ids", request.until_token_ids or ())]
+    named: list[tuple[str, Sequence[int]]] = [
+        (f"{bound.where}.until_token_ids", request.until_token_ids or ())
+    ]
     for choice in bound.choices:
         own, owner = choice.choice.positions, choice.where
         if own is None and request.positions is not None:
