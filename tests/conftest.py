@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from vllm_steer.testing.asynchronous import schedule_asynchronously
 from vllm_steer.testing.engine import Engine
 from vllm_steer.verify.oracle import Reference
 
+# Its tests need a browser, which make playground-test sees to.
+collect_ignore = [] if find_spec("selenium") else ["playground"]
 # Enough to learn real directions in seconds; how well they steer is measured in benchmarks/.
 FEW = FULL_METHOD.model_copy(update={"positive_count": 40, "negative_count": 40})
 PLAIN = {"VLLM_PLUGINS": ""}
